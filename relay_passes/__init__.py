@@ -1,0 +1,1 @@
+"""Relax passes ("Relay Next": Relay itself left TVM in 0.20), one per file."""

@@ -1,0 +1,1 @@
+"""Tuning records shipped with the package, one folder per GPU or CPU (package data)."""

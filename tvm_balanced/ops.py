@@ -1,0 +1,209 @@
+"""The operator ``relax.nn.balanced_sparse_dense``: registration, type inference, TensorIR.
+
+``balanced_sparse_dense(data[..., K], values, indices)`` is ``data @ W.T`` for a packed balanced weight
+``W (N, K)``. What fixes the packed arrays (:class:`~tvm_balanced.packing.PackedFormat`) are attributes of
+the call, so that a schedule knows them and a tuning trace never changes an argument's shape.
+Accumulation is float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+from tvm import relax, te, tirx
+from tvm.relax.transform.legalize_ops.common import register_legalize
+
+from tvm_balanced.errors import InputError
+from tvm_balanced.packing import Layout, PackedFormat
+from tvm_balanced.pattern import BalancedPattern
+
+OP_NAME = "relax.nn.balanced_sparse_dense"
+
+# Names of the TensorIR blocks. They are stable API: schedules, the tuner and tests look blocks up by them.
+BLOCK_DATA = "balanced_data"
+BLOCK_MAIN = "balanced_sparse_dense"
+BLOCK_OUT = "balanced_out"
+
+# Block attribute that MetaSchedule's ApplyCustomRule looks up, and the one that holds the format.
+SCHEDULE_RULE = "balanced_sparse_dense"
+FORMAT_ATTR = "balanced_format"
+
+
+def format_text(fmt: PackedFormat) -> str:
+    """One line that fixes a format, as the TensorIR blocks carry it: ``n384_k384_4:16_r16v1_u8``."""
+    return (
+        f"n{fmt.out_features}_k{fmt.in_features}_{fmt.pattern}_{fmt.layout}_{fmt.encoding}"
+    )
+
+
+def parse_format(text: str) -> PackedFormat:
+    """Inverse of :func:`format_text`."""
+    n, k, pattern, layout, encoding = text.split("_")
+    return PackedFormat(
+        int(n[1:]), int(k[1:]), BalancedPattern(pattern), Layout.parse(layout), encoding
+    )
+
+
+def format_of(call: relax.Call) -> PackedFormat:
+    """The packed format written in a call's attributes."""
+    attrs = call.attrs
+    return PackedFormat(
+        int(attrs["out_features"]),
+        int(attrs["in_features"]),
+        BalancedPattern(int(attrs["nnz"]), int(attrs["block_size"])),
+        Layout.parse(str(attrs["layout"])),
+        str(attrs["encoding"]),
+    )
+
+
+def balanced_sparse_dense(
+    data: relax.Expr,
+    values: relax.Expr,
+    indices: relax.Expr,
+    fmt: PackedFormat,
+    out_dtype: str = "float32",
+) -> relax.Call:
+    """Build a call of the operator.
+
+    Parameters
+    ----------
+    data : (..., K) float32, float16 or bfloat16
+        Activations; any rank from 1, any symbolic leading dimension.
+    values : fmt.values_shape, float32, float16 or bfloat16
+        Packed non-zeros.
+    indices : fmt.indices_shape, uint8
+        Packed indices, local to their block.
+    fmt : PackedFormat
+        Becomes the call's attributes.
+    out_dtype : str
+        Dtype of the result, ``(..., N)``.
+    """
+    attrs = tvm.ir.make_node(
+        "ir.DictAttrs",
+        out_features=fmt.out_features,
+        in_features=fmt.in_features,
+        nnz=fmt.pattern.nnz,
+        block_size=fmt.pattern.block,
+        layout=str(fmt.layout),
+        encoding=fmt.encoding,
+        out_dtype=out_dtype,
+    )
+    return tvm.ir.Call(tvm.ir.Op.get(OP_NAME), [data, values, indices], attrs)
+
+
+def balanced_sparse_dense_te(
+    data: te.Tensor, values: te.Tensor, indices: te.Tensor, fmt: PackedFormat, out_dtype: str
+) -> te.Tensor:
+    """The operator in TensorIR, before any schedule.
+
+    Three stages, each a block with a fixed name:
+
+    1. ``balanced_data[..., kb, e]``: the activations cut into blocks (and padded), in a dtype of at least
+       what they had. Schedules stage it (shared memory, registers) or inline it.
+    2. ``balanced_sparse_dense[..., n]``: the sum over the ``T`` slots of a row, float32, over the padded
+       rows.
+    3. ``balanced_out[..., n]``: cut to N and cast. Left out where it would do nothing.
+    """
+    batch = list(data.shape[:-1])
+    block, nnz, rows = fmt.pattern.block, fmt.pattern.nnz, fmt.layout.rows
+    vector, index_vector = fmt.layout.vector, fmt.index_vector
+
+    def load_block(*at: Any) -> Any:
+        *lead, kb, e = at
+        column = kb * block + e
+        if fmt.padded_features == fmt.in_features:
+            return data(*lead, column)
+        return tirx.if_then_else(
+            column < fmt.in_features, data(*lead, column), tirx.const(0, data.dtype)
+        )
+
+    blocks = te.compute((*batch, fmt.blocks, block), load_block, name=BLOCK_DATA)
+    slot = te.reduce_axis((0, fmt.slots), name="t")
+
+    def index_at(n: Any, t: Any) -> Any:
+        if fmt.encoding == "u8":
+            stored = indices(n // rows, t // vector, n % rows, t % vector)
+        else:
+            within = t % index_vector
+            pair = indices(n // rows, t // index_vector, n % rows, within // 2)
+            shift = tirx.Cast("uint8", within % 2 * 4)
+            stored = (pair >> shift) & tirx.const(15, "uint8")
+        return tirx.Cast("int32", stored)
+
+    def multiply_add(*at: Any) -> Any:
+        *lead, n = at
+        activation = blocks(*lead, slot // nnz, index_at(n, slot))
+        weight = values(n // rows, slot // vector, n % rows, slot % vector)
+        return te.sum(
+            tirx.Cast("float32", activation) * tirx.Cast("float32", weight), axis=slot
+        )
+
+    total = te.compute(
+        (*batch, fmt.padded_rows),
+        multiply_add,
+        name=BLOCK_MAIN,
+        attrs={"schedule_rule": SCHEDULE_RULE, FORMAT_ATTR: format_text(fmt)},
+    )
+    if fmt.padded_rows == fmt.out_features and out_dtype == "float32":
+        return total
+    return te.compute(
+        (*batch, fmt.out_features),
+        lambda *at: tirx.Cast(out_dtype, total(*at)),
+        name=BLOCK_OUT,
+    )
+
+
+def _infer_type(call: relax.Call, _ctx: Any) -> relax.TensorType:
+    fmt = format_of(call)
+    data, values, indices = (arg.ty for arg in call.args)
+    expected = {"values": fmt.values_shape, "indices": fmt.indices_shape}
+    for name, ty in (("values", values), ("indices", indices)):
+        shape = ty.shape
+        if shape is not None and tuple(int(d) for d in shape) != expected[name]:
+            raise InputError(
+                f"{OP_NAME}: {name} has shape {tuple(shape)}, but the attributes "
+                f"({format_text(fmt)}) need {expected[name]}"
+            )
+    out_dtype = str(call.attrs["out_dtype"])
+    if data.shape is None:
+        return relax.TensorType(dtype=out_dtype, ndim=data.ndim)
+    lead = list(data.shape)
+    last = lead.pop()
+    if isinstance(last, tirx.IntImm) and int(last) != fmt.in_features:
+        raise InputError(
+            f"{OP_NAME}: data has {int(last)} features, but the weight has K={fmt.in_features}"
+        )
+    return relax.TensorType([*lead, fmt.out_features], out_dtype)
+
+
+def _legalize(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    fmt, out_dtype = format_of(call), str(call.attrs["out_dtype"])
+
+    def balanced_sparse_dense(data: te.Tensor, values: te.Tensor, indices: te.Tensor) -> te.Tensor:
+        return balanced_sparse_dense_te(data, values, indices, fmt, out_dtype)
+
+    return bb.call_te(balanced_sparse_dense, *call.args)
+
+
+def register() -> None:
+    """Make the operator known to TVM; doing it again changes nothing."""
+    from tvm.ir import _ffi_api
+
+    if OP_NAME in tvm.ir.Op.list_op_names():
+        return
+    _ffi_api.RegisterOp(OP_NAME, "data @ W.T for a packed balanced weight W (N, K).")
+    op = tvm.ir.Op.get(OP_NAME)
+    op.set_num_inputs(3)
+    op.add_argument("data", "Tensor", "Activations (..., K).")
+    op.add_argument("values", "Tensor", "Packed non-zeros.")
+    op.add_argument("indices", "Tensor", "Packed indices, local to their block.")
+    op.set_attrs_type_key("ir.DictAttrs")
+    op.set_attr("FPurity", True)
+    op.set_attr("FInferType", _infer_type)
+    register_legalize(OP_NAME)(_legalize)
+    # TVMScript looks operators up as attributes of relax.op.nn
+    relax.op.nn.balanced_sparse_dense = balanced_sparse_dense
+
+
+register()

@@ -1,0 +1,346 @@
+"""The packed format of a balanced weight, defined here only.
+
+A dense weight ``(N, K)`` is cut into blocks of ``block`` along K; the last block is padded with zeros
+inside the format. Each block keeps ``nnz`` slots, so a row has ``T`` slots in all, in the order of K.
+Slot ``t`` of a row belongs to block ``t // nnz`` and holds a value and an index local to its block.
+
+The *layout* ``rRvV`` says how slots lie in memory: tiles of ``R`` rows by ``V`` slots, the rows of a tile
+side by side. ``r1v8`` is row by row (a lane walks along a row and loads 8 slots at once); ``r32v8`` puts
+the 32 rows of a warp next to each other; ``r16v1`` fills one AVX-512 register with the same slot of 16
+rows. The *encoding* says how an index is stored: ``u8`` one byte, ``u4`` four bits (blocks up to 16),
+two slots ``t, t + 1`` in the low and high half of a byte.
+
+====================  ==========================================  =========================
+array                 shape                                       dtype
+====================  ==========================================  =========================
+values                ``(N' / R, T' / V, R, V)``                  float32, float16, bfloat16
+indices, ``u8``       ``(N' / R, T' / V, R, V)``                  uint8
+indices, ``u4``       ``(N' / R, T' / W, R, W / 2)``, W=max(V,2)  uint8
+====================  ==========================================  =========================
+
+``N'`` is N rounded up to R and ``T'`` is T rounded up to whole blocks and whole vectors; what is added
+holds value 0 and index 0.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from tvm_balanced.errors import InputError
+from tvm_balanced.pattern import BalancedPattern
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+VALUE_DTYPES = ("float32", "float16", "bfloat16")
+ENCODINGS = {"u8": 8, "u4": 4}  # name: bits of an index
+
+# dense weights handled at a time, so that temporaries stay small beside a large weight
+_CHUNK_ELEMENTS = 1 << 23
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Tiles of ``rows`` rows by ``vector`` slots; see the module's description."""
+
+    rows: int
+    vector: int
+
+    @staticmethod
+    def parse(name: str | Layout) -> Layout:
+        """Read ``"r16v1"``.
+
+        Raises
+        ------
+        InputError
+            When ``name`` is not ``rRvV`` with positive R and V.
+        """
+        if isinstance(name, Layout):
+            return name
+        match = re.fullmatch(r"r(\d+)v(\d+)", name, re.ASCII)
+        if match is None or not int(match[1]) or not int(match[2]):
+            raise InputError(
+                f'layout "{name}" is not of the form rRvV, for example r1v8 or r16v1'
+            )
+        return Layout(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"r{self.rows}v{self.vector}"
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """Everything that fixes the arrays of a packed weight, apart from the values' dtype.
+
+    Parameters
+    ----------
+    out_features : int
+        N, rows of the dense weight.
+    in_features : int
+        K, columns of the dense weight; need not be a multiple of the block.
+    pattern : BalancedPattern
+        The pattern the slots follow.
+    layout : Layout
+        Order in memory.
+    encoding : str
+        ``"u8"`` or ``"u4"``.
+    """
+
+    out_features: int
+    in_features: int
+    pattern: BalancedPattern
+    layout: Layout
+    encoding: str
+
+    def __post_init__(self) -> None:
+        if self.encoding not in ENCODINGS:
+            raise InputError(
+                f'encoding "{self.encoding}" is not known; choose one of {", ".join(ENCODINGS)}'
+            )
+        if self.pattern.block > 1 << ENCODINGS[self.encoding]:
+            raise InputError(
+                f"pattern {self.pattern} does not fit encoding {self.encoding}, which holds blocks "
+                f"up to {1 << ENCODINGS[self.encoding]}; use u8"
+            )
+        if self.out_features < 1 or self.in_features < 1:
+            raise InputError(
+                f"a weight of shape ({self.out_features}, {self.in_features}) has nothing to pack"
+            )
+
+    @property
+    def index_vector(self) -> int:
+        """Slots in one run of the index array (``W`` above)."""
+        return max(self.layout.vector, 2) if self.encoding == "u4" else self.layout.vector
+
+    @cached_property
+    def blocks(self) -> int:
+        """Blocks of a row, with the padding that makes the slots fill whole vectors."""
+        needed = -(-self.in_features // self.pattern.block)
+        unit = math.lcm(self.layout.vector, self.index_vector)
+        return _round_up(needed, unit // math.gcd(unit, self.pattern.nnz))
+
+    @property
+    def slots(self) -> int:
+        """Slots of a row (``T'``)."""
+        return self.blocks * self.pattern.nnz
+
+    @property
+    def padded_rows(self) -> int:
+        """Rows held (``N'``)."""
+        return _round_up(self.out_features, self.layout.rows)
+
+    @property
+    def padded_features(self) -> int:
+        """Columns the blocks cover; at least K."""
+        return self.blocks * self.pattern.block
+
+    @property
+    def values_shape(self) -> tuple[int, int, int, int]:
+        rows, vector = self.layout.rows, self.layout.vector
+        return (self.padded_rows // rows, self.slots // vector, rows, vector)
+
+    @property
+    def indices_shape(self) -> tuple[int, int, int, int]:
+        rows, vector = self.layout.rows, self.index_vector
+        run = vector // 2 if self.encoding == "u4" else vector
+        return (self.padded_rows // rows, self.slots // vector, rows, run)
+
+    def nbytes(self, dtype: str) -> int:
+        """Bytes of values and indices together."""
+        itemsize = np.dtype(numpy_dtype(dtype)).itemsize
+        return math.prod(self.values_shape) * itemsize + math.prod(self.indices_shape)
+
+
+@dataclass(frozen=True)
+class BalancedTensor:
+    """A packed weight: ``values`` and ``indices`` in the order of ``format``."""
+
+    values: Array
+    indices: Array
+    format: PackedFormat
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return int(self.values.nbytes + self.indices.nbytes)
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """NumPy's dtype of a TVM dtype name, bfloat16 included."""
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def check_weight(weight: Array, name: str = "the weight") -> None:
+    """Refuse what is not a finite float matrix.
+
+    Raises
+    ------
+    InputError
+        For a wrong rank or dtype, or when NaN or Inf is found.
+    """
+    if weight.ndim != 2:
+        raise InputError(f"{name} has shape {weight.shape}; a matrix (N, K) was expected")
+    if weight.dtype.name not in VALUE_DTYPES:
+        raise InputError(
+            f"{name} has dtype {weight.dtype.name}; expected one of {', '.join(VALUE_DTYPES)}"
+        )
+    for rows in row_chunks(weight):
+        if not finite(weight[rows]):
+            raise InputError(
+                f"{name} holds NaN or Inf; balanced pruning and packing need finite weights, "
+                "so mend the checkpoint or ignore this layer"
+            )
+
+
+def row_chunks(weight: Array) -> Iterator[slice]:
+    """Slices of rows with a bounded number of elements each."""
+    step = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        yield slice(start, min(start + step, weight.shape[0]))
+
+
+def magnitude_bits(weight: Array) -> Array:
+    """``|weight|`` as unsigned integers of the same width, which sort as the magnitudes do."""
+    bits = np.ascontiguousarray(weight).view(f"uint{8 * weight.dtype.itemsize}")
+    return bits & bits.dtype.type((1 << (8 * weight.dtype.itemsize - 1)) - 1)
+
+
+def finite(weight: Array) -> bool:
+    """Whether every element is finite; works on the bits, as bfloat16 has no fast NumPy loops."""
+    exponent = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}[weight.dtype.name]
+    return bool(weight.size == 0 or magnitude_bits(weight).max() < exponent)
+
+
+def into_blocks(weight: Array, block: int, blocks: int | None = None) -> Array:
+    """View or zero-padded copy of shape ``(N, blocks, block)``."""
+    rows, columns = weight.shape
+    count = -(-columns // block) if blocks is None else blocks
+    if count * block != columns:
+        padded = np.zeros((rows, count * block), weight.dtype)
+        padded[:, :columns] = weight
+        weight = padded
+    return weight.reshape(rows, count, block)
+
+
+def is_balanced(weight: Array, pattern: BalancedPattern) -> bool:
+    """Whether no block of ``weight`` (N, K) holds more than ``pattern.nnz`` non-zeros."""
+    for rows in row_chunks(weight):
+        nonzero = magnitude_bits(into_blocks(weight[rows], pattern.block)) != 0
+        if int(nonzero.sum(axis=-1, dtype=np.uint16).max(initial=0)) > pattern.nnz:
+            return False
+    return True
+
+
+def pack(
+    weight: Array,
+    pattern: BalancedPattern,
+    layout: Layout | str = "r1v1",
+    encoding: str = "u8",
+) -> BalancedTensor:
+    """Pack a dense weight that already follows ``pattern``.
+
+    Parameters
+    ----------
+    weight : (N, K) float32, float16 or bfloat16
+        Dense, with zeros. Not changed.
+    pattern : BalancedPattern
+        At most ``nnz`` non-zeros in each block; blocks with fewer are filled with explicit zeros.
+    layout : Layout or str
+        Order in memory.
+    encoding : str
+        ``"u8"`` or ``"u4"``.
+
+    Returns
+    -------
+    BalancedTensor
+        Exact: :func:`unpack` gives ``weight`` back.
+
+    Raises
+    ------
+    InputError
+        When a block holds more non-zeros than the pattern keeps, or the encoding does not fit.
+    """
+    check_weight(weight)
+    fmt = PackedFormat(weight.shape[0], weight.shape[1], pattern, Layout.parse(layout), encoding)
+    values = np.zeros((fmt.padded_rows, fmt.slots), weight.dtype)
+    indices = np.zeros((fmt.padded_rows, fmt.slots), np.uint8)
+    for rows in row_chunks(weight):
+        chunk = into_blocks(weight[rows], pattern.block, fmt.blocks)
+        positions = _slot_positions(chunk, pattern)
+        values[rows] = chunk.reshape(-1)[positions].reshape(-1, fmt.slots)
+        indices[rows] = (positions % pattern.block).astype(np.uint8).reshape(-1, fmt.slots)
+    return BalancedTensor(
+        _tile(values, fmt.layout.rows, fmt.layout.vector), _encode(indices, fmt), fmt
+    )
+
+
+def _slot_positions(blocks: Array, pattern: BalancedPattern) -> Array:
+    """Flat positions of the slots: the non-zeros, then leading zeros where a block has too few."""
+    kept = magnitude_bits(blocks) != 0
+    counts = kept.sum(axis=-1, dtype=np.uint16)
+    if int(counts.max(initial=0)) > pattern.nnz:
+        row, block = np.argwhere(counts > pattern.nnz)[0]
+        raise InputError(
+            f"block {block} of row {row} holds {counts[row, block]} non-zeros, more than {pattern} "
+            "keeps; prune the weight to the pattern first"
+        )
+    short = counts < pattern.nnz
+    if short.any():
+        few = kept[short]
+        zeros_before = np.cumsum(~few, axis=-1)
+        kept[short] = few | (zeros_before <= (pattern.nnz - counts[short])[:, None])
+    return np.flatnonzero(kept)
+
+
+def _tile(slots: Array, rows: int, vector: int) -> Array:
+    """``(N', T')`` to ``(N'/rows, T'/vector, rows, vector)``."""
+    height, width = slots.shape
+    tiles = slots.reshape(height // rows, rows, width // vector, vector)
+    return np.ascontiguousarray(tiles.transpose(0, 2, 1, 3))
+
+
+def _untile(tiles: Array) -> Array:
+    """Inverse of :func:`_tile`."""
+    outer, runs, rows, vector = tiles.shape
+    return tiles.transpose(0, 2, 1, 3).reshape(outer * rows, runs * vector)
+
+
+def _encode(indices: Array, fmt: PackedFormat) -> Array:
+    if fmt.encoding == "u8":
+        return _tile(indices, fmt.layout.rows, fmt.index_vector)
+    pairs = indices[:, 0::2] | (indices[:, 1::2] << 4)
+    return _tile(pairs, fmt.layout.rows, fmt.index_vector // 2)
+
+
+def _decode(indices: Array, fmt: PackedFormat) -> Array:
+    slots = _untile(indices)
+    if fmt.encoding == "u8":
+        return slots
+    out = np.empty((slots.shape[0], slots.shape[1] * 2), np.uint8)
+    out[:, 0::2] = slots & 15
+    out[:, 1::2] = slots >> 4
+    return out
+
+
+def unpack(tensor: BalancedTensor) -> Array:
+    """The dense weight ``(N, K)`` that was packed, bit by bit (negative zero becomes zero)."""
+    fmt = tensor.format
+    values, indices = _untile(tensor.values), _decode(tensor.indices, fmt)
+    dense = np.zeros((fmt.out_features, fmt.padded_features), values.dtype)
+    base = np.repeat(np.arange(fmt.blocks) * fmt.pattern.block, fmt.pattern.nnz)
+    for rows in row_chunks(dense):
+        columns = base + indices[rows]
+        # an explicit zero may share its place with nothing: slots of a block are distinct positions
+        np.put_along_axis(dense[rows], columns, values[rows], axis=1)
+    return np.ascontiguousarray(dense[:, : fmt.in_features])
