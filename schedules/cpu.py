@@ -1,0 +1,62 @@
+"""Default schedules for llvm: the rules in order and the pass that applies them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+from tvm import tirx
+
+from tvm_balanced.schedules import cpu_elementwise, cpu_fallback, cpu_math
+
+RULES = (cpu_elementwise, cpu_fallback)
+
+
+@tvm.transform.module_pass(opt_level=0, name="ScheduleForCpu")
+class ScheduleForCpu:
+    """Give every kernel of an llvm target that has no schedule yet the first rule's that takes it.
+
+    Before::
+
+        @T.prim_func(private=True, s_tir=True)
+        def relu(A, B):
+            for i, j in T.grid(512, 512):
+                with T.sblock("compute"): ...
+
+    After::
+
+        @T.prim_func(private=True, s_tir=True)
+        def relu(A, B):
+            T.func_attr({"tirx.is_scheduled": True, "tvm_balanced.schedule": "cpu_elementwise"})
+            for i in T.parallel(512):
+                for j_0 in range(32):
+                    for j_1 in T.vectorized(16):
+                        with T.sblock("compute"): ...
+
+    Kernels marked ``tirx.is_scheduled`` are left as they are, so a second run changes nothing.
+    """
+
+    def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
+        updated = {}
+        for gvar, func in mod.functions_items():
+            if not isinstance(func, tirx.PrimFunc) or "tirx.is_scheduled" in func.attrs:
+                continue
+            target = func.attrs.get("target")
+            if target is None:
+                target = tvm.target.Target.current(allow_none=False)
+            if target.kind.name != "llvm":
+                continue
+            plain = cpu_math.rewrite(func)
+            for rule in RULES:
+                sch = rule.apply(plain, target)
+                if sch is not None:
+                    name = rule.__name__.rpartition(".")[2]
+                    updated[gvar] = (
+                        sch.mod["main"]
+                        .with_attr("tirx.is_scheduled", True)
+                        .with_attr("tvm_balanced.schedule", name)
+                    )
+                    break
+        for gvar, func in updated.items():
+            mod[gvar] = func
+        return mod
