@@ -1,0 +1,298 @@
+"""The Relax passes: what they match, what they leave alone, and that values stay right."""
+
+import numpy as np
+import pytest
+import tvm
+from tvm import relax
+from tvm.ir import assert_structural_equal
+from tvm.script import ir as I
+from tvm.script import relax as R
+
+from tvm_balanced.ops import OP_NAME, balanced_sparse_dense
+from tvm_balanced.packing import Layout, PackedFormat
+from tvm_balanced.pattern import BalancedPattern
+from tvm_balanced.pruning import prune_weight
+from tvm_balanced.relay_passes.find_dense import find_dense, main_bindings
+from tvm_balanced.relay_passes.fold_weights import fold_weights
+from tvm_balanced.relay_passes.merge_dense import merge_dense
+from tvm_balanced.relay_passes.pack_weights import pack_weights
+from tvm_balanced.relay_passes.rewrite_dense import rewrite_dense
+from tvm_balanced.relay_passes.weight_chain import call_name
+
+
+def fmt_of(n, k, pattern="2:16", layout="r16v1", encoding="u8"):
+    return PackedFormat(n, k, BalancedPattern(pattern), Layout.parse(layout), encoding)
+
+
+def op_names(mod):
+    return [call_name(value) for _, value in main_bindings(mod["main"])]
+
+
+def run(mod, inputs, params):
+    """Evaluate on the CPU with TVM's defaults."""
+    target = tvm.target.Target({"kind": "llvm"})
+    vm = relax.VirtualMachine(tvm.compile(mod, target), tvm.cpu())
+    arrays = [tvm.runtime.tensor(np.ascontiguousarray(a)) for a in [*inputs, *params.values()]]
+    return vm["main"](*arrays).numpy()
+
+
+@I.ir_module
+class Linear:
+    @R.function
+    def main(
+        x: R.Tensor((3, 32), "float32"),
+        w: R.Tensor((48, 32), "float32"),
+        b: R.Tensor((48,), "float32"),
+    ) -> R.Tensor((3, 48), "float32"):
+        R.func_attr({"num_input": 1})
+        with R.dataflow():
+            wt = R.permute_dims(w, axes=[1, 0])
+            y = R.matmul(x, wt)
+            z = R.add(y, b)
+            R.output(z)
+        return z
+
+
+@I.ir_module
+class Plain:
+    @R.function
+    def main(
+        x: R.Tensor((3, 32), "float32"), w: R.Tensor((32, 48), "float32")
+    ) -> R.Tensor((3, 48), "float32"):
+        R.func_attr({"num_input": 1})
+        with R.dataflow():
+            y = R.matmul(x, w)
+            R.output(y)
+        return y
+
+
+@I.ir_module
+class Behind:
+    @R.function
+    def main(
+        x: R.Tensor((3, 32), "float32"), w: R.Tensor((4, 12, 32), "float16")
+    ) -> R.Tensor((3, 48), "float32"):
+        R.func_attr({"num_input": 1})
+        with R.dataflow():
+            flat = R.reshape(w, (48, 32))
+            full = R.astype(flat, "float32")
+            wt = R.permute_dims(full, axes=[1, 0])
+            y = R.matmul(x, wt)
+            R.output(y)
+        return y
+
+
+@I.ir_module
+class Tied:
+    @R.function
+    def main(
+        ids: R.Tensor((3,), "int32"), w: R.Tensor((48, 32), "float32")
+    ) -> R.Tensor((3, 48), "float32"):
+        R.func_attr({"num_input": 1})
+        with R.dataflow():
+            x = R.take(w, ids, axis=0)
+            wt = R.permute_dims(w, axes=[1, 0])
+            y = R.matmul(x, wt)
+            R.output(y)
+        return y
+
+
+@I.ir_module
+class Computed:
+    @R.function
+    def main(
+        x: R.Tensor((3, 32), "float32"), y: R.Tensor((32, 3), "float32")
+    ) -> R.Tensor((3, 3), "float32"):
+        R.func_attr({"num_input": 2})
+        with R.dataflow():
+            z = R.matmul(x, y)
+            R.output(z)
+        return z
+
+
+@I.ir_module
+class Recurrent:
+    @R.function
+    def main(
+        x: R.Tensor((3, 32), "float32"), w: R.Tensor((32, 32), "float32")
+    ) -> R.Tensor((3, 32), "float32"):
+        R.func_attr({"num_input": 1})
+        with R.dataflow():
+            wt = R.permute_dims(w, axes=[1, 0])
+            h1 = R.matmul(x, wt)
+            h2 = R.matmul(h1, wt)
+            R.output(h2)
+        return h2
+
+
+@I.ir_module
+class Attention:
+    @R.function
+    def main(
+        x: R.Tensor((2, 3, 32), "float32"),
+        q: R.Tensor((48, 32), "float32"),
+        qb: R.Tensor((48,), "float32"),
+        k: R.Tensor((16, 32), "float32"),
+        kb: R.Tensor((16,), "float32"),
+    ) -> R.Tensor((2, 3, 64), "float32"):
+        R.func_attr({"num_input": 1})
+        with R.dataflow():
+            qt = R.permute_dims(q, axes=[1, 0])
+            q1 = R.matmul(x, qt)
+            q2 = R.add(qb, q1)
+            kt = R.permute_dims(k, axes=[1, 0])
+            k1 = R.matmul(x, kt)
+            k2 = R.add(kb, k1)
+            out = R.concat((q2, k2), axis=2)
+            R.output(out)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("module", "names", "chain"),
+    [
+        (Linear, ["w", "b"], ["permute_dims"]),
+        (Plain, ["w"], []),
+        (Behind, ["w"], ["reshape", "astype", "permute_dims"]),
+    ],
+    ids=["permuted", "plain", "behind-casts"],
+)
+def test_find_dense_in_every_form(module, names, chain):
+    (layer,) = find_dense(module, names)
+    assert (layer.name, layer.out_features, layer.in_features) == ("w", 48, 32)
+    assert layer.blocked is None
+    assert layer.rows == 3
+    assert [step.kind for step in layer.chain] == chain
+
+
+def test_tied_embedding_is_found_and_blocked():
+    (layer,) = find_dense(Tied, ["w"])
+    assert layer.blocked is not None
+    assert "take" in layer.blocked
+    same, names = rewrite_dense(Tied, ["w"], {"w": fmt_of(48, 32)})
+    assert same is Tied
+    assert names == ["w"]
+
+
+def test_operands_that_are_computed_are_no_layer():
+    assert find_dense(Computed, []) == []
+
+
+def test_rewrite_dense_linear(well_formed):
+    fmt = fmt_of(48, 32)
+    after, names = rewrite_dense(Linear, ["w", "b"], {"w": fmt})
+    well_formed(after)
+    assert names == ["b", "w.values", "w.indices"]
+
+    x = relax.Var("x", relax.TensorType((3, 32), "float32"))
+    b = relax.Var("b", relax.TensorType((48,), "float32"))
+    values = relax.Var("values", relax.TensorType(fmt.values_shape, "float32"))
+    indices = relax.Var("indices", relax.TensorType(fmt.indices_shape, "uint8"))
+    bb = relax.BlockBuilder()
+    with bb.function("main", [x, b, values, indices], attrs={"num_input": 1}):
+        with bb.dataflow():
+            y = bb.emit(balanced_sparse_dense(x, values, indices, fmt))
+            z = bb.emit_output(relax.op.add(y, b))
+        bb.emit_func_output(z)
+    assert_structural_equal(after["main"], bb.get()["main"])
+
+
+@pytest.mark.parametrize("module", [Linear, Plain, Behind, Recurrent, Attention])
+def test_rewriting_twice_changes_nothing(module):
+    names = [p.name for p in module["main"].params[1:]]
+    formats = {
+        layer.name: fmt_of(layer.out_features, layer.in_features)
+        for layer in find_dense(module, names)
+    }
+    once, new_names = rewrite_dense(module, names, formats)
+    twice, same_names = rewrite_dense(once, new_names, formats)
+    assert OP_NAME in op_names(once)
+    assert "relax.matmul" not in op_names(once)
+    assert twice is once
+    assert same_names == new_names
+
+
+def test_shared_weight_is_packed_once(well_formed):
+    after, names = rewrite_dense(Recurrent, ["w"], {"w": fmt_of(32, 32)})
+    well_formed(after)
+    assert op_names(after).count(OP_NAME) == 2
+    assert names == ["w.values", "w.indices"]
+
+
+@pytest.mark.parametrize("module", [Linear, Plain, Behind, Recurrent, Attention])
+@pytest.mark.parametrize("merge", [False, True], ids=["apart", "merged"])
+def test_values_after_all_passes(module, merge, well_formed):
+    rng = np.random.default_rng(0)
+    func = module["main"]
+    x = rng.standard_normal([int(d) for d in func.params[0].ty.shape]).astype("float32")
+    params = {}
+    for var in func.params[1:]:
+        array = rng.standard_normal([int(d) for d in var.ty.shape]).astype(str(var.ty.dtype))
+        params[var.name] = array
+    layers = {layer.name: layer for layer in find_dense(module, list(params))}
+    for name in layers:
+        if name == "w" and module is Plain:
+            params[name] = np.ascontiguousarray(prune_weight(params[name].T.copy(), "2:16").T)
+        else:
+            flat = params[name].reshape(-1, params[name].shape[-1])
+            params[name] = prune_weight(flat, "2:16").reshape(params[name].shape)
+    expected = run(module, [x], params)
+    formats = {n: fmt_of(layer.out_features, layer.in_features) for n, layer in layers.items()}
+    mod, names = rewrite_dense(module, list(params), formats)
+    if merge:
+        mod, names = merge_dense(mod, names, lambda data, n: True)
+        assert op_names(mod).count(OP_NAME) == (2 if module is Recurrent else 1)
+    packed = pack_weights(mod, names, params, layers)
+    mod, packed = fold_weights(well_formed(mod), packed)
+    got = run(well_formed(mod), [x], packed)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_merge_adds_joined_bias_once(well_formed):
+    formats = {"q": fmt_of(48, 32), "k": fmt_of(16, 32)}
+    mod, names = rewrite_dense(Attention, ["q", "qb", "k", "kb"], formats)
+    merged, names = merge_dense(mod, names, lambda data, n: n == 64)
+    well_formed(merged)
+    assert names == ["q + k.values", "q + k.indices", "qb + kb"]
+    assert op_names(merged) == [
+        OP_NAME,
+        "relax.add",
+        "relax.strided_slice",
+        "relax.strided_slice",
+        "relax.concat",
+    ]
+    again, same = merge_dense(merged, names, lambda data, n: True)
+    assert again is merged
+    assert same == names
+
+
+def test_merge_is_left_out_where_it_does_not_pay():
+    formats = {"q": fmt_of(48, 32), "k": fmt_of(16, 32)}
+    mod, names = rewrite_dense(Attention, ["q", "qb", "k", "kb"], formats)
+    same, _ = merge_dense(mod, names, lambda data, n: False)
+    assert same is mod
+
+
+def test_merge_needs_rows_without_padding():
+    formats = {"q": fmt_of(48, 32, layout="r32v1"), "k": fmt_of(16, 32, layout="r32v1")}
+    mod, names = rewrite_dense(Attention, ["q", "qb", "k", "kb"], formats)
+    same, _ = merge_dense(mod, names, lambda data, n: True)
+    assert same is mod
+
+
+def test_fold_weights_computes_chains_once(well_formed):
+    rng = np.random.default_rng(1)
+    params = {"w": rng.standard_normal((4, 12, 32)).astype("float16")}
+    folded, values = fold_weights(Behind, params)
+    well_formed(folded)
+    assert op_names(folded) == ["relax.matmul"]
+    assert values["w"].shape == (32, 48)
+    assert values["w"].dtype == np.float32
+    again, _ = fold_weights(folded, values)
+    assert again is folded
+
+
+def test_fold_weights_keeps_a_weight_with_two_readers():
+    params = {"w": np.ones((48, 32), "float32")}
+    same, _ = fold_weights(Tied, params)
+    assert same is Tied

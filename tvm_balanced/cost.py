@@ -1,0 +1,66 @@
+"""Predicted time of a dense layer, dense and balanced-sparse, from bytes, arithmetic and launches.
+
+A roofline with one efficiency per kernel kind. It ranks; it does not replace measuring, and reports
+print it as a prediction. Sources: the byte and instruction budgets of the H100 are derived from its data
+sheet (3352 GB/s, 132 SM x 128 lanes); the llvm figures are ratios seen with ``benchmarks/operator_cpu.py``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tvm_balanced.packing import PackedFormat, numpy_dtype
+
+if TYPE_CHECKING:
+    from tvm_balanced.targets import TargetSpec
+
+# share of peak bandwidth and arithmetic a kernel reaches
+_CUDA_GATHER_BANDWIDTH = 0.75
+# DLight's fp16 GEMV touches 16 sectors a request where 4 would do; its matmul has no async copies
+_CUDA_DENSE_BANDWIDTH = 0.5
+_CUDA_DENSE_TENSOR = 0.3
+_CUDA_DENSE_FP32 = 0.5
+_LLVM_BANDWIDTH = 0.8
+_LLVM_DENSE_ARITHMETIC = 0.6
+# one non-zero costs a permute and a multiply-add where a dense weight costs a multiply-add
+_LLVM_SPARSE_ARITHMETIC = 0.3
+
+# lane-instructions per non-zero of the gather kernel: loads and index decoding, and per row of
+# activations one shared-memory read, conversion and multiply-add (half of that where two rows share a word)
+_GATHER_DECODE = 4.0
+_GATHER_PER_ROW = 2.5
+
+
+def dense_us(spec: TargetSpec, rows: int, out_features: int, in_features: int, dtype: str) -> float:
+    """Microseconds of ``(rows, K) @ (K, N)`` with the dense kernel that would run on this target."""
+    itemsize = np.dtype(numpy_dtype(dtype)).itemsize
+    moved = itemsize * (out_features * in_features + rows * (out_features + in_features))
+    flops = 2.0 * rows * out_features * in_features
+    if spec.kind == "cuda":
+        if dtype == "float32" or rows == 1:
+            arithmetic = flops / (spec.fp32_tflops * 1e6 * _CUDA_DENSE_FP32)
+        else:
+            arithmetic = flops / (spec.tensor_tflops * 1e6 * _CUDA_DENSE_TENSOR)
+        memory = moved / (spec.bandwidth_gbps * 1e3 * _CUDA_DENSE_BANDWIDTH)
+    else:
+        arithmetic = flops / (spec.fp32_tflops * 1e6 * _LLVM_DENSE_ARITHMETIC)
+        memory = moved / (spec.bandwidth_gbps * 1e3 * _LLVM_BANDWIDTH)
+    return spec.launch_us + max(arithmetic, memory)
+
+
+def sparse_us(spec: TargetSpec, rows: int, fmt: PackedFormat, dtype: str) -> float:
+    """Microseconds of the balanced-sparse operator on this target."""
+    itemsize = np.dtype(numpy_dtype(dtype)).itemsize
+    moved = fmt.nbytes(dtype) + itemsize * rows * (fmt.out_features + fmt.in_features)
+    slots = float(fmt.padded_rows) * fmt.slots
+    if spec.kind == "cuda":
+        per_slot = _GATHER_DECODE + _GATHER_PER_ROW * rows
+        # fp32 peak counts a multiply-add as two operations: half of it is lane-instructions a second
+        arithmetic = slots * per_slot / (spec.fp32_tflops * 1e6 / 2)
+        memory = moved / (spec.bandwidth_gbps * 1e3 * _CUDA_GATHER_BANDWIDTH)
+    else:
+        arithmetic = 2.0 * rows * slots / (spec.fp32_tflops * 1e6 * _LLVM_SPARSE_ARITHMETIC)
+        memory = moved / (spec.bandwidth_gbps * 1e3 * _LLVM_BANDWIDTH)
+    return spec.launch_us + max(arithmetic, memory)

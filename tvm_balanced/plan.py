@@ -1,0 +1,181 @@
+"""Which layers run sparse, in which format, and why: decided per layer for a target and its batch sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+
+from tvm_balanced.cost import dense_us, sparse_us
+from tvm_balanced.errors import InputError
+from tvm_balanced.model import Model
+from tvm_balanced.packing import PackedFormat, is_balanced, numpy_dtype
+from tvm_balanced.pattern import BalancedPattern
+from tvm_balanced.pruning import detect_pattern
+from tvm_balanced.relay_passes.find_dense import DenseLayer
+from tvm_balanced.relay_passes.pack_weights import dense_weight
+from tvm_balanced.report import LayerRow, Report
+from tvm_balanced.schedules.dispatch import preferred_format
+from tvm_balanced.selection import per_layer, select
+from tvm_balanced.targets import TargetSpec, resolve
+
+POLICIES = ("auto", "always", "never")
+
+# rows of activations assumed where the batch is symbolic and no bucket says more
+ASSUMED_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decisions for a model on a target; ``formats`` holds the layers that run sparse."""
+
+    report: Report
+    formats: dict[str, PackedFormat]
+    target: TargetSpec
+
+
+def make_plan(
+    model: Model,
+    target: str | tvm.target.Target | TargetSpec,
+    pattern: str | BalancedPattern | Mapping[str, str] | None = None,
+    ignore: Iterable[str] = (),
+    policy: str | Mapping[str, str] = "auto",
+    rows: Iterable[int] | None = None,
+) -> Plan:
+    """Decide for every dense layer; see :meth:`tvm_balanced.model.Model.plan` for the parameters.
+
+    Raises
+    ------
+    InputError
+        For an unknown policy, pattern, target or name.
+    """
+    spec = target if isinstance(target, TargetSpec) else resolve(target)
+    layers = model.dense_layers()
+    names = [layer.name for layer in layers]
+    ignored = select(ignore, names)
+    policies = {name: "auto" for name in names} | per_layer(policy, names, "policy")
+    for name, choice in policies.items():
+        if choice not in POLICIES:
+            raise InputError(
+                f'policy "{choice}" for layer {name} is not known; choose {", ".join(POLICIES)}'
+            )
+    if isinstance(pattern, BalancedPattern):
+        pattern = str(pattern)
+    asked = (
+        None
+        if pattern is None
+        else {n: BalancedPattern(p) for n, p in per_layer(pattern, names, "pattern").items()}
+    )
+    buckets = sorted(set(rows or ()))
+    decided: list[LayerRow] = []
+    formats: dict[str, PackedFormat] = {}
+    for layer in layers:
+        row, fmt = _decide(model, layer, spec, asked, layer.name in ignored, policies, buckets)
+        decided.append(row)
+        if row.decision == "sparse" and fmt is not None:
+            formats[layer.name] = fmt
+    title = f"{model.name} on {spec.name} (times are predicted, uncalibrated)"
+    return Plan(Report(decided, title), formats, spec)
+
+
+def _layer_pattern(
+    model: Model, layer: DenseLayer, asked: dict[str, BalancedPattern] | None
+) -> BalancedPattern | None:
+    if asked is not None:
+        return asked.get(layer.name)
+    weight = dense_weight(model.params, layer)
+    known = model.patterns.get(layer.name)
+    if known is not None and is_balanced(weight, known):
+        return known
+    return detect_pattern(weight)
+
+
+def _decide(
+    model: Model,
+    layer: DenseLayer,
+    spec: TargetSpec,
+    asked: dict[str, BalancedPattern] | None,
+    ignored: bool,
+    policies: Mapping[str, str],
+    buckets: list[int],
+) -> tuple[LayerRow, PackedFormat | None]:
+    """The report's row of one layer and the format it would have."""
+    batches, assumed = _batches(layer, buckets)
+    bytes_dense = layer.out_features * layer.in_features * numpy_dtype_size(layer.dtype)
+    fields: dict[str, Any] = {
+        "name": layer.name,
+        "shape": (layer.out_features, layer.in_features),
+        "rows": layer.rows_text,
+        "uses": len(layer.uses),
+        "dtype": layer.dtype,
+        "bytes_dense": bytes_dense,
+    }
+
+    def dense(reason: str, **more: Any) -> LayerRow:
+        row: dict[str, Any] = {
+            "pattern": None,
+            "density": 1.0,
+            "bytes_sparse": bytes_dense,
+            "dense_us": None,
+            "sparse_us": None,
+            **more,
+        }
+        return LayerRow(**fields, **row, decision="dense", reason=reason)
+
+    if layer.blocked is not None:
+        return dense(layer.blocked), None
+    if ignored:
+        return dense("ignored by name"), None
+    if policies[layer.name] == "never":
+        return dense('policy is "never"'), None
+    pattern = _layer_pattern(model, layer, asked)
+    if pattern is None:
+        return dense("its weight follows no balanced pattern; prune it first"), None
+    if pattern.block > layer.in_features:
+        return dense(f"pattern {pattern} is wider than its K={layer.in_features}"), None
+    fmt = preferred_format(
+        pattern,
+        layer.out_features,
+        layer.in_features,
+        min(batches) if batches else None,
+        layer.dtype,
+        spec.target,
+    )
+    n, k = layer.out_features, layer.in_features
+    time_dense = sum(dense_us(spec, m, n, k, layer.dtype) for m in batches)
+    time_sparse = sum(sparse_us(spec, m, fmt, layer.dtype) for m in batches)
+    shared: dict[str, Any] = {
+        "pattern": str(pattern),
+        "density": pattern.density,
+        "dense_us": round(time_dense, 2),
+        "sparse_us": round(time_sparse, 2),
+    }
+    gain = time_dense / time_sparse
+    note = f"; M assumed {ASSUMED_ROWS}" if assumed else ""
+    if policies[layer.name] == "auto" and gain < 1:
+        reason = f"dense predicted {1 / gain:.2f}x faster{note}"
+        return dense(reason, **shared), None
+    if policies[layer.name] == "always":
+        reason = f'policy is "always"; predicted {gain:.2f}x{note}'
+    else:
+        reason = f"predicted {gain:.2f}x faster{note}"
+    row = LayerRow(
+        **fields, **shared, bytes_sparse=fmt.nbytes(layer.dtype), decision="sparse", reason=reason
+    )
+    return row, fmt
+
+
+def numpy_dtype_size(dtype: str) -> int:
+    """Bytes of one value of a TVM dtype."""
+    return int(numpy_dtype(dtype).itemsize)
+
+
+def _batches(layer: DenseLayer, buckets: list[int]) -> tuple[list[int], bool]:
+    """Rows of activations to predict for, one entry a use and bucket; whether any was assumed."""
+    fixed = [use.rows for use in layer.uses if use.rows is not None]
+    symbolic = len(layer.uses) - len(fixed)
+    if not symbolic:
+        return fixed, False
+    return fixed + (buckets or [ASSUMED_ROWS]) * symbolic, not buckets

@@ -1,0 +1,71 @@
+"""Choosing layers by name: exact names or ``re:`` patterns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from tvm_balanced.errors import InputError
+
+
+def short_name(name: str) -> str:
+    """A weight's name as people say it: ``lm_head`` for ``lm_head.weight``."""
+    return name.removesuffix(".weight")
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether ``pattern`` (a name, or ``re:`` and a regular expression) means weight ``name``.
+
+    Raises
+    ------
+    InputError
+        For a regular expression that does not compile.
+    """
+    if not pattern.startswith("re:"):
+        return pattern in (name, short_name(name))
+    try:
+        expression = re.compile(pattern[3:])
+    except re.error as error:
+        raise InputError(
+            f'"{pattern}" is not a regular expression ({error}); '
+            'write for example "re:.*gate$", or a layer\'s exact name'
+        ) from None
+    return any(expression.fullmatch(form) for form in (name, short_name(name)))
+
+
+def select(patterns: Iterable[str], names: Sequence[str], what: str = "ignore") -> set[str]:
+    """Names that any of ``patterns`` means.
+
+    Raises
+    ------
+    InputError
+        When a pattern means no layer at all, which is a typing mistake more often than not.
+    """
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = {name for name in names if matches(pattern, name)}
+        if not found:
+            shown = ", ".join(short_name(n) for n in names[:5]) + (", ..." if len(names) > 5 else "")
+            raise InputError(
+                f'{what} "{pattern}" matches none of the {len(names)} dense layers ({shown}); '
+                'give an exact name or "re:" and a regular expression'
+            )
+        chosen |= found
+    return chosen
+
+
+def per_layer(
+    setting: str | Mapping[str, str], names: Sequence[str], what: str
+) -> dict[str, str]:
+    """Spread one setting, or a mapping from names or ``re:`` patterns to settings, over layers.
+
+    Later entries of a mapping win; layers that none matches are absent from the result.
+    """
+    if isinstance(setting, str):
+        return dict.fromkeys(names, setting)
+    chosen: dict[str, str] = {}
+    for pattern, value in setting.items():
+        chosen.update(dict.fromkeys(select([pattern], names, what), value))
+    return chosen
