@@ -192,8 +192,8 @@ class DetectedGpu:
 class Driver:
     """The NVIDIA driver of this machine.
 
-    ``cuda_version`` is the newest CUDA it runs (``"13.0"``), None without a driver; ``problem`` says
-    why there is no usable GPU, None where there is one.
+    ``cuda_version`` is the newest CUDA it runs (``"13.0"``), None without a driver; ``problem``
+    says why there is no usable GPU, None where there is one.
     """
 
     cuda_version: str | None
@@ -377,8 +377,8 @@ def _local_cuda(name: str) -> TargetSpec:
     gpu = driver.gpus[0]
     if gpu.arch not in REPRESENTATIVE:
         raise ToolchainError(
-            f"the GPU of this machine is {gpu.name} ({gpu.arch}), which is not supported; supported "
-            f"are {', '.join(REPRESENTATIVE)}"
+            f"the GPU of this machine is {gpu.name} ({gpu.arch}), which is not supported; "
+            f"supported are {', '.join(REPRESENTATIVE)}"
         )
     return _cuda(name, gpu.name, detected_figures(gpu), cuda_target(gpu.arch, gpu))
 
@@ -480,8 +480,8 @@ def _llvm_spec(name: str, target: tvm.target.Target) -> TargetSpec:
     features = tuple(sorted(enabled & CPU_FLAGS.keys()))
     cores = int(attrs.get("num-cores", core_count()))
     vector_bits = 512 if "avx512f" in features else 256 if "avx2" in features else 128
-    # no data sheet says what a virtual machine's share of a CPU is: 3 GHz, two FMA units a core, and
-    # a memory channel's worth of bandwidth a core until four channels are full
+    # no data sheet says what a virtual machine's share of a CPU is: 3 GHz, two FMA units a core, a
+    # memory channel's worth of bandwidth a core until four channels are full
     clock_ghz = 3.0
     return TargetSpec(
         name=name,
