@@ -82,7 +82,7 @@ def fold_weights(
         ends = end_vars[param]
         folded = relax.Var(param.name, ends[0].ty)
         new_weights[position] = folded
-        replaced.update({var: folded for var in ends})
+        replaced.update(dict.fromkeys(ends, folded))
     if not replaced:
         return mod, values
     body = _Substitute(mod, replaced).visit_expr(func.body)

@@ -128,7 +128,11 @@ def _find_groups(
     for members in together.values():
         total = sum(m.fmt.out_features for m in members)
         distinct = {m.weight for m in members}
-        if len(members) > 1 and len(distinct) == len(members) and pays(members[0].call.args[0], total):
+        if (
+            len(members) > 1
+            and len(distinct) == len(members)
+            and pays(members[0].call.args[0], total)
+        ):
             groups.append(_make_group(tuple(members), total))
     return groups
 

@@ -125,7 +125,8 @@ class Model:
         names = [layer.name for layer in layers]
         ignored = select(ignore, names)
         wanted = {
-            name: BalancedPattern(text) for name, text in per_layer(pattern, names, "pattern").items()
+            name: BalancedPattern(text)
+            for name, text in per_layer(pattern, names, "pattern").items()
         }
         chosen = [
             layer

@@ -32,9 +32,7 @@ FORMAT_ATTR = "balanced_format"
 
 def format_text(fmt: PackedFormat) -> str:
     """One line that fixes a format, as the TensorIR blocks carry it: ``n384_k384_4:16_r16v1_u8``."""
-    return (
-        f"n{fmt.out_features}_k{fmt.in_features}_{fmt.pattern}_{fmt.layout}_{fmt.encoding}"
-    )
+    return f"n{fmt.out_features}_k{fmt.in_features}_{fmt.pattern}_{fmt.layout}_{fmt.encoding}"
 
 
 def parse_format(text: str) -> PackedFormat:
@@ -135,9 +133,7 @@ def balanced_sparse_dense_te(
         *lead, n = at
         activation = blocks(*lead, slot // nnz, index_at(n, slot))
         weight = values(n // rows, slot // vector, n % rows, slot % vector)
-        return te.sum(
-            tirx.Cast("float32", activation) * tirx.Cast("float32", weight), axis=slot
-        )
+        return te.sum(tirx.Cast("float32", activation) * tirx.Cast("float32", weight), axis=slot)
 
     total = te.compute(
         (*batch, fmt.padded_rows),

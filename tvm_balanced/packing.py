@@ -66,9 +66,7 @@ class Layout:
             return name
         match = re.fullmatch(r"r(\d+)v(\d+)", name, re.ASCII)
         if match is None or not int(match[1]) or not int(match[2]):
-            raise InputError(
-                f'layout "{name}" is not of the form rRvV, for example r1v8 or r16v1'
-            )
+            raise InputError(f'layout "{name}" is not of the form rRvV, for example r1v8 or r16v1')
         return Layout(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
@@ -112,6 +110,10 @@ class PackedFormat:
             raise InputError(
                 f"pattern {self.pattern} does not fit encoding {self.encoding}, which holds blocks "
                 f"up to {1 << ENCODINGS[self.encoding]}; use u8"
+            )
+        if self.encoding == "u4" and self.layout.vector % 2 and self.layout.vector > 1:
+            raise InputError(
+                f"layout {self.layout} has an odd run of slots, which encoding u4 cannot halve; use u8"
             )
         if self.out_features < 1 or self.in_features < 1:
             raise InputError(

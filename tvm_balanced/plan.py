@@ -55,7 +55,7 @@ def make_plan(
     layers = model.dense_layers()
     names = [layer.name for layer in layers]
     ignored = select(ignore, names)
-    policies = {name: "auto" for name in names} | per_layer(policy, names, "policy")
+    policies = dict.fromkeys(names, "auto") | per_layer(policy, names, "policy")
     for name, choice in policies.items():
         if choice not in POLICIES:
             raise InputError(

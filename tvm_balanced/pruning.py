@@ -95,7 +95,7 @@ def detect_pattern(weight: Array) -> BalancedPattern | None:
             nnz = max(nnz, int(kept.sum(axis=-1, dtype=np.uint16).max(initial=0)))
             if 2 * nnz > block:
                 break
-        if 0 < nnz and 2 * nnz <= block:
+        if nnz > 0 and 2 * nnz <= block:
             found = BalancedPattern(nnz, block)
             if best is None or found.density < best.density:
                 best = found

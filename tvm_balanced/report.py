@@ -92,7 +92,15 @@ class Report(Sequence[LayerRow]):
 
         table = Table(title=self.title or None, title_justify="left", expand=False)
         table.add_column("layer", overflow="fold", min_width=12)
-        for heading in ("N x K", "M", "pattern", "KiB dense", "KiB sparse", "us dense", "us sparse"):
+        for heading in (
+            "N x K",
+            "M",
+            "pattern",
+            "KiB dense",
+            "KiB sparse",
+            "us dense",
+            "us sparse",
+        ):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("decision", no_wrap=True)
         table.add_column("reason", overflow="fold", min_width=16)

@@ -47,7 +47,9 @@ def select(patterns: Iterable[str], names: Sequence[str], what: str = "ignore") 
     for pattern in patterns:
         found = {name for name in names if matches(pattern, name)}
         if not found:
-            shown = ", ".join(short_name(n) for n in names[:5]) + (", ..." if len(names) > 5 else "")
+            shown = ", ".join(short_name(n) for n in names[:5]) + (
+                ", ..." if len(names) > 5 else ""
+            )
             raise InputError(
                 f'{what} "{pattern}" matches none of the {len(names)} dense layers ({shown}); '
                 'give an exact name or "re:" and a regular expression'
@@ -56,9 +58,7 @@ def select(patterns: Iterable[str], names: Sequence[str], what: str = "ignore") 
     return chosen
 
 
-def per_layer(
-    setting: str | Mapping[str, str], names: Sequence[str], what: str
-) -> dict[str, str]:
+def per_layer(setting: str | Mapping[str, str], names: Sequence[str], what: str) -> dict[str, str]:
     """Spread one setting, or a mapping from names or ``re:`` patterns to settings, over layers.
 
     Later entries of a mapping win; layers that none matches are absent from the result.

@@ -56,9 +56,9 @@ class Linear:
 @I.ir_module
 class Plain:
     @R.function
-    def main(
-        x: R.Tensor((3, 32), "float32"), w: R.Tensor((32, 48), "float32")
-    ) -> R.Tensor((3, 48), "float32"):
+    def main(x: R.Tensor((3, 32), "float32"), w: R.Tensor((32, 48), "float32")) -> R.Tensor(
+        (3, 48), "float32"
+    ):
         R.func_attr({"num_input": 1})
         with R.dataflow():
             y = R.matmul(x, w)
@@ -69,9 +69,9 @@ class Plain:
 @I.ir_module
 class Behind:
     @R.function
-    def main(
-        x: R.Tensor((3, 32), "float32"), w: R.Tensor((4, 12, 32), "float16")
-    ) -> R.Tensor((3, 48), "float32"):
+    def main(x: R.Tensor((3, 32), "float32"), w: R.Tensor((4, 12, 32), "float16")) -> R.Tensor(
+        (3, 48), "float32"
+    ):
         R.func_attr({"num_input": 1})
         with R.dataflow():
             flat = R.reshape(w, (48, 32))
@@ -85,9 +85,9 @@ class Behind:
 @I.ir_module
 class Tied:
     @R.function
-    def main(
-        ids: R.Tensor((3,), "int32"), w: R.Tensor((48, 32), "float32")
-    ) -> R.Tensor((3, 48), "float32"):
+    def main(ids: R.Tensor((3,), "int32"), w: R.Tensor((48, 32), "float32")) -> R.Tensor(
+        (3, 48), "float32"
+    ):
         R.func_attr({"num_input": 1})
         with R.dataflow():
             x = R.take(w, ids, axis=0)
@@ -100,9 +100,9 @@ class Tied:
 @I.ir_module
 class Computed:
     @R.function
-    def main(
-        x: R.Tensor((3, 32), "float32"), y: R.Tensor((32, 3), "float32")
-    ) -> R.Tensor((3, 3), "float32"):
+    def main(x: R.Tensor((3, 32), "float32"), y: R.Tensor((32, 3), "float32")) -> R.Tensor(
+        (3, 3), "float32"
+    ):
         R.func_attr({"num_input": 2})
         with R.dataflow():
             z = R.matmul(x, y)
@@ -113,9 +113,9 @@ class Computed:
 @I.ir_module
 class Recurrent:
     @R.function
-    def main(
-        x: R.Tensor((3, 32), "float32"), w: R.Tensor((32, 32), "float32")
-    ) -> R.Tensor((3, 32), "float32"):
+    def main(x: R.Tensor((3, 32), "float32"), w: R.Tensor((32, 32), "float32")) -> R.Tensor(
+        (3, 32), "float32"
+    ):
         R.func_attr({"num_input": 1})
         with R.dataflow():
             wt = R.permute_dims(w, axes=[1, 0])
