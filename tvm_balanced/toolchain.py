@@ -1,0 +1,503 @@
+"""Compile and export: C++ compiler, NVRTC from PyPI, and cubins without a CUDA toolkit or a GPU.
+
+An exported CUDA library holds machine code only if TVM's CUDA runtime library is loaded while it is
+exported; otherwise it holds CUDA source, which is compiled at load time through Python, or not at
+all. That runtime needs nine functions of the driver. On a machine without a driver they come from a
+stand-in which answers "no device" to every call, in a worker process that ends after the export.
+Where there is a driver, the worker uses that.
+
+Arithmetic: TVM always passes ``--use_fast_math`` to NVRTC. The project adds ``--ftz=false
+--prec-div=true --prec-sqrt=true``, so that denormals are kept and division and square root are
+correctly rounded. What remains of fast-math are contracted multiply-adds and the hardware ``exp``,
+``log``, ``sin``, ``cos``, ``tanh`` and ``pow`` in fp32: ``exp(x)`` is off by up to
+``2 + floor(|1.173 x|)`` ulp (CUDA C++ Programming Guide, intrinsic functions): for ``x`` in
+[-10, 0], the range that matters in a softmax, up to 13 ulp or 1.6e-6 relative; GELU and softmax are
+as good as that and one rounding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from tvm_balanced.errors import ToolchainError
+from tvm_balanced.targets import TargetSpec
+
+DEFAULT_BUILD = "tvm_balanced.pipeline:build"
+
+NVRTC_OPTIONS = ("--ftz=false", "--prec-div=true", "--prec-sqrt=true")
+
+_INSTALL = "pip install 'tvm-balanced[cuda]'"
+
+# all that libtvm_runtime_cuda.so imports from the driver; 100 is CUDA_ERROR_NO_DEVICE
+_DRIVER_FUNCTIONS = (
+    "cuDeviceGetName",
+    "cuFuncSetAttribute",
+    "cuGetErrorName",
+    "cuGetErrorString",
+    "cuLaunchKernelEx",
+    "cuModuleGetFunction",
+    "cuModuleLoadData",
+    "cuModuleUnload",
+    "cuTensorMapEncodeTiled",
+)
+_STAND_IN_SOURCE = "".join(f"int {name}() {{ return 100; }}\n" for name in _DRIVER_FUNCTIONS)
+
+_EM_CUDA = 190
+_ELF_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
+
+
+@dataclass(frozen=True)
+class DeviceImage:
+    """A cubin inside a library.
+
+    Attributes
+    ----------
+    arch : str
+        ``"sm_90"``.
+    num_bytes : int
+        Size of the image in bytes.
+    sha256 : str
+        Its hash, in hex.
+    """
+
+    arch: str
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ExportedLibrary:
+    """What an export left behind.
+
+    Attributes
+    ----------
+    path : pathlib.Path
+        The shared library.
+    cuda_source : str
+        The translation unit NVRTC compiled; empty for llvm.
+    images : tuple of DeviceImage
+        The cubins in the library; empty for llvm.
+    """
+
+    path: Path
+    cuda_source: str
+    images: tuple[DeviceImage, ...]
+
+
+def find_cxx() -> str:
+    """The C++ compiler that links libraries: ``$CXX``, else g++, else clang++.
+
+    Returns
+    -------
+    str
+        Path of the compiler.
+
+    Raises
+    ------
+    ToolchainError
+        If there is none.
+    """
+    given = os.environ.get("CXX")
+    if given:
+        found = shutil.which(given)
+        if found is None:
+            raise ToolchainError(
+                f"CXX is {given!r}, which is no program on this machine: unset it or name a C++ "
+                f"compiler"
+            )
+        return found
+    for name in ("g++", "clang++"):
+        found = shutil.which(name)
+        if found is not None:
+            return found
+    raise ToolchainError(
+        "no C++ compiler was found, and one is needed to link the library: install g++ or clang++, "
+        "or set CXX"
+    )
+
+
+def cuda_root() -> Path | None:
+    """The folder of NVIDIA's CUDA 13 wheels, or None where they are not installed.
+
+    Returns
+    -------
+    pathlib.Path or None
+        ``site-packages/nvidia/cu13`` with ``include/`` and ``lib/``.
+    """
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        root = Path(folder) / "cu13"
+        if root.is_dir():
+            return root
+    return None
+
+
+def missing_cuda_packages() -> list[str]:
+    """The PyPI packages that compiling CUDA needs and that are not installed.
+
+    Returns
+    -------
+    list of str
+        Names for pip; empty where everything is there.
+    """
+    root = cuda_root() or Path("/nonexistent")
+    found = {
+        "cuda-bindings": _has_module("cuda.bindings"),
+        "nvidia-cuda-nvrtc": any(root.glob("lib/libnvrtc.so.*")),
+        "nvidia-cuda-runtime": (root / "include" / "cuda_runtime.h").is_file()
+        and any(root.glob("lib/libcudart.so.*")),
+        "nvidia-cuda-cccl": (root / "include" / "cccl").is_dir(),
+    }
+    return [name for name, there in found.items() if not there]
+
+
+def _has_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def nvrtc_environment() -> dict[str, str]:
+    """Environment variables under which TVM compiles CUDA with NVRTC from PyPI.
+
+    Options the user has in ``TVM_CUDA_NVRTC_EXTRA_OPTS`` come last and win.
+
+    Returns
+    -------
+    dict of str to str
+
+    Raises
+    ------
+    ToolchainError
+        If one of the packages is missing.
+    """
+    missing = missing_cuda_packages()
+    root = cuda_root()
+    if missing or root is None:
+        raise ToolchainError(
+            f"compiling for CUDA needs {', '.join(missing)}, not installed here: {_INSTALL}"
+        )
+    include = str(root / "include" / "cccl").replace("\\", "\\\\").replace(" ", "\\ ")
+    options = [f"-I{include}", *NVRTC_OPTIONS, os.environ.get("TVM_CUDA_NVRTC_EXTRA_OPTS", "")]
+    return {
+        "CUDA_PATH": str(root),
+        "TVM_CUDA_COMPILE_MODE": "nvrtc",
+        "TVM_CUDA_NVRTC_EXTRA_OPTS": " ".join(options).strip(),
+    }
+
+
+def find_cudart() -> str:
+    """The CUDA 13 runtime library: from the wheel, else by its name.
+
+    Returns
+    -------
+    str
+        What the dynamic loader is asked for.
+    """
+    root = cuda_root()
+    path = root / "lib" / "libcudart.so.13" if root else None
+    return str(path) if path is not None and path.is_file() else "libcudart.so.13"
+
+
+def load_cuda_runtime() -> None:
+    """Make TVM's CUDA runtime available in this process, on a machine with a driver.
+
+    Raises
+    ------
+    ToolchainError
+        If the driver, the CUDA runtime library or TVM's own does not load.
+    """
+    import tvm
+
+    if tvm.get_global_func("ffi.Module.load_from_bytes.cuda", allow_missing=True) is not None:
+        return
+    for library, remedy in (
+        ("libcuda.so.1", "install NVIDIA's driver (580 or newer)"),
+        (find_cudart(), _INSTALL),
+        (str(Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"), "install apache-tvm"),
+    ):
+        try:
+            ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            raise ToolchainError(f"{library} cannot be loaded ({error}): {remedy}") from error
+
+
+def cubin_images(path: Path | str) -> list[DeviceImage]:
+    """Find the CUDA ELF images inside a file.
+
+    Parameters
+    ----------
+    path : path-like
+        Usually an exported library.
+
+    Returns
+    -------
+    list of DeviceImage
+        In file order.
+    """
+    data = Path(path).read_bytes()
+    images = []
+    at = data.find(b"\x7fELF\x02\x01")
+    while at >= 0:
+        if at + _ELF_HEADER.size <= len(data):
+            header = _ELF_HEADER.unpack_from(data, at)
+            ident, machine, flags = header[0], header[2], header[7]
+            if machine == _EM_CUDA:
+                # program headers follow section headers or precede them: the end is the later one
+                end = max(header[5] + header[9] * header[10], header[6] + header[11] * header[12])
+                # CUDA 13 moved the architecture to the second byte with ABI version 8
+                number = (flags >> 8) & 0xFF if ident[8] >= 8 else flags & 0xFF
+                image = data[at : at + end]
+                digest = hashlib.sha256(image).hexdigest()
+                images.append(DeviceImage(f"sm_{number}", len(image), digest))
+        at = data.find(b"\x7fELF\x02\x01", at + 4)
+    return images
+
+
+def cubin_architectures(path: Path | str) -> list[str]:
+    """The architectures a library holds machine code for, such as ``["sm_90"]``.
+
+    Parameters
+    ----------
+    path : path-like
+        Usually an exported library.
+
+    Returns
+    -------
+    list of str
+        Sorted, each once.
+    """
+    return sorted({image.arch for image in cubin_images(path)})
+
+
+def bind_parameters(mod: Any, params: Mapping[str, npt.NDArray[Any]]) -> Any:
+    """Turn function parameters into constants, by name, in every function that has them.
+
+    Parameters
+    ----------
+    mod : tvm.IRModule
+        Relax functions.
+    params : mapping of str to ndarray
+        Values, of the parameters' shapes and dtypes.
+
+    Returns
+    -------
+    tvm.IRModule
+    """
+    import tvm
+    from tvm import relax
+
+    # one tensor for all functions: equal constants are then stored once
+    tensors = {name: tvm.runtime.tensor(array) for name, array in params.items()}
+    for variable, function in mod.functions.items():
+        if isinstance(function, relax.Function):
+            names = {param.name for param in function.params}
+            chosen = {name: tensor for name, tensor in tensors.items() if name in names}
+            mod = relax.transform.BindParams(variable.name_hint, chosen)(mod) if chosen else mod
+    return mod
+
+
+def build_and_export(
+    mod: Any,
+    target: Any,
+    path: Path,
+    *,
+    params: Mapping[str, npt.NDArray[Any]],
+    build: str,
+    options: Mapping[str, Any],
+    compiler: str,
+) -> str:
+    """Bind, build and export in this process, whatever its CUDA runtime is.
+
+    :func:`export_library` is what to call; this is its inner half.
+
+    Parameters
+    ----------
+    mod, params, build, options
+        As for :func:`export_library`.
+    target : tvm.target.Target
+        What to build for.
+    path : pathlib.Path
+        The library to write.
+    compiler : str
+        The C++ compiler to link with.
+
+    Returns
+    -------
+    str
+        The CUDA source, empty where there is none.
+    """
+    from tvm.support import cc
+
+    module_name, _, function_name = build.partition(":")
+    function = getattr(importlib.import_module(module_name), function_name)
+    # TVM's CUDA callback reads the architecture from the current target
+    with target:
+        executable = function(bind_parameters(mod, params), target, **options)
+        executable.export_library(str(path), fcompile=cc.create_shared, cc=compiler)
+    return _cuda_source(executable.mod)
+
+
+def _cuda_source(module: Any) -> str:
+    sources = []
+    pending, seen = [module], set()
+    while pending:
+        current = pending.pop(0)
+        if hash(current) in seen:
+            continue
+        seen.add(hash(current))
+        if current.kind == "cuda":
+            sources.append(str(current.inspect_source("cuda")))
+        pending.extend(current.imports)
+    return "\n".join(sources)
+
+
+def export_library(
+    mod: Any,
+    spec: TargetSpec,
+    path: Path | str,
+    *,
+    params: Mapping[str, npt.NDArray[Any]] | None = None,
+    build: str = DEFAULT_BUILD,
+    options: Mapping[str, Any] | None = None,
+) -> ExportedLibrary:
+    """Build a module and export it as one shared library, CUDA kernels as cubins.
+
+    Parameters
+    ----------
+    mod : tvm.IRModule
+        Relax module after the high-level passes.
+    spec : TargetSpec
+        What to build for.
+    path : path-like
+        The library to write; its folder exists.
+    params : mapping of str to ndarray, optional
+        Parameters to embed as constants, by name.
+    build : str
+        ``"module:function"``, called as ``function(mod, tvm_target, **options)`` and returning a
+        ``relax.VMExecutable``; for CUDA in a worker process with this process's ``sys.path``.
+    options : mapping, optional
+        Further arguments of that function; JSON values, so that they reach the worker.
+
+    Returns
+    -------
+    ExportedLibrary
+
+    Raises
+    ------
+    ToolchainError
+        If a compiler or library is missing, the worker failed, or the export holds no cubin for the
+        target's architecture.
+    """
+    path = Path(path)
+    compiler = find_cxx()
+    if spec.kind != "cuda":
+        source = build_and_export(
+            mod,
+            spec.target,
+            path,
+            params=params or {},
+            build=build,
+            options=options or {},
+            compiler=compiler,
+        )
+        return ExportedLibrary(path, source, ())
+    source = _export_in_worker(mod, spec, path, params or {}, build, options or {}, compiler)
+    images = tuple(cubin_images(path))
+    expected = spec.arch.rstrip("af")
+    if source and {image.arch for image in images} != {expected}:
+        found = ", ".join(sorted({image.arch for image in images})) or "none"
+        path.unlink()
+        raise ToolchainError(
+            f"the exported library should hold machine code for {expected} and holds {found}: see "
+            f"tvm-balanced doctor"
+        )
+    return ExportedLibrary(path, source, images)
+
+
+def _export_in_worker(
+    mod: Any,
+    spec: TargetSpec,
+    path: Path,
+    params: Mapping[str, npt.NDArray[Any]],
+    build: str,
+    options: Mapping[str, Any],
+    compiler: str,
+) -> str:
+    import tvm
+
+    from tvm_balanced._tensors import write_tensors
+
+    environment = {**os.environ, **nvrtc_environment()}
+    search = [os.getcwd() if entry == "" else entry for entry in sys.path]
+    environment["PYTHONPATH"] = os.pathsep.join(search)
+    with tempfile.TemporaryDirectory(prefix="tvm-balanced-") as directory:
+        folder = Path(directory)
+        preload = [find_cudart()]
+        # a driver that is there but has no GPU serves as well: only its functions' names matter
+        if not _driver_library_loads():
+            preload.insert(0, str(_driver_stand_in(folder, compiler)))
+        job = {"preload": preload, "build": build, "options": dict(options), "compiler": compiler}
+        (folder / "job.json").write_text(json.dumps(job))
+        (folder / "module.json").write_text(tvm.ir.save_json(mod))
+        (folder / "target.json").write_text(tvm.ir.save_json(spec.target))
+        write_tensors(folder / "params.safetensors", params)
+        done = subprocess.run(
+            [sys.executable, "-m", "tvm_balanced._build_worker", directory],
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+        if done.returncode != 0:
+            raise ToolchainError(
+                f"the build for {spec.name} ended with status {done.returncode}: "
+                f"{done.stderr.strip()[-2000:] or 'it printed nothing'}"
+            )
+        result = json.loads((folder / "result.json").read_text())
+        if result["error"] is not None:
+            raise ToolchainError(
+                f"the build for {spec.name} failed with {result['error']}: "
+                f"{result['message'].strip()}"
+            ) from RuntimeError(result["traceback"])
+        shutil.copyfile(folder / "lib.so", path)
+        return (folder / "device.cu").read_text()
+
+
+def _driver_library_loads() -> bool:
+    """Whether the loader finds a driver, asked in a process of its own."""
+    probe = "import ctypes; ctypes.CDLL('libcuda.so.1')"
+    done = subprocess.run([sys.executable, "-I", "-c", probe], capture_output=True)
+    return done.returncode == 0
+
+
+def _driver_stand_in(folder: Path, compiler: str) -> Path:
+    """Build a ``libcuda.so.1`` without a device; it lives as long as its worker."""
+    source, library = folder / "driver.c", folder / "libcuda.so.1"
+    source.write_text(_STAND_IN_SOURCE)
+    command = [compiler, "-x", "c", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
+    done = subprocess.run(
+        [*command, "-o", str(library), str(source)], capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        raise ToolchainError(
+            f"{compiler} cannot build a shared library: {done.stderr.strip()[-1000:]}"
+        )
+    return library
