@@ -18,6 +18,7 @@ the result again, so the caller says up to how many bytes of results that pays.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +88,7 @@ def merge_dense(
     rewriter = _Rewriter(mod, groups)
     body = rewriter.visit_expr(func.body)
     added: list[tuple[Any, str]] = []
-    for group in groups:
+    for group in {group.values: group for group in groups}.values():
         name = SEPARATOR.join(m.weight for m in group.members)
         added += [(group.values, name + VALUES), (group.indices, name + INDICES)]
         if group.bias is not None:
@@ -124,16 +125,23 @@ def _find_groups(
         )
         member = _Member(var, value, weight, fmt, bias, name_of.get(bias), sum_var)
         together.setdefault(key, []).append(member)
-    groups = []
+    total_uses = Counter(m.weight for members in together.values() for m in members)
+    by_weights: dict[tuple[str, ...], list[tuple[_Member, ...]]] = {}
     for members in together.values():
+        names = tuple(m.weight for m in members)
         total = sum(m.fmt.out_features for m in members)
-        distinct = {m.weight for m in members}
-        if (
-            len(members) > 1
-            and len(distinct) == len(members)
-            and pays(members[0].call.args[0], total)
-        ):
-            groups.append(_make_group(tuple(members), total))
+        if len(names) > 1 and len(set(names)) == len(names):
+            if pays(members[0].call.args[0], total):
+                by_weights.setdefault(names, []).append(tuple(members))
+    groups = []
+    for names, found in by_weights.items():
+        # a weight that is also used apart from the others would be held twice
+        if any(total_uses[name] != len(found) for name in names):
+            continue
+        # nor may one use add its bias and another not, or the joined weights would differ
+        if len({tuple(m.bias_name for m in members) for members in found}) > 1:
+            continue
+        groups += _make_groups(found)
     return groups
 
 
@@ -154,20 +162,22 @@ def _bias_behind(
     return others[0], sum_var
 
 
-def _make_group(members: tuple[_Member, ...], total: int) -> _Group:
-    first = members[0]
+def _make_groups(found: list[tuple[_Member, ...]]) -> list[_Group]:
+    """Groups over the same weights, which share the joined parameters."""
+    first = found[0][0]
+    total = sum(m.fmt.out_features for m in found[0])
     fmt = PackedFormat(
         total, first.fmt.in_features, first.fmt.pattern, first.fmt.layout, first.fmt.encoding
     )
-    name = SEPARATOR.join(m.weight for m in members)
+    name = SEPARATOR.join(m.weight for m in found[0])
     values, indices = packed_vars(name, fmt, str(first.call.args[1].ty.dtype))
     bias = None
     if first.bias is not None:
         bias = relax.Var(
-            SEPARATOR.join(str(m.bias_name) for m in members),
+            SEPARATOR.join(str(m.bias_name) for m in found[0]),
             relax.TensorType((total,), first.bias.ty.dtype),
         )
-    return _Group(members, values, indices, bias, fmt)
+    return [_Group(members, values, indices, bias, fmt) for members in found]
 
 
 @mutator

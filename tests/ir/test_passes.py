@@ -8,10 +8,12 @@ from tvm.ir import assert_structural_equal
 from tvm.script import ir as I
 from tvm.script import relax as R
 
+from tvm_balanced.errors import InputError
 from tvm_balanced.ops import OP_NAME, balanced_sparse_dense
 from tvm_balanced.packing import Layout, PackedFormat
 from tvm_balanced.pattern import BalancedPattern
 from tvm_balanced.pruning import prune_weight
+from tvm_balanced.relay_passes.bucket_functions import bucket_functions
 from tvm_balanced.relay_passes.find_dense import find_dense, main_bindings
 from tvm_balanced.relay_passes.fold_weights import fold_weights
 from tvm_balanced.relay_passes.merge_dense import merge_dense
@@ -296,3 +298,88 @@ def test_fold_weights_keeps_a_weight_with_two_readers():
     params = {"w": np.ones((48, 32), "float32")}
     same, _ = fold_weights(Tied, params)
     assert same is Tied
+
+
+def symbolic_module():
+    from tvm import tirx
+
+    batch = tirx.Var("batch", "int64")
+    x = relax.Var("x", relax.TensorType((batch, 32), "float32"))
+    w = relax.Var("w", relax.TensorType((32, 48), "float32"))
+    bb = relax.BlockBuilder()
+    with bb.function("main", [x, w], attrs={"num_input": 1}):
+        with bb.dataflow():
+            out = bb.emit_output(relax.op.matmul(x, w))
+        bb.emit_func_output(out)
+    return bb.get()
+
+
+def test_bucket_functions(well_formed):
+    mod, functions = bucket_functions(symbolic_module(), None, [8, 1, 8])
+    well_formed(mod)
+    assert functions == {"main": {}, "main_batch1": {"batch": 1}, "main_batch8": {"batch": 8}}
+    assert [int(d) for d in mod["main_batch8"].params[0].ty.shape] == [8, 32]
+    target = tvm.target.Target({"kind": "llvm"})
+    vm = relax.VirtualMachine(tvm.compile(mod, target), tvm.cpu())
+    w = np.random.default_rng(0).standard_normal((32, 48)).astype("float32")
+    for name, rows in (("main", 3), ("main_batch1", 1), ("main_batch8", 8)):
+        x = np.random.default_rng(rows).standard_normal((rows, 32)).astype("float32")
+        got = vm[name](tvm.runtime.tensor(x), tvm.runtime.tensor(w)).numpy()
+        np.testing.assert_allclose(got, x @ w, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("module", "dim", "sizes", "says"),
+    [
+        (lambda: Plain, None, [1], "every input shape of the model is fixed"),
+        (symbolic_module, "sequence", [1], 'given for "sequence"'),
+        (symbolic_module, "batch", [0], "below 1"),
+    ],
+)
+def test_bucket_functions_refuse(module, dim, sizes, says):
+    with pytest.raises(InputError, match=says):
+        bucket_functions(module(), dim, sizes)
+
+
+def recurrent_pair(steps):
+    """Two weights that read the same state at every one of ``steps`` steps, and perhaps one apart."""
+    x = relax.Var("x", relax.TensorType((1, 32), "float32"))
+    a = relax.Var("a", relax.TensorType((32, 32), "float32"))
+    b = relax.Var("b", relax.TensorType((32, 32), "float32"))
+    bb = relax.BlockBuilder()
+    with bb.function("main", [x, a, b], attrs={"num_input": 1}):
+        with bb.dataflow():
+            state = x
+            for _ in range(steps):
+                left = bb.emit(relax.op.matmul(state, a))
+                right = bb.emit(relax.op.matmul(state, b))
+                state = bb.emit(relax.op.add(left, right))
+            out = bb.emit_output(relax.op.nn.relu(state))
+        bb.emit_func_output(out)
+    return bb.get()
+
+
+def test_groups_over_the_same_weights_share_the_joined_parameters(well_formed):
+    formats = {"a": fmt_of(32, 32), "b": fmt_of(32, 32)}
+    mod, names = rewrite_dense(recurrent_pair(3), ["a", "b"], formats)
+    merged, names = merge_dense(mod, names, lambda data, n: True)
+    well_formed(merged)
+    assert names == ["a + b.values", "a + b.indices"]
+    assert op_names(merged).count(OP_NAME) == 3
+
+
+def test_a_weight_used_apart_is_not_merged():
+    mod = recurrent_pair(1)
+    func = mod["main"]
+    x, a, b = func.params
+    bb = relax.BlockBuilder()
+    with bb.function("main", [x, a, b], attrs={"num_input": 1}):
+        with bb.dataflow():
+            left = bb.emit(relax.op.matmul(x, a))
+            right = bb.emit(relax.op.matmul(x, b))
+            out = bb.emit_output(relax.op.matmul(relax.op.add(left, right), b))
+        bb.emit_func_output(out)
+    formats = {"a": fmt_of(32, 32), "b": fmt_of(32, 32)}
+    rewritten, names = rewrite_dense(bb.get(), ["a", "b"], formats)
+    same, _ = merge_dense(rewritten, names, lambda data, n: True)
+    assert same is rewritten

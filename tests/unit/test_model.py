@@ -1,0 +1,139 @@
+"""``Model.prune`` and ``Model.plan`` on small modules."""
+
+import numpy as np
+import pytest
+from tvm import relax
+
+from tvm_balanced.errors import InputError
+from tvm_balanced.model import Model
+from tvm_balanced.packing import is_balanced
+from tvm_balanced.pattern import BalancedPattern
+from tvm_balanced.pruning import prune_weight
+
+
+def build(shapes, rows=1, dtype="float32", transposed=True, seed=0):
+    """A chain of dense layers; ``shapes`` maps names to ``(N, K)``."""
+    rng = np.random.default_rng(seed)
+    first = next(iter(shapes.values()))
+    data = relax.Var("x", relax.TensorType((rows, first[1]), dtype))
+    params, variables = {}, []
+    for name, (n, k) in shapes.items():
+        shape = (n, k) if transposed else (k, n)
+        params[name] = rng.standard_normal(shape).astype(dtype)
+        variables.append(relax.Var(name, relax.TensorType(shape, dtype)))
+    bb = relax.BlockBuilder()
+    with bb.function("main", [data, *variables], attrs={"num_input": 1}):
+        with bb.dataflow():
+            value = data
+            for var in variables:
+                weight = bb.emit(relax.op.permute_dims(var)) if transposed else var
+                value = bb.emit(relax.op.matmul(value, weight))
+            out = bb.emit_output(value)
+        bb.emit_func_output(out)
+    return Model(bb.get(), params, "chain")
+
+
+@pytest.mark.parametrize("transposed", [True, False], ids=["nk", "kn"])
+def test_prune_makes_every_row_balanced_and_keeps_its_input(transposed):
+    model = build({"a.weight": (48, 64), "b.weight": (32, 48)}, transposed=transposed)
+    before = {name: array.copy() for name, array in model.params.items()}
+    pruned = model.prune("4:16")
+    for name, array in model.params.items():
+        assert np.array_equal(array, before[name])
+        weight = pruned.params[name] if transposed else pruned.params[name].T.copy()
+        assert is_balanced(weight, BalancedPattern("4:16"))
+        dense = before[name] if transposed else before[name].T.copy()
+        assert np.array_equal(weight, prune_weight(dense, "4:16"))
+    assert [row.pattern for row in pruned.pruned] == ["4:16", "4:16"]
+    assert all(0.3 < row.kept_energy < 1 for row in pruned.pruned)
+
+
+def test_pruning_again_leaves_balanced_weights_alone():
+    once = build({"a.weight": (48, 64)}).prune("4:16")
+    twice = once.prune("4:16")
+    assert twice.params["a.weight"] is once.params["a.weight"]
+    assert twice.pruned[0].skipped == "already balanced"
+
+
+def test_ignored_layers_and_patterns_per_layer():
+    model = build({"a.weight": (48, 64), "b.weight": (32, 48), "c.weight": (16, 32)})
+    pruned = model.prune({"re:.*": "4:16", "b": "2:16"}, ignore=["re:c"])
+    assert [row.pattern for row in pruned.pruned] == ["4:16", "2:16", None]
+    assert pruned.pruned[2].skipped == "ignored by name"
+    assert pruned.params["c.weight"] is model.params["c.weight"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "ignore", "says"),
+    [
+        ("half", [], "nnz:block"),
+        ("4:64", [], "only K=48"),
+        ("4:16", ["typo"], "matches none"),
+        ("4:16", ["re:.*"], "every dense layer"),
+    ],
+)
+def test_prune_refuses(pattern, ignore, says):
+    with pytest.raises(InputError, match=says):
+        build({"a.weight": (48, 64), "b.weight": (32, 48)}).prune(pattern, ignore)
+
+
+def test_nan_names_the_layer():
+    model = build({"a.weight": (48, 64), "b.weight": (32, 48)})
+    broken = model.params["b.weight"].copy()
+    broken[3, 3] = np.nan
+    with pytest.raises(InputError, match=r"layer b\.weight holds NaN or Inf"):
+        model.with_params({"b.weight": broken}).prune("4:16")
+
+
+def test_a_model_without_dense_layers_is_refused():
+    data = relax.Var("x", relax.TensorType((2, 4), "float32"))
+    bb = relax.BlockBuilder()
+    with bb.function("main", [data], attrs={"num_input": 1}):
+        with bb.dataflow():
+            out = bb.emit_output(relax.op.nn.relu(data))
+        bb.emit_func_output(out)
+    with pytest.raises(InputError, match="no dense layer with a constant weight"):
+        Model(bb.get(), {}, "relu").prune("4:16")
+
+
+def test_plan_before_pruning_decides_by_batch():
+    small = build({"a.weight": (8192, 8192)}, rows=1, dtype="float16").plan("h100", "2:16")
+    large = build({"a.weight": (8192, 8192)}, rows=4096, dtype="float16").plan("h100", "2:16")
+    assert (small[0].decision, large[0].decision) == ("sparse", "dense")
+    assert "predicted" in small[0].reason
+    assert "dense predicted" in large[0].reason
+    assert small[0].bytes_sparse < small[0].bytes_dense == 8192 * 8192 * 2
+    assert large[0].bytes_sparse == large[0].bytes_dense
+
+
+def test_plan_policies_and_reasons():
+    model = build({"a.weight": (64, 64), "b.weight": (64, 64), "c.weight": (64, 64)}, rows=4096)
+    plan = model.plan("h100", "4:16", ignore=["c"], policy={"a": "always", "b": "never"})
+    assert [row.decision for row in plan] == ["sparse", "dense", "dense"]
+    assert [row.reason.split(";")[0] for row in plan] == [
+        'policy is "always"',
+        'policy is "never"',
+        "ignored by name",
+    ]
+    with pytest.raises(InputError, match='policy "maybe"'):
+        model.plan("h100", "4:16", policy="maybe")
+
+
+def test_plan_without_pattern_reads_the_weights():
+    model = build({"a.weight": (64, 64), "b.weight": (64, 64)})
+    assert "follows no balanced pattern" in model.plan("h100")[0].reason
+    pruned = model.with_params({"a.weight": prune_weight(model.params["a.weight"], "2:16")})
+    plan = pruned.plan("h100", policy="always")
+    assert plan[0].decision == "sparse"
+    assert plan[0].density <= 2 / 16
+    assert plan[1].decision == "dense"
+
+
+def test_plan_prints_as_a_table_and_goes_through_json():
+    plan = build({"a.weight": (64, 64)}).plan("h100", "4:16")
+    text = str(plan)
+    assert "a.weight" in text
+    assert "64 x 64" in text
+    from tvm_balanced.report import Report
+
+    assert list(Report.from_json(plan.to_json())) == list(plan)
