@@ -129,10 +129,10 @@ def _find_groups(
     by_weights: dict[tuple[str, ...], list[tuple[_Member, ...]]] = {}
     for members in together.values():
         names = tuple(m.weight for m in members)
-        total = sum(m.fmt.out_features for m in members)
-        if len(names) > 1 and len(set(names)) == len(names):
-            if pays(members[0].call.args[0], total):
-                by_weights.setdefault(names, []).append(tuple(members))
+        if len(names) < 2 or len(set(names)) != len(names):
+            continue
+        if pays(members[0].call.args[0], sum(m.fmt.out_features for m in members)):
+            by_weights.setdefault(names, []).append(tuple(members))
     groups = []
     for names, found in by_weights.items():
         # a weight that is also used apart from the others would be held twice
