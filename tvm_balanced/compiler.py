@@ -1,0 +1,209 @@
+"""``compile``: plan, rewrite, pack, build. Never tunes."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tvm_balanced.artifact import FunctionEntry, describe_functions, save, split_parameters
+from tvm_balanced.errors import InputError
+from tvm_balanced.model import Array, Model
+from tvm_balanced.plan import make_plan
+from tvm_balanced.relay_passes.bucket_functions import bucket_functions
+from tvm_balanced.relay_passes.find_dense import split_params
+from tvm_balanced.report import Report
+from tvm_balanced.rewrite import rewrite_model
+from tvm_balanced.targets import TargetSpec
+from tvm_balanced.toolchain import ExportedLibrary, export_library
+
+if TYPE_CHECKING:
+    import tvm
+
+    from tvm_balanced.runtime import Library
+
+_KERNEL = re.compile(
+    r'^extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(', re.MULTILINE
+)
+
+
+class CompiledLibrary:
+    """What :func:`compile` made, not yet on disk under a name of its own.
+
+    Attributes
+    ----------
+    report : Report
+        Every dense layer with decision and reason.
+    target : TargetSpec
+        What it was compiled for.
+    """
+
+    def __init__(
+        self,
+        exported: ExportedLibrary,
+        folder: tempfile.TemporaryDirectory[str],
+        report: Report,
+        target: TargetSpec,
+        functions: Sequence[FunctionEntry],
+        beside: Mapping[str, Array],
+    ) -> None:
+        self.report = report
+        self.target = target
+        self._exported = exported
+        self._folder = folder  # the exported file lives as long as this object
+        self._functions = functions
+        self._beside = beside
+        self._loaded: Library | None = None
+
+    @property
+    def kernels(self) -> list[str]:
+        """Names of the CUDA kernels; empty on llvm."""
+        return list(split_kernels(self._exported.cuda_source))
+
+    def source(self, name: str | None = None) -> str:
+        """CUDA source of one kernel, or of all.
+
+        Raises
+        ------
+        InputError
+            When there is no kernel of that name.
+        """
+        return kernel_source(self._exported.cuda_source, name)
+
+    def save(self, path: str | Path, overwrite: bool = False) -> Path:
+        """Write ``model.tvmb/``, whole or not at all.
+
+        Raises
+        ------
+        OutputError
+            When ``path`` exists or cannot be written.
+        """
+        return save(
+            path,
+            self._exported,
+            self.target,
+            self._functions,
+            params=self._beside,
+            layers=self.report.to_json(),
+            report=str(self.report),
+            overwrite=overwrite,
+        )
+
+    def load(self) -> Library:
+        """Load it in this process, as :func:`tvm_balanced.load` would after :meth:`save`."""
+        from tvm_balanced.runtime import load
+
+        if self._loaded is None:
+            path = Path(self._folder.name) / "model.tvmb"
+            self._loaded = load(self.save(path))
+        return self._loaded
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Run it on this machine; see :meth:`tvm_balanced.runtime.Library.__call__`."""
+        return self.load()(*inputs, **named)
+
+
+def compile(
+    model: Model,
+    target: str | tvm.target.Target | TargetSpec,
+    *,
+    policy: str | Mapping[str, str] = "auto",
+    ignore: Iterable[str] = (),
+    buckets: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> CompiledLibrary:
+    """Compile a model whose weights follow balanced patterns.
+
+    Parameters
+    ----------
+    model : Model
+        Usually pruned: layers that follow no balanced pattern stay dense.
+    target : str or tvm.target.Target or TargetSpec
+        ``"h100"``, ``"cuda-sm_90"``, ``"llvm"``, ...: see :func:`tvm_balanced.targets.resolve`.
+    policy : str or Mapping
+        ``"auto"`` (sparse where predicted faster), ``"always"``, ``"never"``, or one of these per layer.
+    ignore : iterable of str
+        Layers that stay dense, by exact name or ``re:`` pattern.
+    buckets : sequence of int or mapping, optional
+        Sizes of a symbolic dimension that get a function with static shapes beside the generic one: of the
+        first symbolic dimension, or ``{"batch": [1, 8]}``.
+    progress : callable, optional
+        Told in a few words what is done next.
+
+    Returns
+    -------
+    CompiledLibrary
+
+    Raises
+    ------
+    InputError
+        For a model, target, policy or bucket that does not fit.
+    ToolchainError
+        When a compiler is missing.
+    """
+    dim, sizes = _one_dimension(buckets)
+    tell = progress or (lambda _: None)
+    tell("plan")
+    plan = make_plan(model, target, None, ignore, policy, sizes)
+    mod, params = rewrite_model(model, plan.formats, plan.target, lambda name: tell(f"pack {name}"))
+    mod, _ = bucket_functions(mod, dim, sizes)
+    _, weights = split_params(mod)
+    # the library knows its weights by their variables' names, which are unique
+    by_var = {var.name: array for var, array in zip(weights, params.values(), strict=True)}
+    if len(by_var) != len(weights):
+        raise InputError(f"{model.name} has several weights of one name; rename them")
+    embedded, beside = split_parameters(by_var)
+    functions = describe_functions(mod, embedded=list(embedded), beside=list(beside))
+    folder = tempfile.TemporaryDirectory(prefix="tvm-balanced-")
+    tell("build")
+    exported = export_library(mod, plan.target, Path(folder.name) / "lib.so", params=embedded)
+    return CompiledLibrary(exported, folder, plan.report, plan.target, functions, beside)
+
+
+def _one_dimension(
+    buckets: Sequence[int] | Mapping[str, Sequence[int]] | None,
+) -> tuple[str | None, list[int]]:
+    if not buckets:
+        return None, []
+    if not isinstance(buckets, Mapping):
+        return None, list(buckets)
+    if len(buckets) > 1:
+        raise InputError(
+            f"buckets were given for {', '.join(buckets)}; give them for one dimension"
+        )
+    ((name, sizes),) = buckets.items()
+    return name, list(sizes)
+
+
+def split_kernels(source: str) -> dict[str, str]:
+    """Kernel name to its CUDA text, in order; what stands before the first is in every one."""
+    starts = list(_KERNEL.finditer(source))
+    if not starts:
+        return {}
+    head = source[: starts[0].start()]
+    # a forward declaration ends with a semicolon and stands before the definition: the last one wins
+    ends = [m.start() for m in starts[1:]] + [len(source)]
+    return {
+        m[1]: head + source[m.start() : end].rstrip() + "\n"
+        for m, end in zip(starts, ends, strict=True)
+    }
+
+
+def kernel_source(source: str, name: str | None) -> str:
+    """One kernel of a CUDA translation unit, or all of it.
+
+    Raises
+    ------
+    InputError
+        When there is no kernel of that name.
+    """
+    if name is None:
+        return source
+    kernels = split_kernels(source)
+    for known in (name, f"{name}_kernel"):
+        if known in kernels:
+            return kernels[known]
+    listed = ", ".join(kernels) or "none, as it was compiled for llvm"
+    raise InputError(f'the library has no kernel "{name}"; its kernels are: {listed}')
