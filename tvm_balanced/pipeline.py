@@ -15,55 +15,43 @@ from tvm_balanced.schedules.dispatch import ScheduleBalanced, schedule_rest
 from tvm_balanced.schedules.lowering import tir_pipeline
 
 
-def relax_pipeline(target: tvm.target.Target) -> Any:
-    """The Relax passes for ``target``, from operators to VM instructions.
+def fuse_passes() -> list[Any]:
+    """Phase 1: operators become kernels, kernels are fused."""
+    return [
+        relax.backend.DispatchSampling(),
+        relax.backend.DispatchSortScan(),
+        relax.transform.FuseTransposeMatmul(),
+        relax.transform.LegalizeOps(),
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FoldConstant(),
+        relax.transform.FuseOps(),
+        relax.transform.FuseTIR(),
+        relax.transform.DeadCodeElimination(),
+    ]
 
-    Parameters
-    ----------
-    target : tvm.target.Target
-        ``llvm`` or ``cuda``.
 
-    Returns
-    -------
-    tvm.transform.Pass
-    """
-    cuda = target.kind.name == "cuda"
+def schedule_passes(target: tvm.target.Target) -> list[Any]:
+    """Phase 2: every kernel gets a schedule."""
+    return [ScheduleBalanced(target), schedule_rest(target)]
 
-    @tvm.transform.module_pass(opt_level=0, name="tvm_balanced_pipeline")
-    def _run(mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
-        with target:
-            return tvm.transform.Sequential(
-                [
-                    # phase 1: operators become kernels, kernels are fused
-                    relax.backend.DispatchSampling(),
-                    relax.backend.DispatchSortScan(),
-                    relax.transform.FuseTransposeMatmul(),
-                    relax.transform.LegalizeOps(),
-                    relax.transform.AnnotateTIROpPattern(),
-                    relax.transform.FoldConstant(),
-                    relax.transform.FuseOps(),
-                    relax.transform.FuseTIR(),
-                    relax.transform.DeadCodeElimination(),
-                    # phase 2: every kernel gets a schedule
-                    ScheduleBalanced(target),
-                    schedule_rest(target),
-                    # phase 3: memory and calls
-                    relax.transform.RewriteDataflowReshape(),
-                    relax.transform.ToNonDataflow(),
-                    relax.transform.RemovePurityChecking(),
-                    relax.transform.CallTIRRewrite(),
-                    relax.transform.StaticPlanBlockMemory(),
-                    *([relax.transform.RewriteCUDAGraph()] if cuda else []),
-                    relax.transform.LowerAllocTensor(),
-                    relax.transform.KillAfterLastUse(),
-                    relax.transform.LowerRuntimeBuiltin(),
-                    relax.transform.ComputePrimValue(),
-                    relax.transform.VMShapeLower(),
-                    relax.transform.AttachGlobalSymbol(),
-                ]
-            )(mod)
 
-    return _run
+def lower_passes(target: tvm.target.Target) -> list[Any]:
+    """Phase 3: memory is planned, calls become VM instructions."""
+    return [
+        relax.transform.RewriteDataflowReshape(),
+        relax.transform.ToNonDataflow(),
+        relax.transform.RemovePurityChecking(),
+        relax.transform.CallTIRRewrite(),
+        relax.transform.StaticPlanBlockMemory(),
+        # does something only where the pass context asks for CUDA graphs
+        *([relax.transform.RewriteCUDAGraph()] if target.kind.name == "cuda" else []),
+        relax.transform.LowerAllocTensor(),
+        relax.transform.KillAfterLastUse(),
+        relax.transform.LowerRuntimeBuiltin(),
+        relax.transform.ComputePrimValue(),
+        relax.transform.VMShapeLower(),
+        relax.transform.AttachGlobalSymbol(),
+    ]
 
 
 def build(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
@@ -80,6 +68,7 @@ def build(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
     -------
     tvm.relax.VMExecutable
     """
-    return tvm.compile(
-        mod, target, relax_pipeline=relax_pipeline(target), tir_pipeline=tir_pipeline(target)
-    )
+    with target:
+        for phase in (fuse_passes(), schedule_passes(target), lower_passes(target)):
+            mod = tvm.transform.Sequential(phase)(mod)
+    return tvm.compile(mod, target, relax_pipeline=None, tir_pipeline=tir_pipeline(target))
