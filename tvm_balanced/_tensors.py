@@ -97,7 +97,7 @@ def read_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
     Returns
     -------
     dict of str to ndarray
-        Read-only views of the mapped file.
+        Views of the mapped file, at multiples of 64 bytes; writing to one does not reach the file.
 
     Raises
     ------
@@ -111,7 +111,8 @@ def read_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
             if not 2 <= length <= min(size - 8, _MAX_HEADER):
                 raise ValueError(f"header of {length} bytes in a file of {size}")
             header = json.loads(file.read(length))
-        body = np.memmap(path, np.uint8, "r", offset=8 + length) if size > 8 + length else None
+        # private pages: arrays that may be exported by DLPack must be writable, the file never is
+        body = np.memmap(path, np.uint8, "c", offset=8 + length) if size > 8 + length else None
         return {
             name: _view(body, entry)
             for name, entry in header.items()

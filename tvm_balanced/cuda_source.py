@@ -1,0 +1,44 @@
+"""A CUDA translation unit as TVM prints it, taken apart into kernels and put together again."""
+
+from __future__ import annotations
+
+import re
+
+_KERNEL = re.compile(
+    r'^extern "C" __global__ void (?:__launch_bounds__\([\d, ]+\) )?(\w+)\(', re.MULTILINE
+)
+
+
+def split_kernels(source: str) -> dict[str, str]:
+    """Kernel name to its CUDA text, each a translation unit of its own.
+
+    Parameters
+    ----------
+    source : str
+        What TVM gave to the CUDA compiler; may be empty.
+
+    Returns
+    -------
+    dict of str to str
+        In the order of the file; what stands before the first kernel is in every text.
+    """
+    starts = list(_KERNEL.finditer(source))
+    if not starts:
+        return {}
+    head = source[: starts[0].start()]
+    ends = [start.start() for start in starts[1:]] + [len(source)]
+    # forward declarations stand before the definitions: the last text of a name is the definition
+    return {
+        start[1]: head + source[start.start() : end].rstrip() + "\n"
+        for start, end in zip(starts, ends, strict=True)
+    }
+
+
+def join_kernels(kernels: dict[str, str]) -> str:
+    """One translation unit of texts that :func:`split_kernels` made, their common head once."""
+    texts = list(kernels.values())
+    if not texts:
+        return ""
+    first = _KERNEL.search(texts[0])
+    head = len(texts[0][: first.start()]) if first else 0
+    return texts[0][:head] + "\n".join(text[head:] for text in texts)
