@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tvm_balanced.artifact import FunctionEntry, describe_functions, save, split_parameters
+from tvm_balanced.cuda_source import kernel_source, split_kernels
 from tvm_balanced.errors import InputError
 from tvm_balanced.model import Array, Model
 from tvm_balanced.plan import make_plan
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     import tvm
 
     from tvm_balanced.runtime import Library
-
-_KERNEL = re.compile(
-    r'^extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(', re.MULTILINE
-)
 
 
 class CompiledLibrary:
@@ -175,35 +171,3 @@ def _one_dimension(
         )
     ((name, sizes),) = buckets.items()
     return name, list(sizes)
-
-
-def split_kernels(source: str) -> dict[str, str]:
-    """Kernel name to its CUDA text, in order; what stands before the first is in every one."""
-    starts = list(_KERNEL.finditer(source))
-    if not starts:
-        return {}
-    head = source[: starts[0].start()]
-    # a forward declaration ends with a semicolon and stands before the definition: the last one wins
-    ends = [m.start() for m in starts[1:]] + [len(source)]
-    return {
-        m[1]: head + source[m.start() : end].rstrip() + "\n"
-        for m, end in zip(starts, ends, strict=True)
-    }
-
-
-def kernel_source(source: str, name: str | None) -> str:
-    """One kernel of a CUDA translation unit, or all of it.
-
-    Raises
-    ------
-    InputError
-        When there is no kernel of that name.
-    """
-    if name is None:
-        return source
-    kernels = split_kernels(source)
-    for known in (name, f"{name}_kernel"):
-        if known in kernels:
-            return kernels[known]
-    listed = ", ".join(kernels) or "none, as it was compiled for llvm"
-    raise InputError(f'the library has no kernel "{name}"; its kernels are: {listed}')
