@@ -7,9 +7,16 @@ from typing import Any
 import tvm
 from tvm import tirx
 
-from tvm_balanced.schedules import cpu_elementwise, cpu_fallback, cpu_math, cpu_matmul
+from tvm_balanced.schedules import (
+    cpu_conv2d,
+    cpu_elementwise,
+    cpu_fallback,
+    cpu_math,
+    cpu_matmul,
+    cpu_rows,
+)
 
-RULES = (cpu_elementwise, cpu_matmul, cpu_fallback)
+RULES = (cpu_elementwise, cpu_matmul, cpu_conv2d, cpu_rows, cpu_fallback)
 
 
 @tvm.transform.module_pass(opt_level=0, name="ScheduleForCpu")

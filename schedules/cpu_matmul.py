@@ -55,7 +55,8 @@ def _load_of(expr: Any) -> Any | None:
     return expr if isinstance(expr, tvm.ir.TensorLoad) else None
 
 
-def _iters_in(exprs: Any, iters: list[Any]) -> set[int]:
+def used_iters(exprs: Any, iters: list[Any]) -> set[int]:
+    """Positions of the iterators that occur in the expressions."""
     found: set[int] = set()
 
     def visit(var: Any) -> None:
@@ -66,21 +67,30 @@ def _iters_in(exprs: Any, iters: list[Any]) -> set[int]:
     return found
 
 
+def operands(block: cpu_common.Block) -> tuple[Any, Any] | None:
+    """The two loads that a sum of products multiplies, casts around them stripped."""
+    body = block.stmt.body
+    if not isinstance(body, tirx.BufferStore) or not isinstance(body.value, tirx.Add):
+        return None
+    product = body.value.b
+    while isinstance(product, tirx.Cast):
+        product = product.value
+    if not isinstance(product, tirx.Mul):
+        return None
+    loads = _load_of(product.a), _load_of(product.b)
+    if loads[0] is None or loads[1] is None or loads[0].source.same_as(loads[1].source):
+        return None
+    return loads
+
+
 def match(block: cpu_common.Block) -> _Product | None:
     """Recognise a product in a reduction block."""
     body = block.stmt.body
-    if not isinstance(body, tirx.BufferStore) or block.kinds.count("R") != 1:
-        return None
-    value = body.value
-    while isinstance(value, tirx.Cast):
-        value = value.value
-    if not isinstance(value, tirx.Add) or not isinstance(value.b, tirx.Mul):
-        return None
-    loads = [_load_of(value.b.a), _load_of(value.b.b)]
-    if loads[0] is None or loads[1] is None or loads[0].source.same_as(loads[1].source):
+    loads = operands(block)
+    if loads is None or block.kinds.count("R") != 1:
         return None
     iters = [i.var for i in block.stmt.iter_vars]
-    used = [_iters_in(load.indices, iters) for load in loads]
+    used = [used_iters(load.indices, iters) for load in loads]
     k = block.kinds.index("R")
     if k not in used[0] or k not in used[1]:
         return None
@@ -106,7 +116,7 @@ def match(block: cpu_common.Block) -> _Product | None:
     if a is None or b is None:
         return None
     plain = all(isinstance(i, tirx.Var | tirx.IntImm) for load in loads for i in load.indices)
-    last = _iters_in([b_load.indices[-1]], iters)
+    last = used_iters([b_load.indices[-1]], iters)
     return _Product(block, rows[-1] if rows else -1, n, k, a, b, k in last and n not in last, plain)
 
 
@@ -174,7 +184,7 @@ def _accumulate_in_float32(sch: s_tir.Schedule, product: _Product) -> None:
         sch.cache_write(rv, 0, "global")
 
 
-def _epilogue(sch: s_tir.Schedule, rv: Any) -> Any | None:
+def epilogue(sch: s_tir.Schedule, rv: Any) -> Any | None:
     """The one spatial block that follows the product, with everything between inlined into it."""
     while True:
         consumers = sch.get_consumers(rv)
@@ -231,7 +241,7 @@ def _register_tiles(
         b_pad = sch.cache_read(rv, product.b, "global")
     if b_pad is not None and product.transposed:
         sch.transform_layout(b_pad, ("write", 0), lambda *i: (*i[:-2], i[-1], i[-2]))
-    out = _epilogue(sch, rv)
+    out = epilogue(sch, rv)
 
     loops = sch.get_loops(rv)
     n_outer, n_inner = sch.split(loops[product.n], [None, tile_columns])
@@ -282,7 +292,7 @@ def _is_batch(product: _Product, i: int) -> bool:
     """Whether a spatial iterator indexes the weight, so that panels are not shared along it."""
     region = [r.min for r in product.block.stmt.reads[product.b].region]
     iters = [v.var for v in product.block.stmt.iter_vars]
-    return i in _iters_in(region, iters)
+    return i in used_iters(region, iters)
 
 
 def _multiply_adds(extents: list[Any]) -> int | None:
@@ -323,7 +333,7 @@ def _dot_products(
     if not isinstance(depth, int) or depth % vector != 0:
         return None
     rv = product.block.rv
-    out = _epilogue(sch, rv)
+    out = epilogue(sch, rv)
     group = cpu_common.largest_divisor(columns, 4) if isinstance(columns, int) else 1
     loops = sch.get_loops(rv)
     steps, lane = sch.split(loops[product.k], [None, vector])
