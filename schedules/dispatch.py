@@ -10,7 +10,7 @@ from tvm import tirx
 from tvm_balanced.errors import InputError, TvmBalancedError
 from tvm_balanced.packing import PackedFormat
 from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.schedules import cuda, llvm
+from tvm_balanced.schedules import cpu_math, cuda, llvm
 from tvm_balanced.schedules.balanced_block import has_balanced_block
 from tvm_balanced.schedules.cpu import ScheduleForCpu
 
@@ -74,6 +74,9 @@ class ScheduleBalanced:
                 continue
             if func.attrs is not None and "tirx.is_scheduled" in func.attrs:
                 continue
+            if self.target.kind.name == "llvm":
+                # exp, erf and tanh of an epilogue would be scalar library calls
+                func = cpu_math.rewrite(func)
             for rule in rules:
                 sch = rule.apply(func, self.target)
                 if sch is not None:
