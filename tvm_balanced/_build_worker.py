@@ -37,7 +37,8 @@ def _run(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
     import tvm
 
-    from tvm_balanced import toolchain
+    # ops registers the operator, which the module's JSON names
+    from tvm_balanced import ops, toolchain  # noqa: F401
     from tvm_balanced._tensors import read_tensors
 
     if tvm.get_global_func("ffi.Module.create.cuda", allow_missing=True) is None:
