@@ -1,0 +1,139 @@
+"""What this machine has and which targets will work on it; never raises."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from tvm_balanced import targets, toolchain
+from tvm_balanced._version import __version__
+from tvm_balanced.errors import TvmBalancedError
+
+PACKAGES = (
+    "apache-tvm",
+    "apache-tvm-ffi",
+    "numpy",
+    "torch",
+    "onnx",
+    "onnxslim",
+    "cuda-bindings",
+    "nvidia-cuda-nvrtc",
+    "nvidia-cuda-runtime",
+    "nvidia-cuda-cccl",
+)
+
+
+def collect() -> dict[str, Any]:
+    """Everything ``tvm-balanced doctor`` prints, as JSON values.
+
+    Returns
+    -------
+    dict
+        ``tvm_balanced``, ``python``, ``platform``: versions; ``packages``: name to version or None;
+        ``cpu``: model, cores, vector features; ``cxx``, ``nvrtc``, ``driver``, ``gpus``, ``tvm``: what
+        was found, each with a ``problem`` that is None when it is usable; ``targets``: one entry a
+        target name with ``compiles``, ``runs`` and, where one is False, ``reason``.
+    """
+    driver = _attempt(targets.detect_driver)
+    cxx = _attempt(toolchain.find_cxx)
+    missing = _attempt(toolchain.missing_cuda_packages)
+    nvrtc_problem = missing["problem"]
+    if not nvrtc_problem and missing["value"]:
+        nvrtc_problem = (
+            f"{', '.join(missing['value'])} not installed: pip install 'tvm-balanced[cuda]'"
+        )
+    found = driver["value"]
+    gpus = [
+        {"name": gpu.name, "arch": gpu.arch, "memory_bytes": gpu.memory_bytes}
+        for gpu in (found.gpus if found else ())
+    ]
+    tvm = _attempt(_check_tvm)
+    out: dict[str, Any] = {
+        "tvm_balanced": __version__,
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cpu": {
+            "model": _cpu_model(),
+            "cores": targets.core_count(),
+            "features": sorted(targets.cpu_flags()),
+        },
+        "tvm": {"problem": tvm["problem"]},
+        "cxx": {"path": cxx["value"], "problem": cxx["problem"]},
+        "nvrtc": {"version": _version("nvidia-cuda-nvrtc"), "problem": nvrtc_problem},
+        "driver": {
+            "cuda_version": found.cuda_version if found else None,
+            "problem": driver["problem"] or (found.problem if found else None),
+        },
+        "gpus": gpus,
+    }
+    out["targets"] = {name: _usable(name, out) for name in targets.names()}
+    return out
+
+
+def _attempt(function: Callable[[], Any]) -> dict[str, Any]:
+    """The answer of ``function``, or in one line why there is none."""
+    try:
+        return {"value": function(), "problem": None}
+    except TvmBalancedError as error:
+        return {"value": None, "problem": str(error)}
+    except Exception as error:
+        # a report on a broken machine must not break on what is broken
+        line = (str(error).strip().splitlines() or [""])[-1]
+        return {"value": None, "problem": f"{type(error).__name__}: {line}"}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _check_tvm() -> None:
+    import tvm
+
+    if not tvm.runtime.enabled("llvm"):
+        raise TvmBalancedError("TVM was built without LLVM: pip install apache-tvm")
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _usable(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    resolved = _attempt(lambda: targets.resolve(name))
+    spec: targets.TargetSpec | None = resolved["value"]
+    cuda = name in targets.GPUS or name.startswith("cuda")
+    building = [
+        found["tvm"]["problem"],
+        resolved["problem"],
+        found["cxx"]["problem"],
+        found["nvrtc"]["problem"] if cuda else None,
+    ]
+    blocked = next((problem for problem in building if problem), None)
+    if blocked or spec is None:
+        return {"compiles": False, "runs": False, "reason": blocked}
+    reason = None
+    if cuda:
+        archs = sorted({gpu["arch"] for gpu in found["gpus"]})
+        if not archs:
+            reason = f"runs on another machine: {found['driver']['problem']}"
+        elif spec.arch not in archs:
+            reason = f"runs on another machine: the GPU here is {', '.join(archs)}"
+    else:
+        lacking = sorted(set(spec.features) - targets.cpu_flags())
+        if found["cpu"]["features"] and lacking:
+            reason = f"runs on another machine: this CPU lacks {', '.join(lacking)}"
+    return {"compiles": True, "runs": reason is None, "reason": reason}
