@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from tvm_balanced import errors
 from tvm_balanced.errors import ToolchainError
 from tvm_balanced.targets import TargetSpec
 
@@ -351,7 +352,10 @@ def build_and_export(
     # TVM's CUDA callback reads the architecture from the current target
     with target:
         executable = function(bind_parameters(mod, params), target, **options)
-        executable.export_library(str(path), fcompile=cc.create_shared, cc=compiler)
+        try:
+            executable.export_library(str(path), fcompile=cc.create_shared, cc=compiler)
+        except RuntimeError as error:
+            raise ToolchainError(f"{compiler} did not link the library: {error}") from error
     return _cuda_source(executable.mod)
 
 
@@ -473,10 +477,15 @@ def _export_in_worker(
             )
         result = json.loads((folder / "result.json").read_text())
         if result["error"] is not None:
+            # the project's own errors keep their class, and with it their exit code
+            kind = getattr(errors, result["error"], None)
+            cause = RuntimeError(result["traceback"])
+            if kind is not None:
+                raise kind(result["message"]) from cause
             raise ToolchainError(
                 f"the build for {spec.name} failed with {result['error']}: "
                 f"{result['message'].strip()}"
-            ) from RuntimeError(result["traceback"])
+            ) from cause
         shutil.copyfile(folder / "lib.so", path)
         return (folder / "device.cu").read_text()
 
