@@ -11,6 +11,7 @@ from tvm_balanced.schedules import (
     cpu_conv2d,
     cpu_elementwise,
     cpu_fallback,
+    cpu_half,
     cpu_math,
     cpu_matmul,
     cpu_rows,
@@ -53,7 +54,7 @@ class ScheduleForCpu:
                 target = tvm.target.Target.current(allow_none=False)
             if target.kind.name != "llvm":
                 continue
-            plain = cpu_math.rewrite(func)
+            plain = cpu_half.rewrite(cpu_math.rewrite(func))
             for rule in RULES:
                 sch = rule.apply(plain, target)
                 if sch is not None:

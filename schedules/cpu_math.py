@@ -124,45 +124,11 @@ def _erf(x: Any) -> Any:
         return _let(x * x, lambda z: x * _horner(z, _ERF_NUMERATOR) / _horner(z, _ERF_DENOMINATOR))
 
     def with_x(x: Any) -> Any:
-        # selects of the result, not a clamp of x, which would swallow NaN
-        low = tirx.Select(x < _f(-_ERF_LIMIT), _f(-1.0), ratio(x))
-        return tirx.Select(x > _f(_ERF_LIMIT), _f(1.0), low)
-
-    return _let(x, with_x)
-
-
-def _power_of_two(n: Any) -> Any:
-    bits = tirx.shift_left(n + tirx.const(127, "int32"), tirx.const(23, "int32"))
-    return tirx.reinterpret("float32", bits)
-
-
-def _tanh(x: Any) -> Any:
-    def with_x(x: Any) -> Any:
-        magnitude = tirx.Select(x < _f(0.0), -x, x)
-
-        def with_exp(e: Any) -> Any:
-            large = _f(1.0) - _f(2.0) / (e + _f(1.0))
-            signed = tirx.Select(x < _f(0.0), -large, large)
-            small = _let(x * x, lambda z: _horner(z, _TANH) * z * x + x)
-            return tirx.Select(magnitude < _f(0.625), small, signed)
-
-        return _let(_exp(magnitude * _f(2.0)), with_exp)
-
-    return _let(x, with_x)
-
-
-def _sigmoid(x: Any) -> Any:
-    return _f(1.0) / (_f(1.0) + _exp(-x))
-
-
-def _erf(x: Any) -> Any:
-    def ratio(x: Any) -> Any:
-        return _let(x * x, lambda z: x * _horner(z, _ERF_NUMERATOR) / _horner(z, _ERF_DENOMINATOR))
-
-    def with_x(x: Any) -> Any:
         inside = tirx.min(tirx.max(x, _f(-_ERF_LIMIT)), _f(_ERF_LIMIT))
-        # a comparison with NaN is false, so the clamp alone would swallow it
-        return tirx.Select(x != x, x, _let(inside, ratio))
+        # the clamp swallows NaN, and which way a comparison with NaN goes is up to LLVM: ask the bits
+        magnitude = tirx.reinterpret("int32", x) & tirx.const(0x7FFFFFFF, "int32")
+        is_nan = magnitude > tirx.const(0x7F800000, "int32")
+        return tirx.Select(is_nan, x, _let(inside, ratio))
 
     return _let(x, with_x)
 

@@ -100,6 +100,9 @@ def match(block: cpu_common.Block) -> _Product | None:
     n = len(iters) - 2
     if k != len(iters) - 1 or not out[-1].same_as(iters[n]):
         return None
+    if block.extents[n] == 1 or block.extents[k] == 1:
+        # a sum per row, or no sum at all: other rules do these better
+        return None
     sides = [side for side in (0, 1) if n in used[side] and n not in used[1 - side]]
     if len(sides) != 1:
         return None
@@ -163,25 +166,15 @@ def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | No
         return None
     if any(b.is_spatial for b in blocks[: [b.is_reduction for b in blocks].index(True)]):
         return None
-    _accumulate_in_float32(sch, product)
+    if cpu_common.writes_output(sch, product.block):
+        sch.cache_write(product.block.rv, 0, "global")
     rows = product.block.extents[product.m] if product.m >= 0 else 1
-    if product.transposed and isinstance(rows, int) and rows <= _FEW_ROWS:
-        return _dot_products(sch, product, target)
+    few = isinstance(rows, int) and rows <= _FEW_ROWS
+    depth = product.block.extents[product.k]
+    if product.transposed and few and isinstance(depth, int):
+        if depth % cpu_common.lanes(target) == 0:
+            return _dot_products(sch, product, target)
     return _register_tiles(sch, product, target)
-
-
-def _accumulate_in_float32(sch: s_tir.Schedule, product: _Product) -> None:
-    """Give the block an accumulator of its own, float32 where the output is narrower.
-
-    Emulated half precision rounds after every addition, which is both slower and less exact.
-    """
-    rv = product.block.rv
-    dtype = str(product.block.stmt.writes[0].source.dtype)
-    if dtype in ("float16", "bfloat16"):
-        sch.cache_write(rv, 0, "global")
-        sch.unsafe_set_dtype(rv, 0, "float32")
-    elif cpu_common.writes_output(sch, product.block):
-        sch.cache_write(rv, 0, "global")
 
 
 def epilogue(sch: s_tir.Schedule, rv: Any) -> Any | None:
@@ -326,12 +319,10 @@ def _pack_transposed(sch: s_tir.Schedule, rv: Any, vector: int) -> None:
 
 def _dot_products(
     sch: s_tir.Schedule, product: _Product, target: tvm.target.Target
-) -> s_tir.Schedule | None:
+) -> s_tir.Schedule:
     extents = product.block.extents
     vector = cpu_common.lanes(target)
-    depth, columns = extents[product.k], extents[product.n]
-    if not isinstance(depth, int) or depth % vector != 0:
-        return None
+    columns = extents[product.n]
     rv = product.block.rv
     out = epilogue(sch, rv)
     group = cpu_common.largest_divisor(columns, 4) if isinstance(columns, int) else 1
