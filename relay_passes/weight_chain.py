@@ -6,7 +6,6 @@ what the graph would compute from a weight at run time is computed once, at comp
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +30,16 @@ class Step:
     kind: str
     argument: tuple[int, ...] | str
 
+    def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of what the step makes of an array of shape ``before``."""
+        if isinstance(self.argument, str):
+            return before
+        if self.kind == "permute_dims":
+            return tuple(before[axis] for axis in self.argument)
+        return self.argument
+
     def apply(self, array: Array) -> Array:
+        """What the step makes of ``array``."""
         if self.kind == "permute_dims":
             assert isinstance(self.argument, tuple)
             return array.transpose(self.argument)
@@ -55,16 +63,17 @@ def apply_chain(chain: Chain, array: Array) -> Array:
 def scatter_mask(chain: Chain, shape: tuple[int, ...], mask: Array) -> Array:
     """Carry a mask of the chain's result back to the parameter of shape ``shape``.
 
-    Every step moves elements one to one, so sending element numbers through the chain says where each
-    element of the result came from.
+    Every step moves elements one to one, so each is undone in turn.
     """
-    numbers = np.arange(math.prod(shape), dtype=np.int64).reshape(shape)
+    shapes = [shape]
     for step in chain:
-        if step.kind != "astype":
-            numbers = step.apply(numbers)
-    out = np.empty(math.prod(shape), bool)
-    out[numbers.reshape(-1)] = mask.reshape(-1)
-    return out.reshape(shape)
+        shapes.append(step.shape(shapes[-1]))
+    for step, before in zip(reversed(chain), reversed(shapes[:-1]), strict=True):
+        if step.kind == "permute_dims":
+            mask = mask.transpose(np.argsort(step.argument))
+        elif step.kind == "reshape":
+            mask = mask.reshape(before)
+    return mask
 
 
 def static_shape(expr: relax.Expr) -> tuple[int, ...] | None:

@@ -165,7 +165,7 @@ class Model:
                 continue
             mask = balanced_mask(weight, form)
             source = self.params[layer.name]
-            keep = scatter_mask(layer.chain, source.shape, np.ascontiguousarray(mask.T))
+            keep = scatter_mask(layer.chain, source.shape, mask.T)
             changed[layer.name] = np.where(keep, source, source.dtype.type(0))
             energy = kept_energy(weight, np.where(mask, weight, weight.dtype.type(0)))
             rows.append(PrunedLayer(layer.name, shape, str(form), energy, None))
