@@ -6,9 +6,9 @@ import tvm
 
 from tvm_balanced.packing import Layout, PackedFormat
 from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.schedules import cuda_fallback
+from tvm_balanced.schedules import cuda_fallback, cuda_gather
 
-BALANCED_RULES = (cuda_fallback,)
+BALANCED_RULES = (cuda_gather, cuda_fallback)
 
 _LANES = 32
 _LOAD_BYTES = 16
@@ -24,10 +24,10 @@ def preferred_format(
 ) -> PackedFormat:
     """The packed format that the CUDA schedules like best.
 
-    The 32 lanes of a warp own 32 rows side by side and each loads 16 bytes of values at a time, so the
-    layout is ``r32v8`` for two-byte values and ``r32v4`` for float32. Indices take four bits where the
-    block allows it: fewer bytes, and on CUDA cores two more integer instructions per slot are free while
-    memory is the limit.
+    The 32 lanes of a warp own 32 rows side by side and each loads 16 bytes of values at a time, so
+    the layout is ``r32v8`` for two-byte values and ``r32v4`` for float32. Indices take four bits
+    where the block allows it: fewer bytes, while two more integer instructions per slot are free as
+    long as memory is the limit.
 
     Parameters
     ----------

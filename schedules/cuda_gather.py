@@ -1,0 +1,522 @@
+"""The CUDA gather schedule: sparse stream from memory, activations in shared memory, FMA on CUDA cores.
+
+Thread map, for tiles of ``Tile.rows`` rows of activations by 32 outputs::
+
+    blockIdx.x  -> 32 outputs (rows of the weight), one per lane      threadIdx.x -> the output
+    blockIdx.y  -> a tile of rows of activations                      threadIdx.y -> a warp's share of K
+
+The layout ``r32vV`` puts the 32 rows of a warp side by side: a lane loads ``V`` slots of its row with one
+vector load (16 bytes of values), and the warp's loads are contiguous. All lanes work on the same block of K, so
+their gathers fall into one window of ``block`` staged elements; up to 128 bytes (16 elements of eight bytes)
+such a window has no two words in one bank. A staged element holds ``vector`` rows of activations, which one
+shared-memory load brings in. Warps split K; their partial sums meet in shared memory and are added in a
+fixed order, so results do not change from run to run. K is staged in chunks that fit the shared memory.
+
+Before scheduling, the kernel is brought into one form (:func:`_canonical`): batch axes of any rank become
+row tiles, slots become (chunk, step, unrolled, warp, lane-vector) axes, and everything after the operator
+becomes one block that writes the output. What does not fit that form is left to the fallback.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+import tvm_ffi
+from tvm import s_tir, te, tirx
+
+from tvm_balanced.ops import BLOCK_DATA, BLOCK_MAIN, BLOCK_OUT
+from tvm_balanced.packing import PackedFormat
+from tvm_balanced.schedules.balanced_block import BalancedBlock, find
+
+BLOCK_VALUES = "balanced_values"
+BLOCK_INDICES = "balanced_indices"
+BLOCK_PARTIAL = "balanced_partial"
+
+_LANES = 32
+_LOAD_BYTES = 16  # of the widest load
+_STATIC_SHARED_BYTES = 48 << 10
+_STAGED_BYTES = 8  # of one staged element: two words, so a window of 16 elements fills the 32 banks
+_MAX_WARPS = 16
+_MAX_UNROLL = 4
+_SPARE = 1.07  # share of slots that may be padding when warps and unrolling are chosen
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The knobs of the schedule.
+
+    Parameters
+    ----------
+    vector : int
+        Rows of activations in one staged element, read by one shared-memory load.
+    groups : int
+        Such vectors in a tile.
+    warps : int
+        Warps of a thread block; each takes a share of K.
+    unroll : int
+        Vector loads of slots that a lane has in flight.
+    chunk : int
+        Blocks of the pattern staged at a time.
+    """
+
+    vector: int
+    groups: int
+    warps: int
+    unroll: int
+    chunk: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of activations in a tile."""
+        return self.vector * self.groups
+
+
+def _ceil(value: int, by: int) -> int:
+    return -(-value // by)
+
+
+def default_tile(fmt: PackedFormat, rows: int | None, data_dtype: str, shared_bytes: int) -> Tile:
+    """Knobs from shapes alone.
+
+    Rows of activations are taken 1, 2, 4, 8, 12 or 16 at a time (8 where M is symbolic): each sum costs a
+    register, and reading the sparse stream again costs more than idle rows. As many warps share K as
+    there are whole steps for, up to 16, and the steps are unrolled up to four times, as long as little
+    of the work is padding. The chunk is the largest that fits beside the partial sums.
+
+    Parameters
+    ----------
+    fmt : PackedFormat
+        Layout ``r32vV``.
+    rows : int or None
+        M; None when symbolic.
+    data_dtype : str
+        Of the activations.
+    shared_bytes : int
+        Shared memory a thread block may take.
+    """
+    itemsize = 4 if data_dtype == "float32" else 2
+    most = 8 if rows is None else min(rows, 16)
+    vector = min(_STAGED_BYTES // itemsize, 1 << (most - 1).bit_length())
+    groups = _ceil(most, vector)
+    max_warps = _MAX_WARPS if vector * groups <= 8 else _MAX_WARPS // 2
+    room = shared_bytes - max_warps * vector * groups * _LANES * 4
+    per_block = fmt.pattern.block * vector * groups * itemsize
+    unit = _chunk_unit(fmt)
+    chunks = _ceil(fmt.blocks, max(unit, room // per_block // unit * unit))
+    chunk = _ceil(_ceil(fmt.blocks, chunks), unit) * unit
+    runs = chunk * fmt.pattern.nnz // fmt.layout.vector
+    best = None
+    for warps in range(max_warps, 0, -1):
+        for unroll in range(_MAX_UNROLL, 0, -1):
+            padded = _ceil(runs, warps * unroll) * warps * unroll
+            cost = (padded > runs * _SPARE, padded if padded > runs * _SPARE else 0)
+            if best is None or cost < best[0]:
+                best = (cost, warps, unroll)
+    assert best is not None
+    return Tile(vector, groups, best[1], best[2], chunk)
+
+
+def _chunk_unit(fmt: PackedFormat) -> int:
+    """Fewest blocks whose slots fill whole vectors of values and indices."""
+    unit = 1
+    while unit * fmt.pattern.nnz % fmt.index_vector:
+        unit += 1
+    return unit
+
+
+def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | None:
+    """Schedule ``func``, or None when it is not of the form this schedule takes.
+
+    Parameters
+    ----------
+    func : tirx.PrimFunc
+        The operator in layout ``r32vV``, fused with element-wise work on its result.
+    target : tvm.target.Target
+        A CUDA target; its shared memory bounds the tile.
+    """
+    found = find(func)
+    if found is None or found.fmt.layout.rows != _LANES or found.fmt.layout.vector == 1:
+        return None
+    limit = int(target.attrs.get("max_shared_memory_per_block", _STATIC_SHARED_BYTES))
+    limit = min(limit, _STATIC_SHARED_BYTES)
+    tile = default_tile(found.fmt, found.rows, found.data_dtype, limit)
+    canonical = _canonical(func, found, tile)
+    return None if canonical is None else _schedule(canonical, tile, _stage_width(found, tile))
+
+
+@dataclass(frozen=True)
+class _Nest:
+    """A block whose axes are its loops, as legalization and fusion leave it."""
+
+    name: str
+    axes: tuple[Any, ...]
+    reads: tuple[Any, ...]
+    body: Any
+
+
+def _nests(func: tirx.PrimFunc) -> list[_Nest] | None:
+    """The kernel's blocks in order; None where one is not of the plain form."""
+    body = func.body.block.body
+    nests = []
+    for stmt in body.seq if isinstance(body, tirx.SeqStmt) else [body]:
+        loops = []
+        while isinstance(stmt, tirx.For):
+            loops.append(stmt.loop_var)
+            stmt = stmt.body
+        if not isinstance(stmt, s_tir.SBlockRealize) or len(loops) != len(stmt.iter_values):
+            return None
+        if not all(
+            value.same_as(loop) for value, loop in zip(stmt.iter_values, loops, strict=True)
+        ):
+            return None
+        block = stmt.block
+        if not isinstance(block.body, tirx.BufferStore):
+            return None
+        nests.append(
+            _Nest(
+                str(block.name_hint),
+                tuple(axis.var for axis in block.iter_vars),
+                tuple(region.source for region in block.reads),
+                block.body,
+            )
+        )
+    return nests
+
+
+def _loads(expr: Any) -> list[Any]:
+    found: list[Any] = []
+    tvm_ffi.structural_walk(expr, (tvm.ir.TensorLoad, found.append), order="post")
+    return found
+
+
+def _substitute(node: Any, mapping: dict[Any, Any]) -> Any:
+    return tvm_ffi.structural_map(node, (tvm.ir.Var, lambda var: mapping.get(var, var)))
+
+
+def _fold_epilogue(nests: list[_Nest], total: Any) -> tuple[Any, tuple[Any, ...], Any] | None:
+    """Output buffer, its axes, and the value stored there in terms of ``total`` and parameters.
+
+    None where a block is not element-wise: it must read what earlier blocks wrote at its own axes.
+    """
+    if not nests:
+        return None
+    known: dict[Any, tuple[tuple[Any, ...], Any]] = {}
+    for nest in nests:
+        store = nest.body
+        if not _same(store.indices, nest.axes):
+            return None
+
+        def inline(load: Any, axes: tuple[Any, ...] = nest.axes) -> Any:
+            if load.source not in known:
+                return load
+            before, value = known[load.source]
+            return _substitute(value, dict(zip(before, axes, strict=True)))
+
+        for load in _loads(store.value):
+            if (load.source in known or load.source.same_as(total)) and not _same(
+                load.indices, nest.axes
+            ):
+                return None
+        known[store.buffer] = (
+            nest.axes,
+            tvm_ffi.structural_map(store.value, (tvm.ir.TensorLoad, inline)),
+        )
+    last = nests[-1]
+    return last.body.buffer, last.axes, known[last.body.buffer][1]
+
+
+def _same(indices: Any, axes: tuple[Any, ...]) -> bool:
+    return len(indices) == len(axes) and all(
+        index.same_as(axis) for index, axis in zip(indices, axes, strict=True)
+    )
+
+
+def _unravel(row: Any, lead: list[Any]) -> list[Any]:
+    """Indices of the flat ``row`` in axes of extents ``lead``."""
+    at: list[Any] = []
+    for extent in reversed(lead[1:]):
+        at.append(tirx.floormod(row, extent))
+        row = tirx.floordiv(row, extent)
+    return [*([row] if lead else []), *reversed(at)]
+
+
+def _canonical(func: tirx.PrimFunc, found: BalancedBlock, tile: Tile) -> tirx.PrimFunc | None:
+    """The kernel as staged activations, loaded slots, partial sums, sums and one output block.
+
+    Returns
+    -------
+    tirx.PrimFunc or None
+        Same parameters, same results; blocks ``balanced_data[mo, mg, kb, e, mv]``,
+        ``balanced_values[c, o, u, w, no, lane, v]``, ``balanced_indices`` likewise,
+        ``balanced_partial[w, mo, mg, mv, no, lane]``, ``balanced_sparse_dense[mo, mg, mv, no, lane]``
+        and ``balanced_out`` with those axes. None when the kernel holds anything else.
+    """
+    nests = _nests(func)
+    if nests is None or len(nests) < 2:
+        return None
+    data, main, *rest = nests
+    if not data.name.startswith(BLOCK_DATA) or not found.block.name_hint == main.name:
+        return None
+    params = list(func.params)
+    x = data.reads[0]
+    total = main.body.buffer
+    values, indices = (
+        next(b for b in main.reads if b.ty.dtype == dtype and not b.same_as(data.body.buffer))
+        for dtype in (found.value_dtype, "uint8")
+    )
+    if not all(any(buffer.same_as(p) for p in params) for buffer in (x, values, indices)):
+        return None
+    if rest:
+        folded = _fold_epilogue(rest, total)
+    else:
+        axes = main.axes[:-1]
+        folded = (total, axes, tirx.BufferLoad(total, list(axes)))
+    if folded is None or not any(folded[0].same_as(p) for p in params):
+        return None
+    lead = list(x.shape[:-1])
+    if len(folded[1]) != len(lead) + 1:
+        return None
+    core, sums = _core(x, values, indices, found.fmt, tile)
+    return _assemble(func, core, sums, folded, lead, found.fmt, tile)
+
+
+def _core(
+    x: Any, values: Any, indices: Any, fmt: PackedFormat, tile: Tile
+) -> tuple[list[Any], list[Any]]:
+    """Statements up to the sums, and the buffers they use, the sums last."""
+    block, nnz, vector = fmt.pattern.block, fmt.pattern.nnz, fmt.layout.vector
+    lead = list(x.shape[:-1])
+    rows = _product(lead)
+    row_tiles = (rows + (tile.rows - 1)) // tile.rows
+    col_tiles = fmt.padded_rows // _LANES
+    chunks = _ceil(fmt.blocks, tile.chunk)
+    runs = tile.chunk * nnz // vector
+    steps = _ceil(runs, tile.warps * tile.unroll)
+    all_runs = fmt.slots // vector
+    exact = steps * tile.unroll * tile.warps == runs and chunks * runs == all_runs
+    static = rows if isinstance(rows, int) else None
+
+    tx = te.placeholder(x.shape, x.dtype, name="x")
+    tv = te.placeholder(values.shape, values.dtype, name="values")
+    ti = te.placeholder(indices.shape, indices.dtype, name="indices")
+
+    def stage(mo: Any, mg: Any, kb: Any, e: Any, mv: Any) -> Any:
+        row = (mo * tile.groups + mg) * tile.vector + mv
+        if static is None or static % tile.rows:
+            # rows past the end repeat the last one, so that nothing has to be tested; they are not stored
+            row = tirx.min(row, rows - 1)
+        column = kb * block + e
+        loaded = tx(*_unravel(row, lead), column)
+        if chunks * tile.chunk * block == fmt.in_features:
+            return loaded
+        return tirx.if_then_else(column < fmt.in_features, loaded, tirx.const(0, x.dtype))
+
+    staged = te.compute(
+        _shape(row_tiles, tile.groups, chunks * tile.chunk, block, tile.vector),
+        stage,
+        name=BLOCK_DATA,
+    )
+
+    def run_of(c: Any, o: Any, u: Any, w: Any) -> tuple[Any, Any]:
+        within = (o * tile.unroll + u) * tile.warps + w
+        run = c * runs + within
+        return run, None if exact else tirx.all(within < runs, run < all_runs)
+
+    def load(source: te.Tensor) -> Any:
+        def at(c: Any, o: Any, u: Any, w: Any, no: Any, lane: Any, v: Any) -> Any:
+            run, valid = run_of(c, o, u, w)
+            value = source(no, run, lane, v)
+            if valid is None:
+                return value
+            return tirx.if_then_else(valid, value, tirx.const(0, source.dtype))
+
+        return at
+
+    stream = _shape(chunks, steps, tile.unroll, tile.warps, col_tiles, _LANES)
+    loaded_values = te.compute([*stream, *_shape(vector)], load(tv), name=BLOCK_VALUES)
+    loaded_indices = te.compute(
+        [*stream, *_shape(fmt.indices_shape[-1])], load(ti), name=BLOCK_INDICES
+    )
+    c = _reduce(chunks, "c")
+    o = _reduce(steps, "o")
+    u = _reduce(tile.unroll, "u")
+    v = _reduce(vector, "v")
+
+    def multiply_add(w: Any, mo: Any, mg: Any, mv: Any, no: Any, lane: Any) -> Any:
+        slot = ((o * tile.unroll + u) * tile.warps + w) * vector + v
+        kb = slot // nnz
+        if steps * tile.unroll * tile.warps != runs:
+            kb = tirx.min(kb, tile.chunk - 1)
+        if fmt.encoding == "u8":
+            # the mask changes nothing; it is the bound that the staged region is derived from
+            stored = loaded_indices(c, o, u, w, no, lane, v)
+            index = tirx.Cast("int32", stored) & tirx.const(255, "int32")
+        else:
+            pair = loaded_indices(c, o, u, w, no, lane, v // 2)
+            stored = (pair >> tirx.Cast("uint8", v % 2 * 4)) & tirx.const(15, "uint8")
+            index = tirx.Cast("int32", stored)
+        activation = staged(mo, mg, c * tile.chunk + kb, index, mv)
+        weight = loaded_values(c, o, u, w, no, lane, v)
+        return te.sum(
+            tirx.Cast("float32", activation) * tirx.Cast("float32", weight), axis=[c, o, u, v]
+        )
+
+    out_axes = _shape(row_tiles, tile.groups, tile.vector, col_tiles, _LANES)
+    partial = te.compute([*_shape(tile.warps), *out_axes], multiply_add, name=BLOCK_PARTIAL)
+    w = _reduce(tile.warps, "w")
+    sums = te.compute(out_axes, lambda *at: te.sum(partial(w, *at), axis=w), name=BLOCK_MAIN)
+    core = te.create_prim_func([tx, tv, ti, sums])
+    given = dict(zip(core.params[:3], (x, values, indices), strict=True))
+    root = core.body.block
+    return list(_substitute(root.body, given).seq), [*root.alloc_buffers, core.params[3]]
+
+
+def _shape(*extents: Any) -> list[Any]:
+    return [tirx.const(e, "int64") if isinstance(e, int) else e for e in extents]
+
+
+def _reduce(extent: int, name: str) -> Any:
+    return te.reduce_axis((tirx.const(0, "int64"), tirx.const(extent, "int64")), name=name)
+
+
+def _product(extents: list[Any]) -> Any:
+    total: Any = 1
+    for extent in extents:
+        total = total * (int(extent) if isinstance(extent, tirx.IntImm) else extent)
+    return total
+
+
+def _assemble(
+    func: tirx.PrimFunc,
+    core: list[Any],
+    buffers: list[Any],
+    folded: tuple[Any, tuple[Any, ...], Any],
+    lead: list[Any],
+    fmt: PackedFormat,
+    tile: Tile,
+) -> tirx.PrimFunc:
+    """Append the output block to the core and put both into ``func``'s signature."""
+    output, axes, value = folded
+    sums = buffers[-1]
+    rows = _product(lead)
+    extents = list(sums.shape)
+    names = ("mo", "mg", "mv", "no", "lane")
+    iters = [
+        tirx.IterVar(
+            tvm.ir.Range(tirx.const(0, "int64"), extent), tirx.Var(f"v_{name}", "int64"), 0
+        )
+        for name, extent in zip(names, extents, strict=True)
+    ]
+    loops = [tirx.Var(name, "int64") for name in names]
+    mo, mg, mv, no, lane = (axis.var for axis in iters)
+    row = (mo * tile.groups + mg) * tile.vector + mv
+    at = [*_unravel(row, lead), no * _LANES + lane]
+    total = tirx.BufferLoad(sums, [mo, mg, mv, no, lane])
+
+    def place(load: Any) -> Any:
+        return total if len(load.indices) == len(axes) and _is_sum(load) else load
+
+    param_set = list(func.params)
+
+    def _is_sum(load: Any) -> bool:
+        return load.source.same_as(output) or not any(load.source.same_as(p) for p in param_set)
+
+    value = tvm_ffi.structural_map(value, (tvm.ir.TensorLoad, place))
+    value = _substitute(value, dict(zip(axes, at, strict=True)))
+    reads: list[Any] = []
+    for load in _loads(value):
+        reads.append(
+            tirx.BufferRegion(
+                load.source, [tvm.ir.Range.from_min_extent(i, 1) for i in load.indices]
+            )
+        )
+    write = tirx.BufferRegion(output, [tvm.ir.Range.from_min_extent(i, 1) for i in at])
+    conditions = []
+    if not isinstance(rows, int) or rows % tile.rows:
+        conditions.append(row < rows)
+    if fmt.padded_rows != fmt.out_features:
+        conditions.append(at[-1] < fmt.out_features)
+    store: Any = tirx.BufferStore(output, value, at)
+    if conditions:
+        # inside the block, as reverse_compute_at drops a block's own predicate
+        store = tirx.IfThenElse(tirx.all(*conditions), store, None)
+    block = s_tir.SBlock(iters, reads, [write], BLOCK_OUT, store)
+    stmt: Any = s_tir.SBlockRealize(loops, True, block)
+    for loop, extent in zip(reversed(loops), reversed(extents), strict=True):
+        stmt = tirx.For(loop, tirx.const(0, "int64"), extent, tirx.ForKind.SERIAL, stmt)
+    root = s_tir.SBlock([], [], [], "root", tirx.SeqStmt([*core, stmt]), alloc_buffers=buffers)
+    return tirx.PrimFunc(
+        func.params, s_tir.SBlockRealize([], True, root), func.ret_type, func.attrs
+    )
+
+
+def _stage_width(found: BalancedBlock, tile: Tile) -> int:
+    """Elements along K that a thread stages at once: 16 bytes where rows are staged one by one."""
+    fmt = found.fmt
+    if tile.vector > 1 or fmt.in_features % fmt.pattern.block:
+        return 1
+    width = _LOAD_BYTES // (4 if found.data_dtype == "float32" else 2)
+    return math.gcd(width, fmt.pattern.block, fmt.in_features)
+
+
+def _schedule(func: tirx.PrimFunc, tile: Tile, width: int) -> s_tir.Schedule:
+    sch = s_tir.Schedule(tvm.IRModule({"main": func}))
+    partial = sch.get_sblock(BLOCK_PARTIAL)
+    sums = sch.get_sblock(BLOCK_MAIN)
+    out = sch.get_sblock(BLOCK_OUT)
+    local = partial
+    shared = sch.cache_write(partial, 0, "local")
+    sch.set_scope(shared, 0, "shared")
+    w, mo, mg, mv, no, lane, c, o, u, v = sch.get_loops(local)
+    sch.reorder(no, mo, w, lane, c, o, u, v, mg, mv)
+    sch.bind(no, "blockIdx.x")
+    sch.bind(mo, "blockIdx.y")
+    sch.bind(w, "threadIdx.y")
+    sch.bind(lane, "threadIdx.x")
+    sch.unroll(u)
+    sch.unroll(v)
+    sch.unroll(mg)
+    if tile.vector > 1:
+        sch.vectorize(mv)
+
+    sch.reverse_compute_at(shared, lane, preserve_unit_loops=True)
+    for name in (BLOCK_VALUES, BLOCK_INDICES):
+        load = sch.get_sblock(name)
+        sch.set_scope(load, 0, "local")
+        sch.compute_at(load, o, preserve_unit_loops=True)
+        step, *_, vector = sch.get_loops(load)[-7:]
+        sch.vectorize(vector)
+    _stage(sch, c, tile, width)
+
+    sch.reverse_compute_at(sums, mo, preserve_unit_loops=True)
+    sch.set_scope(sums, 0, "local")
+    *_, mg, mv, _, lane, _ = sch.get_loops(sums)
+    row = sch.fuse(mg, mv)
+    sch.reverse_compute_at(out, lane, preserve_unit_loops=True)
+    # after the output has joined, so that idle warps are kept from both blocks
+    _, warp = sch.split(row, [None, tile.warps])
+    sch.bind(warp, "threadIdx.y")
+    sch.bind(lane, "threadIdx.x")
+    sch.decompose_reduction(partial, c)
+    return sch
+
+
+def _stage(sch: s_tir.Schedule, chunk: Any, tile: Tile, width: int) -> None:
+    """Copy a chunk of activations to shared memory, consecutive threads along K."""
+    data = sch.get_sblock(BLOCK_DATA)
+    sch.set_scope(data, 0, "shared")
+    sch.compute_at(data, chunk, preserve_unit_loops=True)
+    *_, group, block, element, row = sch.get_loops(data)
+    position = sch.fuse(block, element)
+    _, warp, lane, run = sch.split(position, [None, tile.warps, _LANES, width])
+    sch.reorder(warp, lane, group, run, row)
+    sch.bind(warp, "threadIdx.y")
+    sch.bind(lane, "threadIdx.x")
+    sch.unroll(group)
+    if tile.vector > 1:
+        sch.vectorize(row)
+    elif width > 1:
+        sch.vectorize(run)
