@@ -1,0 +1,330 @@
+"""The balanced operator on CPUs whose vector registers can be permuted by data.
+
+A block of activations lies in one register (or a few), so the gather of a slot is a permute inside
+registers: ``vpermps`` and ``vpermi2ps`` with AVX-512, ``vpermps`` and a blend with AVX2. Lanes are rows
+of the weight, which the layout ``r16v1`` (``r8v1``) puts side by side. A tile of ``batch_tile`` rows of
+activations by ``row_tile`` registers of weight rows keeps its sums in registers; a value and an index
+are loaded once per tile, a block of activations once per register of weight rows.
+
+Thread map: groups of ``group`` registers of weight rows -> threads, in equal shares; slots of a row ->
+one thread, in the order of K. A tail of the batch runs through tiles of the exact size (of 4, 2 and 1
+where the batch is symbolic), which costs full tiles nothing.
+
+Knobs: :class:`Knobs`, whose defaults :func:`default_knobs` gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm import s_tir, tirx
+
+from tvm_balanced.schedules import llvm_nest as nest
+from tvm_balanced.schedules.cpu_common import has_feature
+
+# a block is looked up in at most this many registers; beyond, one load per lane is as fast
+MAX_REGISTERS = {16: 16, 8: 8}
+
+# multiply-adds from which threads pay for waking them
+PARALLEL_WORK = 1 << 19
+
+# multiply-adds written out in the body of the innermost loop
+_UNROLL = 128
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What a tuner may sample.
+
+    Parameters
+    ----------
+    batch_tile : int
+        Rows of activations in a full tile.
+    row_tile : tuple of int
+        Registers of weight rows in a tile, by rows of activations: entry ``i`` is for tiles of up to
+        ``2 ** i`` rows.
+    group : int
+        Registers of weight rows that one step of the parallel loop handles.
+    """
+
+    batch_tile: int = 8
+    row_tile: tuple[int, ...] = (4, 4, 4, 2)
+    group: int = 4
+
+    def rows_for(self, tile: int) -> int:
+        """Registers of weight rows in a tile of ``tile`` rows of activations."""
+        return min(self.group, self.row_tile[min(len(self.row_tile) - 1, (tile - 1).bit_length())])
+
+
+def lanes_of(target: tvm.target.Target) -> int | None:
+    """Rows in one register that can be permuted by data: 16, 8, or None without such a permute."""
+    if has_feature(target, "avx512f"):
+        return 16
+    return 8 if has_feature(target, "avx2") else None
+
+
+def default_knobs(lanes: int, registers: int) -> Knobs:
+    """Tile sizes that keep the sums in registers: 32 of them with AVX-512, 16 with AVX2.
+
+    Parameters
+    ----------
+    lanes : int
+        16 for AVX-512, 8 for AVX2.
+    registers : int
+        Registers that hold one block of activations.
+    """
+    if lanes == 16:
+        return Knobs() if registers <= 2 else Knobs(8, (4, 4, 2, 1), 4)
+    return Knobs(4, (4, 2, 2), 4) if registers <= 2 else Knobs(4, (4, 2, 1), 4)
+
+
+def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | None:
+    """Schedule ``func``, or None where the target has no permute or the format does not suit it.
+
+    Parameters
+    ----------
+    func : tirx.PrimFunc
+        The operator, fused with element-wise work.
+    target : tvm.target.Target
+        An llvm target.
+    """
+    lanes = lanes_of(target)
+    parts = nest.take_apart(func)
+    if lanes is None or parts is None:
+        return None
+    layout = parts.fmt.layout
+    registers = -(-parts.fmt.pattern.block // lanes)
+    if layout.vector != 1 or layout.rows % lanes or registers > MAX_REGISTERS[lanes]:
+        return None
+    return schedule(parts, lanes, default_knobs(lanes, registers))
+
+
+def schedule(parts: nest.Parts, lanes: int, knobs: Knobs) -> s_tir.Schedule:
+    """Write the kernel out for ``knobs``."""
+    return _Kernel(parts, lanes, knobs).build()
+
+
+class _Kernel:
+    def __init__(self, parts: nest.Parts, lanes: int, knobs: Knobs) -> None:
+        self.parts = parts
+        self.fmt = parts.fmt
+        self.lanes = lanes
+        self.knobs = knobs
+        self.registers = -(-self.fmt.pattern.block // lanes)
+        self.window = self.registers * lanes
+
+    def build(self) -> s_tir.Schedule:
+        parts, fmt = self.parts, self.fmt
+        values, declare_values = nest.flat_view(parts.values)
+        indices, declare_indices = nest.flat_view(parts.indices)
+        self.values, self.indices = values, indices
+        work = fmt.padded_rows * fmt.slots
+        buffers = []
+        statements = [declare_values, declare_indices]
+        if parts.source is not None and fmt.pattern.block == self.window and (
+            fmt.padded_features == fmt.in_features
+        ):
+            self.data, declare = nest.flat_source(parts)
+            self.pitch = fmt.in_features
+            statements.append(declare)
+        else:
+            # the last window may reach past the last block
+            over = self.window - fmt.pattern.block
+            self.pitch = -(-(fmt.padded_features + over) // self.lanes) * self.lanes
+            size = parts.rows * self.pitch
+            self.data = tirx.decl_buffer((size,), "float32", name="balanced_stage", layout=None)
+            buffers.append(self.data)
+            statements.append(
+                self._by_work(
+                    self.pitch * 8, lambda wide: nest.stage(parts, self.data, self.pitch, wide)
+                )
+            )
+        statements.append(self._by_work(work, self._groups))
+        return nest.assemble(parts, nest.sequence(statements), buffers, "balanced_permute")
+
+    def _by_work(self, per_row: int, build: Callable[[bool], Any]) -> Any:
+        """``build(parallel)``, decided now where the batch is known, else when the kernel runs."""
+        rows = self.parts.rows
+        if per_row >= PARALLEL_WORK:
+            return build(True)
+        if isinstance(rows, int):
+            return build(rows * per_row >= PARALLEL_WORK)
+        return tirx.IfThenElse(rows * per_row >= PARALLEL_WORK, build(True), build(False))
+
+    def _groups(self, parallel: bool) -> Any:
+        total = self.fmt.padded_rows // self.lanes
+        group = self.knobs.group
+        whole, rest = divmod(total, group)
+        kind = tirx.ForKind.PARALLEL if parallel else tirx.ForKind.SERIAL
+
+        def body(g: Any) -> Any:
+            first = g * group
+            if not rest:
+                return self._group(first, group)
+            if not whole:
+                return self._group(first, rest)
+            return tirx.IfThenElse(g < whole, self._group(first, group), self._group(first, rest))
+
+        return nest.loop(whole + bool(rest), body, kind, name="g")
+
+    def _group(self, first: Any, count: int) -> Any:
+        """All rows of activations by ``count`` registers of weight rows."""
+        rows, tile = self.parts.rows, self.knobs.batch_tile
+        if isinstance(rows, int):
+            whole, rest = divmod(rows, tile)
+            pieces = []
+            if whole:
+                pieces.append(
+                    nest.loop(whole, lambda i: self._tiles(i * tile, tile, first, count), name="mo")
+                )
+            if rest:
+                pieces.append(self._tiles(tirx.const(whole * tile, nest.INDEX), rest, first, count))
+            return nest.sequence(pieces)
+        pieces = [
+            nest.loop(
+                rows // tile, lambda i: self._tiles(i * tile, tile, first, count), name="mo"
+            )
+        ]
+        size = tile // 2
+        while size:
+            # rows before this part of the tail: a multiple of twice its size
+            at = rows // (2 * size) * (2 * size)
+            pieces.append(
+                tirx.IfThenElse(
+                    rows % (2 * size) >= size, self._tiles(at, size, first, count), None
+                )
+            )
+            size //= 2
+        return nest.sequence(pieces)
+
+    def _tiles(self, m: Any, rows: int, first: Any, count: int) -> Any:
+        width = self.knobs.rows_for(rows)
+        pieces = [
+            nest.loop(count // width, lambda i: self._tile(m, rows, first + i * width, width), name="r")
+        ] if count >= width else []
+        if count % width:
+            at = first + count // width * width
+            pieces.append(self._tile(m, rows, at, count % width))
+        return nest.sequence(pieces)
+
+    def _tile(self, m: Any, rows: int, first: Any, width: int) -> Any:
+        """``rows`` rows of activations from ``m`` by ``width`` registers of weight rows from ``first``."""
+        lanes = self.lanes
+        sums = nest.local(rows * width * lanes, "balanced_sums")
+
+        def place(i: int, r: int) -> int:
+            return (i * width + r) * lanes
+
+        zero = tirx.Broadcast(tirx.const(0.0, "float32"), lanes)
+        cells = [(i, r) for i in range(rows) for r in range(width)]
+        clear = [
+            tirx.BufferStore(sums, zero, [nest.ramp(place(i, r), lanes)]) for i, r in cells
+        ]
+        # an odd number of 4-bit slots per block ends in the middle of a byte: two blocks at a time
+        pair = self.fmt.encoding == "u4" and self.fmt.pattern.nnz % 2 == 1
+        blocks = 2 if pair else 1
+        step = 2 if self.fmt.encoding == "u4" else 1
+        nnz = self.fmt.pattern.nnz
+
+        def slots(kb: Any, start: Any, counts: range) -> Any:
+            found = []
+            for s in counts:
+                block = kb + s // nnz if pair else kb
+                found += self._slot(sums, m, cells, place, first, block, start, s)
+            return nest.sequence(found)
+
+        def group_of_blocks(b: Any) -> Any:
+            kb = b * blocks
+            start = kb * nnz
+            if pair or nnz * rows * width <= _UNROLL:
+                return slots(kb, start, range(nnz * blocks))
+            return nest.loop(nnz // step, lambda t: slots(kb, start + t * step, range(step)), name="t")
+
+        accumulate = nest.loop(self.fmt.blocks // blocks, group_of_blocks, name="kb")
+        finish = [
+            nest.store_rows(self.parts, m + i, (first + r) * lanes, lanes, sums, place(i, r))
+            for i, r in cells
+        ]
+        return nest.sequence([tirx.AllocBuffer(sums), *clear, accumulate, *finish])
+
+    def _slot(
+        self,
+        sums: Any,
+        m: Any,
+        cells: list[tuple[int, int]],
+        place: Callable[[int, int], int],
+        first: Any,
+        block: Any,
+        start: Any,
+        s: int,
+    ) -> list[Any]:
+        """One slot of all rows of a tile: slot ``start + s``, ``start`` even for 4-bit indices."""
+        lanes, layout = self.lanes, self.fmt.layout
+        per_tile = layout.rows // lanes
+        statements: list[Any] = []
+        index, weight = {}, {}
+        for r in sorted({r for _, r in cells}):
+            register = first + r
+            tile, sub = register // per_tile, register % per_tile
+            if self.fmt.encoding == "u4":
+                run = tile * (self.fmt.slots // 2) + start // 2 + s // 2
+            else:
+                run = tile * self.fmt.slots + start + s
+            stored = self.indices[nest.ramp(run * layout.rows + sub * lanes, lanes)]
+            wide = tirx.Cast(nest.vector("int32", lanes), stored)
+            if self.fmt.encoding == "u4":
+                # permutes of 16 lanes look at four bits only; narrower ones compare all of them
+                wide = wide >> _splat(4, lanes) if s % 2 else wide & _splat(15, lanes)
+            at = (tile * self.fmt.slots + start + s) * layout.rows + sub * lanes
+            value = tirx.Cast(
+                nest.vector("float32", lanes), self.values[nest.ramp(at, lanes)]
+            )
+            index[r] = tirx.Var(f"index_{s}_{r}", nest.vector("int32", lanes))
+            weight[r] = tirx.Var(f"weight_{s}_{r}", nest.vector("float32", lanes))
+            statements += [tirx.Bind(index[r], wide), tirx.Bind(weight[r], value)]
+        for i, r in cells:
+            base = (m + i) * self.pitch + block * self.fmt.pattern.block
+            picked = self._look_up(base, 0, self.registers, index[r])
+            where = [nest.ramp(place(i, r), lanes)]
+            statements.append(
+                tirx.BufferStore(sums, sums[where[0]] + picked * weight[r], where)
+            )
+        return statements
+
+    def _look_up(self, base: Any, first: int, count: int, index: Any) -> Any:
+        """Elements ``index`` of a block, for indices within ``count`` registers from ``first``.
+
+        The permutes ignore the index bits above their own, so halves are told apart by one compare.
+        """
+        lanes = self.lanes
+        per_permute = 2 if lanes == 16 else 1
+        if count <= per_permute:
+            tables = [
+                self.data[nest.ramp(base + (first + i) * lanes, lanes)] for i in range(count)
+            ]
+            return _permute(tables, index, lanes)
+        half = 1 << (count - 1).bit_length() - 1
+        low = self._look_up(base, first, half, index)
+        high = self._look_up(base, first + half, count - half, index)
+        return tirx.Select(index >= _splat((first + half) * lanes, lanes), high, low)
+
+
+def _splat(value: int, lanes: int) -> Any:
+    return tirx.Broadcast(tirx.const(value, "int32"), lanes)
+
+
+def _permute(tables: list[Any], index: Any, lanes: int) -> Any:
+    if lanes == 8:
+        return tirx.call_llvm_pure_intrin(
+            "float32x8", "llvm.x86.avx2.permps", tables[0], index
+        )
+    if len(tables) == 1:
+        return tirx.call_llvm_pure_intrin(
+            "float32x16", "llvm.x86.avx512.permvar.sf.512", tables[0], index
+        )
+    return tirx.call_llvm_pure_intrin(
+        "float32x16", "llvm.x86.avx512.vpermi2var.ps.512", tables[0], index, tables[1]
+    )
