@@ -1,0 +1,18 @@
+"""Generated CUDA C run on the CPU, without a GPU and without a CUDA toolkit.
+
+One fiber per CUDA thread, so barriers, shuffles and votes are exact at any order of threads. An
+instrumented run also reports races, accesses out of bounds, reads of unwritten shared memory, and counts
+memory sectors and shared-memory wavefronts per access. Needs g++ on an x86-64 with AVX2 and F16C.
+
+>>> kernel = from_tvm(scheduled_module, target)          # doctest: +SKIP
+>>> kernel(a, b, out)                                    # NumPy arrays, changed in place
+>>> reports = kernel.inspect(a, b, out)                  # one per launch
+>>> reports[0].issues, reports[0].summary()
+"""
+
+from tvm_balanced.cudaemu.compiler import EmulatorError
+from tvm_balanced.cudaemu.module import Module
+from tvm_balanced.cudaemu.report import Report
+from tvm_balanced.cudaemu.tvm_kernel import Launch, TVMKernel, from_tvm
+
+__all__ = ["EmulatorError", "Launch", "Module", "Report", "TVMKernel", "from_tvm"]

@@ -1,0 +1,109 @@
+"""g++ for translated kernels and for the emulator's runtime, with a cache."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+from tvm_balanced.errors import ToolchainError
+
+HERE = Path(__file__).parent
+INCLUDE = HERE / "include"
+
+_BASE = ["-std=c++17", "-fPIC", "-pthread", "-march=native", "-w", "-fno-strict-aliasing"]
+_FAST = ["-O2"]
+# the thread sanitizer only makes g++ emit its access hooks; the runtime here defines them
+_INSTRUMENTED = [
+    *("-O2", "-g1", "-DEMU_INSTRUMENT", "-fsanitize=thread"),
+    *("--param", "tsan-instrument-func-entry-exit=0"),
+    *("-fno-tree-vectorize", "-fno-tree-slp-vectorize", "-fno-store-merging"),
+]
+
+
+class EmulatorError(ToolchainError):
+    """The kernel uses something that is not emulated, g++ failed, or the emulated run went wrong."""
+
+
+def cache_dir() -> Path:
+    """Folder of compiled kernels: ``$CUDAEMU_CACHE``, else one per user in the temporary folder."""
+    default = Path(tempfile.gettempdir()) / f"cudaemu-{os.getuid()}"
+    path = Path(os.environ.get("CUDAEMU_CACHE") or default)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def digest(*parts: str | bytes) -> str:
+    """Name of what is compiled from ``parts``."""
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(part.encode() if isinstance(part, str) else part)
+        state.update(b"\0")
+    return state.hexdigest()[:20]
+
+
+def _compile(output: Path, args: list[str]) -> Path:
+    if output.exists():
+        return output
+    temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
+    compiler = os.environ.get("CXX", "g++")
+    try:
+        done = subprocess.run(
+            [compiler, *args, "-o", str(temporary)], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        raise EmulatorError(
+            f'the C++ compiler "{compiler}" was not found; emulation needs g++, so install it or set CXX'
+        ) from None
+    if done.returncode:
+        raise EmulatorError(f"{compiler} failed:\n{done.stderr[-6000:]}")
+    os.replace(temporary, output)
+    return output
+
+
+def compile_kernels(text: str, instrument: bool) -> tuple[Path, Path]:
+    """Compile translated kernels.
+
+    Parameters
+    ----------
+    text : str
+        C++ as :func:`tvm_balanced.cudaemu.translate.translate` gives it.
+    instrument : bool
+        Whether every memory access calls into the runtime.
+
+    Returns
+    -------
+    (Path, Path)
+        The C++ file and the shared library.
+    """
+    flags = _BASE + (_INSTRUMENTED if instrument else _FAST)
+    header = (INCLUDE / "cudaemu.h").read_bytes()
+    key = digest(text, header, " ".join(flags), os.environ.get("CXX", "g++"))
+    source = cache_dir() / f"k_{key}.cpp"
+    if not source.exists():
+        temporary = source.with_name(f"{source.name}.{os.getpid()}.tmp")
+        temporary.write_text(text)
+        os.replace(temporary, source)
+    # compiled and linked apart, so that no sanitizer library is linked in
+    args = [*flags, "-c", "-I", str(INCLUDE), "-include", "cudaemu.h", str(source)]
+    compiled = _compile(source.with_suffix(".o"), args)
+    return source, _compile(source.with_suffix(".so"), ["-shared", str(compiled)])
+
+
+@functools.cache
+def runtime() -> ctypes.CDLL:
+    """The emulator's runtime library; its symbols are visible to every kernel."""
+    source = HERE / "runtime.cpp"
+    library = _compile(
+        cache_dir() / f"rt_{digest(source.read_bytes())}.so",
+        ["-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", "-w", str(source)],
+    )
+    loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    loaded.emu_error.restype = ctypes.c_char_p
+    loaded.emu_report.restype = ctypes.c_char_p
+    loaded.emu_counter.restype = ctypes.c_ulong
+    return loaded
