@@ -5,12 +5,13 @@ Thread map, for tiles of ``Tile.rows`` rows of activations by 32 outputs::
     blockIdx.x  -> 32 outputs (rows of the weight), one per lane      threadIdx.x -> the output
     blockIdx.y  -> a tile of rows of activations                      threadIdx.y -> a warp's share of K
 
-The layout ``r32vV`` puts the 32 rows of a warp side by side: a lane loads ``V`` slots of its row with one
-vector load (16 bytes of values), and the warp's loads are contiguous. All lanes work on the same block of K, so
-their gathers fall into one window of ``block`` staged elements; up to 128 bytes (16 elements of eight bytes)
-such a window has no two words in one bank. A staged element holds ``vector`` rows of activations, which one
-shared-memory load brings in. Warps split K; their partial sums meet in shared memory and are added in a
-fixed order, so results do not change from run to run. K is staged in chunks that fit the shared memory.
+The layout ``r32vV`` puts the 32 rows of a warp side by side: a lane loads ``V`` slots of its row with
+one vector load (16 bytes of values), and the warp's loads are contiguous. All lanes work on the same
+block of K, so their gathers fall into one window of ``block`` staged elements; up to 128 bytes (16
+elements of eight bytes) such a window has no two words in one bank. A staged element holds ``vector``
+rows of activations, which one shared-memory load brings in. Warps split K; their partial sums meet in
+shared memory and are added in a fixed order, so results do not change from run to run. K is staged in
+chunks that fit the shared memory.
 
 Before scheduling, the kernel is brought into one form (:func:`_canonical`): batch axes of any rank become
 row tiles, slots become (chunk, step, unrolled, warp, lane-vector) axes, and everything after the operator
@@ -258,7 +259,7 @@ def _canonical(func: tirx.PrimFunc, found: BalancedBlock, tile: Tile) -> tirx.Pr
     if nests is None or len(nests) < 2:
         return None
     data, main, *rest = nests
-    if not data.name.startswith(BLOCK_DATA) or not found.block.name_hint == main.name:
+    if not data.name.startswith(BLOCK_DATA) or found.block.name_hint != main.name:
         return None
     params = list(func.params)
     x = data.reads[0]
@@ -325,20 +326,20 @@ def _core(
         run = c * runs + within
         return run, None if exact else tirx.all(within < runs, run < all_runs)
 
-    def load(source: te.Tensor) -> Any:
-        def at(c: Any, o: Any, u: Any, w: Any, no: Any, lane: Any, v: Any) -> Any:
-            run, valid = run_of(c, o, u, w)
-            value = source(no, run, lane, v)
-            if valid is None:
-                return value
-            return tirx.if_then_else(valid, value, tirx.const(0, source.dtype))
+    def load_values(c: Any, o: Any, u: Any, w: Any, no: Any, lane: Any, v: Any) -> Any:
+        run, valid = run_of(c, o, u, w)
+        value = tv(no, run, lane, v)
+        return value if valid is None else tirx.if_then_else(valid, value, tirx.const(0, tv.dtype))
 
-        return at
+    def load_indices(c: Any, o: Any, u: Any, w: Any, no: Any, lane: Any, v: Any) -> Any:
+        run, valid = run_of(c, o, u, w)
+        # any index will do where the value is zero, so it is enough to stay inside the array
+        return ti(no, run if valid is None else tirx.min(run, all_runs - 1), lane, v)
 
     stream = _shape(chunks, steps, tile.unroll, tile.warps, col_tiles, _LANES)
-    loaded_values = te.compute([*stream, *_shape(vector)], load(tv), name=BLOCK_VALUES)
+    loaded_values = te.compute([*stream, *_shape(vector)], load_values, name=BLOCK_VALUES)
     loaded_indices = te.compute(
-        [*stream, *_shape(fmt.indices_shape[-1])], load(ti), name=BLOCK_INDICES
+        [*stream, *_shape(fmt.indices_shape[-1])], load_indices, name=BLOCK_INDICES
     )
     c = _reduce(chunks, "c")
     o = _reduce(steps, "o")
@@ -487,8 +488,7 @@ def _schedule(func: tirx.PrimFunc, tile: Tile, width: int) -> s_tir.Schedule:
         load = sch.get_sblock(name)
         sch.set_scope(load, 0, "local")
         sch.compute_at(load, o, preserve_unit_loops=True)
-        step, *_, vector = sch.get_loops(load)[-7:]
-        sch.vectorize(vector)
+        sch.vectorize(sch.get_loops(load)[-1])
     _stage(sch, c, tile, width)
 
     sch.reverse_compute_at(sums, mo, preserve_unit_loops=True)
