@@ -9,8 +9,9 @@ each of its values has; here that is what counts.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -39,22 +40,22 @@ _HARD_CODED = frozenset(
 )
 
 
-class OwnDtypeBuilder(relax.BlockBuilder):  # type: ignore[misc]
-    """A block builder that emits products and convolutions in their operands' dtype.
+class FaithfulBuilder(relax.BlockBuilder):  # type: ignore[misc]
+    """A block builder that undoes what the exporter and TVM's importer add to products.
 
-    Only where both operands are half precision and the result was to be float32: the importer writes that
-    for every linear layer, and PyTorch never does. Accumulation in float32 is not lost by it:
-    :func:`~tvm_balanced.relay_passes.accumulate_float32.accumulate_float32` puts that back.
+    * ``out_dtype="float32"`` of half precision operands becomes the operands' dtype: the importer writes it
+      for every linear layer, and PyTorch never does. Accumulation in float32 is not lost by it:
+      :func:`~tvm_balanced.relay_passes.accumulate_float32.accumulate_float32` puts that back.
+    * ``matmul(x, broadcast_to(w, [B, K, N]))`` becomes ``matmul(x, w)``: the exporter copies a weight for
+      every batch where the activations are not contiguous (LSTMs), which would hide the dense layer.
+    * ``broadcast_to`` to the shape a tensor already has is left out.
     """
 
     def emit(self, expr: Any, name_hint: str = "") -> Any:
-        return super().emit(self._own_dtype(expr), name_hint)
-
-    def _own_dtype(self, expr: Any) -> Any:
         name = call_name(expr)
         if name is None:
-            return expr
-        # relax.op.linear nests its three operators; only bound ones have a type to look at
+            return super().emit(expr, name_hint)
+        # relax.op.linear nests its operators; only bound ones have a type to look at
         nested = [call_name(arg) in (*_HARD_CODED, "relax.permute_dims") for arg in expr.args]
         if any(nested):
             args = [
@@ -62,15 +63,51 @@ class OwnDtypeBuilder(relax.BlockBuilder):  # type: ignore[misc]
                 for arg, inner in zip(expr.args, nested, strict=True)
             ]
             expr = relax.Call(expr.op, args, expr.attrs, expr.ty_args)
-        if name not in _HARD_CODED or str(expr.attrs.out_dtype) != "float32":
-            return expr
-        dtypes = {str(arg.ty.dtype) for arg in expr.args}
-        if len(dtypes) != 1 or not dtypes <= _HALF:
-            return expr
-        info = type(expr.attrs).__tvm_ffi_type_info__
-        fields = {field.name: getattr(expr.attrs, field.name) for field in info.fields}
-        fields["out_dtype"] = dtypes.pop()
-        return relax.Call(expr.op, expr.args, tvm.ir.make_node(info.type_key, **fields))
+        if name == "relax.broadcast_to" and _same_shape(expr.args[0], expr.args[1].values):
+            return expr.args[0]
+        if name == "relax.matmul":
+            expr = relax.Call(
+                expr.op, [expr.args[0], self._unbroadcast(*expr.args)], expr.attrs, expr.ty_args
+            )
+        if name in _HARD_CODED:
+            expr = _own_dtype(expr)
+        return super().emit(expr, name_hint)
+
+    def _unbroadcast(self, data: Any, weight: Any) -> Any:
+        """The matrix that ``weight`` repeats once per batch of ``data``, or ``weight``."""
+        value = self.lookup_binding(weight) if isinstance(weight, relax.Var) else None
+        if call_name(value) != "relax.broadcast_to":
+            return weight
+        source = value.args[0]
+        dims = list(value.args[1].values)
+        # only then the batches of the product are those of data, with or without the copies
+        batched = data.ty.ndim == len(dims) and _same_dims(list(data.ty.shape)[:-2], dims[:-2])
+        if source.ty.ndim == 2 and batched and _same_shape(source, dims[-2:]):
+            return source
+        return weight
+
+
+def _own_dtype(call: Any) -> Any:
+    """A product or convolution of half precision operands, with its result in their dtype."""
+    dtypes = {str(arg.ty.dtype) for arg in call.args}
+    if len(dtypes) != 1 or not dtypes <= _HALF or str(call.attrs.out_dtype) != "float32":
+        return call
+    info = type(call.attrs).__tvm_ffi_type_info__
+    fields = {field.name: getattr(call.attrs, field.name) for field in info.fields}
+    fields["out_dtype"] = dtypes.pop()
+    return relax.Call(call.op, call.args, tvm.ir.make_node(info.type_key, **fields), call.ty_args)
+
+
+def _same_dims(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    prove = tvm.sym.Analyzer()
+    return len(left) == len(right) and all(
+        prove.can_prove_equal(a, b) for a, b in zip(left, right, strict=True)
+    )
+
+
+def _same_shape(tensor: Any, dims: Sequence[Any]) -> bool:
+    shape = tensor.ty.shape if isinstance(tensor.ty, relax.TensorType) else None
+    return shape is not None and _same_dims(list(shape), list(dims))
 
 
 @dataclass(frozen=True)
@@ -86,11 +123,18 @@ class ImportedGraph:
 
 
 class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
-    """TVM's importer with named weights, the recorded dtypes and errors that name the operator."""
+    """TVM's importer with named weights, the recorded types and errors that name the operator."""
+
+    def __init__(self) -> None:
+        self.symbols: dict[str, Any] = {}
+        super().__init__()
 
     def create_convert_map(self) -> dict[Any, Callable[[fx.Node], Any]]:
         table = dict(super().create_convert_map())
         table["cumsum.default"] = self._typed_cumsum
+        table["cat.default"] = self._nonempty_cat
+        plain_slice = table["slice.Tensor"]
+        table["slice.Tensor"] = partial(self._slice, plain_slice)
         return {name: self._checked(convert) for name, convert in table.items()}
 
     def _checked(self, convert: Callable[[fx.Node], Any]) -> Callable[[fx.Node], Any]:
@@ -105,9 +149,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
                     and isinstance(result, relax.Expr)
                     and isinstance(result.ty, relax.TensorType)
                 ):
-                    dtype = self._convert_data_type(recorded.dtype)
-                    if str(result.ty.dtype) != dtype:
-                        result = self.block_builder.emit(relax.op.astype(result, dtype))
+                    result = self._as_recorded(result, recorded)
             except InputError:
                 raise
             except Exception as error:
@@ -119,6 +161,68 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
             return result
 
         return converted
+
+    def _as_recorded(self, result: Any, recorded: torch.Tensor) -> Any:
+        """``result`` with the dtype, and where it is symbolic the shape, that the program recorded."""
+        dtype = self._convert_data_type(recorded.dtype)
+        if str(result.ty.dtype) != dtype:
+            result = self.block_builder.emit(relax.op.astype(result, dtype))
+        if result.ty.shape is not None and all(isinstance(d, tirx.IntImm) for d in result.ty.shape):
+            return result
+        # a slice [:length] of a table is min(length, rows) long to TVM, and stays so in all that follows;
+        # the export proved the bounds of length
+        dims = self._dims(recorded.shape)
+        if dims is None or _same_shape(result, dims):
+            return result
+        return self.block_builder.match_cast(result, relax.TensorType(dims, dtype))
+
+    def _dims(self, shape: Sequence[int | torch.SymInt]) -> list[Any] | None:
+        """Sizes as TensorIR expressions; None where one is beyond sums and products of symbols."""
+        dims = []
+        for size in shape:
+            if not isinstance(size, torch.SymInt):
+                dims.append(tirx.IntImm("int64", int(size)))
+                continue
+            expr = size.node.expr
+            if expr.is_Integer:
+                dims.append(tirx.IntImm("int64", int(expr)))
+                continue
+            text, derived = self._process_derived_symbol(expr, self.symbols)
+            if derived is None:
+                if not expr.is_Symbol:
+                    return None
+                derived = self.symbols.setdefault(text, tirx.Var(text, "int64"))
+            dims.append(derived)
+        return dims
+
+    def _slice(self, plain: Callable[[fx.Node], Any], node: fx.Node) -> Any:
+        """A slice; one with a symbolic bound becomes a gather.
+
+        TVM gives ``table[:n]`` of 64 rows the length min(n, 64), and its FuseTIR crashes on such a slice.
+        """
+        dims = self._dims(node.meta["val"].shape)
+        if dims is None or not any(isinstance(arg, fx.Node) for arg in node.args[1:4]):
+            return plain(node)
+        data, axis, start, _, step = (
+            *self.retrieve_args(node),
+            *(0, None, None, 1)[len(node.args) - 1 :],
+        )
+        start = 0 if start is None else start
+        if isinstance(start, int) and start < 0:
+            start = data.ty.shape[axis] + start
+        rows = self.block_builder.emit(
+            relax.op.arange(start, start + dims[axis] * step, step, "int64")
+        )
+        return self.block_builder.emit(relax.op.take(data, rows, axis, mode="fast"))
+
+    def _nonempty_cat(self, node: fx.Node) -> Any:
+        # torch.cat skips tensors of shape (0,), whatever the rank of the others (a fresh cache)
+        parts = [part for part in node.args[0] if tuple(part.meta["val"].shape) != (0,)]
+        axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        if len(parts) == 1:
+            return self.env[parts[0]]
+        parts = parts or list(node.args[0])
+        return self.block_builder.emit(relax.op.concat([self.env[part] for part in parts], axis))
 
     def _typed_cumsum(self, node: fx.Node) -> Any:
         # a cast of the finished sum would come too late: booleans added as booleans are lost
@@ -157,7 +261,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
                 by_node[spec.arg.name] = kept[same[spec.target]][0]
         by_node.update(literals)
 
-        self.block_builder = OwnDtypeBuilder()
+        self.block_builder = FaithfulBuilder()
         pure = not self._has_assert_async(program.graph_module)
         params = [var for _, var in inputs.values()] + [var for var, _ in kept.values()]
         attrs = {"num_input": len(inputs), **self._bounds(program)}
@@ -191,7 +295,6 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
         """Inputs by node, weights by the module's names, literals by node."""
         tensors = {**program.constants, **program.state_dict}
         placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-        symbols: dict[str, Any] = {}
         inputs: dict[str, Any] = {}
         weights: dict[str, tuple[Any, torch.Tensor]] = {}
         literals: dict[str, Any] = {}
@@ -206,13 +309,13 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
                         f"input {name} of the model is a {type(value).__name__}, expected a tensor; "
                         "give numbers as tensors, or fix them before the export"
                     )
-                inputs[name] = (name, self._input_var(name, value, symbols))
+                inputs[name] = (name, self._input_var(name, value))
             elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
                 tensor = tensors[spec.target]
                 if spec.kind is InputKind.CONSTANT_TENSOR and tensor.numel() <= 1:
                     literals[name] = relax.const(to_numpy(tensor))
                 else:
-                    weights[spec.target] = (self._input_var(name, tensor, symbols), tensor)
+                    weights[spec.target] = (self._input_var(name, tensor), tensor)
             else:
                 raise InputError(
                     f"input {name} of the exported program is a {spec.kind.name}, "
@@ -220,16 +323,13 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
                 )
         return inputs, weights, literals
 
-    def _input_var(self, name: str, tensor: torch.Tensor, symbols: dict[str, Any]) -> Any:
-        dims = []
-        for size in tensor.shape:
-            if not isinstance(size, torch.SymInt):
-                dims.append(tirx.IntImm("int64", int(size)))
-                continue
-            text, derived = self._process_derived_symbol(size.node.expr, symbols)
-            if derived is None:
-                derived = symbols.setdefault(text, tirx.Var(text, "int64"))
-            dims.append(derived)
+    def _input_var(self, name: str, tensor: torch.Tensor) -> Any:
+        dims = self._dims(tensor.shape)
+        if dims is None:
+            raise InputError(
+                f"input {name} of the model has shape {tuple(tensor.shape)}, expected dimensions that are "
+                "numbers, symbols, or sums and products of them; simplify dynamic_shapes"
+            )
         return relax.Var(name, relax.TensorType(dims, self._convert_data_type(tensor.dtype)))
 
     def _bounds(self, program: torch.export.ExportedProgram) -> dict[str, dict[str, int]]:
