@@ -169,11 +169,11 @@ def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | No
     if cpu_common.writes_output(sch, product.block):
         sch.cache_write(product.block.rv, 0, "global")
     rows = product.block.extents[product.m] if product.m >= 0 else 1
-    few = isinstance(rows, int) and rows <= _FEW_ROWS
     depth = product.block.extents[product.k]
-    if product.transposed and few and isinstance(depth, int):
-        if depth % cpu_common.lanes(target) == 0:
-            return _dot_products(sch, product, target)
+    few = isinstance(rows, int) and rows <= _FEW_ROWS
+    whole = isinstance(depth, int) and depth % cpu_common.lanes(target) == 0
+    if product.transposed and few and whole:
+        return _dot_products(sch, product, target)
     return _register_tiles(sch, product, target)
 
 
@@ -337,7 +337,7 @@ def _dot_products(
     threads = sch.fuse(*lead, n_outer)
     if cpu_common.worth_parallel(_multiply_adds(extents)):
         sch.parallel(threads)
-    sch.compute_at(partial, threads)
+    sch.compute_at(partial, threads, preserve_unit_loops=True)
     # steps outermost: the accumulators of a group stay in registers over them
     lane, *accumulators, steps = sch.get_loops(partial)[1:]
     sch.reorder(steps, *accumulators, lane)
