@@ -134,4 +134,5 @@ def _view(body: npt.NDArray[Any] | None, entry: dict[str, Any]) -> npt.NDArray[A
         raise ValueError(f"{stop - start} bytes for {dtype.name} {list(shape)}")
     if body is None or start == stop:
         return np.empty(shape, dtype)
-    return np.asarray(body[start:stop]).view(dtype).reshape(shape)
+    array: npt.NDArray[Any] = np.asarray(body[start:stop]).view(dtype).reshape(shape)
+    return array
