@@ -1,0 +1,200 @@
+"""The gather schedule and the fallback, run emulated and compiled by NVRTC."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tvm_balanced import cudaemu
+from tvm_balanced.packing import Layout, PackedFormat
+from tvm_balanced.pattern import BalancedPattern
+from tvm_balanced.schedules import cuda_fallback, cuda_gather
+
+from .conftest import Case, arguments, check_close, fused_kernel, packed_format, target
+
+CASES = [
+    # every M around the tile sizes; N no multiple of 32; K of blocks in all kinds of numbers
+    Case((1,), 50, 256, "4:16"),
+    Case((2,), 33, 256, "4:16", epilogue=("bias", "relu")),
+    Case((3,), 40, 17 * 16, "3:16", epilogue=("bias", "gelu")),
+    Case((8,), 96, 64, "2:16", epilogue=("bias", "residual")),
+    Case((13,), 50, 70, "4:16", epilogue=("silu",)),
+    Case((16,), 64, 256, "8:32", epilogue=("residual",)),
+    Case((33,), 31, 130, "5:10", epilogue=()),
+    Case((3,), 70, 16, "4:16"),
+    Case((1,), 32, 31 * 4, "1:4", out_dtype="float32", epilogue=()),
+    Case((2,), 33, 512, "16:256", epilogue=("bias", "gelu", "residual")),
+    Case((1,), 20, 500, "16:256"),
+    # symbolic M, one and several batch axes, and none
+    Case(("m",), 50, 31 * 32, "8:32", "bfloat16", "bfloat16", ("silu",), ((1,), (8,), (13,))),
+    Case(("b", 3), 50, 70, "4:16", epilogue=("bias", "gelu"), at=((1, 3), (5, 3))),
+    Case(("b", "s"), 33, 128, "4:64", epilogue=("residual",), at=((1, 1), (2, 5), (16, 1))),
+    Case((2, 1, 3), 33, 64, "4:16", epilogue=("bias",)),
+    Case((), 33, 17 * 16, "2:16"),
+    # dtypes
+    Case((1,), 50, 256, "4:16", "float32", "float32", ("bias", "relu")),
+    Case((8,), 64, 130, "5:10", "float32", "float32", ("bias", "gelu")),
+    Case((16,), 64, 256, "4:64", "float32", "float32", ("residual",)),
+    Case(("m",), 33, 7 * 16, "3:16", "float32", "float32", ("silu",), ((2,), (33,))),
+    Case((1,), 50, 256, "4:16", "bfloat16", "bfloat16"),
+    Case((3,), 33, 17 * 16, "3:16", "bfloat16", "float32", ("bias", "relu")),
+    Case((2,), 32, 512, "16:256", "bfloat16", "bfloat16", ()),
+    # K larger than the shared memory holds
+    Case((8,), 32, 11008, "4:16"),
+    Case((1,), 32, 16384, "2:16", "float32", "float32"),
+]
+
+
+def _kernel(rule: Any, case: Case, fmt: PackedFormat) -> cudaemu.TVMKernel:
+    sch = rule.apply(fused_kernel(case, fmt), target())
+    assert sch is not None
+    return cudaemu.from_tvm(sch.mod, target())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gather_equals_reference(case: Case) -> None:
+    fmt = packed_format(case)
+    kernel = _kernel(cuda_gather, case, fmt)
+    for seed, lead in enumerate(case.shapes):
+        args, expected = arguments(case, fmt, lead, seed)
+        kernel(*args, order="random")
+        check_close(case, args[-1], expected)
+
+
+@pytest.mark.parametrize("encoding", ["u8", "u4"])
+def test_gather_takes_both_encodings(encoding: str) -> None:
+    case = Case((4,), 40, 5 * 16, "5:16")
+    fmt = packed_format(case, encoding)
+    args, expected = arguments(case, fmt, (4,))
+    _kernel(cuda_gather, case, fmt)(*args)
+    check_close(case, args[-1], expected)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((1,), 50, 256, "4:16"),
+        Case((8,), 33, 256, "4:16", epilogue=("bias", "residual")),
+        Case(("m",), 33, 7 * 16 + 3, "3:16", epilogue=("bias", "gelu"), at=((13,),)),
+        Case((16,), 33, 128, "4:16", "float32", "float32", ("relu",)),
+        Case((3,), 33, 31 * 32, "8:32", "bfloat16", "bfloat16"),
+        Case((8,), 32, 4096, "4:16"),
+    ],
+    ids=str,
+)
+def test_gather_breaks_no_rule(case: Case) -> None:
+    """No race, nothing out of bounds, no unwritten shared memory; and twice the same bits."""
+    fmt = packed_format(case)
+    kernel = _kernel(cuda_gather, case, fmt)
+    args, expected = arguments(case, fmt, case.shapes[0])
+    for report in kernel.inspect(*args):
+        assert not report.issues, report.table()
+    check_close(case, args[-1], expected)
+    first = args[-1].tobytes()
+    kernel(*args, order="reverse")
+    assert args[-1].tobytes() == first
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((1,), 64, 1024, "4:16"),
+        Case((8,), 64, 1024, "4:16"),
+        Case((16,), 64, 1024, "4:16"),
+        Case((1,), 64, 1024, "8:32"),
+        Case((8,), 64, 1024, "8:32"),
+        Case((8,), 64, 1024, "4:16", "float32", "float32"),
+        Case((8,), 64, 1024, "4:16", "bfloat16", "bfloat16"),
+        Case((8,), 64, 31 * 16, "4:16"),
+    ],
+    ids=str,
+)
+def test_gather_memory_accesses(case: Case) -> None:
+    fmt = packed_format(case)
+    kernel = _kernel(cuda_gather, case, fmt)
+    args, _ = arguments(case, fmt, case.shapes[0])
+    (report,) = kernel.inspect(*args)
+    values = [a for a in report.select(shared=False, write=False) if a.bytes_per_lane == 16]
+    stream = [a for a in values if a.requests >= fmt.slots * 2 // fmt.layout.vector // 32]
+    assert stream, report.table()
+    for access in stream:
+        assert access.excess <= 1.05, report.table()
+    for access in report.select(shared=False, write=False):
+        if access.bytes_per_lane in (4, 8) and access.lanes == 32 * access.requests:
+            assert access.excess <= 1.05, report.table()
+    gathers = report.select(shared=True, write=False)
+    # a window of at most 128 bytes has no two words in a bank, one of 256 bytes has two
+    element = min(8, case.lead[0] * (4 if case.dtype == "float32" else 2))  # type: ignore[operator]
+    worst = -(-fmt.pattern.block * element // 128)
+    for access in gathers:
+        assert access.excess <= worst, report.table()
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((1,), 4096, 4096, "4:16"),
+        Case((8,), 4096, 4096, "4:16", epilogue=("bias", "gelu")),
+        Case((16,), 4096, 11008, "4:16", epilogue=("residual",)),
+        Case(("m",), 50, 70, "3:16", "bfloat16", "bfloat16", ("silu",), ((1,),)),
+        Case((8,), 128, 4096, "8:32", "float32", "float32"),
+    ],
+    ids=str,
+)
+def test_gather_compiles_without_spills(
+    case: Case, arch: str, compile_cubin: Callable[[str, str], tuple[bytes, str]]
+) -> None:
+    sch = cuda_gather.apply(fused_kernel(case, packed_format(case)), target(arch))
+    assert sch is not None
+    source = cudaemu.from_tvm(sch.mod, target(arch)).source
+    cubin, log = compile_cubin(source, arch)
+    assert cubin[:4] == b"\x7fELF"
+    assert struct.unpack_from("<H", cubin, 18)[0] == 190  # EM_CUDA
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log
+    registers = re.search(r"Used (\d+) registers", log)
+    shared = re.search(r"(\d+) bytes smem", log)
+    assert registers and int(registers[1]) <= 128, log
+    assert shared and int(shared[1]) <= 48 << 10, log
+
+
+def test_gather_leaves_what_is_not_its_own() -> None:
+    case = Case((4,), 40, 64, "4:16")
+    fmt = PackedFormat(40, 64, BalancedPattern("4:16"), Layout.parse("r16v1"), "u8")
+    assert cuda_gather.apply(fused_kernel(case, fmt), target()) is None
+
+
+@pytest.mark.parametrize("layout", ["r1v1", "r16v1", "r1v8", "r32v8"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((3,), 50, 70, "3:16", epilogue=("bias", "gelu")),
+        Case(("b", 3), 33, 64, "4:16", "float32", "float32", (), ((2, 3),)),
+    ],
+    ids=str,
+)
+def test_fallback_equals_reference(case: Case, layout: str) -> None:
+    fmt = PackedFormat(case.n, case.k, BalancedPattern(case.pattern), Layout.parse(layout), "u8")
+    kernel = _kernel(cuda_fallback, case, fmt)
+    args, expected = arguments(case, fmt, case.shapes[0])
+    for report in kernel.inspect(*args):
+        assert not report.issues, report.table()
+    check_close(case, args[-1], expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 16, 100, None])
+@pytest.mark.parametrize("pattern", ["1:4", "3:16", "8:32", "16:256", "5:10"])
+@pytest.mark.parametrize("k", [300, 4096, 16384])
+def test_default_tile_fits(rows: int | None, pattern: str, k: int) -> None:
+    case = Case((1,), 64, k, pattern)
+    fmt = packed_format(case)
+    tile = cuda_gather.default_tile(fmt, rows, "float16", 48 << 10)
+    staged = tile.chunk * fmt.pattern.block * tile.rows * 2
+    assert staged + tile.warps * tile.rows * 32 * 4 <= 48 << 10
+    assert tile.chunk * fmt.pattern.nnz % fmt.layout.vector == 0
+    assert tile.warps * 32 <= 1024
+    assert rows is None or tile.rows >= min(rows, 16)
