@@ -47,9 +47,12 @@ class ScheduleForCpu:
     def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
         updated = {}
         for gvar, func in mod.functions_items():
-            if not isinstance(func, tirx.PrimFunc) or "tirx.is_scheduled" in func.attrs:
+            if not isinstance(func, tirx.PrimFunc):
                 continue
-            target = func.attrs.get("target")
+            attrs = func.attrs or {}
+            if "tirx.is_scheduled" in attrs:
+                continue
+            target = attrs.get("target")
             if target is None:
                 target = tvm.target.Target.current(allow_none=False)
             if target.kind.name != "llvm":

@@ -42,7 +42,7 @@ def lanes(target: tvm.target.Target, dtype: str = "float32") -> int:
 
     Narrower types are computed in float32, so a wider vector would only be split again.
     """
-    return vector_bits(target) // max(32, tvm.runtime.DataType(dtype).bits)
+    return vector_bits(target) // max(32, int(tvm.runtime.DataType(dtype).bits))
 
 
 @dataclass

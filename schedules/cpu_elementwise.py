@@ -29,7 +29,7 @@ def schedule_spatial(sch: s_tir.Schedule, rv: Any, target: tvm.target.Target) ->
         sch.vectorize(lane)
     if not parallel:
         return
-    rows = 1
+    rows: int | None = 1
     for size in block.extents[:-1]:
         rows = None if rows is None or not isinstance(size, int) else rows * size
     if rows == 1:
