@@ -197,18 +197,33 @@ def _substitute(node: Any, mapping: dict[Any, Any]) -> Any:
     return tvm_ffi.structural_map(node, (tvm.ir.Var, lambda var: mapping.get(var, var)))
 
 
-def _fold_epilogue(nests: list[_Nest], total: Any) -> tuple[Any, tuple[Any, ...], Any] | None:
-    """Output buffer, its axes, and the value stored there in terms of ``total`` and parameters.
+@dataclass(frozen=True)
+class _Epilogue:
+    """``output[axes] = value``, in terms of ``total`` (the operator's sums) and parameters."""
 
-    None where a block is not element-wise: it must read what earlier blocks wrote at its own axes.
+    output: Any
+    axes: tuple[Any, ...]
+    value: Any
+    total: Any
+
+
+def _fold_epilogue(main: _Nest, rest: list[_Nest], params: list[Any]) -> _Epilogue | None:
+    """Fold what follows the operator into one expression.
+
+    None where a block is not element-wise (it must read what earlier blocks wrote at its own axes),
+    or where the kernel writes more than one result.
     """
-    if not nests:
-        return None
-    known: dict[Any, tuple[tuple[Any, ...], Any]] = {}
-    for nest in nests:
+    total = main.body.buffer
+    lead = main.axes[:-1]
+    known = {total: (lead, tirx.BufferLoad(total, list(lead)))}
+    written = total
+    for nest in rest:
         store = nest.body
-        if not _same(store.indices, nest.axes):
+        if _is_any(written, params) or not _same(store.indices, nest.axes):
             return None
+        for load in _loads(store.value):
+            if load.source in known and not _same(load.indices, nest.axes):
+                return None
 
         def inline(load: Any, axes: tuple[Any, ...] = nest.axes) -> Any:
             if load.source not in known:
@@ -216,17 +231,14 @@ def _fold_epilogue(nests: list[_Nest], total: Any) -> tuple[Any, tuple[Any, ...]
             before, value = known[load.source]
             return _substitute(value, dict(zip(before, axes, strict=True)))
 
-        for load in _loads(store.value):
-            if (load.source in known or load.source.same_as(total)) and not _same(
-                load.indices, nest.axes
-            ):
-                return None
-        known[store.buffer] = (
-            nest.axes,
-            tvm_ffi.structural_map(store.value, (tvm.ir.TensorLoad, inline)),
-        )
-    last = nests[-1]
-    return last.body.buffer, last.axes, known[last.body.buffer][1]
+        value = tvm_ffi.structural_map(store.value, (tvm.ir.TensorLoad, inline))
+        written = store.buffer
+        known[written] = (nest.axes, value)
+    return _Epilogue(written, *known[written], total) if _is_any(written, params) else None
+
+
+def _is_any(buffer: Any, buffers: list[Any]) -> bool:
+    return any(buffer.same_as(other) for other in buffers)
 
 
 def _same(indices: Any, axes: tuple[Any, ...]) -> bool:
@@ -263,25 +275,18 @@ def _canonical(func: tirx.PrimFunc, found: BalancedBlock, tile: Tile) -> tirx.Pr
         return None
     params = list(func.params)
     x = data.reads[0]
-    total = main.body.buffer
     values, indices = (
         next(b for b in main.reads if b.ty.dtype == dtype and not b.same_as(data.body.buffer))
         for dtype in (found.value_dtype, "uint8")
     )
-    if not all(any(buffer.same_as(p) for p in params) for buffer in (x, values, indices)):
+    if not all(_is_any(buffer, params) for buffer in (x, values, indices)):
         return None
-    if rest:
-        folded = _fold_epilogue(rest, total)
-    else:
-        axes = main.axes[:-1]
-        folded = (total, axes, tirx.BufferLoad(total, list(axes)))
-    if folded is None or not any(folded[0].same_as(p) for p in params):
-        return None
+    epilogue = _fold_epilogue(main, rest, params)
     lead = list(x.shape[:-1])
-    if len(folded[1]) != len(lead) + 1:
+    if epilogue is None or len(epilogue.axes) != len(lead) + 1:
         return None
     core, sums = _core(x, values, indices, found.fmt, tile)
-    return _assemble(func, core, sums, folded, lead, found.fmt, tile)
+    return _assemble(func, core, sums, epilogue, lead, found.fmt, tile)
 
 
 def _core(
@@ -394,13 +399,13 @@ def _assemble(
     func: tirx.PrimFunc,
     core: list[Any],
     buffers: list[Any],
-    folded: tuple[Any, tuple[Any, ...], Any],
+    epilogue: _Epilogue,
     lead: list[Any],
     fmt: PackedFormat,
     tile: Tile,
 ) -> tirx.PrimFunc:
     """Append the output block to the core and put both into ``func``'s signature."""
-    output, axes, value = folded
+    output = epilogue.output
     sums = buffers[-1]
     rows = _product(lead)
     extents = list(sums.shape)
@@ -418,23 +423,12 @@ def _assemble(
     total = tirx.BufferLoad(sums, [mo, mg, mv, no, lane])
 
     def place(load: Any) -> Any:
-        return total if len(load.indices) == len(axes) and _is_sum(load) else load
+        return total if load.source.same_as(epilogue.total) else load
 
-    param_set = list(func.params)
-
-    def _is_sum(load: Any) -> bool:
-        return load.source.same_as(output) or not any(load.source.same_as(p) for p in param_set)
-
-    value = tvm_ffi.structural_map(value, (tvm.ir.TensorLoad, place))
-    value = _substitute(value, dict(zip(axes, at, strict=True)))
-    reads: list[Any] = []
-    for load in _loads(value):
-        reads.append(
-            tirx.BufferRegion(
-                load.source, [tvm.ir.Range.from_min_extent(i, 1) for i in load.indices]
-            )
-        )
-    write = tirx.BufferRegion(output, [tvm.ir.Range.from_min_extent(i, 1) for i in at])
+    value = tvm_ffi.structural_map(epilogue.value, (tvm.ir.TensorLoad, place))
+    value = _substitute(value, dict(zip(epilogue.axes, at, strict=True)))
+    reads = [_point(load.source, load.indices) for load in _loads(value)]
+    write = _point(output, at)
     conditions = []
     if not isinstance(rows, int) or rows % tile.rows:
         conditions.append(row < rows)
@@ -454,6 +448,10 @@ def _assemble(
     )
 
 
+def _point(buffer: Any, at: Any) -> Any:
+    return tirx.BufferRegion(buffer, [tvm.ir.Range.from_min_extent(index, 1) for index in at])
+
+
 def _stage_width(found: BalancedBlock, tile: Tile) -> int:
     """Elements along K that a thread stages at once: 16 bytes where rows are staged one by one."""
     fmt = found.fmt
@@ -465,13 +463,10 @@ def _stage_width(found: BalancedBlock, tile: Tile) -> int:
 
 def _schedule(func: tirx.PrimFunc, tile: Tile, width: int) -> s_tir.Schedule:
     sch = s_tir.Schedule(tvm.IRModule({"main": func}))
-    partial = sch.get_sblock(BLOCK_PARTIAL)
-    sums = sch.get_sblock(BLOCK_MAIN)
-    out = sch.get_sblock(BLOCK_OUT)
-    local = partial
+    partial, sums, out = (sch.get_sblock(n) for n in (BLOCK_PARTIAL, BLOCK_MAIN, BLOCK_OUT))
     shared = sch.cache_write(partial, 0, "local")
     sch.set_scope(shared, 0, "shared")
-    w, mo, mg, mv, no, lane, c, o, u, v = sch.get_loops(local)
+    w, mo, mg, mv, no, lane, c, o, u, v = sch.get_loops(partial)
     sch.reorder(no, mo, w, lane, c, o, u, v, mg, mv)
     sch.bind(no, "blockIdx.x")
     sch.bind(mo, "blockIdx.y")
