@@ -63,6 +63,10 @@ def load(path: str | Path) -> Library:
 class Library:
     """A compiled model on disk: its manifest at once, its code when it is first called.
 
+    May be called from several threads: each gets a virtual machine of its own. On a GPU every machine
+    copies the parameters embedded in ``lib.so`` to the device; those in ``params.safetensors`` are
+    there once.
+
     Parameters
     ----------
     path : path-like
