@@ -38,3 +38,9 @@ def need(module: str, extra: str, purpose: str) -> Any:
             f"{purpose} needs {module.partition('.')[0]}, which is not installed; "
             f"run: pip install 'tvm-balanced[{extra}]'"
         ) from None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

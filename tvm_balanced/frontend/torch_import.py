@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tvm_balanced.errors import InputError
-from tvm_balanced.frontend.optional import need
+from tvm_balanced.frontend.optional import first_line, need
 from tvm_balanced.model import Model
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _export(
         )
     except Exception as error:
         raise InputError(
-            f"torch.export cannot export {type(module).__name__} with these inputs: {_first(error)}; "
+            f"torch.export cannot export {type(module).__name__} with these inputs: {first_line(error)}; "
             "check their number, shapes and dtypes by calling the module with them"
         ) from error
     finally:
@@ -120,12 +120,6 @@ def _decompose(program: Any) -> Any:
         return program.run_decompositions()
     except Exception as error:
         raise InputError(
-            f"the exported program cannot be decomposed into core operators: {_first(error)}; "
+            f"the exported program cannot be decomposed into core operators: {first_line(error)}; "
             "export the model again with this version of PyTorch"
         ) from error
-
-
-def _first(error: Exception) -> str:
-    """The first line of an error, or its class."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -23,6 +23,7 @@ from tvm import relax, tirx
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from tvm_balanced.errors import InputError
+from tvm_balanced.frontend.optional import first_line
 from tvm_balanced.packing import Array
 from tvm_balanced.relay_passes.weight_chain import call_name
 
@@ -153,9 +154,8 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
             except InputError:
                 raise
             except Exception as error:
-                reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
                 raise InputError(
-                    f"operator {node.target} (node {node.name}) cannot be imported: {reason[0]}; "
+                    f"operator {node.target} (node {node.name}) cannot be imported: {first_line(error)}; "
                     "replace it in the model by operators TVM's importer knows"
                 ) from error
             return result

@@ -1,0 +1,207 @@
+"""ONNX models: a file or a ``ModelProto``, as exporters leave them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tvm_balanced.errors import InputError
+from tvm_balanced.frontend.archive import read_head, refuse_pickle
+from tvm_balanced.frontend.optional import first_line, need
+from tvm_balanced.model import Model
+
+if TYPE_CHECKING:
+    import onnx
+
+Shape = Sequence["int | str"]
+
+
+def from_onnx(
+    source: onnx.ModelProto | str | os.PathLike[str],
+    input_shapes: Mapping[str, Shape] | None = None,
+    name: str | None = None,
+) -> Model:
+    """Import an ONNX model.
+
+    Parameters
+    ----------
+    source : onnx.ModelProto, str or path
+        Never changed. Shape arithmetic that the exporter left in the graph is folded first, by onnxslim.
+    input_shapes : Mapping[str, sequence of int or str], optional
+        Shapes of inputs, in place of those in the file; a string is a symbolic dimension, and equal strings
+        are equal dimensions. ``{"x": (1, 128)}`` or ``{"ids": ("batch", 128)}``.
+    name : str, optional
+        For messages and reports; the stem of the file name or the name of the graph where not given.
+
+    Returns
+    -------
+    Model
+        Weights by their initializer names.
+
+    Raises
+    ------
+    InputError
+        For a file that is not a whole ONNX model, names in ``input_shapes`` that are no inputs, shapes of
+        another rank, or an operator that TVM does not know.
+    ToolchainError
+        When onnx or onnxslim is not installed.
+    """
+    onnx = need("onnx", "onnx", "importing an ONNX model")
+    onnxslim = need("onnxslim", "onnx", "importing an ONNX model")
+    if isinstance(source, (str, os.PathLike)):
+        model = _read(source)
+        name = name or os.path.splitext(os.path.basename(os.fspath(source)))[0]
+    elif isinstance(source, onnx.ModelProto):
+        model = onnx.ModelProto()
+        model.CopyFrom(source)
+    else:
+        raise InputError(
+            f"cannot import a {type(source).__name__}; give the path of a .onnx file or a ModelProto"
+        )
+    name = name or model.graph.name or "model"
+    try:
+        onnx.checker.check_model(model)
+    except Exception as error:
+        raise InputError(
+            f"{name} is not a valid ONNX model: {first_line(error)}; export it again"
+        ) from error
+    _set_shapes(model, input_shapes or {}, name)
+    try:
+        # fusing would give the weights names of its own
+        slim = onnxslim.slim(model, skip_optimizations=["graph_fusion"])
+    except Exception as error:
+        raise InputError(
+            f"the shapes in {name} cannot be inferred: {first_line(error)}; set all of input_shapes"
+        ) from error
+    return _convert(slim, name)
+
+
+def _read(path: str | os.PathLike[str]) -> Any:
+    import onnx
+
+    refuse_pickle(path, read_head(path), "a .onnx file")
+    try:
+        model = onnx.load(os.fspath(path))
+    except Exception as error:
+        raise InputError(
+            f"{os.fspath(path)} is not a readable ONNX file ({first_line(error)}); it may be truncated, "
+            "or lack its external data: export or copy it again"
+        ) from error
+    if not model.graph.node or not model.graph.output:
+        raise InputError(
+            f"{os.fspath(path)} holds no ONNX graph, expected a model with operators and outputs; "
+            "it may be truncated or another kind of file: export it again"
+        )
+    return model
+
+
+def _set_shapes(model: Any, shapes: Mapping[str, Shape], name: str) -> None:
+    """Write ``shapes`` into the model's inputs; name the dimensions that have no name."""
+    graph = model.graph
+    weights = {tensor.name for tensor in graph.initializer}
+    # old files list weights among the inputs
+    inputs = [value for value in graph.input if value.name not in weights]
+    del graph.input[:]
+    graph.input.extend(inputs)
+    names = [value.name for value in graph.input]
+    unknown = sorted(set(shapes) - set(names))
+    if unknown:
+        raise InputError(
+            f"input_shapes names {', '.join(unknown)}, but the inputs of {name} are "
+            f"{', '.join(names) or 'none'}; use these names"
+        )
+    for value in graph.input:
+        if not value.type.HasField("tensor_type"):
+            raise InputError(
+                f"input {value.name} of {name} is not a tensor; only tensors can be inputs"
+            )
+        tensor = value.type.tensor_type
+        if value.name in shapes:
+            wanted = tuple(shapes[value.name])
+            rank = len(tensor.shape.dim)
+            if tensor.HasField("shape") and rank != len(wanted):
+                raise InputError(
+                    f"input {value.name} of {name} has {rank} dimensions, but input_shapes gives {wanted}; "
+                    f"give {rank}"
+                )
+            del tensor.shape.dim[:]
+            for size in wanted:
+                dim = tensor.shape.dim.add()
+                if isinstance(size, str) and size.isidentifier():
+                    dim.dim_param = size
+                elif (
+                    isinstance(size, (int, np.integer)) and not isinstance(size, bool) and size > 0
+                ):
+                    dim.dim_value = int(size)
+                else:
+                    raise InputError(
+                        f"input_shapes[{value.name!r}] has the dimension {size!r}, expected a positive "
+                        "number or a name"
+                    )
+        elif not tensor.HasField("shape"):
+            raise InputError(f"input {value.name} of {name} has no shape; give it in input_shapes")
+        for axis, dim in enumerate(tensor.shape.dim):
+            if dim.WhichOneof("value") is None or (
+                dim.HasField("dim_param") and not dim.dim_param.isidentifier()
+            ):
+                dim.dim_param = f"{_identifier(value.name)}_{axis}"
+    if shapes:  # shapes further on were inferred from the old ones
+        del graph.value_info[:]
+        for value in graph.output:
+            value.type.tensor_type.ClearField("shape")
+
+
+def _identifier(text: str) -> str:
+    """``text`` with everything that a symbol's name cannot have replaced."""
+    cleaned = "".join(c if c.isalnum() and c.isascii() else "_" for c in text)
+    return cleaned if cleaned[:1].isalpha() else f"d{cleaned}"
+
+
+def _convert(model: Any, name: str) -> Model:
+    import tvm
+    from tvm import relax
+    from tvm.relax.frontend.onnx import from_onnx as tvm_from_onnx
+
+    from tvm_balanced.relay_passes.rewrite_params import drop_unused_weights
+
+    if any(node.op_type == "If" for node in model.graph.node):
+        raise InputError(
+            f"{name} has data-dependent control flow (operator If), which is not supported; "
+            "export one branch of it"
+        )
+    try:
+        # the importer prints what it raises, and warns of every renamed input
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            mod = tvm_from_onnx(model, keep_params_in_input=True)
+    except tvm.error.OpNotImplemented as error:
+        operators = ", ".join(sorted(first_line(error).rpartition(":")[2].strip().split(", ")))
+        raise InputError(
+            f"TVM's importer does not know the ONNX operator {operators} in {name}; "
+            "export the model without it"
+        ) from error
+    except Exception as error:
+        raise InputError(
+            f"{name} cannot be imported: {first_line(error)}; set all of input_shapes to numbers, "
+            "or export the model with another opset"
+        ) from error
+    func = mod["main"]
+    count = int(func.attrs["num_input"])
+    weights = list(func.params[count:])
+    arrays = {
+        var.name: tensor.numpy()
+        for var, tensor in zip(weights, func.attrs.get("params", []), strict=True)
+    }
+    mod.update_func(mod.get_global_var("main"), func.without_attr("params"))
+    # a literal can be fused into a kernel, a parameter of one element only passed to it
+    literals = {var.name for var in weights if arrays[var.name].size <= 1}
+    mod = relax.transform.BindParams("main", {n: arrays[n] for n in literals})(mod)
+    names = [var.name for var in weights if var.name not in literals]
+    mod, names = drop_unused_weights(mod, names)
+    return Model(mod, {n: arrays[n] for n in names}, name)
