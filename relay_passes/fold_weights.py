@@ -17,7 +17,7 @@ that no weight is held twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,11 +28,14 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm_balanced.packing import Array
 from tvm_balanced.relay_passes.find_dense import main_bindings, split_params
 from tvm_balanced.relay_passes.rewrite_params import drop_unused_weights, with_main
-from tvm_balanced.relay_passes.weight_chain import Chain, apply_chain, trace
+from tvm_balanced.relay_passes.weight_chain import Chain, Step, apply_chain, trace
+
+
+_TRANSPOSE = (Step("permute_dims", (1, 0)),)
 
 
 def fold_weights(
-    mod: tvm.IRModule, params: Mapping[str, Array]
+    mod: tvm.IRModule, params: Mapping[str, Array], keep_transposed: Collection[str] = ()
 ) -> tuple[tvm.IRModule, dict[str, Array]]:
     """Replace chains on weights by their results.
 
@@ -42,6 +45,9 @@ def fold_weights(
         A model; weights are parameters.
     params : Mapping[str, numpy.ndarray]
         Values of the weights, in the order of the parameters. Not changed.
+    keep_transposed : collection of str
+        Weights ``(N, K)`` whose kernels like them so: a bare transpose of these is left for
+        ``FuseTransposeMatmul``.
 
     Returns
     -------
@@ -78,6 +84,8 @@ def fold_weights(
         if len(kinds) != 1 or kinds == {()}:
             continue
         (chain,) = kinds
+        if name in keep_transposed and chain == _TRANSPOSE:
+            continue
         values[name] = np.ascontiguousarray(apply_chain(chain, params[name]))
         ends = end_vars[param]
         folded = relax.Var(param.name, ends[0].ty)

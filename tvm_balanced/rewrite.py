@@ -11,6 +11,7 @@ from tvm import tirx
 
 from tvm_balanced.model import Array, Model
 from tvm_balanced.packing import PackedFormat
+from tvm_balanced.relay_passes.find_dense import DenseLayer
 from tvm_balanced.relay_passes.fold_weights import fold_weights
 from tvm_balanced.relay_passes.merge_dense import merge_dense
 from tvm_balanced.relay_passes.pack_weights import pack_weights
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 # results of a merged operator are read once more, by the slices; beyond this many bytes that costs
 # more than the launches that merging saves (a launch is a few microseconds, see docs/design.md)
 MERGE_LIMIT_BYTES = {"cuda": 4 << 20, "llvm": 256 << 10}
+
+# up to so many rows of activations llvm's dense kernel is a set of dot products
+LLVM_DOT_ROWS = 4
 
 
 def rewrite_model(
@@ -59,4 +63,14 @@ def rewrite_model(
 
     mod, names = merge_dense(mod, names, pays)
     params = pack_weights(mod, names, model.params, layers, progress)
-    return fold_weights(mod, params)
+    likes_rows = {layer.name for layer in layers.values() if _likes_rows(layer, target)}
+    return fold_weights(mod, params, likes_rows)
+
+
+def _likes_rows(layer: DenseLayer, target: TargetSpec) -> bool:
+    """Whether the dense kernel of this layer is faster on ``(N, K)`` than on ``(K, N)``.
+
+    DLight's kernels read along K; on llvm a few rows of activations are dot products along K, while
+    register tiles for more of them run along N (see ``schedules/cpu_matmul.py``).
+    """
+    return target.kind == "cuda" or (layer.rows is not None and layer.rows <= LLVM_DOT_ROWS)

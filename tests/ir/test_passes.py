@@ -383,3 +383,12 @@ def test_a_weight_used_apart_is_not_merged():
     rewritten, names = rewrite_dense(bb.get(), ["a", "b"], formats)
     same, _ = merge_dense(rewritten, names, lambda data, n: True)
     assert same is rewritten
+
+
+def test_fold_weights_leaves_transposes_that_kernels_like():
+    params = {"w": np.ones((48, 32), "float32"), "b": np.ones(48, "float32")}
+    same, _ = fold_weights(Linear, params, ["w"])
+    assert same is Linear
+    folded, values = fold_weights(Linear, params)
+    assert op_names(folded) == ["relax.matmul", "relax.add"]
+    assert values["w"].shape == (32, 48)
