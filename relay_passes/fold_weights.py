@@ -30,7 +30,6 @@ from tvm_balanced.relay_passes.find_dense import main_bindings, split_params
 from tvm_balanced.relay_passes.rewrite_params import drop_unused_weights, with_main
 from tvm_balanced.relay_passes.weight_chain import Chain, Step, apply_chain, trace
 
-
 _TRANSPOSE = (Step("permute_dims", (1, 0)),)
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import tvm
-from tests.models.kernels import arguments, distinct_kernels, run_plain
-from tests.models.zoo import ZOO
 
 import tvm_balanced as tb
+from tests.models.kernels import arguments, distinct_kernels, run_plain
+from tests.models.zoo import ZOO
 from tvm_balanced import cudaemu
 from tvm_balanced.plan import make_plan
 
