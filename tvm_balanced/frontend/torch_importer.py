@@ -135,7 +135,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
         table["cumsum.default"] = self._typed_cumsum
         table["cat.default"] = self._nonempty_cat
         plain_slice = table["slice.Tensor"]
-        table["slice.Tensor"] = partial(self._slice, plain_slice)
+        table["slice.Tensor"] = partial(self._convert_slice, plain_slice)
         return {name: self._checked(convert) for name, convert in table.items()}
 
     def _checked(self, convert: Callable[[fx.Node], Any]) -> Callable[[fx.Node], Any]:
@@ -195,7 +195,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
             dims.append(derived)
         return dims
 
-    def _slice(self, plain: Callable[[fx.Node], Any], node: fx.Node) -> Any:
+    def _convert_slice(self, plain: Callable[[fx.Node], Any], node: fx.Node) -> Any:
         """A slice; one with a symbolic bound becomes a gather.
 
         TVM gives ``table[:n]`` of 64 rows the length min(n, 64), and its FuseTIR crashes on such a slice.
