@@ -59,8 +59,8 @@ def collect() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": {
             "model": _cpu_model(),
-            "cores": targets.core_count(),
-            "features": sorted(targets.cpu_flags()),
+            "cores": _attempt(targets.core_count)["value"],
+            "features": _attempt(lambda: sorted(targets.cpu_flags()))["value"] or [],
         },
         "tvm": {"problem": tvm["problem"]},
         "cxx": {"path": cxx["value"], "problem": cxx["problem"]},
@@ -133,7 +133,9 @@ def _usable(name: str, found: dict[str, Any]) -> dict[str, Any]:
         elif spec.arch not in archs:
             reason = f"runs on another machine: the GPU here is {', '.join(archs)}"
     else:
-        lacking = sorted(set(spec.features) - targets.cpu_flags())
-        if found["cpu"]["features"] and lacking:
+        here = found["cpu"]["features"]
+        lacking = sorted(set(spec.features) - set(here))
+        # where the system does not say what its CPU can do there is nothing to compare with
+        if here and lacking:
             reason = f"runs on another machine: this CPU lacks {', '.join(lacking)}"
     return {"compiles": True, "runs": reason is None, "reason": reason}

@@ -1,0 +1,81 @@
+"""``doctor.collect`` describes a machine and never raises."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tvm_balanced import doctor, targets, toolchain
+from tvm_balanced.errors import ToolchainError
+from tvm_balanced.targets import DetectedGpu, Driver
+
+A10 = DetectedGpu("NVIDIA A10", "sm_86", 24 << 30, 600.0, 72, 1.695, 6 << 20, 101376)
+
+
+def _with_driver(monkeypatch, driver):
+    monkeypatch.setattr(targets, "detect_driver", lambda: driver)
+    monkeypatch.setattr(toolchain, "missing_cuda_packages", list)
+
+
+def test_it_names_every_target_and_is_json(monkeypatch):
+    _with_driver(monkeypatch, Driver(None, (), "no driver"))
+    found = json.loads(json.dumps(doctor.collect()))
+    assert list(found["targets"]) == targets.names()
+    assert found["targets"]["llvm"] == {"compiles": True, "runs": True, "reason": None}
+    assert found["targets"]["h100"] == {
+        "compiles": True,
+        "runs": False,
+        "reason": "runs on another machine: no driver",
+    }
+    assert found["targets"]["cuda"]["compiles"] is False
+    assert found["packages"]["apache-tvm"]
+
+
+def test_a_gpu_runs_its_own_architecture(monkeypatch):
+    _with_driver(monkeypatch, Driver("13.0", (A10,), None))
+    found = doctor.collect()
+    assert found["gpus"] == [{"name": "NVIDIA A10", "arch": "sm_86", "memory_bytes": 24 << 30}]
+    runs = {name for name, entry in found["targets"].items() if entry["runs"]}
+    assert {"cuda", "cuda-sm_86", "a10", "rtx-3090"} <= runs
+    assert "sm_86" in found["targets"]["h100"]["reason"] and "h100" not in runs
+
+
+def test_without_nvrtc_only_llvm_compiles(monkeypatch):
+    _with_driver(monkeypatch, Driver(None, (), "no driver"))
+    monkeypatch.setattr(toolchain, "missing_cuda_packages", lambda: ["nvidia-cuda-nvrtc"])
+    found = doctor.collect()
+    compiles = {name for name, entry in found["targets"].items() if entry["compiles"]}
+    assert "llvm" in compiles and not any(name.startswith("cuda") for name in compiles)
+    assert "nvidia-cuda-nvrtc not installed: pip install" in found["targets"]["h100"]["reason"]
+
+
+def test_without_a_compiler_nothing_compiles(monkeypatch):
+    def none():
+        raise ToolchainError("no C++ compiler was found")
+
+    monkeypatch.setattr(toolchain, "find_cxx", none)
+    found = doctor.collect()
+    assert not any(entry["compiles"] for entry in found["targets"].values())
+    assert found["targets"]["llvm"]["reason"] == "no C++ compiler was found"
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (targets, "detect_driver"),
+        (targets, "resolve"),
+        (targets, "cpu_flags"),
+        (targets, "core_count"),
+        (toolchain, "find_cxx"),
+        (toolchain, "missing_cuda_packages"),
+        (doctor, "_check_tvm"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_nothing_broken_breaks_it(monkeypatch, module, name):
+    def broken(*args):
+        raise OSError("broken")
+
+    monkeypatch.setattr(module, name, broken)
+    assert set(doctor.collect()["targets"]) == set(targets.names())
