@@ -23,6 +23,9 @@ from tvm_balanced.schedules.cpu_common import attempt
 
 INDEX = "int64"
 
+# multiply-adds from which threads pay for waking them
+PARALLEL_WORK = 1 << 19
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -159,9 +162,7 @@ def _plain(main: Any) -> tuple[Any, Callable[[Sequence[Any], Any, Any], Any]]:
     return main.body.buffer, lambda lead, n, total: total
 
 
-def _epilogue(
-    last: Any, main: Any
-) -> tuple[Any, Callable[[Sequence[Any], Any, Any], Any]] | None:
+def _epilogue(last: Any, main: Any) -> tuple[Any, Callable[[Sequence[Any], Any, Any], Any]] | None:
     axes = [v.var for v in last.iter_vars]
     total = main.body.buffer
     store = last.body
@@ -231,18 +232,69 @@ def vector(dtype: str, lanes: int) -> str:
     return dtype if lanes == 1 else f"{dtype}x{lanes}"
 
 
+def splat(value: Any, lanes: int) -> Any:
+    """A vector of equal elements."""
+    return value if lanes == 1 else tirx.Broadcast(value, lanes)
+
+
+def by_work(rows: Any, per_row: int, build: Callable[[bool], Any]) -> Any:
+    """``build(parallel)``: threads or not, decided now where the batch is known, else at run time.
+
+    Parameters
+    ----------
+    rows : int or expression
+        Rows of activations.
+    per_row : int
+        Multiply-adds for one of them.
+    build : callable
+        Makes the statement.
+    """
+    if per_row >= PARALLEL_WORK:
+        return build(True)
+    if isinstance(rows, int):
+        return build(rows * per_row >= PARALLEL_WORK)
+    return tirx.IfThenElse(rows * per_row >= PARALLEL_WORK, build(True), build(False))
+
+
 def flat_view(buffer: Any) -> tuple[Any, Any]:
-    """A one-dimensional view of a buffer and the statement that declares it."""
+    """A one-dimensional view of a buffer and the statement that declares it.
+
+    A view of bfloat16 holds its bits, uint16; :func:`load_float` knows.
+    """
     size: Any = 1
     for extent in buffer.shape:
         size = size * extent
-    view = tirx.decl_buffer((size,), str(buffer.dtype), name=f"{buffer.name}_flat", layout=None)
+    dtype = "uint16" if str(buffer.dtype) == "bfloat16" else str(buffer.dtype)
+    view = tirx.decl_buffer((size,), dtype, name=f"{buffer.name}_flat", layout=None)
     return view, tirx.DeclBuffer(view, data=buffer.data)
+
+
+def load_float(view: Any, base: Any, lanes: int) -> Any:
+    """``lanes`` consecutive elements of a flat view, as float32."""
+    loaded = view[ramp(base, lanes)]
+    if str(view.dtype) != "uint16":
+        return tirx.Cast(vector("float32", lanes), loaded)
+    # bfloat16 is the upper half of a float32; TVM's legalization breaks such loads in a Bind
+    bits = tirx.Cast(vector("uint32", lanes), loaded)
+    shift = tirx.const(16, "uint32")
+    upper = bits << splat(shift, lanes)
+    return tirx.reinterpret(vector("float32", lanes), upper)
 
 
 def local(size: int, name: str, dtype: str = "float32") -> Any:
     """A buffer that LLVM keeps in registers."""
     return tirx.decl_buffer((size,), dtype, name=name, scope="local", layout=None)
+
+
+def workspace(size: Any, name: str) -> tuple[Any, list[Any]]:
+    """A float32 buffer for this call, and the statements that allocate it.
+
+    It is used through a view: TVM narrows the buffers it sees the accesses of, by an analysis that takes
+    seconds where the batch is symbolic.
+    """
+    whole = tirx.decl_buffer((size,), "float32", name=name, layout=None)
+    view, declare = flat_view(whole)
+    return view, [tirx.AllocBuffer(whole), declare]
 
 
 def flat_source(parts: Parts) -> tuple[Any, Any]:
@@ -297,9 +349,7 @@ def stage(parts: Parts, target: Any, pitch: int, parallel: bool) -> Any:
             pieces.append(
                 loop(
                     (fmt.blocks - whole) * block,
-                    lambda c: element(
-                        tirx.const(whole, INDEX) + c // block, c % block
-                    ),
+                    lambda c: element(tirx.const(whole, INDEX) + c // block, c % block),
                     name="c",
                 )
             )
@@ -342,7 +392,7 @@ def store_rows(parts: Parts, m: Any, n: Any, lanes: int, totals: Any, first: int
     return tirx.IfThenElse(n + lanes <= count, write(lanes), part)
 
 
-def assemble(parts: Parts, body: Any, buffers: Sequence[Any], name: str) -> s_tir.Schedule:
+def assemble(parts: Parts, body: Any, name: str) -> s_tir.Schedule:
     """The kernel with ``body`` in place of all of its blocks.
 
     Parameters
@@ -350,9 +400,7 @@ def assemble(parts: Parts, body: Any, buffers: Sequence[Any], name: str) -> s_ti
     parts : Parts
         Where the signature comes from.
     body : statement
-        Reads the parameters, writes the result.
-    buffers : sequence of buffer
-        What the body needs allocated.
+        Reads the parameters, writes the result, allocates what it needs.
     name : str
         Of the block that holds the body.
     """
@@ -363,13 +411,7 @@ def assemble(parts: Parts, body: Any, buffers: Sequence[Any], name: str) -> s_ti
 
     reads = [whole(b) for b in params if not b.same_as(parts.out)]
     inner = s_tir.SBlock([], reads, [whole(parts.out)], name, body)
-    root = s_tir.SBlock(
-        [],
-        [],
-        [],
-        "root",
-        s_tir.SBlockRealize([], tirx.const(True, "bool"), inner),
-        alloc_buffers=list(buffers),
-    )
-    realized = s_tir.SBlockRealize([], tirx.const(True, "bool"), root)
+    true = tirx.const(True, "bool")
+    root = s_tir.SBlock([], [], [], "root", s_tir.SBlockRealize([], true, inner))
+    realized = s_tir.SBlockRealize([], true, root)
     return s_tir.Schedule(tvm.IRModule({"main": parts.func.with_body(realized)}))

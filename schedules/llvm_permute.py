@@ -28,9 +28,6 @@ from tvm_balanced.schedules.cpu_common import has_feature
 # a block is looked up in at most this many registers; beyond, one load per lane is as fast
 MAX_REGISTERS = {16: 16, 8: 8}
 
-# multiply-adds from which threads pay for waking them
-PARALLEL_WORK = 1 << 19
-
 # multiply-adds written out in the body of the innermost loop
 _UNROLL = 128
 
@@ -122,10 +119,11 @@ class _Kernel:
         indices, declare_indices = nest.flat_view(parts.indices)
         self.values, self.indices = values, indices
         work = fmt.padded_rows * fmt.slots
-        buffers = []
         statements = [declare_values, declare_indices]
-        if parts.source is not None and fmt.pattern.block == self.window and (
-            fmt.padded_features == fmt.in_features
+        if (
+            parts.source is not None
+            and fmt.pattern.block == self.window
+            and (fmt.padded_features == fmt.in_features)
         ):
             self.data, declare = nest.flat_source(parts)
             self.pitch = fmt.in_features
@@ -135,24 +133,17 @@ class _Kernel:
             over = self.window - fmt.pattern.block
             self.pitch = -(-(fmt.padded_features + over) // self.lanes) * self.lanes
             size = parts.rows * self.pitch
-            self.data = tirx.decl_buffer((size,), "float32", name="balanced_stage", layout=None)
-            buffers.append(self.data)
-            statements.append(
-                self._by_work(
-                    self.pitch * 8, lambda wide: nest.stage(parts, self.data, self.pitch, wide)
-                )
-            )
-        statements.append(self._by_work(work, self._groups))
-        return nest.assemble(parts, nest.sequence(statements), buffers, "balanced_permute")
-
-    def _by_work(self, per_row: int, build: Callable[[bool], Any]) -> Any:
-        """``build(parallel)``, decided now where the batch is known, else when the kernel runs."""
-        rows = self.parts.rows
-        if per_row >= PARALLEL_WORK:
-            return build(True)
-        if isinstance(rows, int):
-            return build(rows * per_row >= PARALLEL_WORK)
-        return tirx.IfThenElse(rows * per_row >= PARALLEL_WORK, build(True), build(False))
+            self.data, allocate = nest.workspace(size, "balanced_stage")
+            statements += [
+                *allocate,
+                nest.by_work(
+                    parts.rows,
+                    self.pitch * 8,
+                    lambda parallel: nest.stage(parts, self.data, self.pitch, parallel),
+                ),
+            ]
+        statements.append(nest.by_work(parts.rows, work, self._groups))
+        return nest.assemble(parts, nest.sequence(statements), "balanced_permute")
 
     def _groups(self, parallel: bool) -> Any:
         total = self.fmt.padded_rows // self.lanes
@@ -184,9 +175,7 @@ class _Kernel:
                 pieces.append(self._tiles(tirx.const(whole * tile, nest.INDEX), rest, first, count))
             return nest.sequence(pieces)
         pieces = [
-            nest.loop(
-                rows // tile, lambda i: self._tiles(i * tile, tile, first, count), name="mo"
-            )
+            nest.loop(rows // tile, lambda i: self._tiles(i * tile, tile, first, count), name="mo")
         ]
         size = tile // 2
         while size:
@@ -202,9 +191,17 @@ class _Kernel:
 
     def _tiles(self, m: Any, rows: int, first: Any, count: int) -> Any:
         width = self.knobs.rows_for(rows)
-        pieces = [
-            nest.loop(count // width, lambda i: self._tile(m, rows, first + i * width, width), name="r")
-        ] if count >= width else []
+        pieces = (
+            [
+                nest.loop(
+                    count // width,
+                    lambda i: self._tile(m, rows, first + i * width, width),
+                    name="r",
+                )
+            ]
+            if count >= width
+            else []
+        )
         if count % width:
             at = first + count // width * width
             pieces.append(self._tile(m, rows, at, count % width))
@@ -218,11 +215,9 @@ class _Kernel:
         def place(i: int, r: int) -> int:
             return (i * width + r) * lanes
 
-        zero = tirx.Broadcast(tirx.const(0.0, "float32"), lanes)
+        zero = nest.splat(tirx.const(0.0, "float32"), lanes)
         cells = [(i, r) for i in range(rows) for r in range(width)]
-        clear = [
-            tirx.BufferStore(sums, zero, [nest.ramp(place(i, r), lanes)]) for i, r in cells
-        ]
+        clear = [tirx.BufferStore(sums, zero, [nest.ramp(place(i, r), lanes)]) for i, r in cells]
         # an odd number of 4-bit slots per block ends in the middle of a byte: two blocks at a time
         pair = self.fmt.encoding == "u4" and self.fmt.pattern.nnz % 2 == 1
         blocks = 2 if pair else 1
@@ -241,7 +236,9 @@ class _Kernel:
             start = kb * nnz
             if pair or nnz * rows * width <= _UNROLL:
                 return slots(kb, start, range(nnz * blocks))
-            return nest.loop(nnz // step, lambda t: slots(kb, start + t * step, range(step)), name="t")
+            return nest.loop(
+                nnz // step, lambda t: slots(kb, start + t * step, range(step)), name="t"
+            )
 
         accumulate = nest.loop(self.fmt.blocks // blocks, group_of_blocks, name="kb")
         finish = [
@@ -279,9 +276,7 @@ class _Kernel:
                 # permutes of 16 lanes look at four bits only; narrower ones compare all of them
                 wide = wide >> _splat(4, lanes) if s % 2 else wide & _splat(15, lanes)
             at = (tile * self.fmt.slots + start + s) * layout.rows + sub * lanes
-            value = tirx.Cast(
-                nest.vector("float32", lanes), self.values[nest.ramp(at, lanes)]
-            )
+            value = nest.load_float(self.values, at, lanes)
             index[r] = tirx.Var(f"index_{s}_{r}", nest.vector("int32", lanes))
             weight[r] = tirx.Var(f"weight_{s}_{r}", nest.vector("float32", lanes))
             statements += [tirx.Bind(index[r], wide), tirx.Bind(weight[r], value)]
@@ -289,9 +284,7 @@ class _Kernel:
             base = (m + i) * self.pitch + block * self.fmt.pattern.block
             picked = self._look_up(base, 0, self.registers, index[r])
             where = [nest.ramp(place(i, r), lanes)]
-            statements.append(
-                tirx.BufferStore(sums, sums[where[0]] + picked * weight[r], where)
-            )
+            statements.append(tirx.BufferStore(sums, sums[where[0]] + picked * weight[r], where))
         return statements
 
     def _look_up(self, base: Any, first: int, count: int, index: Any) -> Any:
@@ -302,9 +295,7 @@ class _Kernel:
         lanes = self.lanes
         per_permute = 2 if lanes == 16 else 1
         if count <= per_permute:
-            tables = [
-                self.data[nest.ramp(base + (first + i) * lanes, lanes)] for i in range(count)
-            ]
+            tables = [self.data[nest.ramp(base + (first + i) * lanes, lanes)] for i in range(count)]
             return _permute(tables, index, lanes)
         half = 1 << (count - 1).bit_length() - 1
         low = self._look_up(base, first, half, index)
@@ -313,14 +304,12 @@ class _Kernel:
 
 
 def _splat(value: int, lanes: int) -> Any:
-    return tirx.Broadcast(tirx.const(value, "int32"), lanes)
+    return nest.splat(tirx.const(value, "int32"), lanes)
 
 
 def _permute(tables: list[Any], index: Any, lanes: int) -> Any:
     if lanes == 8:
-        return tirx.call_llvm_pure_intrin(
-            "float32x8", "llvm.x86.avx2.permps", tables[0], index
-        )
+        return tirx.call_llvm_pure_intrin("float32x8", "llvm.x86.avx2.permps", tables[0], index)
     if len(tables) == 1:
         return tirx.call_llvm_pure_intrin(
             "float32x16", "llvm.x86.avx512.permvar.sf.512", tables[0], index
