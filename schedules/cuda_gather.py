@@ -41,6 +41,7 @@ _LOAD_BYTES = 16  # of the widest load
 _STATIC_SHARED_BYTES = 48 << 10
 _STAGED_BYTES = 8  # of one staged element: two words, so a window of 16 elements fills the 32 banks
 _MAX_WARPS = 16
+_MULTIPROCESSORS = 132  # of an H100; an A100 has 108, which makes no other choice for common shapes
 _MAX_UNROLL = 4
 _SPARE = 1.07  # share of slots that may be padding when warps and unrolling are chosen
 
@@ -79,13 +80,22 @@ def _ceil(value: int, by: int) -> int:
     return -(-value // by)
 
 
-def default_tile(fmt: PackedFormat, rows: int | None, data_dtype: str, shared_bytes: int) -> Tile:
+def default_tile(
+    fmt: PackedFormat,
+    rows: int | None,
+    data_dtype: str,
+    shared_bytes: int,
+    multiprocessors: int = _MULTIPROCESSORS,
+) -> Tile:
     """Knobs from shapes alone.
 
     Rows of activations are taken 1, 2, 4, 8, 12 or 16 at a time (8 where M is symbolic): each sum costs a
-    register, and reading the sparse stream again costs more than idle rows. As many warps share K as
-    there are whole steps for, up to 16, and the steps are unrolled up to four times, as long as little
-    of the work is padding. The chunk is the largest that fits beside the partial sums.
+    register, and reading the sparse stream again costs more than idle rows. Where N is so small that half
+    the multiprocessors would stand idle, tiles are halved: the stream is then small and its second
+    reading comes from L2, while the work of a thread block, which is what takes the time, shrinks
+    (instructions per slot for 16, 8 and 1 rows: 45, 26 and 9 on sm_90). As many warps share K as there are
+    whole steps for, up to 16, and the steps are unrolled up to four times, as long as little of the
+    work is padding. The chunk is the largest that fits beside the partial sums.
 
     Parameters
     ----------
@@ -97,16 +107,30 @@ def default_tile(fmt: PackedFormat, rows: int | None, data_dtype: str, shared_by
         Of the activations.
     shared_bytes : int
         Shared memory a thread block may take.
+    multiprocessors : int
+        That thread blocks are to be spread over.
     """
     itemsize = 4 if data_dtype == "float32" else 2
     most = 8 if rows is None else min(rows, 16)
+    while rows is not None and most > 1:
+        thread_blocks = fmt.padded_rows // _LANES * _ceil(rows, most)
+        if 2 * thread_blocks > multiprocessors:
+            break
+        most = _ceil(most, 2)
     vector = min(_STAGED_BYTES // itemsize, 1 << (most - 1).bit_length())
     groups = _ceil(most, vector)
-    max_warps = _MAX_WARPS if vector * groups <= 8 else _MAX_WARPS // 2
-    room = shared_bytes - max_warps * vector * groups * _LANES * 4
-    per_block = fmt.pattern.block * vector * groups * itemsize
     unit = _chunk_unit(fmt)
-    chunks = _ceil(fmt.blocks, max(unit, room // per_block // unit * unit))
+    while True:
+        max_warps = _MAX_WARPS if vector * groups <= 8 else _MAX_WARPS // 2
+        room = shared_bytes - max_warps * vector * groups * _LANES * 4
+        per_block = fmt.pattern.block * vector * groups * itemsize
+        if unit * per_block <= room or vector * groups == 1:
+            break
+        if groups > 1:
+            groups = _ceil(groups, 2)
+        else:
+            vector //= 2
+    chunks = _ceil(fmt.blocks, room // per_block // unit * unit)
     chunk = _ceil(_ceil(fmt.blocks, chunks), unit) * unit
     runs = chunk * fmt.pattern.nnz // fmt.layout.vector
     best = None
@@ -128,7 +152,9 @@ def _chunk_unit(fmt: PackedFormat) -> int:
     return unit
 
 
-def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | None:
+def apply(
+    func: tirx.PrimFunc, target: tvm.target.Target, tile: Tile | None = None
+) -> s_tir.Schedule | None:
     """Schedule ``func``, or None when it is not of the form this schedule takes.
 
     Parameters
@@ -137,13 +163,16 @@ def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | No
         The operator in layout ``r32vV``, fused with element-wise work on its result.
     target : tvm.target.Target
         A CUDA target; its shared memory bounds the tile.
+    tile : Tile, optional
+        Knobs; :func:`default_tile` chooses them when left out.
     """
     found = find(func)
     if found is None or found.fmt.layout.rows != _LANES or found.fmt.layout.vector == 1:
         return None
     limit = int(target.attrs.get("max_shared_memory_per_block", _STATIC_SHARED_BYTES))
     limit = min(limit, _STATIC_SHARED_BYTES)
-    tile = default_tile(found.fmt, found.rows, found.data_dtype, limit)
+    if tile is None:
+        tile = default_tile(found.fmt, found.rows, found.data_dtype, limit)
     canonical = _canonical(func, found, tile)
     return None if canonical is None else _schedule(canonical, tile, _stage_width(found, tile))
 

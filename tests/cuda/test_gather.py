@@ -13,6 +13,7 @@ from tvm_balanced import cudaemu
 from tvm_balanced.packing import Layout, PackedFormat
 from tvm_balanced.pattern import BalancedPattern
 from tvm_balanced.schedules import cuda_fallback, cuda_gather
+from tvm_balanced.schedules.balanced_block import find
 
 from .conftest import Case, arguments, check_close, fused_kernel, packed_format, target
 
@@ -29,6 +30,7 @@ CASES = [
     Case((1,), 32, 31 * 4, "1:4", out_dtype="float32", epilogue=()),
     Case((2,), 33, 512, "16:256", epilogue=("bias", "gelu", "residual")),
     Case((1,), 20, 500, "16:256"),
+    Case((16,), 20, 700, "255:256"),
     # symbolic M, one and several batch axes, and none
     Case(("m",), 50, 31 * 32, "8:32", "bfloat16", "bfloat16", ("silu",), ((1,), (8,), (13,))),
     Case(("b", 3), 50, 70, "4:16", epilogue=("bias", "gelu"), at=((1, 3), (5, 3))),
@@ -55,14 +57,34 @@ def _kernel(rule: Any, case: Case, fmt: PackedFormat) -> cudaemu.TVMKernel:
     return cudaemu.from_tvm(sch.mod, target())
 
 
+def _gather(case: Case, fmt: PackedFormat) -> cudaemu.TVMKernel:
+    """With the tile of a large N, which the small N of a test would not be given."""
+    func = fused_kernel(case, fmt)
+    found = find(func)
+    assert found is not None
+    tile = cuda_gather.default_tile(fmt, found.rows, case.dtype, 48 << 10, multiprocessors=1)
+    sch = cuda_gather.apply(func, target(), tile)
+    assert sch is not None
+    return cudaemu.from_tvm(sch.mod, target())
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gather_equals_reference(case: Case) -> None:
     fmt = packed_format(case)
-    kernel = _kernel(cuda_gather, case, fmt)
+    kernel = _gather(case, fmt)
     for seed, lead in enumerate(case.shapes):
         args, expected = arguments(case, fmt, lead, seed)
         kernel(*args, order="random")
         check_close(case, args[-1], expected)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 16, 33])
+def test_gather_with_its_default_tile(rows: int) -> None:
+    case = Case((rows,), 50, 256, "4:16", epilogue=("bias", "gelu"))
+    fmt = packed_format(case)
+    args, expected = arguments(case, fmt, (rows,))
+    _kernel(cuda_gather, case, fmt)(*args)
+    check_close(case, args[-1], expected)
 
 
 @pytest.mark.parametrize("encoding", ["u8", "u4"])
@@ -89,7 +111,7 @@ def test_gather_takes_both_encodings(encoding: str) -> None:
 def test_gather_breaks_no_rule(case: Case) -> None:
     """No race, nothing out of bounds, no unwritten shared memory; and twice the same bits."""
     fmt = packed_format(case)
-    kernel = _kernel(cuda_gather, case, fmt)
+    kernel = _gather(case, fmt)
     args, expected = arguments(case, fmt, case.shapes[0])
     for report in kernel.inspect(*args):
         assert not report.issues, report.table()
@@ -115,7 +137,7 @@ def test_gather_breaks_no_rule(case: Case) -> None:
 )
 def test_gather_memory_accesses(case: Case) -> None:
     fmt = packed_format(case)
-    kernel = _kernel(cuda_gather, case, fmt)
+    kernel = _gather(case, fmt)
     args, _ = arguments(case, fmt, case.shapes[0])
     (report,) = kernel.inspect(*args)
     values = [a for a in report.select(shared=False, write=False) if a.bytes_per_lane == 16]
@@ -187,14 +209,27 @@ def test_fallback_equals_reference(case: Case, layout: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 16, 100, None])
-@pytest.mark.parametrize("pattern", ["1:4", "3:16", "8:32", "16:256", "5:10"])
-@pytest.mark.parametrize("k", [300, 4096, 16384])
-def test_default_tile_fits(rows: int | None, pattern: str, k: int) -> None:
-    case = Case((1,), 64, k, pattern)
+@pytest.mark.parametrize("pattern", ["1:4", "3:16", "8:32", "16:256", "5:10", "255:256", "7:255"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_default_tile_fits(rows: int | None, pattern: str, dtype: str) -> None:
+    for k in (300, 4096, 16384):
+        _check_tile(Case((1,), 64, k, pattern, dtype), rows)
+
+
+def _check_tile(case: Case, rows: int | None) -> None:
     fmt = packed_format(case)
-    tile = cuda_gather.default_tile(fmt, rows, "float16", 48 << 10)
-    staged = tile.chunk * fmt.pattern.block * tile.rows * 2
+    tile = cuda_gather.default_tile(fmt, rows, case.dtype, 48 << 10, multiprocessors=1)
+    staged = tile.chunk * fmt.pattern.block * tile.rows * (4 if case.dtype == "float32" else 2)
     assert staged + tile.warps * tile.rows * 32 * 4 <= 48 << 10
     assert tile.chunk * fmt.pattern.nnz % fmt.layout.vector == 0
     assert tile.warps * 32 <= 1024
-    assert rows is None or tile.rows >= min(rows, 16)
+
+
+@pytest.mark.parametrize(
+    ("n", "rows", "tile_rows"),
+    [(4096, 8, 8), (4096, 16, 16), (4096, 33, 16), (2048, 16, 8), (768, 8, 2), (64, 16, 1)],
+)
+def test_default_tile_keeps_the_device_busy(n: int, rows: int, tile_rows: int) -> None:
+    """Tiles are as large as they can be while there is a thread block for most multiprocessors."""
+    fmt = packed_format(Case((rows,), n, 1024, "4:16"))
+    assert cuda_gather.default_tile(fmt, rows, "float16", 48 << 10).rows == tile_rows
