@@ -167,7 +167,7 @@ def apply(
         Knobs; :func:`default_tile` chooses them when left out.
     """
     found = find(func)
-    if found is None or found.fmt.layout.rows != _LANES or found.fmt.layout.vector == 1:
+    if found is None or not _takes(found):
         return None
     limit = int(target.attrs.get("max_shared_memory_per_block", _STATIC_SHARED_BYTES))
     limit = min(limit, _STATIC_SHARED_BYTES)
@@ -175,6 +175,14 @@ def apply(
         tile = default_tile(found.fmt, found.rows, found.data_dtype, limit)
     canonical = _canonical(func, found, tile)
     return None if canonical is None else _schedule(canonical, tile, _stage_width(found, tile))
+
+
+def _takes(found: BalancedBlock) -> bool:
+    """Whether a lane's slots are one vector load: CUDA has vectors of 2, 4 and 8 up to 16 bytes."""
+    layout = found.fmt.layout
+    itemsize = 4 if found.value_dtype == "float32" else 2
+    vectors = layout.vector in (2, 4, 8) and layout.vector * itemsize <= _LOAD_BYTES
+    return layout.rows == _LANES and vectors
 
 
 @dataclass(frozen=True)

@@ -184,10 +184,15 @@ def test_gather_compiles_without_spills(
     assert shared and int(shared[1]) <= 48 << 10, log
 
 
-def test_gather_leaves_what_is_not_its_own() -> None:
+@pytest.mark.parametrize("layout", ["r16v1", "r1v8", "r32v1", "r32v3", "r32v12", "r32v16", "r64v8"])
+def test_gather_leaves_what_is_not_its_own(layout: str) -> None:
+    """Other tiles, and runs of slots that are no vector of CUDA; the fallback takes them."""
     case = Case((4,), 40, 64, "4:16")
-    fmt = PackedFormat(40, 64, BalancedPattern("4:16"), Layout.parse("r16v1"), "u8")
+    fmt = PackedFormat(40, 64, BalancedPattern("4:16"), Layout.parse(layout), "u8")
     assert cuda_gather.apply(fused_kernel(case, fmt), target()) is None
+    args, expected = arguments(case, fmt, (4,))
+    _kernel(cuda_fallback, case, fmt)(*args)
+    check_close(case, args[-1], expected)
 
 
 @pytest.mark.parametrize("layout", ["r1v1", "r16v1", "r1v8", "r32v8"])
