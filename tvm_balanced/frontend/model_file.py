@@ -42,8 +42,8 @@ def load_model(
     if head[:4] == b"PK\x03\x04":
         if input_shapes:
             raise InputError(
-                f"input_shapes was given for {os.fspath(path)}, but the shapes of a .pt2 are fixed when it is "
-                "exported; leave it out, or export with dynamic_shapes"
+                f"input_shapes was given for {os.fspath(path)}, but the shapes of a .pt2 are fixed when it "
+                "is exported; leave it out, or export with dynamic_shapes"
             )
         return from_torch(path)
     if _is_safetensors(path, head):

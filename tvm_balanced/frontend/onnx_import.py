@@ -125,7 +125,7 @@ def _set_shapes(model: Any, shapes: Mapping[str, Shape], name: str) -> None:
         if value.name in shapes:
             wanted = tuple(shapes[value.name])
             rank = len(tensor.shape.dim)
-            if tensor.HasField("shape") and rank != len(wanted):
+            if rank != len(wanted):
                 raise InputError(
                     f"input {value.name} of {name} has {rank} dimensions, but input_shapes gives {wanted}; "
                     f"give {rank}"
@@ -144,8 +144,6 @@ def _set_shapes(model: Any, shapes: Mapping[str, Shape], name: str) -> None:
                         f"input_shapes[{value.name!r}] has the dimension {size!r}, expected a positive "
                         "number or a name"
                     )
-        elif not tensor.HasField("shape"):
-            raise InputError(f"input {value.name} of {name} has no shape; give it in input_shapes")
         for axis, dim in enumerate(tensor.shape.dim):
             if dim.WhichOneof("value") is None or (
                 dim.HasField("dim_param") and not dim.dim_param.isidentifier()
