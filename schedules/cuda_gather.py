@@ -40,6 +40,7 @@ _LANES = 32
 _LOAD_BYTES = 16  # of the widest load
 _STATIC_SHARED_BYTES = 48 << 10
 _STAGED_BYTES = 8  # of one staged element: two words, so a window of 16 elements fills the 32 banks
+_MAX_ROWS = 16  # of activations in a tile
 _MAX_WARPS = 16
 _MULTIPROCESSORS = 132  # of an H100; an A100 has 108, which makes no other choice for common shapes
 _MAX_UNROLL = 4
@@ -90,12 +91,13 @@ def default_tile(
     """Knobs from shapes alone.
 
     Rows of activations are taken 1, 2, 4, 8, 12 or 16 at a time (8 where M is symbolic): each sum costs a
-    register, and reading the sparse stream again costs more than idle rows. Where N is so small that half
-    the multiprocessors would stand idle, tiles are halved: the stream is then small and its second
-    reading comes from L2, while the work of a thread block, which is what takes the time, shrinks
-    (instructions per slot for 16, 8 and 1 rows: 45, 26 and 9 on sm_90). As many warps share K as there are
-    whole steps for, up to 16, and the steps are unrolled up to four times, as long as little of the
-    work is padding. The chunk is the largest that fits beside the partial sums.
+    register, and reading the sparse stream again costs more than idle rows. More rows make even tiles
+    (17 rows two of 9, held in 12). Where N is so small that half the multiprocessors would stand
+    idle, tiles are halved: the stream is then small and its second reading comes from L2, while the
+    work of a thread block, which is what takes the time, shrinks (instructions per slot for 16, 8 and 1
+    rows: 45, 26 and 9 on sm_90). As many warps share K as there are whole steps for, up to 16, and the
+    steps are unrolled up to four times, as long as little of the work is padding. The chunk is the
+    largest that fits beside the partial sums.
 
     Parameters
     ----------
@@ -111,7 +113,7 @@ def default_tile(
         That thread blocks are to be spread over.
     """
     itemsize = 4 if data_dtype == "float32" else 2
-    most = 8 if rows is None else min(rows, 16)
+    most = 8 if rows is None else _ceil(rows, _ceil(rows, _MAX_ROWS))
     while rows is not None and most > 1:
         thread_blocks = fmt.padded_rows // _LANES * _ceil(rows, most)
         if 2 * thread_blocks > multiprocessors:

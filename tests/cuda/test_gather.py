@@ -150,7 +150,7 @@ def test_gather_memory_accesses(case: Case) -> None:
             assert access.excess <= 1.05, report.table()
     gathers = report.select(shared=True, write=False)
     # a window of at most 128 bytes has no two words in a bank, one of 256 bytes has two
-    element = min(8, case.lead[0] * (4 if case.dtype == "float32" else 2))  # type: ignore[operator]
+    element = min(8, case.lead[0] * (4 if case.dtype == "float32" else 2))
     worst = -(-fmt.pattern.block * element // 128)
     for access in gathers:
         assert access.excess <= worst, report.table()
@@ -232,7 +232,15 @@ def _check_tile(case: Case, rows: int | None) -> None:
 
 @pytest.mark.parametrize(
     ("n", "rows", "tile_rows"),
-    [(4096, 8, 8), (4096, 16, 16), (4096, 33, 16), (2048, 16, 8), (768, 8, 2), (64, 16, 1)],
+    [
+        (4096, 8, 8),
+        (4096, 16, 16),
+        (4096, 33, 12),
+        (4096, 32, 16),
+        (2048, 16, 8),
+        (768, 8, 2),
+        (64, 16, 1),
+    ],
 )
 def test_default_tile_keeps_the_device_busy(n: int, rows: int, tile_rows: int) -> None:
     """Tiles are as large as they can be while there is a thread block for most multiprocessors."""

@@ -146,7 +146,8 @@ class Report:
         """Totals, scaled to the whole grid where only some blocks were run (DRAM figures are not)."""
 
         def total(field: str, shared: bool, write: bool | None = None) -> float:
-            return self.scale * sum(getattr(a, field) for a in self.select(shared, write))
+            chosen = self.select(shared, write)
+            return self.scale * sum(int(getattr(access, field)) for access in chosen)
 
         return {
             "global_load_requests": total("requests", False, False),
