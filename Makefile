@@ -1,0 +1,53 @@
+# every target sets up .venv from nothing and reuses what is there; PYTHON chooses the interpreter
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-large lint bench clean
+
+help:
+	@echo "make demo        two models from training to a library (about 3 minutes)"
+	@echo "make test        the tests"
+	@echo "make test-large  the tests with models in their stated sizes (minutes, gigabytes)"
+	@echo "make lint        ruff and mypy"
+	@echo "make bench       ratios against PyTorch on this machine"
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# stamps: a new setup.cfg installs again, an unchanged one does not
+$(VENV)/.all: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -e '.[all]'
+	@touch $@
+
+$(VENV)/.dev: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -e '.[dev,all]'
+	@touch $@ $(VENV)/.all
+
+demo: $(VENV)/.all
+	$(BIN)/tvm-balanced demo --output build/demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'not large and not gpu' $(PYTEST_ARGS)
+
+test-large: $(VENV)/.dev
+	$(BIN)/python -m pytest -m large $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@# mypy finds the mapped folders only in a regular install
+	rm -rf build/lint
+	$(BIN)/python -m pip install --quiet --no-deps --target build/lint .
+	cd build/lint && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../setup.cfg \
+	    --cache-dir ../../.mypy_cache --python-executable ../../$(BIN)/python -p tvm_balanced
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.cpu_operator
+	$(BIN)/python -m benchmarks.models
+
+clean:
+	rm -rf build

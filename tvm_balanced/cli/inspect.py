@@ -1,0 +1,201 @@
+"""``tvm-balanced inspect``."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.table import Table
+
+from tvm_balanced.cli.options import parse_shapes, with_output
+from tvm_balanced.errors import InputError
+from tvm_balanced.log import Output, summary
+
+if TYPE_CHECKING:
+    from tvm_balanced.artifact import TensorEntry
+
+
+@click.command(name="inspect")
+@click.argument("path", type=click.Path())
+@click.option(
+    "--input-shape",
+    "input_shapes",
+    multiple=True,
+    metavar="NAME=1,128",
+    help="Shape of an input of an ONNX model; repeatable.",
+)
+@click.option("--source", metavar="KERNEL", help="Print the CUDA source of a kernel of a library.")
+@with_output
+def command(output: Output, path: str, input_shapes: tuple[str, ...], source: str | None) -> None:
+    """What is in PATH: a library (.tvmb), a model (.onnx, .pt2) or a checkpoint (.safetensors).
+
+    Nothing in it is run, and no GPU is needed.
+
+    \b
+    Example:
+      tvm-balanced inspect model.tvmb --json
+    """
+    shapes = parse_shapes(input_shapes)
+    output.arguments("inspect", {"path": path, "input-shape": shapes, "source": source})
+    place = Path(path)
+    if not place.exists():
+        raise InputError(f"{path} does not exist; give a .tvmb, .onnx, .pt2 or .safetensors")
+    if source is not None and not place.is_dir():
+        raise InputError(f"--source goes with a .tvmb folder, but {path} is a file; leave it out")
+    if place.is_dir():
+        _library(output, place, source)
+    elif place.suffix == ".safetensors":
+        _checkpoint(output, place)
+    else:
+        _model(output, place, shapes)
+
+
+def _library(output: Output, path: Path, source: str | None) -> None:
+    from tvm_balanced.artifact import verify_hashes
+    from tvm_balanced.runtime import Library
+
+    library = Library(path)
+    verify_hashes(path, library.manifest)
+    manifest = library.manifest
+    if source is not None:
+        text = library.source(source)
+        output.document({"command": "inspect", "kernel": source, "source": text})
+        if not output.as_json:
+            click.echo(text)
+        return
+    sizes = {name: (path / name).stat().st_size for name in ("manifest.json", *manifest.files)}
+    report = library.report
+    output.document(
+        {
+            "command": "inspect",
+            "kind": "library",
+            "path": str(path),
+            **asdict(manifest),
+            "kernels": library.kernels,
+            "bytes": sizes,
+        }
+    )
+    target = manifest.target
+    code = ", ".join(f"{c['arch']} ({c['num_bytes'] / 1024:.0f} KiB)" for c in manifest.cubins)
+    rows = {
+        "target": f"{target.name}: {target.kind} {target.arch}, host {target.machine}",
+        "CPU features": ", ".join(target.features) or "none",
+        "device code": f"{manifest.device_code} {code}".strip(),
+        "kernels": ", ".join(library.kernels) or "none (host code only)",
+        "files": ", ".join(f"{name} {size / 1024:.0f} KiB" for name, size in sizes.items()),
+        "hashes": "every file is as it was written",
+        "built with": ", ".join(f"{n} {v}" for n, v in manifest.versions.items()),
+    }
+    output.show(summary(str(path), rows))
+    table = Table(title="functions", title_justify="left")
+    for heading in ("function", "inputs", "outputs", "fixed"):
+        table.add_column(heading, overflow="fold")
+    for entry in manifest.functions:
+        fixed = ", ".join(f"{name}={size}" for name, size in entry.bindings.items())
+        table.add_row(entry.name, _tensors(entry.inputs), _tensors(entry.outputs), fixed)
+    output.show(table)
+    output.show(report.table())
+    output.next(f"tvm-balanced run {shlex.quote(str(path))} --random")
+
+
+def _tensors(entries: tuple[TensorEntry, ...]) -> str:
+    return ", ".join(
+        f"{entry.name}: {entry.dtype}[{', '.join(map(str, entry.shape))}]" for entry in entries
+    )
+
+
+def _checkpoint(output: Output, path: Path) -> None:
+    from tvm_balanced.checkpoint import read_checkpoint, read_patterns
+    from tvm_balanced.packing import VALUE_DTYPES
+
+    tensors, metadata = read_checkpoint(path)
+    noted = read_patterns(metadata, path)
+    weights = {
+        name: array
+        for name, array in tensors.items()
+        if array.ndim == 2 and array.dtype.name in VALUE_DTYPES
+    }
+    with output.progress("inspect", len(weights)) as tell:
+        layers = []
+        for name, weight in weights.items():
+            tell(name)
+            known = str(noted[name]) if name in noted else None
+            layers.append(_row(name, weight, known))
+    _show_layers(
+        output, path, "checkpoint", layers, {"tensors": len(tensors), "metadata": dict(metadata)}
+    )
+    output.next(f"tvm-balanced prune {shlex.quote(str(path))} --pattern 4:16 --dry-run")
+
+
+def _model(output: Output, path: Path, shapes: Mapping[str, Any] | None) -> None:
+    from tvm_balanced.frontend import load_model
+    from tvm_balanced.relay_passes.pack_weights import dense_weight
+
+    with output.progress("inspect") as tell:
+        tell("import the model")
+        model = load_model(path, shapes)
+        layers = []
+        for layer in model.dense_layers():
+            if layer.blocked is None:
+                tell(layer.name)
+                row = _row(layer.name, dense_weight(model.params, layer), None)
+            else:
+                shape = [layer.out_features, layer.in_features]
+                row = {"name": layer.name, "shape": shape, "dtype": layer.dtype}
+                row |= {"pattern": None, "zeros": None}
+            layers.append({**row, "rows": layer.rows_text, "blocked": layer.blocked})
+    _show_layers(output, path, "model", layers, {"tensors": len(model.params)})
+    output.next(f"tvm-balanced plan {shlex.quote(str(path))} --pattern 4:16")
+
+
+def _row(name: str, weight: Any, noted: str | None) -> dict[str, Any]:
+    import numpy as np
+
+    from tvm_balanced.pattern import BalancedPattern
+    from tvm_balanced.pruning import detect_pattern, is_balanced
+
+    # a note is believed only when the weight agrees with it
+    if noted is not None and is_balanced(weight, BalancedPattern(noted)):
+        pattern: str | None = noted
+    else:
+        found = detect_pattern(weight)
+        pattern = None if found is None else str(found)
+    zeros = 1.0 - float(np.count_nonzero(weight)) / max(weight.size, 1)
+    return {
+        "name": name,
+        "shape": list(weight.shape),
+        "dtype": weight.dtype.name,
+        "pattern": pattern,
+        "zeros": zeros,
+    }
+
+
+def _show_layers(
+    output: Output, path: Path, kind: str, layers: list[dict[str, Any]], more: Mapping[str, Any]
+) -> None:
+    size = path.stat().st_size
+    output.document(
+        {
+            "command": "inspect",
+            "kind": kind,
+            "path": str(path),
+            "bytes": size,
+            **more,
+            "layers": layers,
+        }
+    )
+    table = Table(title=f"{path}, {size / 2**20:.1f} MiB", title_justify="left")
+    table.add_column("matrix" if kind == "checkpoint" else "layer", overflow="fold", min_width=12)
+    for heading in ("N x K", "dtype", "pattern", "zeros"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in layers:
+        zeros = "-" if row["zeros"] is None else f"{row['zeros']:.1%}"
+        shape = f"{row['shape'][0]} x {row['shape'][1]}"
+        table.add_row(row["name"], shape, row["dtype"], row["pattern"] or "-", zeros)
+    balanced = sum(row["pattern"] is not None for row in layers)
+    table.caption = f"{balanced} of {len(layers)} follow a balanced pattern"
+    output.show(table)

@@ -1,0 +1,138 @@
+"""``tvm-balanced prune``."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.table import Table
+
+from tvm_balanced.cli.options import (
+    ignore_option,
+    model_argument,
+    parse_shapes,
+    pattern_option,
+    with_output,
+)
+from tvm_balanced.errors import InputError
+from tvm_balanced.log import Output
+
+if TYPE_CHECKING:
+    from tvm_balanced.model import PrunedLayer
+
+
+@click.command(name="prune")
+@model_argument
+@pattern_option(True, 'What to keep: "4:16" keeps 4 of every 16 weights of a row.')
+@ignore_option
+@click.option("-o", "--output", "destination", metavar="PATH", help="File to write.")
+@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+@click.option("--dry-run", is_flag=True, help="Write nothing.")
+@with_output
+def command(
+    output: Output,
+    model: str,
+    input_shapes: tuple[str, ...],
+    pattern: str,
+    ignore: tuple[str, ...],
+    destination: str | None,
+    overwrite: bool,
+    dry_run: bool,
+) -> None:
+    """Prune the dense layers of MODEL once, by magnitude, to a balanced pattern.
+
+    An .onnx file becomes an .onnx file with other weights; of a .pt2 or a .safetensors checkpoint the
+    weights are written as .safetensors. Without retraining a model loses accuracy: check it.
+
+    \b
+    Example:
+      tvm-balanced prune model.onnx --pattern 4:16 --ignore lm_head -o sparse.onnx
+    """
+    shapes = parse_shapes(input_shapes)
+    source = Path(model)
+    suffix = source.suffix if source.suffix in (".onnx", ".safetensors") else ".safetensors"
+    path = Path(destination) if destination else source.with_name(f"{source.stem}-pruned{suffix}")
+    output.arguments(
+        "prune",
+        {
+            "model": model,
+            "input-shape": shapes,
+            "pattern": pattern,
+            "ignore": ignore,
+            "output": "none (dry run)" if dry_run else path,
+            "overwrite": overwrite,
+        },
+    )
+    from tvm_balanced import checkpoint
+    from tvm_balanced.pattern import BalancedPattern
+
+    form = BalancedPattern(pattern)
+    if path.suffix != suffix:
+        raise InputError(
+            f"the pruned weights of {model} are written as {suffix}, but the output is {path}; "
+            f"name it {path.with_suffix(suffix)}"
+        )
+    if not dry_run:
+        checkpoint.check_output(path, overwrite)
+    if source.suffix == ".safetensors":
+        tensors, metadata = checkpoint.read_checkpoint(source)
+        with output.progress("prune") as tell:
+            changed, patterns, rows = checkpoint.prune_tensors(tensors, pattern, ignore, tell)
+        # what was noted before holds for the weights that stay
+        patterns = {**checkpoint.read_patterns(metadata, source), **patterns}
+        if not dry_run:
+            checkpoint.write_checkpoint(path, {**tensors, **changed}, metadata, patterns, overwrite)
+    else:
+        from tvm_balanced.frontend import load_model
+
+        with output.progress("prune") as tell:
+            tell("import the model")
+            imported = load_model(source, shapes)
+            pruned = imported.prune(form, ignore, tell)
+        rows = list(pruned.pruned)
+        if not dry_run and source.suffix == ".onnx":
+            new = {n: a for n, a in pruned.params.items() if a is not imported.params[n]}
+            checkpoint.write_onnx(source, path, new, overwrite)
+        elif not dry_run:
+            checkpoint.write_checkpoint(path, pruned.params, {}, pruned.patterns, overwrite)
+    output.document(
+        {
+            "command": "prune",
+            "model": model,
+            "pattern": str(form),
+            "output": None if dry_run else str(path),
+            "layers": [{**asdict(row), "shape": list(row.shape)} for row in rows],
+            "pruned_layers": sum(row.skipped is None for row in rows),
+        }
+    )
+    output.show(_table(rows, "nothing written (dry run)" if dry_run else f"written: {path}"))
+    if dry_run:
+        output.next(f"tvm-balanced prune {shlex.quote(model)} --pattern {form} -o {path}")
+    elif suffix == ".onnx":
+        output.next(f"tvm-balanced compile {shlex.quote(str(path))} -o model.tvmb")
+    else:
+        graph = "MODEL.pt2" if source.suffix == ".safetensors" else shlex.quote(model)
+        output.next(f"tvm-balanced compile {graph} --weights {path} -o model.tvmb")
+
+
+def _table(rows: Sequence[PrunedLayer], caption: str) -> Table:
+    table = Table(title="pruned layers", title_justify="left")
+    table.add_column("layer", overflow="fold", min_width=12)
+    for heading in ("N x K", "pattern", "energy kept"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("left alone because", overflow="fold")
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.shape[0]} x {row.shape[1]}",
+            row.pattern or "-",
+            f"{row.kept_energy:.1%}",
+            row.skipped or "",
+        )
+    done = sum(row.skipped is None for row in rows)
+    table.caption = f"{done} of {len(rows)} dense layers pruned; {caption}"
+    return table
