@@ -76,6 +76,21 @@ def test_out_of_bounds_and_races_between_blocks() -> None:
     assert "out of bounds" in _kinds(report) and "race" in _kinds(report)
 
 
+@pytest.mark.parametrize("kind", ["half", "nv_bfloat16"])
+def test_elements_passed_by_value_are_seen(kind: str) -> None:
+    """A two-byte element read as an argument of a call, as in a vector built of four."""
+    source = f"""struct pair {{ {kind} x, y; }};
+    __device__ pair make_pair({kind} x, {kind} y) {{ pair p; p.x = x; p.y = y; return p; }}
+    extern "C" __global__ void k({kind}* a, {kind}* o) {{
+      *(pair*)(o + threadIdx.x * 2) = make_pair(a[threadIdx.x], a[threadIdx.x + 8]); }}"""
+    module = cudaemu.Module(source, instrument=True)
+    a, o = np.zeros(32, "u2"), np.zeros(64, "u2")
+    report = module.launch("k", [1], [32], [a, o], check=True, profile=True)
+    assert "out of bounds" in _kinds(report)
+    # eight lanes of the second read lie past the end and are not counted
+    assert sum(x.bytes for x in report.select(shared=False, write=False)) == 2 * (32 + 24)
+
+
 @pytest.mark.parametrize(("stride", "sectors", "wavefronts"), [(1, 4, 1), (2, 8, 2), (32, 32, 32)])
 def test_sectors_and_bank_conflicts(stride: int, sectors: int, wavefronts: int) -> None:
     a, o = np.zeros(1024, "f4"), np.zeros(32, "f4")
