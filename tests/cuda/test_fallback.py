@@ -45,12 +45,12 @@ def _check(sch: Any, args: list[Any], expected: list[Any]) -> None:
 def test_several_results() -> None:
     """The sum is a result beside what its epilogue makes of it."""
     fmt = packed_format(_CASE)
-    inputs = _inputs(fmt, "float32")
-    total = ops.balanced_sparse_dense_te(*inputs, fmt, "float32")
+    x, values, indices = _inputs(fmt, "float32")
+    total = ops.balanced_sparse_dense_te(x, values, indices, fmt, "float32")
     positive = te.compute(total.shape, lambda *at: tirx.max(total(*at), 0.0), name="positive")
     double = te.compute(total.shape, lambda *at: positive(*at) * 2.0, name="double")
     rule, sch = _first_rule(
-        te.create_prim_func([*inputs, total, double], index_dtype_override="int64")
+        te.create_prim_func([x, values, indices, total, double], index_dtype_override="int64")
     )
     assert rule is cuda_fallback
     args, expected = arguments(_CASE, fmt, (3,))
@@ -74,10 +74,12 @@ def test_cast_after_the_operator(rule: Any) -> None:
     """A float16 layer whose fused epilogue ends in float32."""
     case = Case((3,), 50, 70, "4:16", epilogue=())
     fmt = packed_format(case)
-    inputs = _inputs(fmt, "float16")
-    total = ops.balanced_sparse_dense_te(*inputs, fmt, "float16")
+    x, values, indices = _inputs(fmt, "float16")
+    total = ops.balanced_sparse_dense_te(x, values, indices, fmt, "float16")
     wide = te.compute(total.shape, lambda *at: total(*at).astype("float32"), name="wide")
-    sch = rule.apply(te.create_prim_func([*inputs, wide], index_dtype_override="int64"), target())
+    sch = rule.apply(
+        te.create_prim_func([x, values, indices, wide], index_dtype_override="int64"), target()
+    )
     assert sch is not None
     args, expected = arguments(case, fmt, (3,))
     args[-1] = np.full((3, 50), np.nan, "f4")
