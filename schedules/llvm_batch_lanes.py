@@ -56,7 +56,12 @@ def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | No
 
 def schedule(parts: nest.Parts, lanes: int, knobs: Knobs) -> s_tir.Schedule:
     """Write the kernel out for ``knobs``."""
-    return _Kernel(parts, lanes, knobs).build()
+    return nest.assemble(parts, body(parts, lanes, knobs), "balanced_batch_lanes")
+
+
+def body(parts: nest.Parts, lanes: int, knobs: Knobs) -> Any:
+    """The statements of the kernel, for a rule that puts them beside others."""
+    return _Kernel(parts, lanes, knobs).body()
 
 
 class _Kernel:
@@ -71,7 +76,7 @@ class _Kernel:
         size = self.registers * self.columns * lanes
         self.data, self.allocate = nest.workspace(size, "balanced_columns")
 
-    def build(self) -> s_tir.Schedule:
+    def body(self) -> Any:
         fmt, rows = self.fmt, self.parts.rows
         self.values, declare = nest.flat_view(self.parts.values)
         statements = [
@@ -80,8 +85,7 @@ class _Kernel:
             nest.by_work(rows, self.columns * 8, self._transpose),
             nest.by_work(rows, fmt.padded_rows * fmt.slots, self._groups),
         ]
-        body = nest.sequence(statements)
-        return nest.assemble(self.parts, body, "balanced_batch_lanes")
+        return nest.sequence(statements)
 
     def _transpose(self, parallel: bool) -> Any:
         """Columns of activations side by side: ``data[register, column, lane]``."""

@@ -8,7 +8,8 @@ are loaded once per tile, a block of activations once per register of weight row
 
 Thread map: groups of ``group`` registers of weight rows -> threads, in equal shares; slots of a row ->
 one thread, in the order of K. A tail of the batch runs through tiles of the exact size (of 4, 2 and 1
-where the batch is symbolic), which costs full tiles nothing.
+where the batch is symbolic), which costs full tiles nothing. With AVX2 a larger batch runs with lanes
+over the batch instead, chosen when the kernel runs where the batch is symbolic.
 
 Knobs: :class:`Knobs`, whose defaults :func:`default_knobs` gives.
 """
@@ -22,6 +23,7 @@ from typing import Any
 import tvm
 from tvm import s_tir, tirx
 
+from tvm_balanced.schedules import llvm_batch_lanes
 from tvm_balanced.schedules import llvm_nest as nest
 from tvm_balanced.schedules.cpu_common import has_feature
 
@@ -75,7 +77,7 @@ def default_knobs(lanes: int, registers: int) -> Knobs:
     """
     if lanes == 16:
         return Knobs() if registers <= 2 else Knobs(8, (4, 4, 2, 1), 4)
-    return Knobs(4, (4, 2, 2), 4) if registers <= 2 else Knobs(4, (4, 2, 1), 4)
+    return Knobs(4, (4, 2, 1), 4)
 
 
 def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | None:
@@ -96,12 +98,39 @@ def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | No
     registers = -(-parts.fmt.pattern.block // lanes)
     if layout.vector != 1 or layout.rows % lanes or registers > MAX_REGISTERS[lanes]:
         return None
-    return schedule(parts, lanes, default_knobs(lanes, registers))
+    knobs = default_knobs(lanes, registers)
+    limit = batch_limit(lanes, registers)
+    if limit is None:
+        return schedule(parts, lanes, knobs)
+    if isinstance(parts.rows, int):
+        return schedule(parts, lanes, knobs) if parts.rows < limit else None
+    permuted = _Kernel(parts, lanes, knobs).body()
+    by_lanes = llvm_batch_lanes.body(parts, lanes, llvm_batch_lanes.Knobs())
+    body = tirx.IfThenElse(parts.rows < limit, permuted, by_lanes)
+    return nest.assemble(parts, body, "balanced_permute")
+
+
+def batch_limit(lanes: int, registers: int) -> int | None:
+    """Rows of activations from which lanes over the batch are faster; None for never.
+
+    With AVX-512 permutes won at every batch that was tried (1 to 64). With AVX2 a lookup in two or more
+    registers costs a blend for each permute but the first.
+
+    Parameters
+    ----------
+    lanes : int
+        16 for AVX-512, 8 for AVX2.
+    registers : int
+        Registers that hold one block of activations.
+    """
+    if lanes == 16 or registers == 1:
+        return None
+    return 8 if registers == 2 else 4
 
 
 def schedule(parts: nest.Parts, lanes: int, knobs: Knobs) -> s_tir.Schedule:
     """Write the kernel out for ``knobs``."""
-    return _Kernel(parts, lanes, knobs).build()
+    return nest.assemble(parts, _Kernel(parts, lanes, knobs).body(), "balanced_permute")
 
 
 class _Kernel:
@@ -113,7 +142,7 @@ class _Kernel:
         self.registers = -(-self.fmt.pattern.block // lanes)
         self.window = self.registers * lanes
 
-    def build(self) -> s_tir.Schedule:
+    def body(self) -> Any:
         parts, fmt = self.parts, self.fmt
         values, declare_values = nest.flat_view(parts.values)
         indices, declare_indices = nest.flat_view(parts.indices)
@@ -143,7 +172,7 @@ class _Kernel:
                 ),
             ]
         statements.append(nest.by_work(parts.rows, work, self._groups))
-        return nest.assemble(parts, nest.sequence(statements), "balanced_permute")
+        return nest.sequence(statements)
 
     def _groups(self, parallel: bool) -> Any:
         total = self.fmt.padded_rows // self.lanes
