@@ -11,6 +11,7 @@ from tvm import tirx
 
 from tvm_balanced.model import Array, Model
 from tvm_balanced.packing import PackedFormat
+from tvm_balanced.relay_passes.accumulate_float32 import accumulate_float32
 from tvm_balanced.relay_passes.find_dense import DenseLayer
 from tvm_balanced.relay_passes.fold_weights import fold_weights
 from tvm_balanced.relay_passes.merge_dense import merge_dense
@@ -64,7 +65,8 @@ def rewrite_model(
     mod, names = merge_dense(mod, names, pays)
     params = pack_weights(mod, names, model.params, layers, progress)
     likes_rows = {layer.name for layer in layers.values() if _likes_rows(layer, target)}
-    return fold_weights(mod, params, likes_rows)
+    mod, params = fold_weights(mod, params, likes_rows)
+    return accumulate_float32(mod), params
 
 
 def _likes_rows(layer: DenseLayer, target: TargetSpec) -> bool:
