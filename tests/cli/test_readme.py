@@ -1,0 +1,63 @@
+"""The README's code blocks run as they stand."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def blocks(language):
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return [text for name, text in fenced if name == language]
+
+
+def test_python_blocks():
+    found = blocks("python")
+    assert found
+    for block in found:
+        done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_command_lines(tmp_path):
+    """Every line of the command block, in order, on a small model."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((64, 96)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], name="fc")],
+        "model",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 96])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "model.onnx")
+    lines = [
+        line
+        for block in blocks("")
+        for line in block.splitlines()
+        if line.startswith("tvm-balanced ")
+    ]
+    assert len(lines) == 5
+    for line in lines:
+        words = shlex.split(re.split(r"\s{2,}", line)[0])
+        command = [sys.executable, "-m", "tvm_balanced.cli.main", *words[1:]]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert (tmp_path / "model.tvmb" / "lib.so").is_file()
+
+
+@pytest.mark.parametrize(
+    "path", re.findall(r"`((?:tvm_balanced|schedules|relay_passes)/\w+\.py)`", README)
+)
+def test_named_files_exist(path):
+    assert (Path(__file__).parents[2] / path).is_file()
