@@ -72,7 +72,12 @@ def _measure(threads: int, repeats: int) -> dict[str, Any]:
                 "speedup": base / statistics.median(times),
             }
         )
-    return {"tokens": inputs[0].shape[1], "threads": threads, "relative_error_dense": error, "rows": rows}
+    return {
+        "tokens": inputs[0].shape[1],
+        "threads": threads,
+        "relative_error_dense": error,
+        "rows": rows,
+    }
 
 
 @click.command()
@@ -90,7 +95,9 @@ def main(threads: int, repeats: int, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"all-MiniLM-L6-v2, 1 x {result['tokens']} tokens, float32, {threads} threads")
+    table = Table(
+        title=f"all-MiniLM-L6-v2, 1 x {result['tokens']} tokens, float32, {threads} threads"
+    )
     for heading in ("", "ms, median", "p20-p80", "speedup over PyTorch eager"):
         table.add_column(heading, justify="left" if not heading else "right")
     for row in result["rows"]:

@@ -7,8 +7,8 @@ Before::
 After ``bucket_functions(mod, "batch", [1, 8])``::
 
     def main(x: R.Tensor((batch, 512)), w: ...)
-    def main_batch1(x: R.Tensor((1, 512)), w: ...)
-    def main_batch8(x: R.Tensor((8, 512)), w: ...)
+    def main_batch_1(x: R.Tensor((1, 512)), w: ...)
+    def main_batch_8(x: R.Tensor((8, 512)), w: ...)
 
 All take the same weights. Kernels of a bucket have static shapes, which schedules and tuning like better.
 """
@@ -78,7 +78,7 @@ def bucket_functions(
         raise InputError(f"buckets {list(sizes)} hold a size below 1")
     out = tvm.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
     for size in sorted(set(sizes)):
-        name = f"main_{chosen}{size}"
+        name = f"main_{chosen}_{size}"
         bound = relax.transform.BindSymbolicVars({chosen: size}, "main")(mod)["main"]
         bound = relax.utils.copy_with_new_vars(bound).with_attr("global_symbol", name)
         out[name] = bound

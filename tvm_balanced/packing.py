@@ -214,8 +214,9 @@ def row_chunks(weight: Array) -> Iterator[slice]:
 
 def magnitude_bits(weight: Array) -> Array:
     """``|weight|`` as unsigned integers of the same width, which sort as the magnitudes do."""
-    bits = np.ascontiguousarray(weight).view(f"uint{8 * weight.dtype.itemsize}")
-    return bits & bits.dtype.type((1 << (8 * weight.dtype.itemsize - 1)) - 1)
+    bits: Array = np.ascontiguousarray(weight).view(f"uint{8 * weight.dtype.itemsize}")
+    cleared: Array = bits & bits.dtype.type((1 << (8 * weight.dtype.itemsize - 1)) - 1)
+    return cleared
 
 
 def finite(weight: Array) -> bool:

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from tests.models.test_compile import assert_close, load_weights
-from tests.models.zoo import ZOO
 
 import tvm_balanced as tb
+from tests.models.test_compile import assert_close, load_weights
+from tests.models.zoo import ZOO
 from tvm_balanced.targets import detect_driver
 
 pytestmark = [

@@ -317,12 +317,12 @@ def symbolic_module():
 def test_bucket_functions(well_formed):
     mod, functions = bucket_functions(symbolic_module(), None, [8, 1, 8])
     well_formed(mod)
-    assert functions == {"main": {}, "main_batch1": {"batch": 1}, "main_batch8": {"batch": 8}}
-    assert [int(d) for d in mod["main_batch8"].params[0].ty.shape] == [8, 32]
+    assert functions == {"main": {}, "main_batch_1": {"batch": 1}, "main_batch_8": {"batch": 8}}
+    assert [int(d) for d in mod["main_batch_8"].params[0].ty.shape] == [8, 32]
     target = tvm.target.Target({"kind": "llvm"})
     vm = relax.VirtualMachine(tvm.compile(mod, target), tvm.cpu())
     w = np.random.default_rng(0).standard_normal((32, 48)).astype("float32")
-    for name, rows in (("main", 3), ("main_batch1", 1), ("main_batch8", 8)):
+    for name, rows in (("main", 3), ("main_batch_1", 1), ("main_batch_8", 8)):
         x = np.random.default_rng(rows).standard_normal((rows, 32)).astype("float32")
         got = vm[name](tvm.runtime.tensor(x), tvm.runtime.tensor(w)).numpy()
         np.testing.assert_allclose(got, x @ w, rtol=1e-4, atol=1e-4)
