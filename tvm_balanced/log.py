@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,7 @@ class Output:
         if self.verbosity < 0:
             return
         shown = ", ".join(f"{name}={_shown(value)}" for name, value in values.items())
-        self._note(f"{command}: {shown}")
+        self._note(f"{command}: {shown or 'no arguments'}")
 
     def note(self, text: str) -> None:
         """One line on stderr, unless quiet."""
@@ -126,6 +127,9 @@ def set_up_logging(output: Output) -> None:
     logger.setLevel(level)
     logger.handlers = [RichHandler(console=output.notes, show_path=False, show_time=False)]
     logger.propagate = False
+    if output.verbosity <= 0:
+        # what PyTorch and ONNX deprecate is no news to a user
+        warnings.simplefilter("ignore")
 
 
 def _console(stream: Any) -> Console:
