@@ -40,14 +40,15 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@# mypy finds the mapped folders only in a regular install
-	rm -rf build/lint
+	@# setuptools keeps what an earlier build copied, deleted modules among it
+	rm -rf build/lint build/lib
 	$(BIN)/python -m pip install --quiet --no-deps --target build/lint .
 	cd build/lint && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../setup.cfg \
 	    --cache-dir ../../.mypy_cache --python-executable ../../$(BIN)/python -p tvm_balanced
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.cpu_operator
-	$(BIN)/python -m benchmarks.models
+	$(BIN)/python benchmarks/operator_cpu.py
+	$(BIN)/python benchmarks/minilm_cpu.py
 
 clean:
 	rm -rf build

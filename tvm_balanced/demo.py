@@ -7,6 +7,7 @@ prunes all-MiniLM-L6-v2 in one step, which shows speed and size, and what such p
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import statistics
 import time
@@ -264,7 +265,7 @@ def minilm(tell: Tell, out: Path) -> dict[str, Any]:
     sample = [np.asarray(value) for value in inputs[0]]
     for name, library in {"dense": dense, **libraries}.items():
         loaded = library.load()
-        calls[name] = lambda loaded=loaded: loaded(*sample)
+        calls[name] = functools.partial(loaded, *sample)
     times = _in_turns(calls)
     eager = min(
         (name for name in times if name.startswith("PyTorch")), key=lambda name: times[name]["min"]

@@ -182,12 +182,8 @@ def _random(
     rng = np.random.default_rng(seed)
     made: dict[str, Any] = {}
     for entry in entries:
-        shape = tuple(
-            int(extent)
-            for extent in shapes.get(
-                entry.name, [e if isinstance(e, int) else 1 for e in entry.shape]
-            )
-        )
+        wanted = shapes.get(entry.name, entry.shape)
+        shape = [extent if isinstance(extent, int) else 1 for extent in wanted]
         dtype = numpy_dtype(entry.dtype)
         if dtype.kind in "iub":
             # valid as token ids of any vocabulary, and as a mask

@@ -1,0 +1,134 @@
+"""``tvm-balanced demo``."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from tvm_balanced.cli.options import with_output
+from tvm_balanced.errors import OutputError
+from tvm_balanced.log import Output, summary
+
+
+@click.command(name="demo")
+@click.option(
+    "-o",
+    "--output",
+    "destination",
+    default="tvm-balanced-demo",
+    show_default=True,
+    metavar="FOLDER",
+    help="Folder for the libraries; those of an earlier demo are replaced.",
+)
+@with_output
+def command(output: Output, destination: str) -> None:
+    """Two models from weights to a library; needs no GPU and no download.
+
+    A classifier of digits, pruned gradually with fine-tuning: good. MiniLM, pruned in one step, for
+    this CPU and for an H100: real, and fast, but not usable without retraining.
+
+    \b
+    Example:
+      tvm-balanced demo -o build/demo
+    """
+    folder = Path(destination)
+    output.arguments("demo", {"output": folder})
+    begin = time.monotonic()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"the folder {folder} cannot be made ({error.strerror}); choose another"
+        ) from error
+    from tvm_balanced import demo
+
+    with output.progress("demo") as tell:
+        good = demo.digits(tell, folder)
+    output.show(_digits_table(good))
+    with output.progress("demo") as tell:
+        real = demo.minilm(tell, folder)
+    reports = real.pop("reports")
+    for (weights, target), report in reports.items():
+        if weights != "dense":
+            report.title = f"MiniLM {weights} on {target}"
+            output.show(report.table())
+    output.show(_minilm_table(real))
+    if real["load"] > 1.5 * real["cores"]:
+        output.note(
+            f"warning: other work kept this machine busy (load {real['load']:.1f} on {real['cores']} "
+            "cores), so the times mean little; run the demo again when it is idle"
+        )
+    output.show(real["caveat"])
+    seconds = time.monotonic() - begin
+    layers = {f"{w} {target}": report.to_json() for (w, target), report in reports.items()}
+    output.document(
+        {
+            "command": "demo",
+            "digits": good,
+            "minilm": {**real, "layers": layers},
+            "seconds": seconds,
+        }
+    )
+    dense, fastest = real["models"][0], real["models"][-1]
+    output.show(
+        summary(
+            "demo",
+            {
+                "digits": ", ".join(f"{m['weights']} {m['accuracy']:.1%}" for m in good["models"]),
+                "MiniLM on this CPU": f"dense {dense['ms']:.1f} ms, {fastest['weights']} "
+                f"{fastest['ms']:.1f} ms, PyTorch {real['pytorch_ms']:.1f} ms",
+                "libraries": folder,
+                "took": f"{seconds:.0f} s",
+            },
+        )
+    )
+    output.next(f"tvm-balanced inspect {shlex.quote(fastest['libraries']['llvm']['path'])}")
+
+
+def _digits_table(good: dict[str, Any]) -> Table:
+    table = Table(title="digits: a good model, compiled for this CPU", title_justify="left")
+    for heading in ("weights", "test accuracy", "sparse layers", "weights, KiB"):
+        table.add_column(heading, justify="right")
+    for row in good["models"]:
+        table.add_row(
+            row["weights"],
+            f"{row['accuracy']:.2%}",
+            str(row["sparse_layers"]),
+            f"{row['weight_bytes'] / 1024:.0f}",
+        )
+    table.caption = f"{good['test_images']} test images; pruned gradually, with fine-tuning"
+    return table
+
+
+def _minilm_table(real: dict[str, Any]) -> Table:
+    table = Table(title="MiniLM: a real model", title_justify="left")
+    headings = ("weights", "ms on this CPU", "against PyTorch", "error against PyTorch", "cosine")
+    for heading in (*headings, "dense layers, MiB", "libraries, MiB"):
+        table.add_column(heading, justify="right")
+    pytorch = real["pytorch_ms"]
+    table.add_row("PyTorch eager, dense", f"{pytorch:.1f}", "1.00x", "", "", "", "")
+    for row in real["models"]:
+        sizes = (
+            f"{target} {library['bytes'] / 2**20:.0f}"
+            for target, library in row["libraries"].items()
+        )
+        table.add_row(
+            row["weights"],
+            f"{row['ms']:.1f}",
+            f"{pytorch / row['ms']:.2f}x",
+            f"{row['error']:.0e}",
+            f"{row['cosine']:.3f}",
+            f"{row['weight_bytes'] / 2**20:.1f}",
+            ", ".join(sizes),
+        )
+    table.caption = (
+        f"batch 1, {real['tokens']} tokens, fp32, fastest of 60 calls, in turns; cosine of the embeddings of "
+        f"{real['sentences']} sentences to the dense model's; PyTorch on {real['pytorch_threads']} thread(s), its "
+        "better choice here"
+    )
+    return table
