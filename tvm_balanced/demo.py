@@ -19,7 +19,7 @@ import numpy as np
 
 from tvm_balanced.compiler import CompiledLibrary
 from tvm_balanced.compiler import compile as compile_model
-from tvm_balanced.errors import InputError
+from tvm_balanced.errors import TvmBalancedError
 from tvm_balanced.frontend import from_torch
 from tvm_balanced.frontend.optional import need
 from tvm_balanced.model import Model
@@ -201,7 +201,7 @@ def minilm(tell: Tell, out: Path) -> dict[str, Any]:
 
     Raises
     ------
-    InputError
+    TvmBalancedError
         When a compiled model does not agree with PyTorch.
     ToolchainError
         When a package of the extra ``demo`` is not installed.
@@ -251,7 +251,7 @@ def minilm(tell: Tell, out: Path) -> dict[str, Any]:
     module.load_state_dict(weights)
     for name, error in errors.items():
         if not error <= TOLERANCE:
-            raise InputError(
+            raise TvmBalancedError(
                 f"MiniLM {name} compiled for llvm differs from PyTorch by {error:.1e} of the output's "
                 f"scale, expected at most {TOLERANCE:.0e}; report this with the output of doctor"
             )

@@ -127,8 +127,8 @@ def _minilm_table(real: dict[str, Any]) -> Table:
             ", ".join(sizes),
         )
     table.caption = (
-        f"batch 1, {real['tokens']} tokens, fp32, fastest of 60 calls, in turns; cosine of the embeddings of "
-        f"{real['sentences']} sentences to the dense model's; PyTorch on {real['pytorch_threads']} thread(s), its "
-        "better choice here"
+        f"batch 1, {real['tokens']} tokens, fp32, fastest of 60 calls, in turns; PyTorch on "
+        f"{real['pytorch_threads']} thread(s), its better choice here; cosine of the embeddings of "
+        f"{real['sentences']} sentences to the dense model's"
     )
     return table
