@@ -174,16 +174,16 @@ def _random(
     from tvm_balanced.packing import numpy_dtype
 
     known = [entry.name for entry in entries]
-    for name, shape in shapes.items():
+    for name, extents in shapes.items():
         if name not in known:
             raise InputError(f"--input-shape {name} is no input; the inputs are {', '.join(known)}")
-        if not all(isinstance(extent, int) for extent in shape):
+        if not all(isinstance(extent, int) for extent in extents):
             raise InputError(f"--input-shape {name} has extents that are no numbers; give numbers")
     rng = np.random.default_rng(seed)
     made: dict[str, Any] = {}
     for entry in entries:
         wanted = shapes.get(entry.name, entry.shape)
-        shape = [extent if isinstance(extent, int) else 1 for extent in wanted]
+        shape: list[int] = [extent if isinstance(extent, int) else 1 for extent in wanted]
         dtype = numpy_dtype(entry.dtype)
         if dtype.kind in "iub":
             # valid as token ids of any vocabulary, and as a mask
