@@ -68,6 +68,8 @@ class ScheduleForCpu:
                         .with_attr("tvm_balanced.schedule", name)
                     )
                     break
+        # the caller's module stays as it is
+        out = tvm.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
         for gvar, func in updated.items():
-            mod[gvar] = func
-        return mod
+            out[gvar] = func
+        return out

@@ -176,4 +176,28 @@ def rewrite(func: tirx.PrimFunc) -> tirx.PrimFunc:
         return call
 
     body = tvm_ffi.structural_map(func.body, (tvm.ir.Call, replace), order="post")
-    return func if body.same_as(func.body) else func.with_body(body)
+    if body.same_as(func.body):
+        return func
+    return func.with_body(_without_lets(body) if _rounds_to_bfloat16(body) else body)
+
+
+def _rounds_to_bfloat16(body: Any) -> bool:
+    casts: list[Any] = []
+    tvm_ffi.structural_walk(body, (tirx.Cast, casts.append), order="post")
+    return any(str(cast.ty.dtype).startswith("bfloat16") for cast in casts)
+
+
+def _without_lets(body: Any) -> Any:
+    """Every ``Let`` written out.
+
+    TVM 0.27 expands a cast to bfloat16 into bit operations that hold their operand twice. A variable bound
+    in it would then be bound twice, which its passes refuse or, with new names, compile wrongly; repeated
+    subexpressions are found again further down.
+    """
+
+    def write_out(let: Any) -> Any:
+        return tvm_ffi.structural_map(
+            let.body, (tirx.Var, lambda var: let.value if var.same_as(let.var) else var)
+        )
+
+    return tvm_ffi.structural_map(body, (tirx.Let, write_out), order="post")

@@ -91,9 +91,11 @@ class ScheduleBalanced:
                 raise TvmBalancedError(
                     f"no schedule takes kernel {gvar.name_hint} for target {self.target}"
                 )
+        # the caller's module stays as it is
+        out = tvm.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
         for gvar, func in updated.items():
-            mod[gvar] = func
-        return mod
+            out[gvar] = func
+        return out
 
 
 def schedule_rest(target: tvm.target.Target) -> Any:

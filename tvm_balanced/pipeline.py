@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import tvm
-from tvm import relax, tirx
+from tvm import relax
 
 from tvm_balanced.schedules.dispatch import ScheduleBalanced, schedule_rest
 from tvm_balanced.schedules.lowering import tir_pipeline
@@ -32,12 +32,7 @@ def fuse_passes() -> list[Any]:
 
 def schedule_passes(target: tvm.target.Target) -> list[Any]:
     """Phase 2: every kernel gets a schedule."""
-    passes = [ScheduleBalanced(target), schedule_rest(target)]
-    if target.kind.name == "llvm":
-        # rounding to bfloat16 becomes bit operations that hold their operand twice; a variable that is
-        # bound in it must get two names before loops are vectorised, which TVM's own order forgets
-        passes += [tirx.transform.BF16ComputeLegalize(), tirx.transform.ConvertSSA()]
-    return passes
+    return [ScheduleBalanced(target), schedule_rest(target)]
 
 
 def lower_passes(target: tvm.target.Target) -> list[Any]:

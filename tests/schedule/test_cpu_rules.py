@@ -431,3 +431,26 @@ def test_small_kernels_stay_on_one_thread() -> None:
 @pytest.mark.parametrize("name,bits", [("haswell", 256), ("generic", 128)])
 def test_vector_width_follows_the_features(name: str, bits: int) -> None:
     assert cpu_common.vector_bits(TARGETS[name]) == bits
+
+
+def test_repeated_bfloat16_loads_are_read_as_bits():
+    """A parallel SiLU in bfloat16 reads its operand several times in one expression."""
+    import ml_dtypes
+    from tvm import relax
+
+    from tvm_balanced.pipeline import build
+
+    x = relax.Var("x", relax.TensorType((64, 5632), "bfloat16"))
+    bb = relax.BlockBuilder()
+    with bb.function("main", [x]):
+        with bb.dataflow():
+            wide = bb.emit(relax.op.astype(x, "float32"))
+            out = bb.emit(relax.op.multiply(wide, relax.op.sigmoid(wide)))
+            out = bb.emit_output(relax.op.astype(out, "bfloat16"))
+        bb.emit_func_output(out)
+    target = tvm.target.Target({"kind": "llvm", "num-cores": 2})
+    vm = relax.VirtualMachine(build(bb.get(), target), tvm.cpu())
+    data = np.random.default_rng(0).standard_normal((64, 5632)).astype(ml_dtypes.bfloat16)
+    got = vm["main"](tvm.runtime.tensor(data)).numpy().astype("float64")
+    exact = data.astype("float64") / (1 + np.exp(-data.astype("float64")))
+    np.testing.assert_allclose(got, exact, rtol=1e-2, atol=1e-6)
