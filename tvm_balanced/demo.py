@@ -208,7 +208,7 @@ def minilm(tell: Tell, out: Path) -> dict[str, Any]:
     """
     torch = need("torch", "demo", "the demo")
     tell("MiniLM: read the model")
-    module, inputs = _sentence_encoder()
+    module, inputs = sentence_encoder()
     model = from_torch(module, inputs[0], name="MiniLM")
     weights = dict(module.state_dict())
 
@@ -296,7 +296,7 @@ def minilm(tell: Tell, out: Path) -> dict[str, Any]:
     }
 
 
-def _sentence_encoder() -> tuple[Any, list[tuple[Any, Any]]]:
+def sentence_encoder() -> tuple[Any, list[tuple[Any, Any]]]:
     """MiniLM with its mean pooling, and one input a sentence, of batch 1."""
     import torch
 
