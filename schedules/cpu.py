@@ -16,6 +16,7 @@ from tvm_balanced.schedules import (
     cpu_matmul,
     cpu_rows,
 )
+from tvm_balanced.schedules.rules import SCHEDULED, first_match, replaced
 
 RULES = (cpu_elementwise, cpu_matmul, cpu_conv2d, cpu_rows, cpu_fallback)
 
@@ -50,7 +51,7 @@ class ScheduleForCpu:
             if not isinstance(func, tirx.PrimFunc):
                 continue
             attrs = func.attrs or {}
-            if "tirx.is_scheduled" in attrs:
+            if SCHEDULED in attrs:
                 continue
             target = attrs.get("target")
             if target is None:
@@ -58,18 +59,7 @@ class ScheduleForCpu:
             if target.kind.name != "llvm":
                 continue
             plain = cpu_half.rewrite(cpu_math.rewrite(func))
-            for rule in RULES:
-                sch = rule.apply(plain, target)
-                if sch is not None:
-                    name = rule.__name__.rpartition(".")[2]
-                    updated[gvar] = (
-                        sch.mod["main"]
-                        .with_attr("tirx.is_scheduled", True)
-                        .with_attr("tvm_balanced.schedule", name)
-                    )
-                    break
-        # the caller's module stays as it is
-        out = tvm.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
-        for gvar, func in updated.items():
-            out[gvar] = func
-        return out
+            scheduled = first_match(plain, target, RULES)
+            if scheduled is not None:
+                updated[gvar] = scheduled
+        return replaced(mod, updated)

@@ -13,6 +13,7 @@ from tvm_balanced.pattern import BalancedPattern
 from tvm_balanced.schedules import cpu_math, cuda, llvm
 from tvm_balanced.schedules.balanced_block import has_balanced_block
 from tvm_balanced.schedules.cpu import ScheduleForCpu
+from tvm_balanced.schedules.rules import SCHEDULED, first_match, replaced
 
 _TARGETS = {"cuda": cuda, "llvm": llvm}
 
@@ -72,30 +73,18 @@ class ScheduleBalanced:
         for gvar, func in mod.functions_items():
             if not isinstance(func, tirx.PrimFunc) or not has_balanced_block(func):
                 continue
-            if func.attrs is not None and "tirx.is_scheduled" in func.attrs:
+            if func.attrs is not None and SCHEDULED in func.attrs:
                 continue
             if self.target.kind.name == "llvm":
                 # exp, erf and tanh of an epilogue would be scalar library calls
                 func = cpu_math.rewrite(func)
-            for rule in rules:
-                sch = rule.apply(func, self.target)
-                if sch is not None:
-                    name = rule.__name__.rpartition(".")[2]
-                    updated[gvar] = (
-                        sch.mod["main"]
-                        .with_attr("tirx.is_scheduled", True)
-                        .with_attr("tvm_balanced.schedule", name)
-                    )
-                    break
-            else:
+            scheduled = first_match(func, self.target, rules)
+            if scheduled is None:
                 raise TvmBalancedError(
                     f"no schedule takes kernel {gvar.name_hint} for target {self.target}"
                 )
-        # the caller's module stays as it is
-        out = tvm.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
-        for gvar, func in updated.items():
-            out[gvar] = func
-        return out
+            updated[gvar] = scheduled
+        return replaced(mod, updated)
 
 
 def schedule_rest(target: tvm.target.Target) -> Any:
