@@ -70,7 +70,7 @@ def assert_close(got, expected, tolerance):
         assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
 
 
-def eligible(model, target):
+def eligible(model):
     """Names of the layers that nothing speaks against."""
     return {layer.name for layer in model.dense_layers() if layer.blocked is None} & set(
         model.patterns
@@ -81,7 +81,7 @@ def eligible(model, target):
 def test_llvm_agrees_with_pytorch(name, size, pruned):
     built, model, expected = pruned(name, size)
     lib = tb.compile(model, "llvm", policy="always")
-    assert {row.name for row in lib.report if row.decision == "sparse"} == eligible(model, "llvm")
+    assert {row.name for row in lib.report if row.decision == "sparse"} == eligible(model)
     assert_close(lib(*built.inputs), expected, ZOO[name].tolerance)
 
 
@@ -100,7 +100,7 @@ def test_llvm_agrees_with_pytorch(name, size, pruned):
 def test_cuda_builds_with_every_eligible_layer_sparse(name, size, arch, pruned, tmp_path):
     _, model, _ = pruned(name, size)
     lib = tb.compile(model, f"cuda-{arch}", policy="always")
-    assert {row.name for row in lib.report if row.decision == "sparse"} == eligible(model, arch)
+    assert {row.name for row in lib.report if row.decision == "sparse"} == eligible(model)
     from tvm_balanced.toolchain import cubin_architectures
 
     path = lib.save(tmp_path / "model.tvmb")
