@@ -49,6 +49,7 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/operator_cpu.py
 	$(BIN)/python benchmarks/minilm_cpu.py
+	$(BIN)/python benchmarks/build_times.py
 
 clean:
 	rm -rf build
