@@ -45,6 +45,8 @@ lint: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --no-deps --target build/lint .
 	cd build/lint && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../setup.cfg \
 	    --cache-dir ../../.mypy_cache --python-executable ../../$(BIN)/python -p tvm_balanced
+	@# the same install, outside the tree, must work
+	PYTHONPATH=build/lint $(BIN)/python tests/smoke.py build/lint
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/operator_cpu.py
