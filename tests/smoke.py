@@ -1,4 +1,4 @@
-"""The installed package, outside the tree: ``python smoke.py FOLDER`` checks that it came from FOLDER and works."""
+"""The installed package outside the tree: ``python smoke.py FOLDER`` checks that it came from there."""
 
 import sys
 from pathlib import Path
