@@ -144,3 +144,38 @@ def test_missing_libraries_are_named(monkeypatch):
     monkeypatch.setattr(optional.importlib, "import_module", absent)
     with pytest.raises(ToolchainError, match=r"needs onnx, .* pip install 'tvm-balanced\[onnx\]'"):
         from_onnx("model.onnx")
+
+
+def lookups(shape):
+    """``data`` (shape) looked up by ``index``, a matrix, in every way of ONNX."""
+    data = helper.make_tensor_value_info("data", TensorProto.FLOAT, shape)
+    index = helper.make_tensor_value_info("index", TensorProto.INT64, (4, 2))
+    operators = {"Gather": {"axis": 1}, "GatherElements": {"axis": 1}, "GatherND": {}}
+    outputs = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, (None,) * r)
+        for n, r in zip(operators, (3, 2, 1), strict=True)
+    ]
+    nodes = [
+        helper.make_node(name, ["data", "index"], [name], **attributes)
+        for name, attributes in operators.items()
+    ]
+    graph = helper.make_graph(nodes, "lookups", [data, index], outputs)
+    return helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, "n")], ids=str)
+def test_indices_count_from_the_end_and_stay_in_the_tensor(shape):
+    model = from_onnx(lookups(shape))
+    machine = relax.VirtualMachine(tvm.compile(model.mod, tvm.target.Target("llvm")), tvm.cpu())
+    data = RNG.standard_normal((4, 5)).astype(np.float32)
+    index = np.array([[0, -1], [-4, 2], [3, 1], [-2, -3]])
+
+    def look(index):
+        return [o.numpy() for o in machine["main"](*map(tvm.runtime.tensor, [data, index]))]
+
+    gather, elements, nd = look(index)
+    np.testing.assert_array_equal(gather, data[:, index])
+    np.testing.assert_array_equal(elements, np.take_along_axis(data, index, 1))
+    np.testing.assert_array_equal(nd, data[index[:, 0], index[:, 1]])
+    for out in look(index * 2**40 + 1):
+        assert np.isin(out, data).all()

@@ -7,9 +7,12 @@ import tvm
 from torch import nn
 from tvm import relax
 
+import tvm_balanced as tb
 from tvm_balanced.errors import InputError, ToolchainError
 from tvm_balanced.frontend import from_torch, optional
+from tvm_balanced.frontend.bound_indices import bound_indices
 from tvm_balanced.frontend.torch_importer import to_numpy
+from tvm_balanced.relay_passes.bucket_functions import symbolic_dims
 
 
 class Tied(nn.Module):
@@ -135,6 +138,142 @@ def test_slices_by_a_symbolic_length(bound):
         x = torch.randn(2, size, 4)
         (got,) = run(model, x.numpy())
         np.testing.assert_allclose(got, module(x).detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
+class Lookups(nn.Module):
+    """Every way to index by data that models use; where PyTorch allows it, from the end too."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(7, 4)
+
+    def forward(self, x, ids, picks):
+        ones = torch.ones(3)
+        return (
+            self.table(ids),
+            x[:, -1],
+            x[:, [0, -1]],
+            x[ids - 3],
+            x[ids - 3, ids - 2],
+            torch.take(x, ids - 6),
+            torch.index_select(x, 1, ids),
+            torch.gather(x, 1, picks),
+            torch.scatter(x, 1, picks, 0.0),
+            torch.index_put(x, (ids - 3, ids), ones),
+            torch.sort(x, 1)[0],
+        )
+
+
+@pytest.fixture(scope="module", params=["static", "dynamic"])
+def lookups(request):
+    torch.manual_seed(0)
+    # a row of distinct columns each, for PyTorch scatters duplicates in any order
+    picks = torch.rand(6, 5).argsort(1)[:, :3]
+    inputs = (torch.randn(6, 5), torch.tensor([0, 2, 4]), picks)
+    rows = torch.export.Dim("rows", min=3)
+    dims = {"x": {0: rows}, "ids": None, "picks": {0: rows}} if request.param == "dynamic" else None
+    module = Lookups()
+    return module, inputs, from_torch(module, inputs, dynamic_shapes=dims)
+
+
+def test_valid_indices_mean_what_they_mean_in_pytorch(lookups):
+    module, inputs, model = lookups
+    got = run(model, *[x.numpy() for x in inputs])
+    for one, other in zip(got, module(*inputs), strict=True):
+        np.testing.assert_array_equal(one, other.detach().numpy())
+
+
+@pytest.mark.parametrize("wrong", [-(2**40), -8, 7, 2**31, 2**62], ids=str)
+def test_indices_out_of_range_stay_in_the_tensor(lookups, wrong):
+    module, (x, ids, picks), model = lookups
+    ids = torch.full_like(ids, wrong)
+    got = run(model, x.numpy(), ids.numpy(), torch.full_like(picks, wrong).numpy())
+    rows = module.table.weight.detach().numpy()
+    np.testing.assert_array_equal(got[0], rows[[0 if wrong < 0 else 6] * 3])
+    for values in got[3:8]:
+        assert np.isin(values, x.numpy()).all()
+
+
+def test_no_index_is_taken_on_trust(lookups, capfd):
+    model = lookups[2]
+    modes = {
+        str(b.value.attrs.mode)
+        for b in model.mod["main"].body.blocks[0].bindings
+        if getattr(getattr(b.value, "op", None), "name", "") == "relax.take"
+    }
+    assert modes == {"clip", "wrap"}
+    relax.transform.LegalizeOps()(model.mod)
+    assert "out-of-bounds" not in "".join(capfd.readouterr())
+    tvm.ir.assert_structural_equal(bound_indices(model.mod), model.mod)
+
+
+@pytest.fixture(scope="module")
+def batched():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4))
+    shapes = ({0: torch.export.Dim("batch", max=64)},)
+    return module, torch.export.export(module, (torch.randn(2, 32),), dynamic_shapes=shapes)
+
+
+def test_dimensions_keep_their_names(batched):
+    model = from_torch(batched[1])
+    assert symbolic_dims(model.mod) == ["batch"]
+    assert dict(model.mod["main"].attrs["tir_var_upper_bound"]) == {"batch": 64}
+
+
+def test_buckets_go_by_the_name_of_the_dimension(batched):
+    module, program = batched
+    lib = tb.compile(from_torch(program), "llvm", buckets={"batch": [1, 4]})
+    for size in (1, 3, 4):
+        x = torch.randn(size, 32)
+        np.testing.assert_allclose(lib(x), module(x).detach().numpy(), rtol=1e-5, atol=1e-5)
+    names = {entry.name for entry in lib.load().manifest.functions}
+    assert names == {"main", "main_batch_1", "main_batch_4"}
+    with pytest.raises(InputError, match="the symbolic dimensions are batch"):
+        tb.compile(from_torch(program), "llvm", buckets={"rows": [1]})
+
+
+class Columns(nn.Module):
+    def forward(self, x, y):
+        return x + y[:, 1:]
+
+
+def test_a_derived_dimension():
+    length = torch.export.Dim("length")
+    dims = ({1: length}, {1: length + 1})
+    model = from_torch(Columns(), (torch.randn(2, 5), torch.randn(2, 6)), dynamic_shapes=dims)
+    assert symbolic_dims(model.mod) == ["length"]
+    for size in (5, 3):
+        x, y = torch.randn(2, size), torch.randn(2, size + 1)
+        np.testing.assert_array_equal(run(model, x.numpy(), y.numpy())[0], Columns()(x, y).numpy())
+
+
+def test_a_dimension_that_cannot_be_solved_for():
+    half = torch.export.Dim("half")
+    with pytest.raises(InputError, match="input is computed from half, which is no dimension"):
+        from_torch(nn.Linear(4, 2), (torch.randn(6, 4),), dynamic_shapes=({0: 2 * half},))
+
+
+def test_a_dimension_without_a_name():
+    auto = torch.export.Dim.AUTO
+    model = from_torch(nn.Linear(4, 2), (torch.randn(6, 4),), dynamic_shapes=({0: auto},))
+    (name,) = symbolic_dims(model.mod)
+    assert name.isidentifier()
+
+
+def test_names_stay_apart():
+    """A name that PyTorch gives another dimension: two dimensions must not become one."""
+
+    class Sum(nn.Module):
+        def forward(self, x, y):
+            return x.sum() + y.sum()
+
+    inputs = (torch.randn(6), torch.randn(5))
+    auto = torch.export.Dim.AUTO
+    program = torch.export.export(Sum(), inputs, dynamic_shapes=({0: auto}, {0: auto}))
+    taken = symbolic_dims(from_torch(program).mod)[1]
+    mod = from_torch(Sum(), inputs, dynamic_shapes=({0: torch.export.Dim(taken)}, {0: auto})).mod
+    assert len(symbolic_dims(mod)) == 2
 
 
 def test_export_is_not_repeated():

@@ -166,6 +166,7 @@ def _convert(model: Any, name: str) -> Model:
     from tvm import relax
     from tvm.relax.frontend.onnx import from_onnx as tvm_from_onnx
 
+    from tvm_balanced.frontend.bound_indices import bound_indices
     from tvm_balanced.relay_passes.rewrite_params import drop_unused_weights
 
     if any(node.op_type == "If" for node in model.graph.node):
@@ -201,5 +202,5 @@ def _convert(model: Any, name: str) -> Model:
     literals = {var.name for var in weights if arrays[var.name].size <= 1}
     mod = relax.transform.BindParams("main", {n: arrays[n] for n in literals})(mod)
     names = [var.name for var in weights if var.name not in literals]
-    mod, names = drop_unused_weights(mod, names)
+    mod, names = drop_unused_weights(bound_indices(mod), names)
     return Model(mod, {n: arrays[n] for n in names}, name)

@@ -33,7 +33,8 @@ def from_torch(
     example_kwargs : Mapping[str, torch.Tensor], optional
         The same for keyword inputs.
     dynamic_shapes : optional
-        As for ``torch.export.export``: which dimensions stay symbolic.
+        As for ``torch.export.export``: which dimensions stay symbolic. They keep the names of their
+        ``torch.export.Dim``; in a ``.pt2`` file PyTorch records none, only symbols such as ``s43``.
     name : str, optional
         For messages and reports; the class of the module or the stem of the file name where not given.
 
@@ -41,7 +42,8 @@ def from_torch(
     -------
     Model
         Weights by their names in the module, as copies; weights tied to each other are one. Each value has
-        the dtype that PyTorch computes it in.
+        the dtype that PyTorch computes it in. Indices out of range, which PyTorch refuses, read some other
+        element of the same tensor: of an embedding the nearest row.
 
     Raises
     ------
@@ -75,13 +77,14 @@ def from_torch(
                 f"cannot import a {type(source).__name__}; give a torch.nn.Module with example inputs, "
                 "a torch.export.ExportedProgram or the path of a .pt2 file"
             )
-    from tvm_balanced.frontend.torch_importer import GraphImporter, to_numpy
+    from tvm_balanced.frontend.torch_importer import GraphImporter, dimension_names, to_numpy
     from tvm_balanced.relay_passes.rewrite_params import drop_unused_weights
 
-    graph = GraphImporter().import_program(_decompose(program))
-    mod, names = drop_unused_weights(graph.mod, list(graph.weights))
+    names = dimension_names(program)
+    graph = GraphImporter(names).import_program(_decompose(program))
+    mod, kept = drop_unused_weights(graph.mod, list(graph.weights))
     params = {}
-    for weight in names:
+    for weight in kept:
         array = to_numpy(graph.weights[weight])
         # the module may be trained on: a model never changes
         params[weight] = array.copy() if copy else array

@@ -9,7 +9,7 @@ each of its values has; here that is what counts.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from tvm import relax, tirx
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from tvm_balanced.errors import InputError
+from tvm_balanced.frontend.bound_indices import bound_indices
 from tvm_balanced.frontend.optional import first_line
 from tvm_balanced.packing import Array
 from tvm_balanced.relay_passes.weight_chain import call_name
@@ -76,7 +77,7 @@ class FaithfulBuilder(relax.BlockBuilder):  # type: ignore[misc]
 
     def _unbroadcast(self, data: Any, weight: Any) -> Any:
         """The matrix that ``weight`` repeats once per batch of ``data``, or ``weight``."""
-        value = self.lookup_binding(weight) if isinstance(weight, relax.Var) else None
+        value: Any = self.lookup_binding(weight) if isinstance(weight, relax.Var) else None
         if call_name(value) != "relax.broadcast_to":
             return weight
         source = value.args[0]
@@ -124,16 +125,25 @@ class ImportedGraph:
 
 
 class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
-    """TVM's importer with named weights, the recorded types and errors that name the operator."""
+    """TVM's importer with named weights, the recorded types and errors that name the operator.
 
-    def __init__(self) -> None:
-        self.symbols: dict[str, Any] = {}
+    Parameters
+    ----------
+    names : Mapping[str, str], optional
+        What to call the symbolic dimensions, by the symbols of the program; see :func:`dimension_names`.
+    """
+
+    def __init__(self, names: Mapping[str, str] | None = None) -> None:
+        self.symbols: dict[str, Any] = {
+            symbol: tirx.Var(name, "int64") for symbol, name in (names or {}).items()
+        }
         super().__init__()
 
     def create_convert_map(self) -> dict[Any, Callable[[fx.Node], Any]]:
         table = dict(super().create_convert_map())
         table["cumsum.default"] = self._typed_cumsum
         table["cat.default"] = self._nonempty_cat
+        table["embedding.default"] = self._embedding
         plain_slice = table["slice.Tensor"]
         table["slice.Tensor"] = partial(self._convert_slice, plain_slice)
         return {name: self._checked(convert) for name, convert in table.items()}
@@ -196,24 +206,35 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
         return dims
 
     def _convert_slice(self, plain: Callable[[fx.Node], Any], node: fx.Node) -> Any:
-        """A slice; one with a symbolic bound becomes a gather.
+        """A slice; one of a symbolic length becomes a gather.
 
-        TVM gives ``table[:n]`` of 64 rows the length min(n, 64), and its FuseTIR crashes on such a slice.
+        TVM gives ``table[:n]`` of 64 rows the length min(n, 64), and ``x[1:]`` of n + 1 rows one with the
+        largest integer in it; its FuseTIR crashes on such slices.
         """
         dims = self._dims(node.meta["val"].shape)
-        if dims is None or not any(isinstance(arg, fx.Node) for arg in node.args[1:4]):
+        args: list[Any] = list(self.retrieve_args(node))
+        defaults: list[Any] = [None, 0, None, None, 1]
+        data, axis, start, _, step = args + defaults[len(args) :]
+        if dims is None or (
+            isinstance(dims[axis], tirx.IntImm)
+            and not any(isinstance(arg, fx.Node) for arg in node.args[1:4])
+        ):
             return plain(node)
-        data, axis, start, _, step = (
-            *self.retrieve_args(node),
-            *(0, None, None, 1)[len(node.args) - 1 :],
-        )
+        if _same_shape(data, dims):
+            return data
         start = 0 if start is None else start
         if isinstance(start, int) and start < 0:
             start = data.ty.shape[axis] + start
         rows = self.block_builder.emit(
             relax.op.arange(start, start + dims[axis] * step, step, "int64")
         )
-        return self.block_builder.emit(relax.op.take(data, rows, axis, mode="fast"))
+        # an input longer than the export allowed must not read beyond the table
+        return self.block_builder.emit(relax.op.take(data, rows, axis, mode="clip"))
+
+    def _embedding(self, node: fx.Node) -> Any:
+        # PyTorch refuses an id outside of the table; a kernel cannot, but must not read there
+        table, ids = self.retrieve_args(node)[:2]
+        return self.block_builder.emit(relax.op.take(table, ids, axis=0, mode="clip"))
 
     def _nonempty_cat(self, node: fx.Node) -> Any:
         # torch.cat skips tensors of shape (0,), whatever the rank of the others (a fresh cache)
@@ -273,7 +294,8 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
                 if pure:
                     result = self.block_builder.emit_output(result)
             self.block_builder.emit_func_output(result)
-        return ImportedGraph(self.block_builder.get(), {n: t for n, (_, t) in kept.items()})
+        mod = bound_indices(self.block_builder.get())
+        return ImportedGraph(mod, {n: t for n, (_, t) in kept.items()})
 
     def _check_operators(self, nodes: list[fx.Node]) -> None:
         calls = [node.target for node in nodes if node.op == "call_function"]
@@ -321,7 +343,22 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
                     f"input {name} of the exported program is a {spec.kind.name}, "
                     "expected tensors only; export the model without custom objects"
                 )
+        self._check_derived([var for _, var in inputs.values()])
         return inputs, weights, literals
+
+    def _check_derived(self, inputs: list[Any]) -> None:
+        """TVM reads symbols off the inputs' shapes, and solves no equations for them."""
+        dims = [dim for var in inputs for dim in var.ty.shape]
+        known = {dim.name for dim in dims if isinstance(dim, tirx.Var)}
+        for var in inputs:
+            for dim in var.ty.shape:
+                for part in tirx.analysis.undefined_vars(tirx.Evaluate(dim), []):
+                    if part.name not in known:
+                        raise InputError(
+                            f"a dimension of input {var.name} is computed from {part.name}, which is no "
+                            "dimension of an input itself; give the whole dimension one name in "
+                            "dynamic_shapes"
+                        )
 
     def _input_var(self, name: str, tensor: torch.Tensor) -> Any:
         dims = self._dims(tensor.shape)
@@ -339,9 +376,11 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
         for symbol, bounds in program.range_constraints.items():
             if not symbol.is_Symbol:
                 continue
-            lower[str(symbol)] = int(bounds.lower)
+            var = self.symbols.get(str(symbol))
+            name = str(symbol) if var is None else var.name
+            lower[name] = int(bounds.lower)
             if bounds.upper.is_Integer and bounds.upper.is_finite:
-                upper[str(symbol)] = int(bounds.upper)
+                upper[name] = int(bounds.upper)
         named = {"tir_var_lower_bound": lower, "tir_var_upper_bound": upper}
         return {name: values for name, values in named.items() if values}
 
@@ -360,6 +399,41 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
         if not tensors:
             raise InputError("the model returns no tensor; return at least one")
         return tensors
+
+
+def dimension_names(program: torch.export.ExportedProgram) -> dict[str, str]:
+    """Names that the user gave dimensions (``torch.export.Dim``), by the program's own symbols.
+
+    Parameters
+    ----------
+    program : torch.export.ExportedProgram
+        As ``torch.export.export`` returns it: decomposing it, or saving it as ``.pt2``, loses the names.
+
+    Returns
+    -------
+    dict[str, str]
+        ``{"s43": "batch"}``; without dimensions that have no name (``Dim.AUTO``) or are derived (of
+        ``2 * half`` only ``half`` is a symbol).
+    """
+    sizes = [
+        size
+        for node in program.graph.nodes
+        if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
+        for size in node.meta["val"].shape
+        if isinstance(size, torch.SymInt)
+    ]
+    if not sizes:
+        return {}
+    env = sizes[0].node.shape_env
+    symbols = {str(symbol) for size in sizes for symbol in size.node.expr.free_symbols}
+    names: dict[str, str] = {}
+    for source, var in env.source_to_var.items():
+        # equal dimensions have one symbol; a root that is no dimension itself is its own source
+        symbol = str(env.replace(var))
+        name = env.source_name_to_debug_name.get(source, source)
+        if symbol in symbols and name.isidentifier() and name not in symbols - {symbol}:
+            names[symbol] = name
+    return names
 
 
 def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -381,6 +455,6 @@ def to_numpy(tensor: torch.Tensor) -> Array:
     if tensor.layout is not torch.strided:
         tensor = tensor.to_dense()
     tensor = tensor.cpu().contiguous()
-    if tensor.dtype is torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+    bits = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
+    array: Array = bits.numpy()
+    return array.view(ml_dtypes.bfloat16) if tensor.dtype is torch.bfloat16 else array
