@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, overload
+
+# columns of a table that goes into a file or a pipe
+WIDE = 160
+
+_UNBOUNDED = 10_000
+_NAME_MIN = 24
+_REASON_MIN = 24
 
 
 @dataclass(frozen=True)
@@ -86,8 +94,32 @@ class Report(Sequence[LayerRow]):
             title,
         )
 
-    def table(self) -> Any:
-        """A ``rich.table.Table``."""
+    def table(self, width: int = WIDE) -> Any:
+        """A ``rich.table.Table`` for a terminal of ``width`` columns.
+
+        Where the full table would squeeze names and reasons, sizes and times share columns and the
+        reason stands below the name.
+        """
+        from rich.console import Console
+        from rich.measure import Measurement
+
+        console = Console(width=_UNBOUNDED)
+        table = self._full_table()
+        natural = Measurement.get(console, console.options, table).maximum
+        names = max((len(row.name) for row in self._rows), default=0)
+        reasons = max((len(row.reason) for row in self._rows), default=0)
+        squeezed = natural - names - reasons + min(names, _NAME_MIN) + min(reasons, _REASON_MIN)
+        if squeezed > width:
+            table = self._compact_table()
+        sparse = [row for row in self._rows if row.decision == "sparse"]
+        table.caption = (
+            f"{len(sparse)} of {len(self._rows)} dense layers sparse; "
+            f"{sum(r.bytes_dense for r in self._rows) / 2**20:.1f} MiB dense -> "
+            f"{sum(r.bytes_sparse for r in self._rows) / 2**20:.1f} MiB"
+        )
+        return table
+
+    def _full_table(self) -> Any:
         from rich.table import Table
 
         table = Table(title=self.title or None, title_justify="left", expand=False)
@@ -108,7 +140,7 @@ class Report(Sequence[LayerRow]):
             table.add_row(
                 row.name,
                 f"{row.shape[0]} x {row.shape[1]}",
-                row.rows + (f" ({row.uses}x)" if row.uses > 1 else ""),
+                _rows_text(row),
                 row.pattern or "-",
                 f"{row.bytes_dense / 1024:.0f}",
                 f"{row.bytes_sparse / 1024:.0f}",
@@ -117,19 +149,60 @@ class Report(Sequence[LayerRow]):
                 row.decision,
                 row.reason,
             )
-        sparse = [row for row in self._rows if row.decision == "sparse"]
-        table.caption = (
-            f"{len(sparse)} of {len(self._rows)} dense layers sparse; "
-            f"{sum(r.bytes_dense for r in self._rows) / 2**20:.1f} MiB dense -> "
-            f"{sum(r.bytes_sparse for r in self._rows) / 2**20:.1f} MiB"
-        )
         return table
 
-    def __str__(self) -> str:
+    def _compact_table(self) -> Any:
+        from rich import box
+        from rich.table import Table
+
+        table = Table(
+            title=self.title or None,
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+            show_edge=False,
+        )
+        table.add_column("layer: reason", overflow="fold")
+        # unlike columns that must not wrap, these are never cut: sizes of two go below each other
+        for heading in ("N x K", "M", "KiB", "us"):
+            table.add_column(heading, justify="right", overflow="fold")
+        table.add_column("decision", overflow="fold")
+        for row in self._rows:
+            times = "-"
+            if row.dense_us is not None and row.sparse_us is not None:
+                times = f"{row.dense_us:.1f} > {row.sparse_us:.1f}"
+            sizes = f"{row.bytes_dense / 1024:.0f}"
+            if row.decision == "sparse":
+                sizes += f" > {row.bytes_sparse / 1024:.0f}"
+            table.add_row(
+                f"{row.name}\n  {row.reason}",
+                f"{row.shape[0]}x{row.shape[1]}",
+                _rows_text(row),
+                sizes,
+                times,
+                row.decision + (f" {row.pattern}" if row.decision == "sparse" else ""),
+            )
+        return table
+
+    def text(self, width: int = WIDE) -> str:
+        """The table as text of at most ``width`` columns."""
         import io
 
         from rich.console import Console
 
         out = io.StringIO()
-        Console(file=out, width=160, color_system=None).print(self.table())
+        Console(file=out, width=width, color_system=None).print(
+            self.table(width), markup=False, highlight=False
+        )
         return out.getvalue()
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        yield self.table(options.max_width)
+
+    def __str__(self) -> str:
+        return self.text(shutil.get_terminal_size((WIDE, 24)).columns)
+
+
+def _rows_text(row: LayerRow) -> str:
+    return row.rows + (f" ({row.uses}x)" if row.uses > 1 else "")

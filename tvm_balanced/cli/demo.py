@@ -56,7 +56,7 @@ def command(output: Output, destination: str) -> None:
     for (weights, target), report in reports.items():
         if weights != "dense":
             report.title = f"MiniLM {weights} on {target}"
-            output.show(report.table())
+            output.show(report)
     output.show(_minilm_table(real))
     if real["load"] > 1.5 * real["cores"]:
         output.note(
