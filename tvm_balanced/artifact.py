@@ -84,6 +84,8 @@ class FunctionEntry:
         Symbolic extents of the generic function that are fixed here.
     returns_tuple : bool
         Whether the model returned a tuple, be it of one; ``outputs`` are its leaves.
+    limits : dict of str to int
+        Largest values of symbolic extents: memory was planned for these and no more.
     """
 
     name: str
@@ -92,6 +94,7 @@ class FunctionEntry:
     params: tuple[str, ...] = ()
     bindings: Mapping[str, int] = field(default_factory=dict)
     returns_tuple: bool = False
+    limits: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,7 @@ def describe_functions(
                 _output_entries(function.ret_ty),
                 tuple(stored),
                 returns_tuple=isinstance(function.ret_ty, relax.TupleType),
+                limits=_limits(function),
             )
         )
     functions.sort(key=lambda entry: -_num_symbols(entry))
@@ -210,6 +214,12 @@ def _tensor_entry(name: str, ty: Any) -> TensorEntry:
 
 def _output_entries(ty: Any) -> tuple[TensorEntry, ...]:
     return tuple(_tensor_entry(f"output_{i}", leaf) for i, leaf in enumerate(_leaves(ty)))
+
+
+def _limits(function: Any) -> dict[str, int]:
+    # by this attribute TVM's memory planner makes buffers of a fixed size for symbolic shapes
+    bounds = function.attrs.get("tir_var_upper_bound") or {}
+    return {str(symbol): int(limit) for symbol, limit in bounds.items()}
 
 
 def _leaves(ty: Any) -> list[Any]:
@@ -338,18 +348,18 @@ def check_writable(path: Path | str, *, overwrite: bool = False) -> None:
                 f"{path} exists and is not a .tvmb folder, so it is not overwritten: choose another"
             )
     if not parent.is_dir():
-        raise OutputError(f"{parent} is not a folder, so {path} cannot be made: make it first")
+        way_out = "choose another place" if os.path.lexists(parent) else "make it first"
+        raise OutputError(f"{parent} is not a folder, so {path} cannot be made: {way_out}")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{parent} is not writable, so {path} cannot be made: choose another")
 
 
 def _output_error(path: Path, error: OSError) -> OutputError:
-    reason = error.strerror or str(error)
+    reason, way_out = error.strerror or str(error), "choose another place"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        reason = "the disk is full"
+        reason, way_out = "the disk is full", "free space or choose another place"
     return OutputError(
-        f"{path} could not be written ({reason}) and nothing was left there: free space or choose "
-        f"another place"
+        f"{path} could not be written ({reason}) and nothing was left there: {way_out}"
     )
 
 
@@ -577,6 +587,10 @@ class _Reader:
         for symbol, extent in bindings.items():
             if type(extent) is not int:
                 self.fail(f"{where}.bindings[{symbol}]", extent, "an integer")
+        limits = self.mapping(self.get(fields, "limits"), f"{where}.limits")
+        for symbol, limit in limits.items():
+            if type(limit) is not int:
+                self.fail(f"{where}.limits[{symbol}]", limit, "an integer")
         return FunctionEntry(
             name=self.text(self.get(fields, "name"), f"{where}.name"),
             inputs=self._tensors(self.get(fields, "inputs"), f"{where}.inputs"),
@@ -584,6 +598,7 @@ class _Reader:
             params=self._texts(self.get(fields, "params"), f"{where}.params"),
             bindings=dict(bindings),
             returns_tuple=self._flag(self.get(fields, "returns_tuple"), f"{where}.returns_tuple"),
+            limits=dict(limits),
         )
 
     def _flag(self, value: Any, where: str) -> bool:

@@ -39,7 +39,8 @@ def check_output(path: Path, overwrite: bool) -> None:
     if os.path.lexists(path) and not overwrite:
         raise OutputError(f"{path} exists; choose another path or add --overwrite")
     if not path.parent.is_dir():
-        raise OutputError(f"{path.parent} is not a folder, so {path} cannot be made; make it first")
+        way_out = "choose another place" if os.path.lexists(path.parent) else "make it first"
+        raise OutputError(f"{path.parent} is not a folder, so {path} cannot be made; {way_out}")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise OutputError(
             f"{path.parent} is not writable, so {path} cannot be made; choose another"

@@ -53,6 +53,10 @@ class CompiledLibrary:
         self._beside = beside
         self._loaded: Library | None = None
 
+    def __repr__(self) -> str:
+        names = ", ".join(entry.name for entry in self._functions)
+        return f"CompiledLibrary(target={self.target.name} {self.target.arch}, functions={names})"
+
     @property
     def kernels(self) -> list[str]:
         """Names of the CUDA kernels; empty on llvm."""
@@ -83,7 +87,7 @@ class CompiledLibrary:
             self._functions,
             params=self._beside,
             layers=self.report.to_json(),
-            report=str(self.report),
+            report=self.report.text(),
             overwrite=overwrite,
         )
 
@@ -139,6 +143,11 @@ def compile(
     ToolchainError
         When a compiler is missing.
     """
+    if not isinstance(model, Model):
+        raise InputError(
+            f"a {type(model).__name__} was given, expected an imported model; import it with "
+            "from_torch, from_onnx or from_relax first"
+        )
     dim, sizes = _one_dimension(buckets)
     tell = progress or (lambda _: None)
     tell("plan")

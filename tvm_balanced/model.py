@@ -37,7 +37,7 @@ class PrunedLayer:
     skipped: str | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """An imported model.
 
@@ -62,6 +62,10 @@ class Model:
     name: str = "model"
     patterns: Mapping[str, BalancedPattern] = field(default_factory=dict)
     pruned: tuple[PrunedLayer, ...] = ()
+
+    def __repr__(self) -> str:
+        size = sum(array.nbytes for array in self.params.values())
+        return f"Model({self.name!r}, {len(self.params)} weights of {size / 2**20:.1f} MiB)"
 
     def with_params(self, changed: Mapping[str, Array], **fields: Any) -> Model:
         """The same model with some weights replaced."""

@@ -11,7 +11,7 @@ import tvm
 from tvm_balanced.cost import dense_us, sparse_us
 from tvm_balanced.errors import InputError
 from tvm_balanced.model import Model
-from tvm_balanced.packing import PackedFormat, is_balanced, numpy_dtype
+from tvm_balanced.packing import PackedFormat, check_weight, is_balanced, numpy_dtype
 from tvm_balanced.pattern import BalancedPattern
 from tvm_balanced.pruning import detect_pattern
 from tvm_balanced.relay_passes.find_dense import DenseLayer
@@ -49,7 +49,7 @@ def make_plan(
     Raises
     ------
     InputError
-        For an unknown policy, pattern, target or name.
+        For an unknown policy, pattern, target or name, or NaN or Inf in a weight.
     """
     spec = target if isinstance(target, TargetSpec) else resolve(target)
     layers = model.dense_layers()
@@ -130,6 +130,8 @@ def _decide(
         return dense("ignored by name"), None
     if policies[layer.name] == "never":
         return dense('policy is "never"'), None
+    # also of a layer that stays dense: its results would be NaN, and nobody would say why
+    check_weight(dense_weight(model.params, layer), f"the weight of layer {layer.name}")
     pattern = _layer_pattern(model, layer, asked)
     if pattern is None:
         return dense("its weight follows no balanced pattern; prune it first"), None

@@ -20,7 +20,6 @@ from tvm_balanced.artifact import (
     PARAMETERS,
     FunctionEntry,
     Manifest,
-    TensorEntry,
     read_manifest,
     verify_hashes,
 )
@@ -351,16 +350,16 @@ def choose_function(
     InputError
         When none does.
     """
-    fitting = [entry for entry in entries if _mismatch(entry.inputs, shapes) is None]
+    fitting = [entry for entry in entries if _mismatch(entry, shapes) is None]
     if fitting:
         return max(fitting, key=lambda entry: len(entry.bindings))
-    raise InputError(_mismatch(entries[0].inputs, shapes) or "the shapes fit no function")
+    raise InputError(_mismatch(entries[0], shapes) or "the shapes fit no function")
 
 
-def _mismatch(inputs: Sequence[TensorEntry], shapes: Sequence[tuple[int, ...]]) -> str | None:
+def _mismatch(entry: FunctionEntry, shapes: Sequence[tuple[int, ...]]) -> str | None:
     """Why shapes do not fit, None when they do; a symbol is one extent in all inputs."""
     symbols: dict[str, tuple[int, str]] = {}
-    for tensor, shape in zip(inputs, shapes, strict=True):
+    for tensor, shape in zip(entry.inputs, shapes, strict=True):
         expected = ", ".join(str(extent) for extent in tensor.shape)
         told = f"input {tensor.name} has shape ({', '.join(map(str, shape))})"
         if len(shape) != len(tensor.shape):
@@ -375,6 +374,12 @@ def _mismatch(inputs: Sequence[TensorEntry], shapes: Sequence[tuple[int, ...]]) 
                     return (
                         f"{told}, expected ({expected}) with {wanted}={bound} as in input {where}; "
                         "make them agree"
+                    )
+                limit = entry.limits.get(wanted, extent)
+                if extent > limit:
+                    return (
+                        f"{told}, expected ({expected}) with {wanted} at most {limit}, as the model "
+                        "was exported; split the input, or export it with a larger bound"
                     )
             # an expression of symbols is checked by the compiled function itself
     return None

@@ -52,7 +52,7 @@ def select(patterns: Iterable[str], names: Sequence[str], what: str = "ignore") 
             )
             raise InputError(
                 f'{what} "{pattern}" matches none of the {len(names)} dense layers ({shown}); '
-                'give an exact name or "re:" and a regular expression'
+                'give an exact name or "re:" and a regular expression for whole names'
             )
         chosen |= found
     return chosen
@@ -62,9 +62,19 @@ def per_layer(setting: str | Mapping[str, str], names: Sequence[str], what: str)
     """Spread one setting, or a mapping from names or ``re:`` patterns to settings, over layers.
 
     Later entries of a mapping win; layers that none matches are absent from the result.
+
+    Raises
+    ------
+    InputError
+        For a setting of another kind, or a name that matches nothing.
     """
     if isinstance(setting, str):
         return dict.fromkeys(names, setting)
+    if not isinstance(setting, Mapping):
+        raise InputError(
+            f"{what} is a {type(setting).__name__}, expected a string or a mapping from layer names "
+            "to strings; write it as text"
+        )
     chosen: dict[str, str] = {}
     for pattern, value in setting.items():
         chosen.update(dict.fromkeys(select([pattern], names, what), value))

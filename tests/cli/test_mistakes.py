@@ -107,6 +107,13 @@ def test_weights_that_are_not_finite(run, here, tmp_path, bad):
     path = write_onnx(tmp_path / "bad.onnx", weights)
     answer = run("prune", path, "--pattern", "4:16", "-o", here / "o.onnx")
     refused(answer, 2, "fc2.weight", "NaN or Inf")
+    refused(run("plan", path), 2, "fc2.weight", "NaN or Inf")
+    # balanced otherwise, or not to be pruned at all
+    sparse = {name: np.zeros_like(array) for name, array in weights.items()}
+    sparse["fc2.weight"][3, 5] = bad
+    for case in (weights, sparse):
+        file = write_onnx(tmp_path / "bad.onnx", case)
+        refused(run("compile", file, "-o", here / "o.tvmb"), 2, "fc2.weight", "NaN or Inf")
 
 
 @pytest.mark.parametrize("kind", ["onnx_mlp", "pt2_mlp", "checkpoint"])
@@ -170,6 +177,11 @@ def test_output_exists(run, here, onnx_mlp, checkpoint, tmp_path):
 
 
 def test_output_cannot_be_written(run, here, onnx_mlp, checkpoint, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    refused(run("compile", onnx_mlp, "-o", file / "m.tvmb"), 2, "choose another place")
+    out = file / "m.safetensors"
+    refused(run("prune", checkpoint, "--pattern", "4:16", "-o", out), 2, "choose another place")
     nowhere = tmp_path / "no" / "such"
     refused(run("compile", onnx_mlp, "-o", nowhere / "m.tvmb"), 2, "not a folder")
     refused(
@@ -219,6 +231,32 @@ def test_wrong_input_at_run_time(run, here, library, tmp_path, array, words):
     file = tmp_path / "x.npy"
     np.save(file, array, allow_pickle=True)
     refused(run("run", library, "--input", file, "-o", here / "o.npz"), 2, *words)
+
+
+def test_more_rows_than_were_exported(run, here, tmp_path):
+    import torch
+
+    batch = torch.export.Dim("batch", min=1, max=6)
+    module = torch.nn.Linear(16, 8).eval()
+    program = torch.export.export(module, (torch.zeros(3, 16),), dynamic_shapes=({0: batch},))
+    torch.export.save(program, tmp_path / "m.pt2")
+    path = tmp_path / "m.tvmb"
+    assert run("compile", tmp_path / "m.pt2", "-o", path).code == 0
+    name = run("inspect", path, "--json").json["functions"][0]["inputs"][0]["name"]
+    assert run("run", path, "--random", "--input-shape", f"{name}=6,16").code == 0
+    answer = run("run", path, "--random", "--input-shape", f"{name}=7,16")
+    refused(answer, 2, "(7, 16)", "at most 6")
+
+
+def test_input_that_is_no_array(run, here, library, tmp_path):
+    file = tmp_path / "x.npy"
+    file.write_text("1, 2, 3")
+    answer = run("run", library, "--input", file)
+    refused(answer, 2, str(file), "numpy.save")
+    # numpy's own advice would run code
+    assert "pickle" not in answer.err
+    refused(run("run", library, "--input", tmp_path / "missing.npy"), 2, "cannot be read")
+    assert run("run", library, "--random", "--seed", "-1").code == 2
 
 
 def test_wrong_number_of_inputs(run, here, library, tmp_path):
