@@ -123,8 +123,9 @@ def _usable(name: str, found: dict[str, Any]) -> dict[str, Any]:
         found["nvrtc"]["problem"] if cuda else None,
     ]
     blocked = next((problem for problem in building if problem), None)
-    if blocked or spec is None:
+    if spec is None or found["tvm"]["problem"]:
         return {"compiles": False, "runs": False, "reason": blocked}
+    # a library that was built elsewhere runs without a compiler
     reason = None
     if cuda:
         archs = sorted({gpu["arch"] for gpu in found["gpus"]})
@@ -138,4 +139,4 @@ def _usable(name: str, found: dict[str, Any]) -> dict[str, Any]:
         # where the system does not say what its CPU can do there is nothing to compare with
         if here and lacking:
             reason = f"runs on another machine: this CPU lacks {', '.join(lacking)}"
-    return {"compiles": True, "runs": reason is None, "reason": reason}
+    return {"compiles": blocked is None, "runs": reason is None, "reason": blocked or reason}

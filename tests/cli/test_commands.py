@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -160,6 +161,26 @@ def test_compile_warns_that_pruning_costs_accuracy(run, onnx_mlp, tmp_path):
     assert answer.code == 0, answer.err
     assert "without retraining" in answer.err
     assert "next: tvm-balanced run" in answer.err
+
+
+def test_compile_warns_when_nothing_is_sparse(run, onnx_mlp, tmp_path):
+    answer = run("compile", onnx_mlp, "-o", tmp_path / "m.tvmb")
+    assert answer.code == 0
+    assert "warning: no layer runs sparse" in answer.err
+
+
+def test_next_commands_can_be_pasted(run, onnx_mlp, tmp_path):
+    """Names with spaces are quoted, and options that the next command needs are kept."""
+    path = Path(shutil.copy(onnx_mlp, tmp_path / "my model.onnx"))
+    options = ("--input-shape", "x=2,32", "--ignore", "re:fc2.*")
+    for argv in (["plan"], ["prune", "--dry-run"]):
+        answer = run(*argv, path, "--pattern", "4:16", *options)
+        assert answer.code == 0
+        line = next(line for line in answer.err.splitlines() if line.startswith("next: "))
+        words = shlex.split(line)
+        assert words[3] == str(path)
+        assert words[words.index("--input-shape") + 1] == "x=2,32"
+        assert words[words.index("--ignore") + 1] == "re:fc2.*"
 
 
 def test_run_random_is_seeded(run, library, tmp_path):

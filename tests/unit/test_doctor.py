@@ -58,6 +58,8 @@ def test_without_a_compiler_nothing_compiles(monkeypatch):
     found = doctor.collect()
     assert not any(entry["compiles"] for entry in found["targets"].values())
     assert found["targets"]["llvm"]["reason"] == "no C++ compiler was found"
+    # what was built elsewhere needs none
+    assert found["targets"]["llvm"]["runs"]
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,8 @@ def command(
         output.note(
             f"warning: pruned to {form} in one step without retraining; expect lost accuracy, check it"
         )
+    if not any(row.decision == "sparse" for row in library.report):
+        output.note("warning: no layer runs sparse; the table says why")
     seconds = time.monotonic() - begin
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     sparse = sum(row.decision == "sparse" for row in library.report)
@@ -114,7 +116,7 @@ def command(
             "sparse_layers": sparse,
         }
     )
-    output.show(library.report.table())
+    output.show(library.report)
     rows = {
         "written": path,
         "target": f"{spec.name} ({spec.arch})",

@@ -69,6 +69,7 @@ def _library(output: Output, path: Path, source: str | None) -> None:
         return
     sizes = {name: (path / name).stat().st_size for name in ("manifest.json", *manifest.files)}
     report = library.report
+    report.title = "layers (times are predicted, uncalibrated)"
     output.document(
         {
             "command": "inspect",
@@ -86,7 +87,7 @@ def _library(output: Output, path: Path, source: str | None) -> None:
         "CPU features": ", ".join(target.features) or "none",
         "device code": f"{manifest.device_code} {code}".strip(),
         "kernels": ", ".join(library.kernels) or "none (host code only)",
-        "files": ", ".join(f"{name} {size / 1024:.0f} KiB" for name, size in sizes.items()),
+        "files": _files(sizes),
         "hashes": "every file is as it was written",
         "built with": ", ".join(f"{n} {v}" for n, v in manifest.versions.items()),
     }
@@ -98,8 +99,27 @@ def _library(output: Output, path: Path, source: str | None) -> None:
         fixed = ", ".join(f"{name}={size}" for name, size in entry.bindings.items())
         table.add_row(entry.name, _tensors(entry.inputs), _tensors(entry.outputs), fixed)
     output.show(table)
-    output.show(report.table())
-    output.next(f"tvm-balanced run {shlex.quote(str(path))} --random")
+    output.show(report)
+    quoted = shlex.quote(str(path))
+    if library.kernels:
+        output.next(f"tvm-balanced inspect {quoted} --source {library.kernels[0]}")
+    else:
+        output.next(f"tvm-balanced run {quoted} --random")
+
+
+def _files(sizes: Mapping[str, int]) -> str:
+    """Names and sizes; kernels together, as a large model has dozens of them."""
+    from tvm_balanced.artifact import KERNELS
+
+    sources = [size for name, size in sizes.items() if name.startswith(f"{KERNELS}/")]
+    told = [
+        f"{name} {size / 1024:.0f} KiB"
+        for name, size in sizes.items()
+        if not name.startswith(f"{KERNELS}/")
+    ]
+    if sources:
+        told.append(f"{len(sources)} of {KERNELS}/*.cu {sum(sources) / 1024:.0f} KiB")
+    return ", ".join(told)
 
 
 def _tensors(entries: tuple[TensorEntry, ...]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -73,6 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # names of files and layers may hold what the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     state: dict[str, int] = {}
     try:
         code = cli.main(arguments, prog_name="tvm-balanced", standalone_mode=False, obj=state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -96,6 +97,11 @@ def buckets_option(function: F) -> F:
         metavar="1,8,16",
         help="Sizes of the symbolic dimension that get functions of their own.",
     )(function)
+
+
+def repeated(option: str, values: Sequence[str]) -> str:
+    """A repeatable option as it is typed, with a space before it; empty where it was not given."""
+    return "".join(f" {option} {shlex.quote(value)}" for value in values)
 
 
 def parse_shapes(given: Sequence[str]) -> dict[str, tuple[int | str, ...]] | None:

@@ -14,6 +14,7 @@ from tvm_balanced.cli.options import (
     parse_policies,
     parse_shapes,
     pattern_option,
+    repeated,
     target_option,
     with_output,
 )
@@ -81,9 +82,10 @@ def command(
             "bytes_sparse": sum(row.bytes_sparse for row in report),
         }
     )
-    output.show(report.table())
-    name = shlex.quote(model)
+    output.show(report)
+    name = shlex.quote(model) + repeated("--input-shape", input_shapes)
     if pattern is None:
         output.next(f"tvm-balanced compile {name} --target {target} -o model.tvmb")
     else:
-        output.next(f"tvm-balanced prune {name} --pattern {pattern} --dry-run")
+        ignored = repeated("--ignore", ignore)
+        output.next(f"tvm-balanced prune {name} --pattern {pattern}{ignored} --dry-run")

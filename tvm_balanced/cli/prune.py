@@ -16,6 +16,7 @@ from tvm_balanced.cli.options import (
     model_argument,
     parse_shapes,
     pattern_option,
+    repeated,
     with_output,
 )
 from tvm_balanced.errors import InputError
@@ -111,12 +112,18 @@ def command(
     )
     output.show(_table(rows, "nothing written (dry run)" if dry_run else f"written: {path}"))
     if dry_run:
-        output.next(f"tvm-balanced prune {shlex.quote(model)} --pattern {form} -o {path}")
+        again = repeated("--input-shape", input_shapes) + repeated("--ignore", ignore)
+        output.next(
+            f"tvm-balanced prune {shlex.quote(model)} --pattern {form}{again} "
+            f"-o {shlex.quote(str(path))}"
+        )
     elif suffix == ".onnx":
-        output.next(f"tvm-balanced compile {shlex.quote(str(path))} -o model.tvmb")
+        again = repeated("--input-shape", input_shapes)
+        output.next(f"tvm-balanced compile {shlex.quote(str(path))}{again} -o model.tvmb")
     else:
         graph = "MODEL.pt2" if source.suffix == ".safetensors" else shlex.quote(model)
-        output.next(f"tvm-balanced compile {graph} --weights {path} -o model.tvmb")
+        weights = shlex.quote(str(path))
+        output.next(f"tvm-balanced compile {graph} --weights {weights} -o model.tvmb")
 
 
 def _table(rows: Sequence[PrunedLayer], caption: str) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 @click.option(
     "--random", "use_random", is_flag=True, help="Random inputs: normal; integers 0 or 1."
 )
-@click.option("--seed", default=0, show_default=True, help="Of the random inputs.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the random inputs."
+)
 @click.option(
     "--input-shape",
     "input_shapes",
@@ -144,7 +147,7 @@ def command(
     if path is not None:
         rows["written"] = path
     output.show(summary("time of a call", rows))
-    output.next(f"tvm-balanced inspect {library}")
+    output.next(f"tvm-balanced inspect {shlex.quote(library)}")
 
 
 def _timed(library: Library, given: Mapping[str, Any]) -> float:
@@ -213,10 +216,14 @@ def _read(inputs: Sequence[str], entries: Sequence[TensorEntry]) -> dict[str, An
             raise InputError(f"--input {name} was given twice; give it once")
         try:
             array = np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except OSError as error:
             raise InputError(
-                f"{file} is not a readable .npy file ({' '.join(str(error).split())}); "
-                "write one with numpy.save"
+                f"{file} cannot be read ({error.strerror or error}); give a .npy file of numpy.save"
+            ) from error
+        except (ValueError, EOFError) as error:
+            # numpy's own words advise to allow pickles, which run code
+            raise InputError(
+                f"{file} is not a whole .npy file of numbers; write one with numpy.save"
             ) from error
         if not isinstance(array, np.ndarray):
             raise InputError(f"{file} is an .npz archive; give one .npy file an input")
