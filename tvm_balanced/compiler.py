@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tvm_balanced.artifact import FunctionEntry, describe_functions, save, split_parameters
 from tvm_balanced.cuda_source import kernel_source, split_kernels
-from tvm_balanced.errors import InputError
+from tvm_balanced.errors import InputError, OutputError
 from tvm_balanced.model import Array, Model
 from tvm_balanced.plan import make_plan
 from tvm_balanced.relay_passes.bucket_functions import bucket_functions
@@ -18,6 +19,9 @@ from tvm_balanced.report import Report
 from tvm_balanced.rewrite import rewrite_model
 from tvm_balanced.targets import TargetSpec
 from tvm_balanced.toolchain import ExportedLibrary, export_library
+
+# code without weights: object files and libraries of models of some hundred operators
+_OBJECT_BYTES = 8 << 20
 
 if TYPE_CHECKING:
     import tvm
@@ -142,6 +146,8 @@ def compile(
         For a model, target, policy or bucket that does not fit.
     ToolchainError
         When a compiler is missing.
+    OutputError
+        When there is no room for temporary files.
     """
     if not isinstance(model, Model):
         raise InputError(
@@ -161,10 +167,33 @@ def compile(
         raise InputError(f"{model.name} has several weights of one name; rename them")
     embedded, beside = split_parameters(by_var)
     functions = describe_functions(mod, embedded=list(embedded), beside=list(beside))
-    folder = tempfile.TemporaryDirectory(prefix="tvm-balanced-")
+    folder = _temporary_folder(sum(array.nbytes for array in embedded.values()))
     tell("build")
     exported = export_library(mod, plan.target, Path(folder.name) / "lib.so", params=embedded)
     return CompiledLibrary(exported, folder, plan.report, plan.target, functions, beside)
+
+
+def _temporary_folder(num_bytes: int) -> tempfile.TemporaryDirectory[str]:
+    """A folder with room for a library that embeds ``num_bytes``.
+
+    Asked beforehand, as LLVM ends the whole process when it cannot write an object file.
+    """
+    # the weights are at least in an object file and in the library linked from it
+    needed = 2 * num_bytes + _OBJECT_BYTES
+    way_out = "free space there, or set TMPDIR to another folder"
+    try:
+        place = tempfile.gettempdir()
+        free = shutil.disk_usage(place).free
+        if free >= needed:
+            return tempfile.TemporaryDirectory(prefix="tvm-balanced-")
+    except OSError as error:
+        raise OutputError(
+            f"no folder for temporary files can be used ({error.strerror or error}); {way_out}"
+        ) from error
+    raise OutputError(
+        f"{place} has {free / 2**20:.0f} MiB left for temporary files, and building needs at least "
+        f"{needed / 2**20:.0f} MiB; {way_out}"
+    )
 
 
 def _one_dimension(

@@ -233,6 +233,18 @@ def test_wrong_input_at_run_time(run, here, library, tmp_path, array, words):
     refused(run("run", library, "--input", file, "-o", here / "o.npz"), 2, *words)
 
 
+def test_no_room_for_temporary_files(run, here, onnx_mlp, monkeypatch):
+    full = shutil._ntuple_diskusage(10 << 20, 9 << 20, 1 << 20)
+    monkeypatch.setattr("tvm_balanced.compiler.shutil.disk_usage", lambda place: full)
+    refused(run("compile", onnx_mlp, "-o", here / "m.tvmb"), 2, "1 MiB left", "TMPDIR")
+
+    def none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr("tvm_balanced.compiler.tempfile.gettempdir", none)
+    refused(run("compile", onnx_mlp, "-o", here / "m.tvmb"), 2, "TMPDIR")
+
+
 def test_more_rows_than_were_exported(run, here, tmp_path):
     import torch
 
