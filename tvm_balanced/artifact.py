@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from tvm_balanced._tensors import write_tensors
 from tvm_balanced._version import __version__
-from tvm_balanced.cuda_source import split_kernels
+from tvm_balanced.cuda_source import file_stem, split_kernels
 from tvm_balanced.errors import ArtifactError, OutputError
 from tvm_balanced.targets import TargetSpec
 from tvm_balanced.toolchain import ExportedLibrary
@@ -378,7 +378,7 @@ def _write(
     if library.cuda_source:
         (work / KERNELS).mkdir()
         for name, text in split_kernels(library.cuda_source).items():
-            _write_text(work / KERNELS / f"{name}.cu", text)
+            _write_text(work / KERNELS / f"{file_stem(name)}.cu", text)
     _write_text(work / REPORT, report)
     manifest = Manifest(
         target=TargetEntry(

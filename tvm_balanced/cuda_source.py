@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 
 from tvm_balanced.errors import InputError
@@ -9,6 +10,24 @@ from tvm_balanced.errors import InputError
 _KERNEL = re.compile(
     r'^extern "C" __global__ void (?:__launch_bounds__\([\d, ]+\) )?(\w+)\(', re.MULTILINE
 )
+
+
+# fusion joins the names of what it fused, to hundreds of characters; a file name holds 255
+_MAX_STEM = 120
+
+
+def file_stem(kernel: str) -> str:
+    """Name of a kernel's file without its ending: the kernel's, a long one cut and with a digest.
+
+    Parameters
+    ----------
+    kernel : str
+        Name of the kernel, or a stem, which comes back as it is.
+    """
+    if len(kernel) <= _MAX_STEM:
+        return kernel
+    digest = hashlib.sha256(kernel.encode()).hexdigest()[:8]
+    return f"{kernel[: _MAX_STEM - 9]}_{digest}"
 
 
 def split_kernels(source: str) -> dict[str, str]:

@@ -23,7 +23,7 @@ from tvm_balanced.artifact import (
     read_manifest,
     verify_hashes,
 )
-from tvm_balanced.cuda_source import join_kernels
+from tvm_balanced.cuda_source import file_stem, join_kernels
 from tvm_balanced.errors import ArtifactError, InputError, ToolchainError
 from tvm_balanced.report import Report
 from tvm_balanced.targets import cpu_flags, detect_driver
@@ -106,7 +106,7 @@ class Library:
 
     @property
     def kernels(self) -> list[str]:
-        """Names of the CUDA kernels; empty on llvm."""
+        """Names of the CUDA kernels, very long ones cut as their files' are; empty on llvm."""
         prefix = f"{KERNELS}/"
         return [
             name.removeprefix(prefix).removesuffix(".cu")
@@ -124,7 +124,7 @@ class Library:
         """
         if name is None:
             return join_kernels({kernel: self._text(kernel) for kernel in self.kernels})
-        for known in (name, f"{name}_kernel"):
+        for known in (file_stem(name), file_stem(f"{name}_kernel")):
             if known in self.kernels:
                 return self._text(known)
         listed = ", ".join(self.kernels) or f"none, as the target is {self.manifest.target.name}"

@@ -6,6 +6,7 @@ import pytest
 from tvm import relax, tirx
 
 from tvm_balanced import _tensors, artifact, targets
+from tvm_balanced.cuda_source import file_stem
 from tvm_balanced.errors import ArtifactError, OutputError
 from tvm_balanced.toolchain import ExportedLibrary
 
@@ -96,3 +97,12 @@ def test_really_full_disk_leaves_nothing_behind(tmp_path, small_disk):
             params={"w": np.ones(100_000, np.float32)},
         )
     assert list(small_disk.iterdir()) == []
+
+
+def test_file_names_of_long_kernels_fit_a_file_system():
+    name = "fused_" + "concatenate1_reshape19_" * 30 + "kernel"
+    stem = file_stem(name)
+    assert len(stem) <= 120
+    assert stem != file_stem(name.replace("19", "18", 1))
+    assert file_stem(stem) == stem
+    assert file_stem("short_kernel") == "short_kernel"
