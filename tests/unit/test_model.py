@@ -131,9 +131,37 @@ def test_plan_without_pattern_reads_the_weights():
 
 def test_plan_prints_as_a_table_and_goes_through_json():
     plan = build({"a.weight": (64, 64)}).plan("h100", "4:16")
-    text = str(plan)
-    assert "a.weight" in text
-    assert "64 x 64" in text
+    assert "a.weight" in str(plan)
+    assert "64 x 64" in plan.text(160)
+    assert "64x64" in plan.text(80)
     from tvm_balanced.report import Report
 
     assert list(Report.from_json(plan.to_json())) == list(plan)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.prune(4), "pattern is a int"),
+        (lambda m: m.plan("llvm", "4:16", rows=[0]), "below 1"),
+        (lambda m: m.plan("llvm", "4:16", rows=[1.5]), "whole numbers"),
+        (lambda m: m.plan("llvm", "4:16", rows="1,8"), "whole numbers"),
+        (lambda m: prune_weight([[1.0, 2.0]], "1:2"), "is a list"),
+    ],
+    ids=["pattern", "zero", "fraction", "text", "list"],
+)
+def test_arguments_of_another_kind_are_named(call, message):
+    with pytest.raises(InputError, match=message):
+        call(build({"a.weight": (32, 32)}))
+
+
+def test_a_model_prints_in_one_line():
+    shown = repr(build({"a.weight": (32, 32)}))
+    assert shown == "Model('chain', 1 weights of 0.0 MiB)"
+
+
+def test_compile_names_what_is_no_imported_model():
+    from tvm_balanced.compiler import compile as compile_model
+
+    with pytest.raises(InputError, match="a dict was given.*from_torch"):
+        compile_model({}, "llvm")
