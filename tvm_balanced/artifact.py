@@ -19,6 +19,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -207,7 +208,11 @@ def _tensor_entry(name: str, ty: Any) -> TensorEntry:
     from tvm import tirx
 
     shape = tuple(
-        int(extent) if isinstance(extent, tirx.IntImm) else str(extent) for extent in ty.shape
+        int(extent)
+        if isinstance(extent, tirx.IntImm)
+        # as people write it: 2 for T.int64(2)
+        else re.sub(r"T\.int64\((-?\d+)\)", r"\1", str(extent))
+        for extent in ty.shape
     )
     return TensorEntry(name, str(ty.dtype), shape)
 

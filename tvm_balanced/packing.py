@@ -189,8 +189,10 @@ def check_weight(weight: Array, name: str = "the weight") -> None:
     Raises
     ------
     InputError
-        For a wrong rank or dtype, or when NaN or Inf is found.
+        For what is no array, a wrong rank or dtype, or when NaN or Inf is found.
     """
+    if not isinstance(weight, np.ndarray):
+        raise InputError(f"{name} is a {type(weight).__name__}; give a NumPy array (N, K)")
     if weight.ndim != 2:
         raise InputError(f"{name} has shape {weight.shape}; a matrix (N, K) was expected")
     if weight.dtype.name not in VALUE_DTYPES:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import tvm
 
 from tvm_balanced.cost import dense_us, sparse_us
@@ -49,7 +50,8 @@ def make_plan(
     Raises
     ------
     InputError
-        For an unknown policy, pattern, target or name, or NaN or Inf in a weight.
+        For an unknown policy, pattern, target or name, a bucket that is no size, or NaN or Inf in a
+        weight.
     """
     spec = target if isinstance(target, TargetSpec) else resolve(target)
     layers = model.dense_layers()
@@ -68,7 +70,7 @@ def make_plan(
         if pattern is None
         else {n: BalancedPattern(p) for n, p in per_layer(pattern, names, "pattern").items()}
     )
-    buckets = sorted(set(rows or ()))
+    buckets = _bucket_sizes(rows)
     decided: list[LayerRow] = []
     formats: dict[str, PackedFormat] = {}
     for layer in layers:
@@ -78,6 +80,16 @@ def make_plan(
             formats[layer.name] = fmt
     title = f"{model.name} on {spec.name} (times are predicted, uncalibrated)"
     return Plan(Report(decided, title), formats, spec)
+
+
+def _bucket_sizes(rows: Iterable[int] | None) -> list[int]:
+    given = list(rows or ())
+    # a bool is an int to Python, but no size
+    if not all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in given):
+        raise InputError(f"buckets {given} are not whole numbers; give for example [1, 8]")
+    if any(n < 1 for n in given):
+        raise InputError(f"buckets {given} hold a size below 1; give sizes from 1")
+    return sorted({int(n) for n in given})
 
 
 def _layer_pattern(

@@ -106,3 +106,15 @@ def test_file_names_of_long_kernels_fit_a_file_system():
     assert stem != file_stem(name.replace("19", "18", 1))
     assert file_stem(stem) == stem
     assert file_stem("short_kernel") == "short_kernel"
+
+
+def test_bounds_and_expressions_of_symbols_are_kept():
+    rows = tirx.Var("n", "int64")
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((rows, 4), "float32"))
+    with builder.function("main", [x], attrs={"tir_var_upper_bound": {"n": 16}}):
+        out = builder.emit(relax.op.concat([x, x], 0))
+        builder.emit_func_output(out)
+    (entry,) = artifact.describe_functions(builder.get())
+    assert entry.limits == {"n": 16}
+    assert entry.outputs[0].shape in (("n * 2", 4), ("n + n", 4), ("2 * n", 4))

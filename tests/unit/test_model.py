@@ -163,5 +163,5 @@ def test_a_model_prints_in_one_line():
 def test_compile_names_what_is_no_imported_model():
     from tvm_balanced.compiler import compile as compile_model
 
-    with pytest.raises(InputError, match="a dict was given.*from_torch"):
+    with pytest.raises(InputError, match=r"a dict was given.*from_torch"):
         compile_model({}, "llvm")
