@@ -24,6 +24,9 @@ from tvm_balanced.targets import TargetSpec, resolve
 
 POLICIES = ("auto", "always", "never")
 
+# predicted gain from which a layer is worth the accuracy that pruning it costs
+MIN_GAIN = 1.05
+
 # rows of activations assumed where the batch is symbolic and no bucket says more
 ASSUMED_ROWS = 8
 
@@ -168,8 +171,11 @@ def _decide(
     }
     gain = time_dense / time_sparse
     note = f"; M assumed {ASSUMED_ROWS}" if assumed else ""
-    if policies[layer.name] == "auto" and gain < 1:
-        reason = f"dense predicted {1 / gain:.2f}x faster{note}"
+    if policies[layer.name] == "auto" and gain < MIN_GAIN:
+        told = (
+            f"dense predicted {1 / gain:.2f}x faster" if gain < 1 else f"only {gain:.2f}x predicted"
+        )
+        reason = f"{told}{note}"
         return dense(reason, **shared), None
     if policies[layer.name] == "always":
         reason = f'policy is "always"; predicted {gain:.2f}x{note}'
