@@ -11,6 +11,7 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from tvm_balanced.relay_passes.clean_names import CleanKernelNames
 from tvm_balanced.schedules.dispatch import ScheduleBalanced, schedule_rest
 from tvm_balanced.schedules.lowering import tir_pipeline
 
@@ -27,6 +28,7 @@ def fuse_passes() -> list[Any]:
         relax.transform.FuseOps(),
         relax.transform.FuseTIR(),
         relax.transform.DeadCodeElimination(),
+        CleanKernelNames(),
     ]
 
 

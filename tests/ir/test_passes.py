@@ -14,6 +14,7 @@ from tvm_balanced.packing import Layout, PackedFormat
 from tvm_balanced.pattern import BalancedPattern
 from tvm_balanced.pruning import prune_weight
 from tvm_balanced.relay_passes.bucket_functions import bucket_functions
+from tvm_balanced.relay_passes.clean_names import CleanKernelNames
 from tvm_balanced.relay_passes.find_dense import find_dense, main_bindings
 from tvm_balanced.relay_passes.fold_weights import fold_weights
 from tvm_balanced.relay_passes.merge_dense import merge_dense
@@ -392,3 +393,32 @@ def test_fold_weights_leaves_transposes_that_kernels_like():
     folded, values = fold_weights(Linear, params)
     assert op_names(folded) == ["relax.matmul", "relax.add"]
     assert values["w"].shape == (32, 48)
+
+
+def test_kernel_parameters_get_names_that_c_accepts(well_formed):
+    x = relax.Var("in/put + 1", relax.TensorType((4, 8), "float32"))
+    y = relax.Var("a + b", relax.TensorType((4, 8), "float32"))
+    bb = relax.BlockBuilder()
+    with bb.function("main", [x, y]):
+        with bb.dataflow():
+            out = bb.emit_output(relax.op.nn.relu(relax.op.add(x, y)))
+        bb.emit_func_output(out)
+    mod = tvm.transform.Sequential(
+        [
+            relax.transform.LegalizeOps(),
+            relax.transform.AnnotateTIROpPattern(),
+            relax.transform.FuseOps(),
+            relax.transform.FuseTIR(),
+        ]
+    )(bb.get())
+    clean = well_formed(CleanKernelNames()(mod))
+    names = [
+        param.name
+        for _, func in clean.functions_items()
+        if isinstance(func, tvm.tirx.PrimFunc)
+        for param in func.params
+    ]
+    assert names[:2] == ["in_put_1", "a_b"]
+    assert CleanKernelNames()(clean).same_as(clean)
+    a, b = np.full((4, 8), -3.0, "float32"), np.full((4, 8), 5.0, "float32")
+    np.testing.assert_array_equal(run(clean, [a], {"b": b}), np.full((4, 8), 2.0))

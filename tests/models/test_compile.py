@@ -13,7 +13,7 @@ import tvm_balanced as tb
 from tests.models.kernels import arguments, distinct_kernels, run_plain
 from tests.models.zoo import ZOO
 from tvm_balanced import cudaemu
-from tvm_balanced.plan import make_plan
+from tvm_balanced.targets import resolve
 
 SMALL = [pytest.param(name, "small", id=f"{name}-small") for name in ZOO]
 STATED = [
@@ -77,6 +77,26 @@ def eligible(model):
     )
 
 
+def check_kernels(model, tolerance):
+    """Run every distinct sparse CUDA kernel of a model emulated, against its unscheduled self."""
+    target = resolve("cuda-sm_90")
+    kernels = distinct_kernels(model, target)
+    assert kernels
+    for kernel in kernels:
+        arrays, outputs = arguments(kernel.plain)
+        expected = run_plain(kernel.plain, arrays)
+        device = cudaemu.from_tvm(
+            tvm.IRModule({"main": kernel.scheduled.with_attr("global_symbol", "main")}),
+            target.target,
+        )
+        got = [a.copy() if isinstance(a, np.ndarray) else a for a in arrays]
+        device(*got)
+        for position in outputs:
+            reference = expected[position].astype(np.float64)
+            error = np.abs(got[position].astype(np.float64) - reference).max()
+            assert error <= tolerance * np.abs(reference).max(), kernel.name
+
+
 @pytest.mark.parametrize(("name", "size"), SMALL + STATED)
 def test_llvm_agrees_with_pytorch(name, size, pruned):
     built, model, expected = pruned(name, size)
@@ -112,18 +132,4 @@ def test_cuda_builds_with_every_eligible_layer_sparse(name, size, arch, pruned, 
 @pytest.mark.parametrize(("name", "size"), SMALL + STATED)
 def test_cuda_kernels_run_emulated(name, size, pruned):
     _, model, _ = pruned(name, size)
-    target = make_plan(model, "cuda-sm_90", policy="always").target.target
-    kernels = distinct_kernels(model, "cuda-sm_90")
-    assert kernels
-    for kernel in kernels:
-        arrays, outputs = arguments(kernel.plain)
-        expected = run_plain(kernel.plain, arrays)
-        device = cudaemu.from_tvm(
-            tvm.IRModule({"main": kernel.scheduled.with_attr("global_symbol", "main")}), target
-        )
-        got = [a.copy() if isinstance(a, np.ndarray) else a for a in arrays]
-        device(*got)
-        for position in outputs:
-            reference = expected[position].astype(np.float64)
-            error = np.abs(got[position].astype(np.float64) - reference).max()
-            assert error <= ZOO[name].tolerance * np.abs(reference).max(), kernel.name
+    check_kernels(model, ZOO[name].tolerance)

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import tvm_balanced as tb
-from tests.models.test_compile import eligible
+from tests.models.test_compile import check_kernels, eligible
 from tests.models.zoo import ZOO
 from tvm_balanced.checkpoint import write_onnx
 from tvm_balanced.frontend.torch_importer import to_numpy
+from tvm_balanced.toolchain import cubin_architectures
 
 
 def check(path, tmp_path, inputs, tolerance, input_shapes=None):
@@ -28,6 +29,17 @@ def check(path, tmp_path, inputs, tolerance, input_shapes=None):
     got = lib(*inputs)
     assert got.shape == expected.shape
     assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max()
+    check_kernels(model, tolerance)
+    return model
+
+
+def check_cuda(model, tmp_path):
+    """Cubins of two architectures, every eligible layer sparse."""
+    for arch in ("sm_80", "sm_90"):
+        lib = tb.compile(model, f"cuda-{arch}", policy="always")
+        assert {row.name for row in lib.report if row.decision == "sparse"} == eligible(model)
+        path = lib.save(tmp_path / f"{arch}.tvmb")
+        assert cubin_architectures(path / "lib.so") == [arch]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +57,9 @@ def test_export_from_torch(name, size, tmp_path):
     torch.onnx.export(
         built.module, built.inputs, path, dynamo=True, external_data=False, verbose=False
     )
-    check(path, tmp_path, [to_numpy(x) for x in built.inputs], ZOO[name].tolerance)
+    model = check(path, tmp_path, [to_numpy(x) for x in built.inputs], ZOO[name].tolerance)
+    if size == "stated":
+        check_cuda(model, tmp_path)
 
 
 def test_model_of_a_package(tmp_path):
@@ -54,4 +68,4 @@ def test_model_of_a_package(tmp_path):
     assert spec is not None and spec.origin is not None, "install the extra `dev`"
     path = Path(spec.origin).parent / "models" / "standard_v3_3" / "model.onnx"
     data = np.random.default_rng(0).integers(0, 256, (1, 2048)).astype(np.int32)
-    check(path, tmp_path, [data], 1e-4, {"bytes": (1, 2048)})
+    check_cuda(check(path, tmp_path, [data], 1e-4, {"bytes": (1, 2048)}), tmp_path)
