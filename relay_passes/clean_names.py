@@ -20,6 +20,8 @@ import tvm
 import tvm_ffi
 from tvm import tirx
 
+from tvm_balanced.schedules.rules import replaced
+
 
 @tvm.transform.module_pass(opt_level=0, name="CleanKernelNames")
 class CleanKernelNames:
@@ -32,12 +34,7 @@ class CleanKernelNames:
                 renamed = {p: _clean(p) for p in func.params if clean_name(p.name) != p.name}
                 if renamed:
                     updated[gvar] = _with_params(func, renamed)
-        if not updated:
-            return mod
-        out = tvm.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
-        for gvar, func in updated.items():
-            out[gvar] = func
-        return out
+        return replaced(mod, updated) if updated else mod
 
 
 def clean_name(name: str) -> str:

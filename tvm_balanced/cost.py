@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from tvm_balanced.packing import PackedFormat, numpy_dtype
 
 if TYPE_CHECKING:
@@ -39,7 +37,7 @@ _GATHER_PER_ROW = 2.4
 
 def dense_us(spec: TargetSpec, rows: int, out_features: int, in_features: int, dtype: str) -> float:
     """Microseconds of ``(rows, K) @ (K, N)`` with the dense kernel that would run on this target."""
-    itemsize = np.dtype(numpy_dtype(dtype)).itemsize
+    itemsize = numpy_dtype(dtype).itemsize
     moved = itemsize * (out_features * in_features + rows * (out_features + in_features))
     flops = 2.0 * rows * out_features * in_features
     if spec.kind == "cuda":
@@ -56,7 +54,7 @@ def dense_us(spec: TargetSpec, rows: int, out_features: int, in_features: int, d
 
 def sparse_us(spec: TargetSpec, rows: int, fmt: PackedFormat, dtype: str) -> float:
     """Microseconds of the balanced-sparse operator on this target."""
-    itemsize = np.dtype(numpy_dtype(dtype)).itemsize
+    itemsize = numpy_dtype(dtype).itemsize
     moved = fmt.nbytes(dtype) + itemsize * rows * (fmt.out_features + fmt.in_features)
     slots = float(fmt.padded_rows) * fmt.slots
     if spec.kind == "cuda":

@@ -160,7 +160,7 @@ class PackedFormat:
 
     def nbytes(self, dtype: str) -> int:
         """Bytes of values and indices together."""
-        itemsize = np.dtype(numpy_dtype(dtype)).itemsize
+        itemsize = numpy_dtype(dtype).itemsize
         return math.prod(self.values_shape) * itemsize + math.prod(self.indices_shape)
 
 

@@ -13,7 +13,9 @@ from tvm import relax
 
 from tvm_balanced.relay_passes.clean_names import CleanKernelNames
 from tvm_balanced.schedules.dispatch import ScheduleBalanced, schedule_rest
-from tvm_balanced.schedules.lowering import tir_pipeline
+
+# TVM's lowering of scheduled TensorIR; the schedules need no pass of their own in it
+TIR_PIPELINE = "s_tir"
 
 
 def fuse_passes() -> list[Any]:
@@ -73,4 +75,4 @@ def build(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
     with target:
         for phase in (fuse_passes(), schedule_passes(target), lower_passes(target)):
             mod = tvm.transform.Sequential(phase)(mod)
-    return tvm.compile(mod, target, relax_pipeline=None, tir_pipeline=tir_pipeline(target))
+    return tvm.compile(mod, target, relax_pipeline=None, tir_pipeline=TIR_PIPELINE)

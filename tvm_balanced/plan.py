@@ -118,7 +118,7 @@ def _decide(
 ) -> tuple[LayerRow, PackedFormat | None]:
     """The report's row of one layer and the format it would have."""
     batches, assumed = _batches(layer, buckets)
-    bytes_dense = layer.out_features * layer.in_features * numpy_dtype_size(layer.dtype)
+    bytes_dense = layer.out_features * layer.in_features * numpy_dtype(layer.dtype).itemsize
     fields: dict[str, Any] = {
         "name": layer.name,
         "shape": (layer.out_features, layer.in_features),
@@ -185,11 +185,6 @@ def _decide(
         **fields, **shared, bytes_sparse=fmt.nbytes(layer.dtype), decision="sparse", reason=reason
     )
     return row, fmt
-
-
-def numpy_dtype_size(dtype: str) -> int:
-    """Bytes of one value of a TVM dtype."""
-    return int(numpy_dtype(dtype).itemsize)
 
 
 def _batches(layer: DenseLayer, buckets: list[int]) -> tuple[list[int], bool]:

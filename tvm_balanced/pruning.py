@@ -9,7 +9,6 @@ from tvm_balanced.packing import (
     Array,
     check_weight,
     into_blocks,
-    is_balanced,
     magnitude_bits,
     row_chunks,
 )
@@ -100,12 +99,3 @@ def detect_pattern(weight: Array) -> BalancedPattern | None:
             if best is None or found.density < best.density:
                 best = found
     return best
-
-
-__all__ = [
-    "balanced_mask",
-    "detect_pattern",
-    "is_balanced",
-    "kept_energy",
-    "prune_weight",
-]

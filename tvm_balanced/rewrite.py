@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tvm_balanced.targets import TargetSpec
 
 # results of a merged operator are read once more, by the slices; beyond this many bytes that costs
-# more than the launches that merging saves (a launch is a few microseconds, see docs/design.md)
+# more than the launches that merging saves (a few microseconds each)
 MERGE_LIMIT_BYTES = {"cuda": 4 << 20, "llvm": 256 << 10}
 
 # up to so many rows of activations llvm's dense kernel is a set of dot products

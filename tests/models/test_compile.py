@@ -22,7 +22,7 @@ STATED = [
 
 
 @pytest.fixture(scope="module")
-def pruned(request):
+def pruned():
     """Pruned models by name and size, kept for the tests of one model."""
     cache = {}
 

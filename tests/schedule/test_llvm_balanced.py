@@ -14,6 +14,7 @@ from tvm import relax, tirx
 
 from tvm_balanced import ops, packing, pruning, reference
 from tvm_balanced.pattern import BalancedPattern
+from tvm_balanced.pipeline import TIR_PIPELINE
 from tvm_balanced.schedules import (
     balanced_block,
     llvm,
@@ -22,7 +23,6 @@ from tvm_balanced.schedules import (
     llvm_nest,
     llvm_permute,
 )
-from tvm_balanced.schedules.lowering import tir_pipeline
 
 TARGETS = {
     "avx512": {"kind": "llvm", "mcpu": "x86-64-v4"},
@@ -107,9 +107,7 @@ def _error(case: Case, rule: Any, target: tvm.target.Target, batch: int = 5) -> 
     sch = rule(func, target)
     assert sch is not None
     mod[gvar] = sch.mod["main"].with_attr("tirx.is_scheduled", True)
-    vm = relax.VirtualMachine(
-        tvm.compile(mod, target, tir_pipeline=tir_pipeline(target)), tvm.cpu()
-    )
+    vm = relax.VirtualMachine(tvm.compile(mod, target, tir_pipeline=TIR_PIPELINE), tvm.cpu())
     return _run(vm, case, batch)
 
 
@@ -191,9 +189,7 @@ def test_symbolic_batch_has_an_exact_tail(name: str) -> None:
     sch = llvm_permute.apply(func, target)
     assert sch is not None
     mod[gvar] = sch.mod["main"].with_attr("tirx.is_scheduled", True)
-    vm = relax.VirtualMachine(
-        tvm.compile(mod, target, tir_pipeline=tir_pipeline(target)), tvm.cpu()
-    )
+    vm = relax.VirtualMachine(tvm.compile(mod, target, tir_pipeline=TIR_PIPELINE), tvm.cpu())
     for batch in (1, 2, 3, 6, 11):
         assert _run(vm, case, batch) < TOLERANCE["float32"]
 
@@ -275,7 +271,7 @@ def test_kernels_hold_permutes_and_vector_conversions() -> None:
         lib = tvm.tirx.build(
             tvm.IRModule({"main": sch.mod["main"].with_attr("global_symbol", "main")}),
             target=target,
-            pipeline=tir_pipeline(target),
+            pipeline=TIR_PIPELINE,
         )
         assembly = lib.inspect_source("asm")
         # LLVM writes the same permute as vpermps or vpermd
