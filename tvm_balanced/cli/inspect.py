@@ -175,8 +175,8 @@ def _model(output: Output, path: Path, shapes: Mapping[str, Any] | None) -> None
 def _row(name: str, weight: Any, noted: str | None) -> dict[str, Any]:
     import numpy as np
 
-    from tvm_balanced.pattern import BalancedPattern
     from tvm_balanced.packing import is_balanced
+    from tvm_balanced.pattern import BalancedPattern
     from tvm_balanced.pruning import detect_pattern
 
     # a note is believed only when the weight agrees with it
