@@ -55,7 +55,7 @@ class CompiledLibrary:
         self._folder = folder  # the exported file lives as long as this object
         self._functions = functions
         self._beside = beside
-        self._loaded: Library | None = None
+        self._loaded: dict[str | None, Library] = {}
 
     def __repr__(self) -> str:
         names = ", ".join(entry.name for entry in self._functions)
@@ -95,14 +95,16 @@ class CompiledLibrary:
             overwrite=overwrite,
         )
 
-    def load(self) -> Library:
+    def load(self, device: str | None = None) -> Library:
         """Load it in this process, as :func:`tvm_balanced.load` would after :meth:`save`."""
         from tvm_balanced.runtime import load
 
-        if self._loaded is None:
+        if device not in self._loaded:
             path = Path(self._folder.name) / "model.tvmb"
-            self._loaded = load(self.save(path))
-        return self._loaded
+            if not path.exists():
+                self.save(path)
+            self._loaded[device] = load(path, device)
+        return self._loaded[device]
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Run it on this machine; see :meth:`tvm_balanced.runtime.Library.__call__`."""

@@ -33,13 +33,19 @@ _ALIGNMENT = 64
 _PINNED = ("apache-tvm", "apache-tvm-ffi")
 
 
-def load(path: str | Path) -> Library:
+DEVICES = ("emulated",)
+
+
+def load(path: str | Path, device: str | None = None) -> Library:
     """Load a compiled model on this machine.
 
     Parameters
     ----------
     path : path-like
         A ``model.tvmb`` folder.
+    device : str, optional
+        ``"emulated"``: run CUDA code on the CPU, thread by thread, without a GPU
+        (:mod:`tvm_balanced.cudaemu.device`); for tests, and slow. Else the device it was compiled for.
 
     Returns
     -------
@@ -52,8 +58,10 @@ def load(path: str | Path) -> Library:
         GPU or CPU: checked in this order, before any of its code is loaded.
     ToolchainError
         If it needs a GPU, and there is none or the CUDA runtime does not load.
+    InputError
+        For an unknown device, or an emulated one for a library that holds no CUDA code.
     """
-    library = Library(path)
+    library = Library(path, device)
     library.check()
     library.prepare()
     return library
@@ -70,6 +78,8 @@ class Library:
     ----------
     path : path-like
         A ``model.tvmb`` folder.
+    device : str, optional
+        As for :func:`load`.
 
     Attributes
     ----------
@@ -77,16 +87,31 @@ class Library:
         The folder.
     manifest : Manifest
         What is in it.
+    emulated : bool
+        Whether it runs on the emulated device.
 
     Raises
     ------
     ArtifactError
         If the folder is no ``.tvmb``, or its manifest is damaged or of another format version.
+    InputError
+        As :func:`load`.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, device: str | None = None) -> None:
+        if device is not None and device not in DEVICES:
+            raise InputError(
+                f'device "{device}" is not known; leave it out to use the one the library was compiled '
+                'for, or choose "emulated"'
+            )
         self.path = Path(path)
         self.manifest: Manifest = read_manifest(self.path)
+        self.emulated = device == "emulated"
+        if self.emulated and self.manifest.target.kind != "cuda":
+            raise InputError(
+                f"{path} was compiled for {self.manifest.target.name}, and only CUDA code is emulated; "
+                "leave the device out"
+            )
         self._lock = threading.Lock()
         self._local = threading.local()
         self._checked = False
@@ -97,7 +122,8 @@ class Library:
     def __repr__(self) -> str:
         target = self.manifest.target
         names = ", ".join(entry.name for entry in self.manifest.functions)
-        return f"Library({str(self.path)!r}, target={target.name} {target.arch}, functions={names})"
+        where = ", on the emulated device" if self.emulated else ""
+        return f"Library({str(self.path)!r}, target={target.name} {target.arch}, functions={names}{where})"
 
     @property
     def report(self) -> Report:
@@ -149,8 +175,12 @@ class Library:
         """
         _check_versions(self.path, self.manifest.versions)
         verify_hashes(self.path, self.manifest)
-        _check_machine(self.path, self.manifest)
-        if self.manifest.target.kind == "cuda":
+        _check_host(self.path, self.manifest)
+        if self.emulated:
+            self._emulated_device()
+        else:
+            _check_device(self.path, self.manifest)
+        if self.manifest.target.kind == "cuda" and not self.emulated:
             from tvm_balanced.toolchain import load_cuda_runtime
 
             load_cuda_runtime()
@@ -166,7 +196,10 @@ class Library:
             import tvm
 
             device = tvm.cpu()
-            if self.manifest.target.kind == "cuda":
+            if self.emulated:
+                self._emulated_device()
+                device = tvm.cuda(0)
+            elif self.manifest.target.kind == "cuda":
                 device = tvm.cuda(_gpu_ordinal(self.manifest.target.arch))
             stored: Mapping[str, Any] = {}
             if PARAMETERS in self.manifest.files:
@@ -187,6 +220,15 @@ class Library:
                     f"({str(error).strip().splitlines()[-1]}); compile the model again"
                 ) from error
             self._device = device
+
+    def _emulated_device(self) -> None:
+        """Install the emulated device, and tell it which source the cubins were made from."""
+        from tvm_balanced.cudaemu.device import install
+
+        emulated = install(self.manifest.target.arch)
+        source = self.source()
+        for cubin in self.manifest.cubins:
+            emulated.know(str(cubin["sha256"]), source)
 
     @property
     def device(self) -> Any:
@@ -248,6 +290,9 @@ class Library:
         tensors.extend(self._params[name] for name in entry.params)
         with self._stream(values):
             result = self._machine()[entry.name](*tensors)
+            if self.emulated:
+                # no other framework knows this device
+                result = _to_host(result)
             return _answer(result, entry, values)
 
     def _machine(self) -> Any:
@@ -286,7 +331,8 @@ def _check_versions(path: Path, versions: Mapping[str, str]) -> None:
             )
 
 
-def _check_machine(path: Path, manifest: Manifest) -> None:
+def _check_host(path: Path, manifest: Manifest) -> None:
+    """Whether the host code can run here."""
     target = manifest.target
     machine = platform.machine()
     if target.machine != machine:
@@ -303,6 +349,12 @@ def _check_machine(path: Path, manifest: Manifest) -> None:
                 f"{path} was compiled for {target.arch} and uses {', '.join(missing)}, which this CPU "
                 "does not have; compile it for llvm on this machine, or for llvm-x86-64-v3"
             )
+
+
+def _check_device(path: Path, manifest: Manifest) -> None:
+    """Whether the GPU that the library was compiled for is here."""
+    target = manifest.target
+    if target.kind != "cuda":
         return
     driver = detect_driver()
     if not driver.gpus:
@@ -474,6 +526,15 @@ def _answer(result: Any, entry: FunctionEntry, values: Sequence[Any]) -> Any:
     """The result in the kind of the inputs, a tuple only where the model returned one."""
     leaves = [_in_kind(leaf, values) for leaf in _flatten(result)]
     return tuple(leaves) if entry.returns_tuple else leaves[0]
+
+
+def _to_host(result: Any) -> Any:
+    import tvm
+
+    if _is_tvm(result):
+        host = tvm.runtime.empty(_shape(result), str(result.dtype), tvm.cpu())
+        return host.copyfrom(result)
+    return [_to_host(part) for part in result]
 
 
 def _flatten(result: Any) -> list[Any]:

@@ -107,3 +107,39 @@ def runtime() -> ctypes.CDLL:
     loaded.emu_report.restype = ctypes.c_char_p
     loaded.emu_counter.restype = ctypes.c_ulong
     return loaded
+
+
+@functools.cache
+def device_libraries() -> ctypes.CDLL:
+    """The stand-ins for ``libcuda.so.1`` and ``libcudart.so.13``, loaded so that others find them.
+
+    Both live in one library; the other is empty and only has the name, which is all the loader looks for.
+    """
+    source = HERE / "device.cpp"
+    folder = cache_dir() / f"device_{digest(source.read_bytes())}"
+    folder.mkdir(exist_ok=True)
+    versions = folder / "versions.map"
+    if not versions.exists():
+        # TVM asks for the runtime's functions by this version, for the driver's by none
+        temporary = versions.with_name(f"versions.{os.getpid()}.tmp")
+        temporary.write_text("libcudart.so.13 { global: cu*; emu_device_*; local: *; };\n")
+        os.replace(temporary, versions)
+    shared = ["-std=c++17", "-O2", "-fPIC", "-shared", "-w"]
+    both = _compile(
+        folder / "libcudart.so.13",
+        [
+            *shared,
+            *("-Wl,-soname,libcudart.so.13", f"-Wl,--version-script={versions}"),
+            str(source),
+        ],
+    )
+    name = _compile(
+        folder / "libcuda.so.1",
+        [*shared, "-Wl,-soname,libcuda.so.1", "-x", "c++", os.devnull],
+    )
+    runtime()  # whose functions it calls
+    loaded = ctypes.CDLL(str(both), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(name), mode=ctypes.RTLD_GLOBAL)
+    loaded.emu_device_records.restype = ctypes.c_long
+    loaded.emu_device_used.restype = ctypes.c_long
+    return loaded

@@ -16,10 +16,10 @@ from tvm_balanced.cudaemu.report import Report
 from tvm_balanced.cudaemu.translate import translate
 from tvm_balanced.packing import Array
 
-_ORDERS = {"seq": 0, "reverse": 1, "random": 2}
+ORDERS = {"seq": 0, "reverse": 1, "random": 2}
 _ALIGNMENT = 256  # of device allocations
 
-_SCALARS: dict[str, Any] = {
+SCALARS: dict[str, Any] = {
     "int": ctypes.c_int,
     "int32_t": ctypes.c_int,
     "long": ctypes.c_long,
@@ -62,9 +62,7 @@ class _Arguments:
             if kind.endswith("*"):
                 value: Any = self._array(i, kind, arg)
             else:
-                value = _SCALARS[kind.replace("const ", "")](
-                    getattr(arg, "item", lambda a=arg: a)()
-                )
+                value = SCALARS[kind.replace("const ", "")](getattr(arg, "item", lambda a=arg: a)())
             self._hold.append(value)
             self.pointers[i] = ctypes.cast(ctypes.pointer(value), ctypes.c_void_p)
 
@@ -176,34 +174,56 @@ class Module:
             (ctypes.c_int * max(1, n))(*items),
         )
         extents = [*grid, 1, 1][:3] + [*block, 1, 1][:3]
-        static_shared = getattr(self._loaded, f"emu_smem_{kernel}")
-        static_shared.restype = ctypes.c_ulong
         chosen = list(blocks) if blocks is not None else []
         options = _Options(
-            *(int(check), int(profile), _ORDERS[order], seed, threads, len(chosen)),
+            *(int(check), int(profile), ORDERS[order], seed, threads, len(chosen)),
             (ctypes.c_long * len(chosen))(*chosen) if chosen else None,
             1,
         )
         failed = rt.emu_launch(
-            ctypes.cast(getattr(self._loaded, f"emu_thunk_{kernel}"), ctypes.c_void_p),
+            self.thunk(kernel),
             bound.pointers,
             (ctypes.c_uint * 6)(*(int(extent) for extent in extents)),
-            ctypes.c_long(static_shared() + int(dynamic_shared)),
+            ctypes.c_long(self.static_shared(kernel).value + int(dynamic_shared)),
             ctypes.byref(options),
         )
         bound.copy_back()
         total = int(np.prod([int(extent) for extent in extents[:3]]))
-        report = Report(
-            rt.emu_report().decode(),
-            bound.names,
-            self._lines,
-            self.source,
-            total / len(chosen) if chosen else 1.0,
-        )
+        scale = total / len(chosen) if chosen else 1.0
+        report = self.report(rt.emu_report().decode(), bound.names, scale)
         if failed:
             seen = "".join(f"\n  {i.kind} line {i.line}: {i.first}" for i in report.issues)
             raise EmulatorError(rt.emu_error().decode() + seen)
         return report
+
+    @staticmethod
+    def parameters(source: str) -> dict[str, list[str]]:
+        """Kernel name to the C types of its parameters, without compiling anything."""
+        return translate(source)[1]
+
+    def thunk(self, kernel: str) -> ctypes.c_void_p:
+        """Address of a kernel, called with an array of pointers to its arguments."""
+        return ctypes.cast(getattr(self._loaded, f"emu_thunk_{kernel}"), ctypes.c_void_p)
+
+    def static_shared(self, kernel: str) -> ctypes.c_long:
+        """Bytes of static shared memory."""
+        size = getattr(self._loaded, f"emu_smem_{kernel}")
+        size.restype = ctypes.c_ulong
+        return ctypes.c_long(size())
+
+    def report(self, text: str, names: Sequence[str], scale: float) -> Report:
+        """What the engine reported of a launch of this module, by lines of the CUDA source.
+
+        Parameters
+        ----------
+        text : str
+            The engine's own report.
+        names : sequence of str
+            Of the arrays, in the order the engine was told them.
+        scale : float
+            Blocks of the grid per block run.
+        """
+        return Report(text, names, self._lines, self.source, scale)
 
     def _lines(self, counters: list[int]) -> dict[int, int]:
         """Lines of the CUDA source for program counters; translation keeps line numbers."""

@@ -1,0 +1,651 @@
+// An emulated CUDA device: the functions of libcuda.so.1 and libcudart.so.13 that TVM's CUDA runtime imports, over
+// the engine of runtime.cpp. device.py builds it, loads it in front of TVM and tells it what to do.
+//
+// * Device memory is host memory, each allocation between two unmapped pages and filled with NaN: what runs over
+//   its end faults, and the fault becomes the error a GPU would report.
+// * Streams are lazy: work runs when something waits for it, so a missing wait shows as stale data. Order within a
+//   stream, events and the legacy default stream are kept. CUDA_LAUNCH_BLOCKING=1 runs everything at once.
+// * A capturing stream records instead of running; what may not be captured ends the capture with an error.
+// * An error while running a kernel is final for the device, as on a GPU, until emu_device_reset().
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <csignal>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+#include <vector>
+
+// ------------------------------------------------------------------------------------------------ the engine
+struct Opts { int check, prof, order; unsigned seed; int nthreads; long nblocks; const long* blocks; int poison; };
+extern "C" {
+void emu_set_ranges(int n, void** lo, const long* bytes, const int* elem);
+int emu_launch(void (*fn)(void**), void** args, const unsigned* dims, long smem, const Opts* o);
+const char* emu_error();
+const char* emu_report();
+int emu_in_kernel();
+void emu_fail(const char* message);
+}
+
+namespace {
+
+enum Error {  // the driver's and the runtime's codes agree where both have one
+  kOk = 0, kInvalidValue = 1, kOutOfMemory = 2, kInvalidDevice = 101, kInvalidImage = 200, kNoBinary = 209,
+  kInvalidHandle = 400, kNotFound = 500, kNotReady = 600, kIllegalAddress = 700, kOutOfResources = 701,
+  kLaunchFailure = 719, kNotSupported = 801, kCaptureUnsupported = 900, kCaptureInvalidated = 901,
+};
+struct ErrorText { int code; const char *driver, *runtime, *text; };
+const ErrorText kErrors[] = {
+  {kOk, "CUDA_SUCCESS", "cudaSuccess", "no error"},
+  {kInvalidValue, "CUDA_ERROR_INVALID_VALUE", "cudaErrorInvalidValue", "invalid argument"},
+  {kOutOfMemory, "CUDA_ERROR_OUT_OF_MEMORY", "cudaErrorMemoryAllocation", "out of memory"},
+  {kInvalidDevice, "CUDA_ERROR_INVALID_DEVICE", "cudaErrorInvalidDevice", "invalid device ordinal"},
+  {kInvalidImage, "CUDA_ERROR_INVALID_IMAGE", "cudaErrorInvalidKernelImage", "device kernel image is invalid"},
+  {kNoBinary, "CUDA_ERROR_NO_BINARY_FOR_GPU", "cudaErrorNoKernelImageForDevice", "no kernel image is available for execution on the device"},
+  {kInvalidHandle, "CUDA_ERROR_INVALID_HANDLE", "cudaErrorInvalidResourceHandle", "invalid resource handle"},
+  {kNotFound, "CUDA_ERROR_NOT_FOUND", "cudaErrorSymbolNotFound", "named symbol not found"},
+  {kNotReady, "CUDA_ERROR_NOT_READY", "cudaErrorNotReady", "device not ready"},
+  {kIllegalAddress, "CUDA_ERROR_ILLEGAL_ADDRESS", "cudaErrorIllegalAddress", "an illegal memory access was encountered"},
+  {kOutOfResources, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", "cudaErrorLaunchOutOfResources", "too many resources requested for launch"},
+  {kLaunchFailure, "CUDA_ERROR_LAUNCH_FAILED", "cudaErrorLaunchFailure", "unspecified launch failure"},
+  {kNotSupported, "CUDA_ERROR_NOT_SUPPORTED", "cudaErrorNotSupported", "operation not supported"},
+  {kCaptureUnsupported, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "cudaErrorStreamCaptureUnsupported", "operation not permitted when stream is capturing"},
+  {kCaptureInvalidated, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "cudaErrorStreamCaptureInvalidated", "operation failed due to a previous error during capture"},
+};
+
+// ------------------------------------------------------------------------------------------------ state
+struct Function {
+  std::string name, kinds;  // one character a parameter: p a pointer, else its bytes as a digit
+  std::vector<int> elements;  // bytes of what a pointer points to
+  long module = 0, static_shared = 0, max_threads = 1024, max_dynamic = 48 << 10;
+  void (*thunk[2])(void**) = {nullptr, nullptr};  // plain, instrumented
+};
+struct Module { long id; std::map<std::string, std::unique_ptr<Function>> functions; };
+struct Allocation { char *base, *map; size_t bytes, mapped; bool host; };
+struct Stream;
+struct Dependency { std::shared_ptr<Stream> stream; uint64_t ticket; };
+struct Op { std::vector<Dependency> after; std::function<void()> run; };
+struct Graph { std::vector<std::function<void()>> ops; };
+struct Stream {
+  std::deque<Op> queue;
+  uint64_t issued = 0, done = 0;  // tickets
+  bool blocking = true;  // waits for the default stream, and it for this
+  std::unique_ptr<Graph> capture;
+  bool invalidated = false, global_mode = false;
+};
+struct Event {
+  std::shared_ptr<Stream> stream;  // null until recorded
+  uint64_t ticket = 0;
+  // shared with the recording: an event may be destroyed or recorded again before that runs
+  std::shared_ptr<double> seconds = std::make_shared<double>(0.0);
+};
+struct Mode { int check, prof, order, threads; unsigned seed; };
+struct Launch {
+  const Function* function;
+  unsigned dims[6];
+  long dynamic_shared;
+  Mode mode;
+  std::vector<long> blocks;
+  std::vector<uint64_t> values;  // parameters, eight bytes each
+};
+struct Record {
+  std::string kernel, report, error;
+  unsigned dims[6];
+  long dynamic_shared, module;
+  int instrumented;
+  double seconds;
+  std::string arrays;  // for every range the engine saw, the first parameter that lies in it
+  double scale;
+};
+
+// reports failures of Python's half in words
+typedef long (*LoadCallback)(const void* image, long bytes);
+typedef int (*CompileCallback)(long module, const char* kernel, int instrumented);
+
+std::recursive_mutex g_mutex;
+std::map<char*, Allocation> g_memory;
+std::map<long, std::unique_ptr<Module>> g_modules;
+std::map<Stream*, std::shared_ptr<Stream>> g_streams;
+std::shared_ptr<Stream> g_default = std::make_shared<Stream>();
+std::vector<Record> g_records;
+std::map<int, int> g_attributes;
+std::string g_name = "emulated CUDA device", g_detail;
+size_t g_total = 0, g_used = 0;
+int g_sticky = kOk;
+thread_local int t_last = kOk;
+Mode g_mode = {0, 0, 0, 1, 1};
+std::vector<long> g_blocks;  // share of the grid an instrumented launch runs; empty: all of it
+int g_max_blocks = 0;
+LoadCallback g_load = nullptr;
+CompileCallback g_compile = nullptr;
+std::string g_fault_kernel;
+
+typedef std::lock_guard<std::recursive_mutex> Lock;
+const size_t kPage = 4096, kAlign = 256;
+
+int fail(int code, const std::string& detail = "") {
+  if (code != kOk) { t_last = code; if (!detail.empty()) g_detail = detail; }
+  return code;
+}
+#define DEVICE_ALIVE() do { if (g_sticky) return fail(g_sticky); } while (0)
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+std::shared_ptr<Stream> find_stream(void* handle) {
+  // 1 and 2 are the handles of the legacy and the per-thread default stream
+  if (!handle || handle == (void*)1 || handle == (void*)2) return g_default;
+  auto found = g_streams.find((Stream*)handle);
+  return found == g_streams.end() ? nullptr : found->second;
+}
+
+// ------------------------------------------------------------------------------------------------ memory
+Allocation* holding(const void* p) {
+  auto next = g_memory.upper_bound((char*)p);
+  if (next == g_memory.begin()) return nullptr;
+  Allocation& a = std::prev(next)->second;
+  return (char*)p < a.base + a.bytes ? &a : nullptr;
+}
+std::string describe(const void* p) {
+  char text[200];
+  auto next = g_memory.upper_bound((char*)p);
+  if (next == g_memory.begin()) { snprintf(text, sizeof text, "address %p, no allocation of the device", p); return text; }
+  const Allocation& a = std::prev(next)->second;
+  snprintf(text, sizeof text, "address %p, byte %ld of an allocation of %zu", p, (long)((char*)p - a.base), a.bytes);
+  return text;
+}
+int allocate(void** out, size_t bytes, bool host) {
+  if (!out) return fail(kInvalidValue);
+  *out = nullptr;
+  if (!bytes) return kOk;
+  if (!host && g_used + bytes > g_total) return fail(kOutOfMemory, "the emulated device has " + std::to_string(g_total >> 20) + " MiB, " + std::to_string(g_used >> 20) + " of them in use");
+  size_t room = (bytes + kAlign - 1) / kAlign * kAlign, inner = (room + kPage - 1) / kPage * kPage, whole = inner + 2 * kPage;
+  char* map = (char*)mmap(nullptr, whole, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (map == MAP_FAILED) return fail(kOutOfMemory);
+  if (mprotect(map + kPage, inner, PROT_READ | PROT_WRITE)) { munmap(map, whole); return fail(kOutOfMemory); }
+  // up against the page behind it, so that running over the end faults
+  char* base = map + kPage + inner - room;
+  memset(base, 0xff, room);  // NaN in every float format
+  g_memory[base] = {base, map, bytes, whole, host};
+  if (!host) g_used += bytes;
+  *out = base;
+  return kOk;
+}
+int release(void* p, bool host) {
+  if (!p) return kOk;
+  auto found = g_memory.find((char*)p);
+  if (found == g_memory.end() || found->second.host != host) return fail(kInvalidValue, "free of " + describe(p));
+  if (!host) g_used -= found->second.bytes;
+  munmap(found->second.map, found->second.mapped);
+  g_memory.erase(found);
+  return kOk;
+}
+
+// ------------------------------------------------------------------------------------------------ streams
+void run_until(const std::shared_ptr<Stream>& stream, uint64_t ticket) {
+  while (stream->done < ticket && !stream->queue.empty()) {
+    Op op = std::move(stream->queue.front());
+    stream->queue.pop_front();
+    for (auto& d : op.after) run_until(d.stream, d.ticket);
+    if (!g_sticky) op.run();  // after a failed kernel nothing runs any more
+    stream->done++;
+  }
+}
+void run_all() {
+  run_until(g_default, g_default->issued);
+  for (auto& s : g_streams) run_until(s.second, s.second->issued);
+}
+int enqueue(const std::shared_ptr<Stream>& stream, std::function<void()> run, std::vector<Dependency> after = {}) {
+  if (stream->capture) {
+    if (!after.empty()) { stream->invalidated = true; return fail(kCaptureUnsupported, "the emulated device captures one stream only"); }
+    stream->capture->ops.push_back(std::move(run));
+    return kOk;
+  }
+  if (stream == g_default) {
+    for (auto& s : g_streams) if (s.second->blocking && !s.second->capture) after.push_back({s.second, s.second->issued});
+  } else if (stream->blocking) {
+    after.push_back({g_default, g_default->issued});
+  }
+  stream->queue.push_back({std::move(after), std::move(run)});
+  stream->issued++;
+  static const char* blocking = getenv("CUDA_LAUNCH_BLOCKING");
+  if (blocking && *blocking == '1') run_until(stream, stream->issued);
+  return g_sticky ? fail(g_sticky) : kOk;
+}
+// what must not happen while a stream captures in global mode: it would run outside of the graph
+int refuse_while_capturing(const char* what) {
+  bool any = false;
+  for (auto& s : g_streams) if (s.second->capture && s.second->global_mode) { s.second->invalidated = true; any = true; }
+  return any ? fail(kCaptureUnsupported, std::string(what) + " while a stream is capturing") : (int)kOk;
+}
+
+// ------------------------------------------------------------------------------------------------ kernels
+// A fault inside a kernel goes on as an error of that thread: the fiber's context is sent to a function that
+// reports and leaves the fiber for good.
+void* g_fault_address;
+void report_fault() {
+  static thread_local char text[400];
+  snprintf(text, sizeof text, "access outside of device memory (%s)", describe(g_fault_address).c_str());
+  emu_fail(text);
+}
+struct sigaction g_before[2];
+const int kSignals[2] = {SIGSEGV, SIGBUS};
+void on_fault(int signal, siginfo_t* info, void* context) {
+  if (!emu_in_kernel()) {  // not ours: the handler before gets it when the instruction runs again
+    sigaction(signal, &g_before[signal == SIGBUS], nullptr);
+    return;
+  }
+  g_fault_address = info->si_addr;
+  greg_t* registers = ((ucontext_t*)context)->uc_mcontext.gregs;
+  registers[REG_RSP] = ((registers[REG_RSP] - 256) & ~15ll) - 8;  // below the red zone, aligned as after a call
+  registers[REG_RIP] = (greg_t)report_fault;
+}
+struct FaultsCaught {
+  FaultsCaught() {
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_NODEFER;
+    for (int i = 0; i < 2; i++) sigaction(kSignals[i], &action, &g_before[i]);
+  }
+  ~FaultsCaught() { for (int i = 0; i < 2; i++) sigaction(kSignals[i], &g_before[i], nullptr); }
+};
+
+void execute(const Launch& launch) {
+  const Function& f = *launch.function;
+  std::vector<uint64_t> values = launch.values;
+  std::vector<void*> args, lo;
+  for (auto& v : values) args.push_back(&v);
+  std::vector<long> bytes;
+  std::vector<int> elements;
+  std::string arrays;
+  std::map<char*, size_t> known;
+  for (size_t i = 0; i < f.kinds.size(); i++) {
+    if (f.kinds[i] != 'p' || !values[i]) continue;
+    Allocation* a = holding((void*)values[i]);
+    if (!a) continue;  // reading through it faults
+    auto found = known.find(a->base);
+    if (found != known.end()) { elements[found->second] = std::min(elements[found->second], f.elements[i]); continue; }
+    known[a->base] = lo.size();
+    lo.push_back(a->base); bytes.push_back((long)a->bytes); elements.push_back(f.elements[i]);
+    arrays += (arrays.empty() ? "" : ",") + std::to_string(i);
+  }
+  int instrumented = launch.mode.check || launch.mode.prof;
+  Opts o = {launch.mode.check, launch.mode.prof, launch.mode.order, launch.mode.seed, launch.mode.threads, (long)launch.blocks.size(), launch.blocks.empty() ? nullptr : launch.blocks.data(), 1};
+  emu_set_ranges((int)lo.size(), lo.data(), bytes.data(), elements.data());
+  double begin = now(), grid = (double)launch.dims[0] * launch.dims[1] * launch.dims[2];
+  int failed;
+  {
+    FaultsCaught caught;
+    failed = emu_launch(f.thunk[instrumented], args.data(), launch.dims, f.static_shared + launch.dynamic_shared, &o);
+  }
+  Record r = {f.name, instrumented ? emu_report() : "", failed ? emu_error() : "", {}, launch.dynamic_shared, f.module, instrumented, now() - begin, arrays, launch.blocks.empty() ? 1.0 : grid / (double)launch.blocks.size()};
+  memcpy(r.dims, launch.dims, sizeof r.dims);
+  if (failed) {
+    g_detail = "kernel " + f.name + ": " + r.error;
+    g_sticky = r.error.find("access") != std::string::npos ? kIllegalAddress : kLaunchFailure;
+  }
+  g_records.push_back(std::move(r));
+}
+
+int limit(int attribute, int fallback) {
+  auto found = g_attributes.find(attribute);
+  return found == g_attributes.end() ? fallback : found->second;
+}
+const char* text_of(int code, const char* ErrorText::* field) {
+  for (auto& e : kErrors) if (e.code == code) return e.*field;
+  return "an error the emulated device does not know";
+}
+const char* explained(int code) {
+  // kept for the process's life: callers hold the pointer
+  static std::map<std::pair<int, std::string>, std::string> texts;
+  Lock lock(g_mutex);
+  auto& text = texts[{code, g_detail}];
+  if (text.empty()) text = std::string(text_of(code, &ErrorText::text)) + (code && !g_detail.empty() ? " (emulated device: " + g_detail + ")" : "");
+  return text.c_str();
+}
+
+// cudaDeviceAttr
+enum { kThreadsPerBlock = 1, kGridX = 5, kGridY = 6, kGridZ = 7, kSharedPerBlock = 8, kSharedOptin = 97, kMajor = 75, kMinor = 76, kMultiprocessors = 16, kRegistersPerBlock = 12 };
+
+}  // namespace
+
+#define API extern "C" __attribute__((visibility("default")))
+
+// ------------------------------------------------------------------------------------------------ for device.py
+API void emu_device_configure(const char* name, long total_bytes, int n, const int* keys, const int* values) {
+  Lock lock(g_mutex);
+  g_name = name; g_total = (size_t)total_bytes; g_attributes.clear();
+  for (int i = 0; i < n; i++) g_attributes[keys[i]] = values[i];
+}
+API void emu_device_callbacks(LoadCallback load, CompileCallback compile) { g_load = load; g_compile = compile; }
+API void emu_device_mode(int check, int prof, int order, unsigned seed, int threads, int max_blocks) {
+  Lock lock(g_mutex);
+  g_mode = {check, prof, order, threads, seed};
+  g_max_blocks = max_blocks;
+}
+API void emu_device_function(long module, const char* name, const char* kinds, const int* elements, long max_threads) {
+  Lock lock(g_mutex);
+  auto& m = g_modules[module];
+  if (!m) { m.reset(new Module{module, {}}); }
+  auto f = std::make_unique<Function>();
+  f->name = name; f->kinds = kinds; f->module = module; f->max_threads = max_threads;
+  f->elements.assign(elements, elements + f->kinds.size());
+  m->functions[name] = std::move(f);
+}
+API void emu_device_compiled(long module, const char* name, int instrumented, void (*thunk)(void**), long static_shared) {
+  Lock lock(g_mutex);
+  Function& f = *g_modules.at(module)->functions.at(name);
+  f.thunk[instrumented] = thunk; f.static_shared = static_shared;
+}
+API void emu_device_detail(const char* text) { Lock lock(g_mutex); g_detail = text; }
+API long emu_device_records() { Lock lock(g_mutex); return (long)g_records.size(); }
+API void emu_device_forget() { Lock lock(g_mutex); g_records.clear(); }
+struct RecordView { const char *kernel, *report, *error, *arrays; unsigned dims[6]; long dynamic_shared, module; int instrumented; double seconds, scale; };
+API void emu_device_record(long i, RecordView* out) {  // valid until records are forgotten or another launch runs
+  Lock lock(g_mutex);
+  const Record& r = g_records.at(i);
+  *out = {r.kernel.c_str(), r.report.c_str(), r.error.c_str(), r.arrays.c_str(), {}, r.dynamic_shared, r.module, r.instrumented, r.seconds, r.scale};
+  memcpy(out->dims, r.dims, sizeof r.dims);
+}
+API int emu_device_synchronize() { Lock lock(g_mutex); run_all(); return g_sticky; }
+API void emu_device_reset() {  // forgets a failed kernel and what was queued behind it; memory stays
+  Lock lock(g_mutex);
+  g_sticky = kOk; g_detail.clear(); t_last = kOk;
+  for (auto& s : g_streams) { s.second->queue.clear(); s.second->done = s.second->issued; s.second->capture.reset(); s.second->invalidated = false; }
+  g_default->queue.clear(); g_default->done = g_default->issued;
+}
+API long emu_device_used() { Lock lock(g_mutex); return (long)g_used; }
+
+// ------------------------------------------------------------------------------------------------ libcuda.so.1
+API int cuGetErrorName(int code, const char** out) { *out = text_of(code, &ErrorText::driver); return kOk; }
+API int cuGetErrorString(int code, const char** out) { *out = explained(code); return kOk; }
+API int cuDeviceGetName(char* name, int length, int device) {
+  if (device) return fail(kInvalidDevice);
+  snprintf(name, (size_t)length, "%s", g_name.c_str());
+  return kOk;
+}
+API int cuModuleLoadData(Module** out, const void* image) {
+  { Lock lock(g_mutex); DEVICE_ALIVE(); }
+  if (!image || !g_load) return fail(kInvalidImage);
+  long bytes;
+  if (!memcmp(image, "\x7f" "ELF", 4)) {  // the end of the section or of the program headers, whichever is later
+    const unsigned char* e = (const unsigned char*)image;
+    uint64_t ph, sh; uint16_t phsize, phn, shsize, shn;
+    memcpy(&ph, e + 32, 8); memcpy(&sh, e + 40, 8); memcpy(&phsize, e + 54, 2); memcpy(&phn, e + 56, 2); memcpy(&shsize, e + 58, 2); memcpy(&shn, e + 60, 2);
+    bytes = (long)std::max(ph + (uint64_t)phsize * phn, sh + (uint64_t)shsize * shn);
+  } else {
+    bytes = (long)strlen((const char*)image);
+  }
+  // without the lock: Python's half may wait for another thread, which may wait for this device
+  long id = g_load(image, bytes);
+  if (id <= 0) return fail(kNoBinary);
+  Lock lock(g_mutex);
+  *out = g_modules.at(id).get();
+  return kOk;
+}
+API int cuModuleUnload(Module* module) {
+  Lock lock(g_mutex);
+  for (auto& m : g_modules) if (m.second.get() == module) { run_all(); g_modules.erase(m.first); return kOk; }
+  return fail(kInvalidHandle);
+}
+API int cuModuleGetFunction(Function** out, Module* module, const char* name) {
+  Lock lock(g_mutex);
+  auto found = module->functions.find(name);
+  if (found == module->functions.end()) return fail(kNotFound, std::string("there is no kernel ") + name);
+  *out = found->second.get();
+  return kOk;
+}
+API int cuFuncSetAttribute(Function* f, int attribute, int value) {
+  Lock lock(g_mutex);
+  const int kMaxDynamicShared = 8;
+  if (attribute != kMaxDynamicShared) return fail(kNotSupported, "attribute " + std::to_string(attribute) + " of a kernel");
+  if (value < 0 || value + f->static_shared > limit(kSharedOptin, 48 << 10)) return fail(kInvalidValue, "kernel " + f->name + ": " + std::to_string(value) + " bytes of dynamic shared memory are more than a block of this device can have");
+  f->max_dynamic = value;
+  return kOk;
+}
+struct LaunchConfig { unsigned grid[3], block[3], shared; void* stream; const int* attributes; unsigned num_attributes; };
+API int cuLaunchKernelEx(const LaunchConfig* c, Function* f, void** params, void** extra) {
+  Launch launch;
+  {
+    Lock lock(g_mutex);
+    DEVICE_ALIVE();
+    std::string at = "kernel " + f->name + ": ";
+    if (extra) return fail(kNotSupported, at + "parameters by extra");
+    if (c->num_attributes && c->attributes && c->attributes[0] != 0) return fail(kNotSupported, at + "launch attribute " + std::to_string(c->attributes[0]) + " is not emulated");
+    long threads = (long)c->block[0] * c->block[1] * c->block[2];
+    if (!threads || threads > limit(kThreadsPerBlock, 1024)) return fail(kInvalidValue, at + std::to_string(threads) + " threads a block");
+    if (threads > f->max_threads) return fail(kOutOfResources, at + std::to_string(threads) + " threads a block, compiled for " + std::to_string(f->max_threads));
+    if (!c->grid[0] || !c->grid[1] || !c->grid[2] || c->grid[1] > 65535 || c->grid[2] > 65535 || c->grid[0] > 2147483647u) return fail(kInvalidValue, at + "a grid of " + std::to_string(c->grid[0]) + " x " + std::to_string(c->grid[1]) + " x " + std::to_string(c->grid[2]));
+    launch.mode = g_mode;
+    launch.function = f;
+    launch.dynamic_shared = c->shared;
+    memcpy(launch.dims, c->grid, 12); memcpy(launch.dims + 3, c->block, 12);
+  }
+  int instrumented = launch.mode.check || launch.mode.prof;
+  long total = (long)c->grid[0] * c->grid[1] * c->grid[2];
+  bool sampled = instrumented && g_max_blocks && total > g_max_blocks;
+  // without the lock, as above; the mode is the one at the time of the launch
+  for (int variant = 0; variant < 2; variant++) {
+    bool needed = variant == instrumented || sampled;
+    if (needed && !f->thunk[variant] && (!g_compile || g_compile(f->module, f->name.c_str(), variant))) return fail(kInvalidImage);
+  }
+  Lock lock(g_mutex);
+  if (launch.dynamic_shared > f->max_dynamic || f->static_shared + launch.dynamic_shared > limit(kSharedOptin, 48 << 10)) return fail(kInvalidValue, "kernel " + f->name + ": " + std::to_string(launch.dynamic_shared) + " bytes of dynamic shared memory, at most " + std::to_string(f->max_dynamic) + " were asked for beforehand");
+  for (size_t i = 0; i < f->kinds.size(); i++) {
+    uint64_t value = 0;
+    memcpy(&value, params[i], f->kinds[i] == 'p' ? 8 : (size_t)(f->kinds[i] - '0'));
+    launch.values.push_back(value);
+  }
+  auto stream = find_stream(c->stream);
+  if (!stream) return fail(kInvalidHandle);
+  if (sampled) {
+    // some blocks are inspected, spread over the grid with both ends among them; then memory is put back and all
+    // of them run plain, so that the results are whole
+    Launch inspected = launch;
+    for (long i = 0; i < g_max_blocks; i++) inspected.blocks.push_back(g_max_blocks == 1 ? 0 : i * (total - 1) / (g_max_blocks - 1));
+    launch.mode.check = launch.mode.prof = 0;
+    int code = enqueue(stream, [inspected] {
+      std::map<char*, std::vector<char>> before;
+      for (size_t i = 0; i < inspected.function->kinds.size(); i++) {
+        Allocation* a = inspected.function->kinds[i] == 'p' ? holding((void*)inspected.values[i]) : nullptr;
+        if (a && !before.count(a->base)) before[a->base].assign(a->base, a->base + a->bytes);
+      }
+      execute(inspected);
+      for (auto& b : before) memcpy(b.first, b.second.data(), b.second.size());
+    });
+    if (code) return code;
+  }
+  return enqueue(stream, [launch] { execute(launch); });
+}
+API int cuTensorMapEncodeTiled(...) { return fail(kNotSupported, "tensor maps are not emulated"); }
+
+// ------------------------------------------------------------------------------------------------ libcudart.so.13
+API const char* cudaGetErrorName(int code) { return text_of(code, &ErrorText::runtime); }
+API const char* cudaGetErrorString(int code) { return explained(code); }
+API int cudaGetLastError() { int code = g_sticky ? g_sticky : t_last; t_last = kOk; return code; }
+API int cudaPeekAtLastError() { return g_sticky ? g_sticky : t_last; }
+API int cudaGetDeviceCount(int* n) { *n = 1; return kOk; }
+API int cudaGetDevice(int* device) { *device = 0; return kOk; }
+API int cudaSetDevice(int device) { return device ? fail(kInvalidDevice) : (int)kOk; }
+API int cudaDeviceGetAttribute(int* value, int attribute, int device) {
+  Lock lock(g_mutex);
+  if (device) return fail(kInvalidDevice);
+  auto found = g_attributes.find(attribute);
+  if (found == g_attributes.end()) return fail(kInvalidValue, "device attribute " + std::to_string(attribute) + " is not known to the emulated device");
+  *value = found->second;
+  return kOk;
+}
+struct Properties {  // the head of cudaDeviceProp of CUDA 13; what follows is left as it was
+  char name[256]; unsigned char uuid[16]; char luid[8]; unsigned mask;
+  size_t total, shared_per_block; int registers, warp; size_t pitch; int max_threads, max_dim[3], max_grid[3];
+  size_t constant; int major, minor;
+};
+API int cudaGetDeviceProperties(Properties* p, int device) {
+  Lock lock(g_mutex);
+  if (device) return fail(kInvalidDevice);
+  memset(p, 0, sizeof *p);
+  snprintf(p->name, sizeof p->name, "%s", g_name.c_str());
+  p->total = g_total; p->shared_per_block = (size_t)limit(kSharedPerBlock, 0); p->registers = limit(kRegistersPerBlock, 0); p->warp = 32; p->max_threads = limit(kThreadsPerBlock, 0);
+  for (int i = 0; i < 3; i++) { p->max_dim[i] = limit(2 + i, 0); p->max_grid[i] = limit(kGridX + i, 0); }
+  p->major = limit(kMajor, 0); p->minor = limit(kMinor, 0);
+  return kOk;
+}
+API int cudaMemGetInfo(size_t* free_bytes, size_t* total) { Lock lock(g_mutex); *total = g_total; *free_bytes = g_total - g_used; return kOk; }
+API int cudaMalloc(void** out, size_t bytes) {
+  Lock lock(g_mutex);
+  DEVICE_ALIVE();
+  if (int code = refuse_while_capturing("cudaMalloc")) return code;
+  return allocate(out, bytes, false);
+}
+API int cudaFree(void* p) {
+  Lock lock(g_mutex);
+  if (int code = refuse_while_capturing("cudaFree")) return code;
+  run_all();  // cudaFree waits for the device
+  int code = release(p, false);
+  return g_sticky ? fail(g_sticky) : code;
+}
+API int cudaMallocHost(void** out, size_t bytes) { Lock lock(g_mutex); return allocate(out, bytes, true); }
+API int cudaFreeHost(void* p) { Lock lock(g_mutex); run_all(); return release(p, true); }
+
+static int copy(void* to, const void* from, size_t bytes, int kind, void* handle) {
+  Lock lock(g_mutex);
+  DEVICE_ALIVE();
+  auto stream = find_stream(handle);
+  if (!stream) return fail(kInvalidHandle);
+  if (!bytes) return kOk;
+  // kind: 0 host to host, 1 host to device, 2 device to host, 3 device to device, 4 by the addresses
+  Allocation *target = holding(to), *source = holding(from);
+  bool to_device = kind == 1 || kind == 3, from_device = kind == 2 || kind == 3;
+  if (to_device && (!target || target->host)) return fail(kInvalidValue, "copy to " + describe(to));
+  if (from_device && (!source || source->host)) return fail(kInvalidValue, "copy from " + describe(from));
+  if (target && (char*)to + bytes > target->base + target->bytes) return fail(kInvalidValue, "copy of " + std::to_string(bytes) + " bytes to " + describe(to));
+  if (source && (char*)from + bytes > source->base + source->bytes) return fail(kInvalidValue, "copy of " + std::to_string(bytes) + " bytes from " + describe(from));
+  if (stream->capture && ((!target && to_device == false) || (!source && from_device == false && kind != 3))) {
+    stream->invalidated = true;
+    return fail(kCaptureUnsupported, "copy to or from pageable memory while capturing");
+  }
+  if (!source && !stream->capture) {
+    // pageable memory is read before the call returns, so that the caller may change it
+    auto held = std::make_shared<std::vector<char>>((const char*)from, (const char*)from + bytes);
+    return enqueue(stream, [to, held] { memcpy(to, held->data(), held->size()); });
+  }
+  int code = enqueue(stream, [to, from, bytes] { memmove(to, from, bytes); });
+  // to pageable memory the call returns when the copy is there
+  if (!code && !target) { run_until(stream, stream->issued); code = g_sticky ? fail(g_sticky) : (int)kOk; }
+  return code;
+}
+API int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int kind, void* stream) { return copy(to, from, bytes, kind, stream); }
+API int cudaMemcpyPeerAsync(void* to, int to_device, const void* from, int from_device, size_t bytes, void* stream) {
+  return to_device || from_device ? fail(kInvalidDevice) : copy(to, from, bytes, 3, stream);
+}
+
+API int cudaStreamCreateWithFlags(Stream** out, unsigned flags) {
+  Lock lock(g_mutex);
+  DEVICE_ALIVE();
+  auto made = std::make_shared<Stream>();
+  made->blocking = !(flags & 1);  // cudaStreamNonBlocking
+  *out = made.get();
+  g_streams[made.get()] = made;
+  return kOk;
+}
+API int cudaStreamCreate(Stream** out) { return cudaStreamCreateWithFlags(out, 0); }
+API int cudaStreamDestroy(Stream* handle) {
+  Lock lock(g_mutex);
+  auto found = g_streams.find(handle);
+  if (found == g_streams.end()) return fail(kInvalidHandle);
+  run_until(found->second, found->second->issued);  // what was queued is still done
+  g_streams.erase(found);
+  return kOk;
+}
+API int cudaStreamSynchronize(void* handle) {
+  Lock lock(g_mutex);
+  auto stream = find_stream(handle);
+  if (!stream) return fail(kInvalidHandle);
+  if (stream->capture) { stream->invalidated = true; return fail(kCaptureUnsupported, "cudaStreamSynchronize of a capturing stream"); }
+  run_until(stream, stream->issued);
+  // the default stream is done when the blocking ones before it are
+  if (stream == g_default) for (auto& s : g_streams) if (s.second->blocking) run_until(s.second, s.second->issued);
+  return g_sticky ? fail(g_sticky) : kOk;
+}
+API int cudaStreamWaitEvent(void* handle, Event* event, unsigned) {
+  Lock lock(g_mutex);
+  auto stream = find_stream(handle);
+  if (!stream || !event) return fail(kInvalidHandle);
+  if (!event->stream) return kOk;  // never recorded: nothing to wait for
+  return enqueue(stream, [] {}, {{event->stream, event->ticket}});
+}
+API int cudaStreamBeginCapture(void* handle, int mode) {
+  Lock lock(g_mutex);
+  DEVICE_ALIVE();
+  auto stream = find_stream(handle);
+  if (!stream) return fail(kInvalidHandle);
+  if (stream == g_default) return fail(kCaptureUnsupported, "the default stream cannot capture");
+  if (stream->capture) return fail(kInvalidValue, "the stream is capturing already");
+  stream->capture = std::make_unique<Graph>();
+  stream->invalidated = false;
+  stream->global_mode = mode == 0;  // cudaStreamCaptureModeGlobal
+  return kOk;
+}
+API int cudaStreamEndCapture(void* handle, Graph** out) {
+  Lock lock(g_mutex);
+  *out = nullptr;
+  auto stream = find_stream(handle);
+  if (!stream || !stream->capture) return fail(kInvalidValue, "the stream is not capturing");
+  auto graph = std::move(stream->capture);
+  if (stream->invalidated) return fail(kCaptureInvalidated);
+  *out = graph.release();
+  return kOk;
+}
+API int cudaGraphInstantiate(Graph** exec, Graph* graph, unsigned long long) {
+  if (!graph) return fail(kInvalidValue);
+  *exec = new Graph(*graph);
+  return kOk;
+}
+API int cudaGraphLaunch(Graph* exec, void* handle) {
+  Lock lock(g_mutex);
+  DEVICE_ALIVE();
+  auto stream = find_stream(handle);
+  if (!exec || !stream) return fail(kInvalidHandle);
+  auto ops = exec->ops;
+  return enqueue(stream, [ops] { for (auto& op : ops) if (!g_sticky) op(); });
+}
+API int cudaGraphDestroy(Graph* graph) { delete graph; return kOk; }
+API int cudaGraphExecDestroy(Graph* exec) { delete exec; return kOk; }
+
+API int cudaEventCreate(Event** out) { *out = new Event; return kOk; }
+API int cudaEventDestroy(Event* event) { delete event; return kOk; }
+API int cudaEventRecord(Event* event, void* handle) {
+  Lock lock(g_mutex);
+  DEVICE_ALIVE();
+  auto stream = find_stream(handle);
+  if (!event || !stream) return fail(kInvalidHandle);
+  event->seconds = std::make_shared<double>(0.0);
+  auto seconds = event->seconds;
+  int code = enqueue(stream, [seconds] { *seconds = now(); });
+  if (stream->capture) return code;  // part of the graph, nothing to wait for
+  event->stream = stream; event->ticket = stream->issued;
+  return code;
+}
+API int cudaEventSynchronize(Event* event) {
+  Lock lock(g_mutex);
+  if (!event) return fail(kInvalidHandle);
+  if (event->stream) run_until(event->stream, event->ticket);
+  return g_sticky ? fail(g_sticky) : kOk;
+}
+API int cudaEventElapsedTime(float* milliseconds, Event* begin, Event* end) {
+  Lock lock(g_mutex);
+  if (!begin || !end || !begin->stream || !end->stream) return fail(kInvalidHandle);
+  if (begin->stream->done < begin->ticket || end->stream->done < end->ticket) return fail(kNotReady);
+  *milliseconds = (float)((*end->seconds - *begin->seconds) * 1e3);  // of this CPU: says nothing about a GPU
+  return kOk;
+}
