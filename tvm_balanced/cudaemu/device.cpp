@@ -382,7 +382,7 @@ API int cuModuleLoadData(Module** out, const void* image) {
     const unsigned char* e = (const unsigned char*)image;
     uint64_t ph, sh; uint16_t phsize, phn, shsize, shn;
     memcpy(&ph, e + 32, 8); memcpy(&sh, e + 40, 8); memcpy(&phsize, e + 54, 2); memcpy(&phn, e + 56, 2); memcpy(&shsize, e + 58, 2); memcpy(&shn, e + 60, 2);
-    bytes = (long)std::max(ph + (uint64_t)phsize * phn, sh + (uint64_t)shsize * shn);
+    bytes = (long)std::max({(uint64_t)64, ph + (uint64_t)phsize * phn, sh + (uint64_t)shsize * shn});
   } else {
     bytes = (long)strlen((const char*)image);
   }
