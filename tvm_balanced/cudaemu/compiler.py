@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -65,6 +66,24 @@ def _compile(output: Path, args: list[str]) -> Path:
     return output
 
 
+def _precompiled_headers(flags: list[str]) -> Path:
+    """A folder with the headers, the large one compiled beforehand: most kernels are small beside it."""
+    files = sorted(INCLUDE.iterdir())
+    name = digest(*(f.read_bytes() for f in files), " ".join(flags), os.environ.get("CXX", "g++"))
+    folder = cache_dir() / f"include_{name}"
+    if not folder.is_dir():
+        temporary = Path(tempfile.mkdtemp(prefix="include_", dir=cache_dir()))
+        for file in files:
+            shutil.copyfile(file, temporary / file.name)
+        header = temporary / "cudaemu.h"
+        _compile(temporary / "cudaemu.h.gch", [*flags, "-x", "c++-header", str(header)])
+        try:
+            temporary.rename(folder)
+        except OSError:  # another process was first
+            shutil.rmtree(temporary)
+    return folder
+
+
 def compile_kernels(text: str, instrument: bool) -> tuple[Path, Path]:
     """Compile translated kernels.
 
@@ -81,15 +100,15 @@ def compile_kernels(text: str, instrument: bool) -> tuple[Path, Path]:
         The C++ file and the shared library.
     """
     flags = _BASE + (_INSTRUMENTED if instrument else _FAST)
-    header = (INCLUDE / "cudaemu.h").read_bytes()
-    key = digest(text, header, " ".join(flags), os.environ.get("CXX", "g++"))
+    headers = _precompiled_headers(flags)
+    key = digest(text, headers.name)
     source = cache_dir() / f"k_{key}.cpp"
     if not source.exists():
         temporary = source.with_name(f"{source.name}.{os.getpid()}.tmp")
         temporary.write_text(text)
         os.replace(temporary, source)
     # compiled and linked apart, so that no sanitizer library is linked in
-    args = [*flags, "-c", "-I", str(INCLUDE), "-include", "cudaemu.h", str(source)]
+    args = [*flags, "-c", "-I", str(headers), "-include", str(headers / "cudaemu.h"), str(source)]
     compiled = _compile(source.with_suffix(".o"), args)
     return source, _compile(source.with_suffix(".so"), ["-shared", str(compiled)])
 
