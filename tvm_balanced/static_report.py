@@ -99,7 +99,7 @@ def kernel_resources(cubin: bytes) -> list[KernelResources]:
         )
     try:
         return _resources(_Elf(cubin))
-    except (struct.error, IndexError, KeyError, UnicodeDecodeError) as error:
+    except (struct.error, IndexError, KeyError, ValueError) as error:
         raise ArtifactError(
             f"the cubin is damaged, or of a form that is not known ({error!r}): compile it again"
         ) from error
