@@ -278,7 +278,7 @@ def occupancy(
     if not 1 <= threads <= _MAX_BLOCK_THREADS:
         raise InputError(f"a block of {threads} threads was given; give 1 to {_MAX_BLOCK_THREADS}")
     warps = -(-threads // _WARP)
-    of_warp = _round_up(resources.registers * _WARP, _REGISTER_UNIT)
+    of_warp = _round_up(max(resources.registers, 1) * _WARP, _REGISTER_UNIT)
     warps_with_registers = _SM_REGISTERS // _SM_PARTS // of_warp * _SM_PARTS
     # a launch is checked as if every quarter held as many warps of the block
     if of_warp * _round_up(warps, _SM_PARTS) > _SM_REGISTERS:
