@@ -169,6 +169,8 @@ BY_HAND = [
     ("sm_80", (32, 128, 32 << 10, 0), 4, ("shared memory",)),
     ("sm_90", (32, 128, 32 << 10, 0), 6, ("shared memory",)),
     ("sm_86", (32, 128, 32 << 10, 0), 3, ("shared memory",)),
+    # 16000 and 1024 are 133 units of 128 bytes, six times in 800; in units of 256 it would be five
+    ("sm_86", (32, 128, 16000, 0), 6, ("shared memory",)),
     # the most that a block can ask for, and a byte more
     ("sm_90", (32, 128, 0, 227 << 10), 1, ("shared memory",)),
     ("sm_90", (32, 128, 0, (227 << 10) + 1), 0, ("shared memory",)),
@@ -240,7 +242,7 @@ def test_occupancy_is_that_of_nvidias_calculator(tmp_path: Path) -> None:
         device = f"{arch[3:-1]} {arch[-1]} {limits.warps * 32} {limits.shared_bytes}"
         for registers in (8, 24, 32, 33, 40, 48, 64, 80, 96, 128, 168, 255):
             for threads in (1, 32, 96, 128, 256, 320, 512, 768, 1024):
-                for shared, dynamic in ((0, 0), (400, 0), (8192, 0), (49152, 0), (1000, 50000)):
+                for shared, dynamic in ((0, 0), (8192, 0), (16000, 0), (49152, 0), (1000, 50000)):
                     kernel = KernelResources("k", registers, 0, shared, None)
                     result = occupancy(kernel, arch, threads, dynamic)
                     lines.append(f"{device} {registers} {threads} {shared} {dynamic}")
