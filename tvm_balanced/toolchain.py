@@ -240,8 +240,8 @@ def load_cuda_runtime() -> None:
             raise ToolchainError(f"{library} cannot be loaded ({error}): {remedy}") from error
 
 
-def cubin_images(path: Path | str) -> list[DeviceImage]:
-    """Find the CUDA ELF images inside a file.
+def read_cubins(path: Path | str) -> list[tuple[DeviceImage, bytes]]:
+    """Find the CUDA ELF images inside a file, and cut them out.
 
     Parameters
     ----------
@@ -250,7 +250,7 @@ def cubin_images(path: Path | str) -> list[DeviceImage]:
 
     Returns
     -------
-    list of DeviceImage
+    list of (DeviceImage, bytes)
         In file order.
     """
     data = Path(path).read_bytes()
@@ -267,9 +267,25 @@ def cubin_images(path: Path | str) -> list[DeviceImage]:
                 number = (flags >> 8) & 0xFF if ident[8] >= 8 else flags & 0xFF
                 image = data[at : at + end]
                 digest = hashlib.sha256(image).hexdigest()
-                images.append(DeviceImage(f"sm_{number}", len(image), digest))
+                images.append((DeviceImage(f"sm_{number}", len(image), digest), image))
         at = data.find(b"\x7fELF\x02\x01", at + 4)
     return images
+
+
+def cubin_images(path: Path | str) -> list[DeviceImage]:
+    """Describe the CUDA ELF images inside a file.
+
+    Parameters
+    ----------
+    path : path-like
+        Usually an exported library.
+
+    Returns
+    -------
+    list of DeviceImage
+        In file order.
+    """
+    return [image for image, _ in read_cubins(path)]
 
 
 def cubin_architectures(path: Path | str) -> list[str]:

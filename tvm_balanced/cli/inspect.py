@@ -17,6 +17,7 @@ from tvm_balanced.log import Output, summary
 
 if TYPE_CHECKING:
     from tvm_balanced.artifact import TensorEntry
+    from tvm_balanced.runtime import Library
 
 
 @click.command(name="inspect")
@@ -29,8 +30,15 @@ if TYPE_CHECKING:
     help="Shape of an input of an ONNX model; repeatable.",
 )
 @click.option("--source", metavar="KERNEL", help="Print the CUDA source of a kernel of a library.")
+@click.option(
+    "--static",
+    is_flag=True,
+    help="Registers, spills, shared memory, occupancy and instructions of a library's CUDA kernels.",
+)
 @with_output
-def command(output: Output, path: str, input_shapes: tuple[str, ...], source: str | None) -> None:
+def command(
+    output: Output, path: str, input_shapes: tuple[str, ...], source: str | None, static: bool
+) -> None:
     """What is in PATH: a library (.tvmb), a model (.onnx, .pt2) or a checkpoint (.safetensors).
 
     Nothing in it is run, and no GPU is needed.
@@ -40,21 +48,27 @@ def command(output: Output, path: str, input_shapes: tuple[str, ...], source: st
       tvm-balanced inspect model.tvmb --json
     """
     shapes = parse_shapes(input_shapes)
-    output.arguments("inspect", {"path": path, "input-shape": shapes, "source": source})
+    output.arguments(
+        "inspect", {"path": path, "input-shape": shapes, "source": source, "static": static}
+    )
     place = Path(path)
     if not place.exists():
         raise InputError(f"{path} does not exist; give a .tvmb, .onnx, .pt2 or .safetensors")
     if source is not None and not place.is_dir():
         raise InputError(f"--source goes with a .tvmb folder, but {path} is a file; leave it out")
+    if static and not place.is_dir():
+        raise InputError(f"--static goes with a .tvmb folder, but {path} is a file; leave it out")
+    if static and source is not None:
+        raise InputError("--source and --static were given; give one of them")
     if place.is_dir():
-        _library(output, place, source)
+        _library(output, place, source, static)
     elif place.suffix == ".safetensors":
         _checkpoint(output, place)
     else:
         _model(output, place, shapes)
 
 
-def _library(output: Output, path: Path, source: str | None) -> None:
+def _library(output: Output, path: Path, source: str | None, static: bool) -> None:
     from tvm_balanced.artifact import verify_hashes
     from tvm_balanced.runtime import Library
 
@@ -66,6 +80,9 @@ def _library(output: Output, path: Path, source: str | None) -> None:
         output.document({"command": "inspect", "kernel": source, "source": text})
         if not output.as_json:
             click.echo(text)
+        return
+    if static:
+        _static(output, library)
         return
     sizes = {name: (path / name).stat().st_size for name in ("manifest.json", *manifest.files)}
     report = library.report
@@ -105,6 +122,31 @@ def _library(output: Output, path: Path, source: str | None) -> None:
         output.next(f"tvm-balanced inspect {quoted} --source {library.kernels[0]}")
     else:
         output.next(f"tvm-balanced run {quoted} --random")
+
+
+def _static(output: Output, library: Library) -> None:
+    from tvm_balanced.cuda_source import split_kernels
+    from tvm_balanced.static_report import StaticReport
+    from tvm_balanced.toolchain import read_cubins
+
+    cubins = [(image.arch, cubin) for image, cubin in read_cubins(library.path / "lib.so")]
+    if not cubins:
+        target = library.manifest.target
+        raise InputError(
+            f"--static looks at CUDA machine code, and {library.path}, compiled for {target.name}, "
+            "holds none; leave it out"
+        )
+    sources = split_kernels(library.source())
+    dynamic = [name for name, text in sources.items() if "extern __shared__" in text]
+    with output.progress("inspect") as tell:
+        tell("read the machine code")
+        report = StaticReport.of_cubins(cubins, dynamic_shared=dynamic)
+    output.document(
+        {"command": "inspect", "kind": "static", "path": str(library.path), **report.to_json()}
+    )
+    output.show(report)
+    quoted = shlex.quote(str(library.path))
+    output.next(f"tvm-balanced inspect {quoted} --source {library.kernels[0]}")
 
 
 def _files(sizes: Mapping[str, int]) -> str:

@@ -1,0 +1,71 @@
+"""What ptxas makes of the gather schedule's kernels: registers, spills, loads, occupancy."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from tvm_balanced import cudaemu
+from tvm_balanced.errors import ToolchainError
+from tvm_balanced.pipeline import TIR_PIPELINE
+from tvm_balanced.schedules import cuda_gather
+from tvm_balanced.static_report import KernelReport, StaticReport, find_nvdisasm
+
+from .conftest import Case, fused_kernel, packed_format, target
+from .cubins import compile_cubin
+
+# every pair of dtype, pattern, M and architecture is in one of them
+KERNELS = [
+    (Case((1,), 4096, 4096, "4:16"), "sm_80"),
+    (Case((8,), 1024, 1024, "2:16"), "sm_90"),
+    (Case((16,), 4096, 4096, "8:32"), "sm_89"),
+    (Case((1,), 1024, 4096, "2:16", "bfloat16", "bfloat16"), "sm_89"),
+    (Case((8,), 4096, 4096, "8:32", "bfloat16", "bfloat16"), "sm_80"),
+    (Case((16,), 4096, 1024, "4:16", "bfloat16", "bfloat16"), "sm_90"),
+    (Case((1,), 4096, 4096, "8:32", "float32", "float32"), "sm_90"),
+    (Case((8,), 4096, 4096, "4:16", "float32", "float32"), "sm_89"),
+    (Case((16,), 4096, 4096, "2:16", "float32", "float32"), "sm_80"),
+]
+
+each_kernel = pytest.mark.parametrize(
+    ("case", "arch"), KERNELS, ids=[f"{case}-{arch}" for case, arch in KERNELS]
+)
+
+
+@functools.cache
+def _report(case: Case, arch: str) -> KernelReport:
+    sch = cuda_gather.apply(fused_kernel(case, packed_format(case)), target(arch))
+    assert sch is not None
+    source = cudaemu.from_tvm(sch.mod, target(arch), pipeline=TIR_PIPELINE).source
+    (row,) = StaticReport.of_cubins([(arch, compile_cubin(source, arch)[0])])
+    return row
+
+
+@each_kernel
+def test_registers_and_shared_memory_leave_room_for_two_blocks(case: Case, arch: str) -> None:
+    row = _report(case, arch)
+    kernel, there = row.resources, row.occupancy
+    assert kernel.stack_bytes == 0
+    assert kernel.registers <= 128
+    assert kernel.shared_bytes <= 48 << 10
+    assert there is not None and there.threads % 32 == 0
+    of_block = -(-kernel.registers // 8) * 8 * there.threads
+    assert there.blocks >= min(2, (64 << 10) // of_block), there
+
+
+@each_kernel
+def test_the_sparse_stream_comes_in_wide_loads(case: Case, arch: str) -> None:
+    try:
+        find_nvdisasm()
+    except ToolchainError as error:
+        pytest.skip(str(error))
+    counts = _report(case, arch).counts
+    assert counts is not None
+    assert counts.local_accesses == 0
+    # each 16 bytes of values are multiplied by every row of the tile
+    fmt = packed_format(case)
+    tile = cuda_gather.default_tile(fmt, case.shapes[0][0], case.dtype, 48 << 10)
+    runs, rest = divmod(counts.ffma, fmt.layout.vector * tile.rows)
+    assert runs >= tile.unroll and rest == 0
+    assert counts.global_loads.get(128, 0) >= runs

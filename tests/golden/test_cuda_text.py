@@ -1,0 +1,67 @@
+"""The CUDA text of each schedule, to see what a change of schedules or of TVM does to it.
+
+``pytest tests/golden --update-golden`` writes the files anew. One file serves all architectures, as the
+text does not depend on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.cuda.conftest import Case, fused_kernel, packed_format, target
+from tvm_balanced import cudaemu
+from tvm_balanced.cuda_source import split_kernels
+from tvm_balanced.packing import Layout, PackedFormat
+from tvm_balanced.pattern import BalancedPattern
+from tvm_balanced.pipeline import TIR_PIPELINE
+from tvm_balanced.schedules import cuda_fallback, cuda_gather
+
+from .conftest import FOLDER
+
+ARCHITECTURES = ("sm_80", "sm_90")
+
+# short vectors and rows, so that what is unrolled stays short
+KERNELS = {
+    "gather_m1": (cuda_gather, Case((1,), 64, 512, "4:16"), "r32v8"),
+    "gather_m1_float32": (
+        cuda_gather,
+        Case((1,), 64, 1024, "8:32", "float32", "float32", ("relu",)),
+        "r32v4",
+    ),
+    "gather_m8": (cuda_gather, Case((8,), 4096, 256, "4:16", epilogue=("bias", "gelu")), "r32v2"),
+    "gather_symbolic_m": (cuda_gather, Case(("m",), 50, 70, "4:16", epilogue=()), "r32v2"),
+    "fallback": (cuda_fallback, Case((3,), 50, 70, "3:16", epilogue=("bias", "gelu")), "r1v1"),
+}
+
+
+def _text(rule: Any, case: Case, layout: str, arch: str) -> str:
+    """CUDA of the case's kernel without what stands before every kernel."""
+    preferred = packed_format(case)
+    fmt = PackedFormat(
+        case.n, case.k, BalancedPattern(case.pattern), Layout.parse(layout), preferred.encoding
+    )
+    sch = rule.apply(fused_kernel(case, fmt), target(arch))
+    assert sch is not None
+    source = cudaemu.from_tvm(sch.mod, target(arch), pipeline=TIR_PIPELINE).source
+    (kernel,) = split_kernels(source).values()
+    return kernel[kernel.index('extern "C" __global__') :]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_text_is_as_stored(name: str, check_golden: Callable[[str, str], None]) -> None:
+    check_golden(f"{name}.cu", _text(*KERNELS[name], ARCHITECTURES[0]))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_text_does_not_depend_on_the_architecture(name: str) -> None:
+    first, *others = (_text(*KERNELS[name], arch) for arch in ARCHITECTURES)
+    assert all(other == first for other in others)
+
+
+def test_files_are_few_and_small() -> None:
+    files = list(FOLDER.iterdir())
+    assert {file.name for file in files} == {f"{name}.cu" for name in KERNELS}
+    assert sum(file.stat().st_size for file in files) < 60 << 10
