@@ -34,6 +34,7 @@ int emu_launch(void (*fn)(void**), void** args, const unsigned* dims, long smem,
 const char* emu_error();
 const char* emu_report();
 int emu_in_kernel();
+void emu_set_device_memory(int (*is_device)(const void*));
 void emu_fail(const char* message);
 }
 
@@ -286,7 +287,9 @@ void execute(const Launch& launch) {
   int failed;
   {
     FaultsCaught caught;
+    emu_set_device_memory([](const void* p) { return (int)(holding(p) != nullptr); });
     failed = emu_launch(f.thunk[instrumented], args.data(), launch.dims, f.static_shared + launch.dynamic_shared, &o);
+    emu_set_device_memory(nullptr);
   }
   Record r = {f.name, instrumented ? emu_report() : "", failed ? emu_error() : "", {}, launch.dynamic_shared, f.module, instrumented, now() - begin, arrays, launch.blocks.empty() ? 1.0 : grid / (double)launch.blocks.size()};
   memcpy(r.dims, launch.dims, sizeof r.dims);
