@@ -50,6 +50,11 @@ if TYPE_CHECKING:
     type=click.IntRange(1),
     help="Timed calls, after 3 that are not.",
 )
+@click.option(
+    "--device",
+    type=click.Choice(["emulated"]),
+    help="emulated: CUDA code thread by thread on the CPU, without a GPU; slow. Else the library's own.",
+)
 @click.option("-o", "--output", "destination", metavar="OUT.npz", help="Write the outputs.")
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 @with_output
@@ -61,6 +66,7 @@ def command(
     seed: int,
     input_shapes: tuple[str, ...],
     repeat: int,
+    device: str | None,
     destination: str | None,
     overwrite: bool,
 ) -> None:
@@ -83,6 +89,7 @@ def command(
             "input": inputs or f"random, seed {seed}",
             "input-shape": shapes,
             "repeat": repeat,
+            "device": device or "the library's own",
             "output": path,
         },
     )
@@ -97,7 +104,7 @@ def command(
         check_output(path, overwrite)
     with output.progress("run") as tell:
         tell("load the library")
-        loaded = load(library)
+        loaded = load(library, device)
         entries = loaded.manifest.functions[0].inputs
         if use_random:
             given = _random(entries, shapes or {}, seed)
@@ -125,6 +132,7 @@ def command(
             "command": "run",
             "library": library,
             "target": loaded.manifest.target.name,
+            "emulated": loaded.emulated,
             "inputs": {name: _describe(a) for name, a in given.items()},
             "outputs": {name: _describe(a) for name, a in arrays.items()},
             "median_ms": median * 1e3,
@@ -146,7 +154,10 @@ def command(
     }
     if path is not None:
         rows["written"] = path
-    output.show(summary("time of a call", rows))
+    title = "time of a call"
+    if loaded.emulated:
+        title = "time of a call, emulated on the CPU: says nothing about a GPU"
+    output.show(summary(title, rows))
     output.next(f"tvm-balanced inspect {shlex.quote(library)}")
 
 

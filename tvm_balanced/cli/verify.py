@@ -1,0 +1,82 @@
+"""``tvm-balanced verify``."""
+
+from __future__ import annotations
+
+import shlex
+
+import click
+
+from tvm_balanced.cli.options import with_output
+from tvm_balanced.errors import TvmBalancedError
+from tvm_balanced.log import Output, summary
+
+
+@click.command(name="verify")
+@click.argument("library", type=click.Path())
+@click.option(
+    "--kernel",
+    "kernels",
+    multiple=True,
+    metavar="NAME",
+    help="Run only this kernel function; repeatable. Default: all.",
+)
+@click.option(
+    "--blocks",
+    default=6,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Thread blocks of a launch that are checked for races and bounds (all run); 0 for all.",
+)
+@click.option(
+    "--symbol",
+    default=3,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Value of symbolic extents.",
+)
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0), help="Of inputs and threads."
+)
+@with_output
+def command(
+    output: Output, library: str, kernels: tuple[str, ...], blocks: int, symbol: int, seed: int
+) -> None:
+    """Is LIBRARY (.tvmb) what its manifest says, and is every kernel right?
+
+    Files and cubins are compared with the manifest's hashes, the cubin is compiled again, and every kernel
+    runs on small seeded inputs against a float64 reference: CUDA kernels on an emulated device, checked for
+    races, bounds and unwritten shared memory. Needs a C++ compiler and no GPU. Exit code 1 if anything
+    fails.
+
+    \b
+    Example:
+      tvm-balanced verify model.tvmb
+    """
+    output.arguments(
+        "verify",
+        {
+            "library": library,
+            "kernel": kernels or "all",
+            "blocks": blocks or "all",
+            "symbol": symbol,
+            "seed": seed,
+        },
+    )
+    from tvm_balanced.verification import FAIL, PASS, UNCHECKED, verify
+
+    with output.progress("verify") as tell:
+        found = verify(
+            library, seed=seed, symbol=symbol, blocks=blocks, kernels=kernels, progress=tell
+        )
+    output.document({"command": "verify", **found.to_json()})
+    for table in found.tables():
+        output.show(table)
+    checks = [*found.parts, *found.kernels]
+    counts = {what: sum(c.result == what for c in checks) for what in (PASS, FAIL, UNCHECKED)}
+    verdict = "pass" if found.passed else "FAIL"
+    output.show(
+        summary("verdict", {verdict: ", ".join(f"{n} {what}" for what, n in counts.items() if n)})
+    )
+    if not found.passed:
+        raise TvmBalancedError(f"{library} did not pass: {counts[FAIL]} of {len(checks)} checks failed")
+    output.next(f"tvm-balanced inspect {shlex.quote(library)} --static")
