@@ -270,9 +270,7 @@ def _load_library(root: Path) -> None:
             try:
                 ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
             except OSError as error:
-                raise ToolchainError(
-                    f"{library} cannot be loaded ({error}): {_INSTALL}"
-                ) from error
+                raise ToolchainError(f"{library} cannot be loaded ({error}): {_INSTALL}") from error
 
 
 def _output(nvrtc: Any, program: Any, arch: str, what: str) -> bytes:

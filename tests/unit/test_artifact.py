@@ -235,7 +235,8 @@ def test_a_damaged_manifest_is_told_from_a_whole_one(tmp_path, exported, where, 
 
 
 @pytest.mark.parametrize(
-    "field", ["target", "functions", "files", "device_code", "versions", "layers", "cubins", "compiler"]
+    "field",
+    ["target", "functions", "files", "device_code", "versions", "layers", "cubins", "compiler"],
 )
 def test_a_manifest_lacking_a_field_is_refused(tmp_path, exported, field):
     path = _save(tmp_path / "model.tvmb", exported)

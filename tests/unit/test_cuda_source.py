@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from tvm_balanced.cuda_source import file_stem, join_kernels, normal_form, precise_math, split_kernels
+from tvm_balanced.cuda_source import (
+    file_stem,
+    join_kernels,
+    normal_form,
+    precise_math,
+    split_kernels,
+)
 
 HEAD = "#include <cuda_fp16.h>\n\n#define uint unsigned int\n"
 LONG = "fused_" + "matmul_add_" * 20 + "kernel"
@@ -17,7 +23,9 @@ def _signature(name, bounds="__launch_bounds__(64) "):
 def _unit(*names, between=""):
     """As TVM prints it: first all declarations, then all definitions, blank lines after each."""
     declarations = "".join(f"{_signature(name)};\n{between}" for name in names)
-    bodies = "\n".join(f"{_signature(name)} {{\n  a[n] = {i};\n}}\n" for i, name in enumerate(names))
+    bodies = "\n".join(
+        f"{_signature(name)} {{\n  a[n] = {i};\n}}\n" for i, name in enumerate(names)
+    )
     return f"{HEAD}{declarations}{bodies}\n\n"
 
 
@@ -75,7 +83,14 @@ def test_fast_intrinsics_become_the_functions(fast, precise):
 
 @pytest.mark.parametrize(
     "text",
-    ["expf(x)", "my__expf(x)", "__expf_table[3]", "__fmaf_rn(a, b, c)", "__expf", "__half2float(h)"],
+    [
+        "expf(x)",
+        "my__expf(x)",
+        "__expf_table[3]",
+        "__fmaf_rn(a, b, c)",
+        "__expf",
+        "__half2float(h)",
+    ],
 )
 def test_other_text_is_left_alone(text):
     assert precise_math(text) == text

@@ -104,7 +104,9 @@ def test_what_compiles_is_described_without_paths():
 @pytest.mark.parametrize(
     ("source", "arch", "message"),
     [
-        pytest.param("int a = b;", "sm_90", r'kernels\.cu\(1\): error: .*"b" is undefined', id="error"),
+        pytest.param(
+            "int a = b;", "sm_90", r'kernels\.cu\(1\): error: .*"b" is undefined', id="error"
+        ),
         pytest.param("", "sm_12", "for sm_12: NVRTC_ERROR_INVALID_OPTION; .*arch", id="arch"),
         pytest.param("", "compute_90", "no architecture that has machine code", id="virtual"),
         pytest.param("#include <no.h>", "sm_90", r"no\.h", id="header"),
