@@ -74,15 +74,15 @@ class Functions:
             mod = tvm.transform.Sequential([*fuse_passes(), *schedule_passes(TARGET)])(
                 builder.get()
             )
-        self._dtype = numpy_dtype(dtype)
+        self.dtype = numpy_dtype(dtype)
         self._names = {name: _called(mod[f"main_{name}"]) for name in names}
         self._mod = mod
         self.source = self._kernel(names[0]).source
 
     def __call__(self, name: str, *inputs: Any) -> Any:
         """The function's results, float64, of float64 inputs that its dtype holds."""
-        out = np.full(SHAPE, np.nan, self._dtype)
-        self._kernel(name)(*[x.astype(self._dtype) for x in inputs], out)
+        out = np.full(SHAPE, np.nan, self.dtype)
+        self._kernel(name)(*[x.astype(self.dtype) for x in inputs], out)
         return out.astype("f8")
 
     def _kernel(self, name: str) -> cudaemu.TVMKernel:
@@ -203,21 +203,27 @@ def test_denormals_are_kept(float32):
     assert np.all(float32("exp", np.full(SHAPE, -100.0)) > 0)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_two_byte_functions_round_once(dtype):
-    names = ("exp", "log", "tanh", "sin", "cos", "sqrt", "divide")
-    functions = Functions(names, dtype)
-    kind = numpy_dtype(dtype)
+TWO_BYTE = ("exp", "log", "tanh", "sin", "cos", "sqrt", "divide")
+
+
+@pytest.fixture(scope="module", params=["float16", "bfloat16"])
+def two_byte(request) -> Functions:
+    return Functions(TWO_BYTE, request.param)
+
+
+@pytest.mark.parametrize("name", TWO_BYTE)
+def test_two_byte_functions_round_once(two_byte, name):
+    """To the nearest, but next to a tie; tanh of bfloat16 is an approximate instruction before that."""
+    kind = two_byte.dtype
+    unit = 2.0**-11 if kind == np.float16 else 2.0**-8
     x = _values(0.01, 8, dtype=kind)
-    step = 2.0**-11 if dtype == "float16" else 2.0**-8
-    for name in names:
-        inputs = (x, x[::-1]) if name in BINARY else (x,)
-        exact = getattr(np, name)(*inputs)
-        rounded = exact.astype(kind).astype("f8")
-        # to nearest but for what float computes wrongly next to a tie
-        error = np.abs(functions(name, *inputs) - rounded)
-        assert np.all(error <= 2 * step * np.abs(rounded)), name
-        assert np.mean(error > 0) < 1e-3, name
+    inputs = (x, x[::-1]) if name in BINARY else (x,)
+    exact = getattr(np, name)(*inputs)
+    error = np.abs(two_byte(name, *inputs) - exact)
+    instruction = 2.0**-11 if (name, unit) == ("tanh", 2.0**-8) else 1e-6
+    assert np.all(error <= (unit + instruction) * np.abs(exact))
+    missed = error > np.abs(exact.astype(kind).astype("f8") - exact)
+    assert np.mean(missed) < (0.3 if instruction > unit / 100 else 0.01)
 
 
 def test_no_fast_intrinsic_is_emitted(float32):
