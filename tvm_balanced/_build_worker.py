@@ -38,7 +38,7 @@ def _run(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     import tvm
 
     # ops registers the operator, which the module's JSON names
-    from tvm_balanced import ops, toolchain  # noqa: F401
+    from tvm_balanced import nvrtc, ops, toolchain  # noqa: F401
     from tvm_balanced._tensors import read_tensors
 
     if tvm.get_global_func("ffi.Module.create.cuda", allow_missing=True) is None:
@@ -56,7 +56,7 @@ def _run(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         compiler=job["compiler"],
     )
     (folder / "device.cu").write_text(source)
-    return {"error": None}
+    return {"error": None, "compiler": nvrtc.compiler()}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 ``lib.so``             host code, device code, VM program and the embedded parameters; plain
                        TVM loads it without this package
 ``params.safetensors`` the parameters, only where they exceed 256 MiB
-``kernels/*.cu``       the CUDA source the cubins were made from, kernel by kernel
+``kernels/*.cu``       the CUDA source the cubins were made from, kernel by kernel; joined by
+                       :func:`tvm_balanced.cuda_source.join_kernels` it is that, byte by byte
 ``report.txt``         per layer what was done and why
 ``manifest.json``      everything else, and the SHA-256 of every other file
 ====================== =====================================================================
@@ -38,7 +39,7 @@ from tvm_balanced.targets import TargetSpec
 from tvm_balanced.toolchain import ExportedLibrary
 
 FORMAT = "tvmb"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 EMBED_LIMIT = 256 * 1024 * 1024
 
 LIBRARY = "lib.so"
@@ -137,6 +138,9 @@ class Manifest:
         Rows of the report.
     cubins : tuple of dict
         ``arch``, ``num_bytes`` and ``sha256`` of each cubin inside ``lib.so``.
+    compiler : dict
+        ``name``, ``version`` and ``options`` of what made the cubins of ``kernels/*.cu``, see
+        :func:`tvm_balanced.nvrtc.compiler`; empty where there are none.
     files : dict of str to str
         SHA-256 of every other file, by path relative to the folder.
     """
@@ -147,6 +151,7 @@ class Manifest:
     versions: Mapping[str, str]
     layers: tuple[Mapping[str, Any], ...]
     cubins: tuple[Mapping[str, Any], ...]
+    compiler: Mapping[str, Any]
     files: Mapping[str, str]
 
 
@@ -394,6 +399,7 @@ def _write(
         versions={"tvm-balanced": __version__, **_versions()},
         layers=tuple(layers),
         cubins=tuple(asdict(image) for image in library.images),
+        compiler=dict(library.compiler),
         files={name: sha256(work / name) for name in _contents(work)},
     )
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(manifest)}
@@ -583,8 +589,17 @@ class _Reader:
             versions={name: self.text(v, f"versions[{name}]") for name, v in versions.items()},
             layers=self._mappings(self.get(fields, "layers"), "layers"),
             cubins=self._mappings(self.get(fields, "cubins"), "cubins"),
+            compiler=self._compiler(self.get(fields, "compiler"), device_code),
             files=dict(files),
         )
+
+    def _compiler(self, value: Any, device_code: str) -> Mapping[str, Any]:
+        fields = self.mapping(value, "compiler")
+        if device_code != "none" or fields:
+            self.text(self.get(fields, "name"), "compiler.name")
+            self.text(self.get(fields, "version"), "compiler.version")
+            self._texts(self.get(fields, "options"), "compiler.options")
+        return fields
 
     def _function(self, value: Any, where: str) -> FunctionEntry:
         fields = self.mapping(value, where)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from tvm_balanced import targets, toolchain
+from tvm_balanced import nvrtc, targets, toolchain
 from tvm_balanced._version import __version__
 from tvm_balanced.errors import TvmBalancedError
 
@@ -45,6 +45,9 @@ def collect() -> dict[str, Any]:
         nvrtc_problem = (
             f"{', '.join(missing['value'])} not installed: pip install 'tvm-balanced[cuda]'"
         )
+    # that they are installed does not say that they load
+    compiler = _attempt(nvrtc.compiler) if not nvrtc_problem else {"value": None, "problem": None}
+    nvrtc_problem = nvrtc_problem or compiler["problem"]
     found = driver["value"]
     gpus = [
         {"name": gpu.name, "arch": gpu.arch, "memory_bytes": gpu.memory_bytes}
@@ -64,7 +67,10 @@ def collect() -> dict[str, Any]:
         },
         "tvm": {"problem": tvm["problem"]},
         "cxx": {"path": cxx["value"], "problem": cxx["problem"]},
-        "nvrtc": {"version": _version("nvidia-cuda-nvrtc"), "problem": nvrtc_problem},
+        "nvrtc": {
+            "version": (compiler["value"] or {}).get("version") or _version("nvidia-cuda-nvrtc"),
+            "problem": nvrtc_problem,
+        },
         "driver": {
             "cuda_version": found.cuda_version if found else None,
             "problem": driver["problem"] or (found.problem if found else None),

@@ -6,21 +6,16 @@ all. That runtime needs nine functions of the driver. On a machine without a dri
 stand-in which answers "no device" to every call, in a worker process that ends after the export.
 Where there is a driver, the worker uses that.
 
-Arithmetic: TVM always passes ``--use_fast_math`` to NVRTC. The project adds ``--ftz=false
---prec-div=true --prec-sqrt=true``, so that denormals are kept and division and square root are
-correctly rounded. What remains of fast-math are contracted multiply-adds and the hardware ``exp``,
-``log``, ``sin``, ``cos``, ``tanh`` and ``pow`` in fp32: ``exp(x)`` is off by up to
-``2 + floor(|1.173 x|)`` ulp (CUDA C++ Programming Guide, intrinsic functions): for ``x`` in
-[-10, 0], the range that matters in a softmax, up to 13 ulp or 1.6e-6 relative; GELU and softmax are
-as good as that and one rounding.
+Device code is compiled by :mod:`tvm_balanced.nvrtc` in place of TVM's own call, which computes with
+fast math. ``docs/accuracy.md`` says how exact the functions are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import importlib
-import importlib.util
 import json
 import os
 import shutil
@@ -28,22 +23,24 @@ import struct
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
-from tvm_balanced import errors
+from tvm_balanced import errors, nvrtc
 from tvm_balanced.errors import ToolchainError
+from tvm_balanced.nvrtc import cuda_root as cuda_root
+from tvm_balanced.nvrtc import missing_cuda_packages as missing_cuda_packages
 from tvm_balanced.targets import TargetSpec
 
 DEFAULT_BUILD = "tvm_balanced.pipeline:build"
 
-NVRTC_OPTIONS = ("--ftz=false", "--prec-div=true", "--prec-sqrt=true")
-
 _INSTALL = "pip install 'tvm-balanced[cuda]'"
+_TVM_OPTIONS = "TVM_CUDA_NVRTC_EXTRA_OPTS"
 
 # all that libtvm_runtime_cuda.so imports from the driver; 100 is CUDA_ERROR_NO_DEVICE
 _DRIVER_FUNCTIONS = (
@@ -94,11 +91,14 @@ class ExportedLibrary:
         The translation unit NVRTC compiled; empty for llvm.
     images : tuple of DeviceImage
         The cubins in the library; empty for llvm.
+    compiler : dict
+        What compiled them, see :func:`tvm_balanced.nvrtc.compiler`; empty for llvm.
     """
 
     path: Path
     cuda_source: str
     images: tuple[DeviceImage, ...]
+    compiler: Mapping[str, Any] = field(default_factory=dict)
 
 
 def find_cxx() -> str:
@@ -131,77 +131,6 @@ def find_cxx() -> str:
         "no C++ compiler was found, and one is needed to link the library: install g++ or clang++, "
         "or set CXX"
     )
-
-
-def cuda_root() -> Path | None:
-    """The folder of NVIDIA's CUDA 13 wheels, or None where they are not installed.
-
-    Returns
-    -------
-    pathlib.Path or None
-        ``site-packages/nvidia/cu13`` with ``include/`` and ``lib/``.
-    """
-    spec = importlib.util.find_spec("nvidia")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        root = Path(folder) / "cu13"
-        if root.is_dir():
-            return root
-    return None
-
-
-def missing_cuda_packages() -> list[str]:
-    """The PyPI packages that compiling CUDA needs and that are not installed.
-
-    Returns
-    -------
-    list of str
-        Names for pip; empty where everything is there.
-    """
-    root = cuda_root() or Path("/nonexistent")
-    found = {
-        "cuda-bindings": _has_module("cuda.bindings"),
-        "nvidia-cuda-nvrtc": any(root.glob("lib/libnvrtc.so.*")),
-        "nvidia-cuda-runtime": (root / "include" / "cuda_runtime.h").is_file()
-        and any(root.glob("lib/libcudart.so.*")),
-        "nvidia-cuda-cccl": (root / "include" / "cccl").is_dir(),
-    }
-    return [name for name, there in found.items() if not there]
-
-
-def _has_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
-
-
-def nvrtc_environment() -> dict[str, str]:
-    """Environment variables under which TVM compiles CUDA with NVRTC from PyPI.
-
-    Options the user has in ``TVM_CUDA_NVRTC_EXTRA_OPTS`` come last and win.
-
-    Returns
-    -------
-    dict of str to str
-
-    Raises
-    ------
-    ToolchainError
-        If one of the packages is missing.
-    """
-    missing = missing_cuda_packages()
-    root = cuda_root()
-    if missing or root is None:
-        raise ToolchainError(
-            f"compiling for CUDA needs {', '.join(missing)}, not installed here: {_INSTALL}"
-        )
-    include = str(root / "include" / "cccl").replace("\\", "\\\\").replace(" ", "\\ ")
-    options = [f"-I{include}", *NVRTC_OPTIONS, os.environ.get("TVM_CUDA_NVRTC_EXTRA_OPTS", "")]
-    return {
-        "CUDA_PATH": str(root),
-        "TVM_CUDA_COMPILE_MODE": "nvrtc",
-        "TVM_CUDA_NVRTC_EXTRA_OPTS": " ".join(options).strip(),
-    }
 
 
 def find_cudart() -> str:
@@ -365,14 +294,15 @@ def build_and_export(
 
     module_name, _, function_name = build.partition(":")
     function = getattr(importlib.import_module(module_name), function_name)
-    # TVM's CUDA callback reads the architecture from the current target
-    with target:
+    cuda = target.kind.name == "cuda"
+    with target, nvrtc.as_tvm_compiler(target.arch) if cuda else contextlib.nullcontext():
         executable = function(bind_parameters(mod, params), target, **options)
+        source = _cuda_source(executable.mod)
         try:
             executable.export_library(str(path), fcompile=cc.create_shared, cc=compiler)
         except RuntimeError as error:
             raise ToolchainError(f"{compiler} did not link the library: {error}") from error
-    return _cuda_source(executable.mod)
+    return source
 
 
 def _cuda_source(module: Any) -> str:
@@ -386,7 +316,12 @@ def _cuda_source(module: Any) -> str:
         if current.kind == "cuda":
             sources.append(str(current.inspect_source("cuda")))
         pending.extend(current.imports)
-    return "\n".join(sources)
+    if len(sources) > 1:
+        raise ToolchainError(
+            f"the build made {len(sources)} CUDA modules, expected one: compile its functions for one "
+            f"target"
+        )
+    return "".join(sources)
 
 
 def export_library(
@@ -439,7 +374,9 @@ def export_library(
             compiler=compiler,
         )
         return ExportedLibrary(path, source, ())
-    source = _export_in_worker(mod, spec, path, params or {}, build, options or {}, compiler)
+    source, made_by = _export_in_worker(
+        mod, spec, path, params or {}, build, options or {}, compiler
+    )
     images = tuple(cubin_images(path))
     expected = spec.arch.rstrip("af")
     if source and {image.arch for image in images} != {expected}:
@@ -449,7 +386,7 @@ def export_library(
             f"the exported library should hold machine code for {expected} and holds {found}: see "
             f"tvm-balanced doctor"
         )
-    return ExportedLibrary(path, source, images)
+    return ExportedLibrary(path, source, images, made_by)
 
 
 def _export_in_worker(
@@ -460,12 +397,18 @@ def _export_in_worker(
     build: str,
     options: Mapping[str, Any],
     compiler: str,
-) -> str:
+) -> tuple[str, dict[str, Any]]:
     import tvm
 
     from tvm_balanced._tensors import write_tensors
 
-    environment = {**os.environ, **nvrtc_environment()}
+    nvrtc.require_packages()
+    if os.environ.get(_TVM_OPTIONS):
+        warnings.warn(
+            f"{_TVM_OPTIONS} is set and not used: options are fixed, so that a cubin can be made again",
+            stacklevel=3,
+        )
+    environment = dict(os.environ)
     search = [os.getcwd() if entry == "" else entry for entry in sys.path]
     environment["PYTHONPATH"] = os.pathsep.join(search)
     with tempfile.TemporaryDirectory(prefix="tvm-balanced-") as directory:
@@ -503,7 +446,7 @@ def _export_in_worker(
                 f"{result['message'].strip()}"
             ) from cause
         shutil.copyfile(folder / "lib.so", path)
-        return (folder / "device.cu").read_text()
+        return (folder / "device.cu").read_text(), result["compiler"]
 
 
 def _driver_library_loads() -> bool:

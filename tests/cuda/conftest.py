@@ -12,7 +12,7 @@ import pytest
 import tvm
 from tvm import relax, tirx
 
-from tvm_balanced import ops, packing, pruning, reference
+from tvm_balanced import nvrtc, ops, packing, pruning, reference
 from tvm_balanced.packing import PackedFormat
 from tvm_balanced.pattern import BalancedPattern
 from tvm_balanced.schedules import cuda
@@ -166,33 +166,12 @@ def check_close(case: Case, out: Any, expected: Any) -> None:
 
 @pytest.fixture(scope="session")
 def compile_cubin() -> Callable[[str, str], tuple[bytes, str]]:
-    """CUDA source and architecture to a cubin and the log of ptxas, as TVM compiles it."""
-    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
-    from tvm_balanced.toolchain import cuda_root
-
-    root = cuda_root()
-    if root is None:
-        pytest.skip("no CUDA headers: install the extra tvm-balanced[cuda]")
+    """CUDA source and architecture to a cubin and the log of ptxas, as libraries are compiled."""
+    if nvrtc.missing_cuda_packages():
+        pytest.skip("NVRTC from PyPI is not installed")
 
     def compile_source(source: str, arch: str) -> tuple[bytes, str]:
-        _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], [])
-        options = [
-            f"--gpu-architecture={arch}",
-            "--use_fast_math",
-            "-default-device",
-            "--ptxas-options=-v",
-            f"-I{root / 'include'}",
-            f"-I{root / 'include' / 'cccl'}",
-        ]
-        (failed,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
-        _, size = nvrtc.nvrtcGetProgramLogSize(program)
-        log = b" " * size
-        nvrtc.nvrtcGetProgramLog(program, log)
-        assert not int(failed), log.decode()
-        _, size = nvrtc.nvrtcGetCUBINSize(program)
-        cubin = b" " * size
-        nvrtc.nvrtcGetCUBIN(program, cubin)
-        nvrtc.nvrtcDestroyProgram(program)
-        return cubin, log.decode()
+        compiled = nvrtc.compile_cubin(source, arch)
+        return compiled.cubin, compiled.log
 
     return compile_source

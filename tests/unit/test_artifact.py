@@ -15,7 +15,9 @@ import pytest
 from tvm_balanced import artifact, targets
 from tvm_balanced._tensors import read_tensors, write_tensors
 from tvm_balanced.artifact import FunctionEntry, TensorEntry
+from tvm_balanced.cuda_source import normal_form
 from tvm_balanced.errors import ArtifactError, OutputError
+from tvm_balanced.runtime import Library
 from tvm_balanced.toolchain import DeviceImage, ExportedLibrary
 
 SOURCE = """#define HEAD 1
@@ -37,6 +39,7 @@ FUNCTIONS = (
         ("w",),
     ),
 )
+COMPILER = {"name": "nvrtc", "version": "13.5.37", "options": ["--ftz=false"]}
 PARAMS = {"w": np.arange(8, dtype=np.float32).reshape(4, 2)}
 
 
@@ -44,7 +47,8 @@ PARAMS = {"w": np.arange(8, dtype=np.float32).reshape(4, 2)}
 def exported(tmp_path):
     library = tmp_path / "built.so"
     library.write_bytes(b"\x7fELF" + bytes(range(256)) * 40)
-    return ExportedLibrary(library, SOURCE, (DeviceImage("sm_90", 100, "ab" * 32),))
+    image = DeviceImage("sm_90", 100, "ab" * 32)
+    return ExportedLibrary(library, normal_form(SOURCE), (image,), COMPILER)
 
 
 def _save(path, exported, **options):
@@ -63,6 +67,7 @@ def test_what_is_written_is_read_back(tmp_path, exported):
     )
     assert manifest.device_code == "cubin"
     assert manifest.cubins == ({"arch": "sm_90", "num_bytes": 100, "sha256": "ab" * 32},)
+    assert manifest.compiler == COMPILER
     assert manifest.layers == ({"name": "fc"},)
     assert manifest.versions["apache-tvm"]
     assert set(manifest.files) == {
@@ -79,12 +84,16 @@ def test_what_is_written_is_read_back(tmp_path, exported):
     np.testing.assert_array_equal(read_tensors(path / "params.safetensors")["w"], PARAMS["w"])
 
 
+def test_the_files_joined_are_the_source_that_was_compiled(tmp_path, exported):
+    assert Library(_save(tmp_path / "model.tvmb", exported)).source() == exported.cuda_source
+
+
 def test_llvm_has_neither_kernels_nor_cubins(tmp_path, exported):
-    library = replace(exported, cuda_source="", images=())
+    library = replace(exported, cuda_source="", images=(), compiler={})
     functions = [replace(FUNCTIONS[0], params=())]
     path = artifact.save(tmp_path / "m.tvmb", library, targets.resolve("llvm-x86-64-v3"), functions)
     manifest = artifact.read_manifest(path)
-    assert (manifest.device_code, manifest.cubins) == ("none", ())
+    assert (manifest.device_code, manifest.cubins, manifest.compiler) == ("none", (), {})
     assert set(manifest.files) == {"lib.so", "report.txt"}
     assert "avx2" in manifest.target.features
 
@@ -202,6 +211,9 @@ def _set(document: dict, where: str, value: object) -> None:
         ("format_version", 99, "has format version 99"),
         ("target", None, "target is None, expected an object"),
         ("target.kind", "metal", "target.kind is 'metal'"),
+        ("compiler", {}, "lacks 'name'"),
+        ("compiler.version", 13, "compiler.version is 13, expected a string"),
+        ("compiler.options", "--ftz=false", "compiler.options is .*expected a list"),
         ("device_code", "source", "device_code is 'source'"),
         ("functions", [], "functions is .*at least one"),
         ("functions.0.inputs.0.shape", [-1], "expected extents or their names"),
@@ -223,7 +235,8 @@ def test_a_damaged_manifest_is_told_from_a_whole_one(tmp_path, exported, where, 
 
 
 @pytest.mark.parametrize(
-    "field", ["target", "functions", "files", "device_code", "versions", "layers", "cubins"]
+    "field",
+    ["target", "functions", "files", "device_code", "versions", "layers", "cubins", "compiler"],
 )
 def test_a_manifest_lacking_a_field_is_refused(tmp_path, exported, field):
     path = _save(tmp_path / "model.tvmb", exported)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tvm_balanced import doctor, targets, toolchain
+from tvm_balanced import doctor, nvrtc, targets, toolchain
 from tvm_balanced.errors import ToolchainError
 from tvm_balanced.targets import DetectedGpu, Driver
 
@@ -48,6 +48,18 @@ def test_without_nvrtc_only_llvm_compiles(monkeypatch):
     compiles = {name for name, entry in found["targets"].items() if entry["compiles"]}
     assert "llvm" in compiles and not any(name.startswith("cuda") for name in compiles)
     assert "nvidia-cuda-nvrtc not installed: pip install" in found["targets"]["h100"]["reason"]
+
+
+def test_an_nvrtc_that_does_not_load_is_told_from_one_that_is_missing(monkeypatch):
+    def broken():
+        raise ToolchainError("libnvrtc.so.13 cannot be loaded")
+
+    _with_driver(monkeypatch, Driver(None, (), "no driver"))
+    monkeypatch.setattr(toolchain, "missing_cuda_packages", lambda: [])
+    monkeypatch.setattr(nvrtc, "compiler", broken)
+    found = doctor.collect()
+    assert found["nvrtc"]["problem"] == "libnvrtc.so.13 cannot be loaded"
+    assert found["targets"]["h100"]["compiles"] is False
 
 
 def test_without_a_compiler_nothing_compiles(monkeypatch):

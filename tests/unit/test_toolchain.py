@@ -1,3 +1,4 @@
+import hashlib
 import os
 import shutil
 import struct
@@ -11,7 +12,7 @@ import pytest
 import tvm
 from tvm import relax, tirx
 
-from tvm_balanced import targets, toolchain
+from tvm_balanced import nvrtc, targets, toolchain
 from tvm_balanced.errors import InputError, ToolchainError
 
 BUILD = "standin_build:build"
@@ -61,7 +62,10 @@ def standin(tmp_path, monkeypatch):
                 if target.kind.name == "cuda":
                     mod = relax.transform.LegalizeOps()(mod)
                     mod = dlight.ApplyDefaultSchedule(dlight.gpu.Fallback())(mod)
-                return tvm.compile(mod, target)
+                built = tvm.compile(mod, target)
+                if options.get("twice"):
+                    built.mod.import_module(tvm.compile(mod, target).mod)
+                return built
             """
         )
     )
@@ -187,18 +191,53 @@ def test_a_library_without_machine_code_is_refused(tmp_path, standin, weight, mo
     assert not path.exists()
 
 
-@pytest.mark.parametrize("missing", ["cuda-bindings", "nvidia-cuda-cccl"])
-def test_missing_packages_are_named(monkeypatch, missing):
-    monkeypatch.setattr(toolchain, "missing_cuda_packages", lambda: [missing])
-    with pytest.raises(ToolchainError, match=f"{missing}.*pip install"):
-        toolchain.nvrtc_environment()
+@needs_cuda_packages
+def test_what_is_exported_is_what_its_source_compiles_to(tmp_path, standin, weight):
+    exported = toolchain.export_library(
+        matmul_relu({"main": "n", "main_b8": 8}),
+        targets.resolve("cuda-sm_90"),
+        tmp_path / "lib.so",
+        params={"w": weight},
+        build=BUILD,
+    )
+    assert exported.compiler == nvrtc.compiler()
+    cubin = nvrtc.compile_cubin(exported.cuda_source, "sm_90").cubin
+    assert [image.sha256 for image in exported.images] == [hashlib.sha256(cubin).hexdigest()]
 
 
 @needs_cuda_packages
-def test_the_users_nvrtc_options_come_last(monkeypatch):
-    monkeypatch.setenv("TVM_CUDA_NVRTC_EXTRA_OPTS", "--ftz=true")
-    options = toolchain.nvrtc_environment()["TVM_CUDA_NVRTC_EXTRA_OPTS"].split()
-    assert options.index("--ftz=false") < options.index("--ftz=true") == len(options) - 1
+def test_tvms_own_options_are_not_used_and_that_is_said(tmp_path, standin, weight, monkeypatch):
+    monkeypatch.setenv("TVM_CUDA_NVRTC_EXTRA_OPTS", "--no-such-option")
+    with pytest.warns(UserWarning, match="TVM_CUDA_NVRTC_EXTRA_OPTS is set and not used"):
+        exported = toolchain.export_library(
+            matmul_relu({"main": 4}),
+            targets.resolve("cuda-sm_90"),
+            tmp_path / "lib.so",
+            params={"w": weight},
+            build=BUILD,
+        )
+    assert [image.arch for image in exported.images] == ["sm_90"]
+
+
+@needs_cuda_packages
+def test_a_build_that_makes_two_cuda_modules_is_refused(tmp_path, standin, weight):
+    with pytest.raises(ToolchainError, match="2 CUDA modules, expected one"):
+        toolchain.export_library(
+            matmul_relu({"main": 4}),
+            targets.resolve("cuda-sm_90"),
+            tmp_path / "lib.so",
+            params={"w": weight},
+            build=BUILD,
+            options={"twice": True},
+        )
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(nvrtc, "missing_cuda_packages", lambda: ["cuda-bindings"])
+    with pytest.raises(ToolchainError, match=r"needs cuda-bindings.*pip install"):
+        toolchain.export_library(
+            matmul_relu({"main": 4}), targets.resolve("cuda-sm_90"), tmp_path / "lib.so"
+        )
 
 
 def test_cxx_is_taken_from_the_environment(monkeypatch):

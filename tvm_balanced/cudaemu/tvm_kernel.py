@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tvm_balanced import nvrtc
 from tvm_balanced.cudaemu.compiler import EmulatorError
 from tvm_balanced.cudaemu.module import Module
 from tvm_balanced.cudaemu.report import Report
@@ -63,6 +64,8 @@ class Launch:
 def lower(mod: Any, target: Any, pipeline: str = "default") -> tuple[str, Any]:
     """CUDA source and host functions of a scheduled module, without calling a CUDA compiler.
 
+    The source is in the form in which a library's is compiled.
+
     Parameters
     ----------
     mod : tvm.IRModule
@@ -73,7 +76,6 @@ def lower(mod: Any, target: Any, pipeline: str = "default") -> tuple[str, Any]:
         Name of the TIR pipeline that lowers them, as :func:`tvm.compile` takes it.
     """
     import tvm
-    import tvm_ffi
 
     build = importlib.import_module("tvm.tirx.build")
     hosted = tvm.target.Target(target).with_host("llvm")
@@ -88,16 +90,8 @@ def lower(mod: Any, target: Any, pipeline: str = "default") -> tuple[str, Any]:
     bound = tvm.tirx.transform.BindTarget(hosted)(tvm.IRModule(public))
     passes, _, finalize_device = tvm.tirx.get_tir_pipeline(pipeline)
     host, devices = build.split_host_device_mods(passes(bound))
-    name = "tvm_callback_cuda_compile"
-    before = tvm.get_global_func(name, allow_missing=True)
-    tvm_ffi.register_global_func(name, lambda code: code, override=True)
-    try:
+    with nvrtc.tvm_callbacks(lambda source: source):
         built = [build.codegen_build(finalize_device()(d), t) for t, d in devices.items()]
-    finally:
-        if before is None:
-            tvm_ffi.registry.remove_global_func(name)
-        else:
-            tvm_ffi.register_global_func(name, before, override=True)
     return "\n".join(kernel.inspect_source() for kernel in built), host
 
 
