@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,35 @@ class Access:
         return self.units / max(1, self.ideal)
 
 
+@dataclass(frozen=True)
+class Spread:
+    """A count that threads or thread blocks differ in.
+
+    Parameters
+    ----------
+    members : int
+        Threads or blocks that ran.
+    total, least, most : int
+        Sum over them, smallest and largest.
+    """
+
+    members: int = 0
+    total: int = 0
+    least: int = 0
+    most: int = 0
+
+    @property
+    def mean(self) -> float:
+        """Of all members; 0 where there are none."""
+        return self.total / max(1, self.members)
+
+
 class Report:
-    """Issues and access counts of one launch.
+    """Issues and counts of one launch.
+
+    ``barriers`` is the spread over thread blocks of the barriers passed, ``multiply_adds`` that over
+    threads of the float32 multiply-adds executed: instructions into which g++ contracted a product and
+    a sum, as nvcc does too, those of the epilogue among them. Both are empty unless profiled.
 
     Parameters
     ----------
@@ -105,6 +133,7 @@ class Report:
         self.issues: list[Issue] = []
         self.accesses: list[Access] = []
         self.sectors: dict[str, tuple[int, int]] = {}
+        self.barriers = self.multiply_adds = Spread()
         rows = [line.split("\t") for line in text.splitlines()]
         located = {"I": 2, "S": 1}
         counters = sorted({int(r[located[r[0]]], 16) for r in rows if r[0] in located})
@@ -127,6 +156,10 @@ class Report:
                         *(ideal, distinct, *place(row[1])),
                     )
                 )
+            elif row[0] == "B":
+                self.barriers = Spread(*(int(field) for field in row[1:]))
+            elif row[0] == "F":
+                self.multiply_adds = Spread(*(int(field) for field in row[1:]))
             else:
                 self.sectors[names[int(row[1])]] = (int(row[2]), int(row[3]))
 
@@ -159,7 +192,32 @@ class Report:
             "dram_write_bytes_min": 32.0 * sum(written for _, written in self.sectors.values()),
             "shared_wavefronts": total("units", True),
             "shared_wavefronts_ideal": total("ideal", True),
+            "barriers": self.scale * self.barriers.total,
+            "multiply_adds": self.scale * self.multiply_adds.total,
         }
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything counted, in types that JSON has."""
+        return {
+            "scale": self.scale,
+            "summary": self.summary(),
+            "barriers_per_block": _spread_json(self.barriers),
+            "multiply_adds_per_thread": _spread_json(self.multiply_adds),
+            "accesses": [{**asdict(a), "excess": a.excess} for a in self.accesses],
+            "issues": [asdict(issue) for issue in self.issues],
+        }
+
+    def text(self, width: int = 70) -> str:
+        """:meth:`table`, then the barriers of a block and the multiply-adds of a thread."""
+        barriers, adds = self.barriers, self.multiply_adds
+        return "\n".join(
+            [
+                self.table(width),
+                f"barriers per block: {barriers.least} to {barriers.most}",
+                f"multiply-adds per thread: {adds.least} to {adds.most}, mean {adds.mean:.1f}; "
+                f"{self.scale * adds.total:.0f} in all",
+            ]
+        )
 
     def table(self, width: int = 70) -> str:
         """Accesses by source line, then issues; sectors (global) or wavefronts (shared) per request."""
@@ -175,3 +233,7 @@ class Report:
         for i in self.issues:
             out.append(f"{i.kind} x{i.count} at line {i.line} ({i.first}): {i.source[:width]}")
         return "\n".join(out)
+
+
+def _spread_json(spread: Spread) -> dict[str, float]:
+    return {**asdict(spread), "mean": spread.mean}

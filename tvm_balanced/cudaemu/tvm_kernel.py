@@ -262,9 +262,13 @@ class TVMKernel:
         profile: bool = False,
         blocks: Sequence[int] | None = None,
         order: str = "seq",
+        seed: int = 1,
         threads: int = 1,
     ) -> list[Report]:
-        """Run on NumPy arrays in the function's argument order; outputs are changed in place."""
+        """Run on NumPy arrays in the function's argument order; outputs are changed in place.
+
+        See :meth:`Module.launch` for what the keywords mean.
+        """
         module = self.module(check or profile)
         return [
             module.launch(
@@ -274,6 +278,7 @@ class TVMKernel:
                 launch.args,
                 dynamic_shared=launch.dynamic_shared,
                 order=order,
+                seed=seed,
                 threads=threads,
                 blocks=blocks,
                 check=check,
