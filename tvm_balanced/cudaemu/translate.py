@@ -23,7 +23,9 @@ _KERNEL = re.compile(
     r'(?:extern\s+"C"\s+)?__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\('
 )
 _VECTOR_ACCESS = re.compile(r"\*\((?:const )?([A-Za-z_][\w:]*[248]|[\w:]*(?:16|8|4|2)_t)\s*\*\)\(")
-_VECTOR_TYPE = re.compile(r"(?:half|nv_bfloat16|float|double|u?(?:char|short|int|long|longlong))[248]")
+_VECTOR_TYPE = re.compile(
+    r"(?:half|nv_bfloat16|float|double|u?(?:char|short|int|long|longlong))[248]"
+)
 _SHARED = re.compile(
     r"(extern\s+)?__shared__\s+((?:alignas|__align__)\s*\(\d+\)\s*)?"
     r"((?:[\w:]+\s+)*?[\w:<>, ]+?[\s*]+?)(\w+)\s*((?:\[[^\]]*\])*)\s*;"

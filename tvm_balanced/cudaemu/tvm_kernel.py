@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import operator
 from collections.abc import Callable, Sequence
@@ -248,6 +249,12 @@ class TVMKernel:
         if instrument not in self._modules:
             self._modules[instrument] = Module(self.source, instrument)
         return self._modules[instrument]
+
+    def with_source(self, source: str) -> TVMKernel:
+        """The same launches of other CUDA C, to see what a change by hand does."""
+        other = copy.copy(self)
+        other.source, other._modules = source, {}
+        return other
 
     def plan(self, arrays: Sequence[Any]) -> list[Launch]:
         """The launches that the host function makes for these arguments."""
