@@ -8,7 +8,9 @@ Thread map, for tiles of ``Tile.rows`` rows of activations by 32 outputs::
 The layout ``r32vV`` puts the 32 rows of a warp side by side: a lane loads ``V`` slots of its row with
 one vector load (16 bytes of values), and the warp's loads are contiguous. All lanes work on the same
 block of K, so their gathers fall into one window of ``block`` staged elements; up to 128 bytes (16
-elements of eight bytes) such a window has no two words in one bank. A staged element holds ``vector``
+elements of eight bytes) such a window has no two words in one bank, up to 256 at most two. In larger
+windows conflicts depend on the indices; packing orders the slots of a block so that there are fewer
+(``docs/format.md``), below two wavefronts for each needed. A staged element holds ``vector``
 rows of activations, which one shared-memory load brings in. Warps split K; their partial sums meet in
 shared memory and are added in a fixed order, so results do not change from run to run. K is staged in
 chunks that fit the shared memory.

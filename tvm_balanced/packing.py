@@ -3,6 +3,9 @@
 A dense weight ``(N, K)`` is cut into blocks of ``block`` along K; the last block is padded with zeros
 inside the format. Each block keeps ``nnz`` slots, so a row has ``T`` slots in all, in the order of K.
 Slot ``t`` of a row belongs to block ``t // nnz`` and holds a value and an index local to its block.
+The slots of a block may be in any order: :func:`pack` leaves them in that of K, except in layouts of 32
+rows with large and thin blocks, where it orders them so that the lanes of a warp meet in fewer banks of
+shared memory (:func:`_spread_over_banks`).
 
 The *layout* ``rRvV`` says how slots lie in memory: tiles of ``R`` rows by ``V`` slots, the rows of a tile
 side by side. ``r1v8`` is row by row (a lane walks along a row and loads 8 slots at once); ``r32v8`` puts
@@ -44,6 +47,11 @@ ENCODINGS = {"u8": 8, "u4": 4}  # name: bits of an index
 
 # dense weights handled at a time, so that temporaries stay small beside a large weight
 _CHUNK_ELEMENTS = 1 << 23
+
+# CUDA's shared memory serves 16 lanes at a time when each reads 8 bytes, from 16 pairs of banks
+_WARP = 32
+_SERVED_LANES = 16
+_BANK_PAIRS = 16
 
 
 @dataclass(frozen=True)
@@ -285,6 +293,8 @@ def pack(
         positions = _slot_positions(chunk, pattern)
         values[rows] = chunk.reshape(-1)[positions].reshape(-1, fmt.slots)
         indices[rows] = (positions % pattern.block).astype(np.uint8).reshape(-1, fmt.slots)
+    if _is_spread(fmt):
+        _spread_over_banks(values, indices, fmt)
     return BalancedTensor(
         _tile(values, fmt.layout.rows, fmt.layout.vector), _encode(indices, fmt), fmt
     )
@@ -306,6 +316,78 @@ def _slot_positions(blocks: Array, pattern: BalancedPattern) -> Array:
         zeros_before = np.cumsum(~few, axis=-1)
         kept[short] = few | (zeros_before <= (pattern.nnz - counts[short])[:, None])
     return np.flatnonzero(kept)
+
+
+def _is_spread(fmt: PackedFormat) -> bool:
+    """Whether slots are ordered for the banks of shared memory.
+
+    In a window of up to 32 elements a lane meets at most one other in a pair of banks. In dense blocks
+    most lanes read the same elements when slots are in the order of K: at most twice the least wavefronts.
+    """
+    pattern = fmt.pattern
+    return fmt.layout.rows == _WARP < pattern.block and 1 < pattern.nnz <= pattern.block // 4
+
+
+def _spread_over_banks(values: Array, indices: Array, fmt: PackedFormat) -> None:
+    """Order the slots of each block of a row, in place, for gathers from shared memory.
+
+    A warp gathers the same slot of 32 rows at once, from one window of ``block`` staged elements of
+    eight bytes, 16 rows at a time. Such an access takes as many wavefronts as there are different
+    elements in the fullest of the 16 pairs of banks. Rows choose one after the other, and the slots of a
+    row in the order of K: an element goes to the free slot that reads it already, else to the one that
+    reads the fewest others from its pair of banks. Measured on random weights, the wavefronts of
+    16:256 fall from 2.6 times the least to 1.5, of 8:128 from 2.4 to 1.7, of 4:64 from 2.2 to 1.8.
+
+    Parameters
+    ----------
+    values, indices : (N', T')
+        Slots of all rows, before tiling; N' is a multiple of 32.
+    fmt : PackedFormat
+        Their format.
+    """
+    groups = fmt.padded_rows // _SERVED_LANES
+    step = max(1, _CHUNK_ELEMENTS // (fmt.blocks * fmt.pattern.block * fmt.pattern.nnz))
+    for start in range(0, groups, step):
+        rows = slice(start * _SERVED_LANES, min(start + step, groups) * _SERVED_LANES)
+        shape = (-1, _SERVED_LANES, fmt.blocks, fmt.pattern.nnz)
+        # to (lane, slot, group and block)
+        given = [
+            array[rows].reshape(shape).transpose(1, 3, 0, 2).reshape(*shape[1::2], -1)
+            for array in (values, indices)
+        ]
+        for array, spread in zip(
+            (values, indices), _spread(*given, fmt.pattern.block), strict=True
+        ):
+            lanes = spread.reshape(_SERVED_LANES, -1, *shape[2:])
+            array[rows] = lanes.transpose(1, 0, 2, 3).reshape(-1, fmt.slots)
+
+
+def _spread(values: Array, indices: Array, block: int) -> tuple[Array, Array]:
+    """Choose slots for values and indices ``(lanes, nnz, windows)``; ``(lanes, windows, nnz)``."""
+    lanes, nnz, windows = indices.shape
+    out = tuple(np.empty((lanes, windows * nnz), array.dtype) for array in (values, indices))
+    # elements that a slot reads already from a pair of banks, plus one; and 0 where it reads this one
+    reads = np.ones(windows * _BANK_PAIRS * nnz, np.int8)
+    absent = np.ones(windows * block * nnz, np.int8)
+    window = np.arange(windows)
+    for lane in range(lanes):
+        taken = np.zeros((windows, nnz), np.int8)
+        for k in range(nnz):
+            element = indices[lane, k].astype(np.int64)
+            bank = window * _BANK_PAIRS + element % _BANK_PAIRS
+            element += window * block
+            cost = reads.reshape(-1, nnz).take(bank, axis=0)
+            cost *= absent.reshape(-1, nnz).take(element, axis=0)
+            cost += taken
+            slot = cost.argmin(axis=1)
+            place = window * nnz + slot
+            taken.reshape(-1)[place] = 100
+            out[0][lane, place], out[1][lane, place] = values[lane, k], indices[lane, k]
+            element *= nnz
+            element += slot
+            reads[bank * nnz + slot] += absent[element]
+            absent[element] = 0
+    return out[0].reshape(lanes, windows, nnz), out[1].reshape(lanes, windows, nnz)
 
 
 def _tile(slots: Array, rows: int, vector: int) -> Array:

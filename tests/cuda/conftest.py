@@ -12,10 +12,11 @@ import pytest
 import tvm
 from tvm import relax, tirx
 
-from tvm_balanced import nvrtc, ops, packing, pruning, reference
+from tvm_balanced import cudaemu, nvrtc, ops, packing, pruning, reference
 from tvm_balanced.packing import PackedFormat
 from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.schedules import cuda
+from tvm_balanced.schedules import cuda, cuda_gather
+from tvm_balanced.schedules.balanced_block import find
 
 # of the largest result: rounding of the result's dtype, and of float32 sums in another order
 TOLERANCE = {"float32": 2e-6, "float16": 1.5e-3, "bfloat16": 1.2e-2}
@@ -122,6 +123,17 @@ def fused_kernel(case: Case, fmt: PackedFormat) -> tirx.PrimFunc:
     kernels = [f for _, f in mod.functions_items() if isinstance(f, tirx.PrimFunc)]
     assert len(kernels) == 1, "the epilogue was not fused into the operator"
     return kernels[0].with_attr("global_symbol", "main")
+
+
+def gather_kernel(case: Case, fmt: PackedFormat) -> cudaemu.TVMKernel:
+    """With the tile of a large N, which the small N of a test would not be given."""
+    func = fused_kernel(case, fmt)
+    found = find(func)
+    assert found is not None
+    tile = cuda_gather.default_tile(fmt, found.rows, case.dtype, 48 << 10, multiprocessors=1)
+    sch = cuda_gather.apply(func, target(), tile)
+    assert sch is not None
+    return cudaemu.from_tvm(sch.mod, target())
 
 
 def arguments(

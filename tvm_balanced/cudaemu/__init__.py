@@ -12,7 +12,16 @@ memory sectors and shared-memory wavefronts per access. Needs g++ on an x86-64 w
 
 from tvm_balanced.cudaemu.compiler import EmulatorError
 from tvm_balanced.cudaemu.module import Module
-from tvm_balanced.cudaemu.report import Report
+from tvm_balanced.cudaemu.report import Measurement, Report, measure_balanced
 from tvm_balanced.cudaemu.tvm_kernel import Launch, TVMKernel, from_tvm
 
-__all__ = ["EmulatorError", "Launch", "Module", "Report", "TVMKernel", "from_tvm"]
+__all__ = [
+    "EmulatorError",
+    "Launch",
+    "Measurement",
+    "Module",
+    "Report",
+    "TVMKernel",
+    "from_tvm",
+    "measure_balanced",
+]

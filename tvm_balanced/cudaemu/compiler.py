@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -23,7 +24,21 @@ _INSTRUMENTED = [
     *("-O2", "-g1", "-DEMU_INSTRUMENT", "-fsanitize=thread"),
     *("--param", "tsan-instrument-func-entry-exit=0"),
     *("-fno-tree-vectorize", "-fno-tree-slp-vectorize", "-fno-store-merging"),
+    # for the counts: pushes below the stack pointer, and multiply-adds even where the CPU likes them less
+    *("-mno-red-zone", "--param=avoid-fma-max-bits=0"),
 ]
+# before every float32 multiply-add that g++ emitted; neither flags nor registers change
+_MULTIPLY_ADD = re.compile(r"^\tvfn?m(?:add|sub)\d+ss\t", re.MULTILINE)
+_COUNT = """\
+\tpushq\t%rax
+\tpushq\t%rdx
+\tmovq\temu_fma@gottpoff(%rip), %rax
+\tmovq\t%fs:(%rax), %rdx
+\tleaq\t1(%rdx), %rdx
+\tmovq\t%rdx, %fs:(%rax)
+\tpopq\t%rdx
+\tpopq\t%rax
+"""
 
 
 class EmulatorError(ToolchainError):
@@ -101,16 +116,25 @@ def compile_kernels(text: str, instrument: bool) -> tuple[Path, Path]:
     """
     flags = _BASE + (_INSTRUMENTED if instrument else _FAST)
     headers = _precompiled_headers(flags)
-    key = digest(text, headers.name)
+    key = digest(text, headers.name, _COUNT)
     source = cache_dir() / f"k_{key}.cpp"
-    if not source.exists():
-        temporary = source.with_name(f"{source.name}.{os.getpid()}.tmp")
-        temporary.write_text(text)
-        os.replace(temporary, source)
-    # compiled and linked apart, so that no sanitizer library is linked in
-    args = [*flags, "-c", "-I", str(headers), "-include", str(headers / "cudaemu.h"), str(source)]
-    compiled = _compile(source.with_suffix(".o"), args)
-    return source, _compile(source.with_suffix(".so"), ["-shared", str(compiled)])
+    library = source.with_suffix(".so")
+    if library.exists():
+        return source, library
+    temporary = source.with_name(f"{source.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, source)
+    with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
+        assembly, compiled = Path(folder) / "kernel.s", Path(folder) / "kernel.o"
+        args = [*flags, "-I", str(headers), "-include", str(headers / "cudaemu.h"), str(source)]
+        if instrument:
+            _compile(assembly, [*args, "-S"])
+            counted = _MULTIPLY_ADD.sub(lambda found: _COUNT + found[0], assembly.read_text())
+            assembly.write_text(counted)
+            args = [str(assembly)]
+        # compiled and linked apart, so that no sanitizer library is linked in
+        _compile(compiled, [*args, "-c"])
+        return source, _compile(library, ["-shared", str(compiled)])
 
 
 @functools.cache

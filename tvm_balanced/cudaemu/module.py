@@ -18,6 +18,7 @@ from tvm_balanced.packing import Array
 
 ORDERS = {"seq": 0, "reverse": 1, "random": 2}
 _ALIGNMENT = 256  # of device allocations
+_GUARD = 8192  # bytes around a checked array; what goes further is stopped before it is done
 
 SCALARS: dict[str, Any] = {
     "int": ctypes.c_int,
@@ -52,12 +53,14 @@ class _Options(ctypes.Structure):
 class _Arguments:
     """Kernel arguments in C, and the arrays that have to be copied back."""
 
-    def __init__(self, types: Sequence[str], args: Sequence[Any]) -> None:
+    def __init__(self, types: Sequence[str], args: Sequence[Any], guard: int = 0) -> None:
+        self._guard = guard
         self.pointers = (ctypes.c_void_p * max(1, len(args)))()
         self.ranges: list[tuple[int, int, int]] = []
         self.names: list[str] = []
         self._hold: list[Any] = []
         self._copied: list[tuple[Array, Array]] = []
+        self._bound: dict[int, Array] = {}
         for i, (kind, arg) in enumerate(zip(types, args, strict=True)):
             if kind.endswith("*"):
                 value: Any = self._array(i, kind, arg)
@@ -69,14 +72,15 @@ class _Arguments:
     def _array(self, i: int, kind: str, array: Any) -> Any:
         if not isinstance(array, np.ndarray) or not array.flags.c_contiguous:
             raise EmulatorError(f"argument {i} ({kind}) must be a C-contiguous NumPy array")
-        held = array
-        if array.ctypes.data % _ALIGNMENT:
-            raw = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
-            start = -raw.ctypes.data % _ALIGNMENT
+        held = self._bound.get(id(array), array)
+        if held is array and (self._guard or array.ctypes.data % _ALIGNMENT):
+            raw = np.empty(array.nbytes + _ALIGNMENT + 2 * self._guard, np.uint8)
+            start = self._guard + -(raw.ctypes.data + self._guard) % _ALIGNMENT
             held = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
             held[...] = array
             if "const" not in kind:
                 self._copied.append((array, held))
+        self._bound[id(array)] = held
         self._hold.append(held)
         self.ranges.append((held.ctypes.data, array.nbytes, array.itemsize))
         self.names.append(f"arg{i}")
@@ -164,7 +168,7 @@ class Module:
             raise EmulatorError(
                 f"{kernel} takes {len(types)} arguments ({', '.join(types)}), but {len(args)} were given"
             )
-        bound, rt = _Arguments(types, args), runtime()
+        bound, rt = _Arguments(types, args, _GUARD if check else 0), runtime()
         n = len(bound.ranges)
         starts, sizes, items = zip(*bound.ranges, strict=True) if n else ((), (), ())
         rt.emu_set_ranges(

@@ -23,6 +23,9 @@ _KERNEL = re.compile(
     r'(?:extern\s+"C"\s+)?__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\('
 )
 _VECTOR_ACCESS = re.compile(r"\*\((?:const )?([A-Za-z_][\w:]*[248]|[\w:]*(?:16|8|4|2)_t)\s*\*\)\(")
+_VECTOR_TYPE = re.compile(
+    r"(?:half|nv_bfloat16|float|double|u?(?:char|short|int|long|longlong))[248]"
+)
 _SHARED = re.compile(
     r"(extern\s+)?__shared__\s+((?:alignas|__align__)\s*\(\d+\)\s*)?"
     r"((?:[\w:]+\s+)*?[\w:<>, ]+?[\s*]+?)(\w+)\s*((?:\[[^\]]*\])*)\s*;"
@@ -217,6 +220,7 @@ class _SharedMemory:
         self._count = 0
         self._end = "0"
         self.declarations = ""
+        self._vectors: dict[str, str] = {}
 
     def replace(self, match: re.Match[str]) -> str:
         dynamic, qualifier, name = match[1], match[2] or "", match[4]
@@ -234,7 +238,23 @@ class _SharedMemory:
             f"{offset}_end = {offset} + sizeof({offset}_t) }};"
         )
         self._end = f"{offset}_end"
+        if _VECTOR_TYPE.fullmatch(kind):
+            self._vectors[name] = kind
         return f"{offset}_t& {name} = *({offset}_t*)(emu_tls.smem + {offset});"
+
+    def whole_elements(self, body: str) -> str:
+        """Make an element of an array of vectors one access, as on the GPU; g++ would split it."""
+        for name, kind in self._vectors.items():
+            out, position = [], 0
+            for match in re.finditer(rf"(?<![\w&.]){name}\[", body):
+                end = _matching(body, match.end() - 1, "[", "]")
+                if body[end : end + 1] in (".", "["):
+                    continue
+                element = f"emu_v<{kind}>({name} + ({body[match.end() : end - 1]}))"
+                out += [body[position : match.start()], element]
+                position = end
+            body = "".join(out) + body[position:]
+        return body
 
     def prelude(self) -> str:
         size = f"emu_static_{self._kernel} = (({self._end}) + 127) / 128 * 128"
@@ -270,7 +290,7 @@ def translate(source: str) -> tuple[str, dict[str, list[str]]]:
         name = match[1]
         body_end = _matching(source, end + brace.end() - 1, "{", "}")
         memory = _SharedMemory(name)
-        body = _SHARED.sub(memory.replace, source[end:body_end])
+        body = memory.whole_elements(_SHARED.sub(memory.replace, source[end:body_end]))
         out += [
             source[position : match.start()],
             memory.prelude(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import operator
 from collections.abc import Callable, Sequence
@@ -243,6 +244,12 @@ class TVMKernel:
             self._modules[instrument] = Module(self.source, instrument)
         return self._modules[instrument]
 
+    def with_source(self, source: str) -> TVMKernel:
+        """The same launches of other CUDA C, to see what a change by hand does."""
+        other = copy.copy(self)
+        other.source, other._modules = source, {}
+        return other
+
     def plan(self, arrays: Sequence[Any]) -> list[Launch]:
         """The launches that the host function makes for these arguments."""
         host = _HostCode(arrays)
@@ -256,9 +263,13 @@ class TVMKernel:
         profile: bool = False,
         blocks: Sequence[int] | None = None,
         order: str = "seq",
+        seed: int = 1,
         threads: int = 1,
     ) -> list[Report]:
-        """Run on NumPy arrays in the function's argument order; outputs are changed in place."""
+        """Run on NumPy arrays in the function's argument order; outputs are changed in place.
+
+        See :meth:`Module.launch` for what the keywords mean.
+        """
         module = self.module(check or profile)
         return [
             module.launch(
@@ -268,6 +279,7 @@ class TVMKernel:
                 launch.args,
                 dynamic_shared=launch.dynamic_shared,
                 order=order,
+                seed=seed,
                 threads=threads,
                 blocks=blocks,
                 check=check,
