@@ -6,6 +6,7 @@
 ``params.safetensors`` the parameters, only where they exceed 256 MiB
 ``kernels/*.cu``       the CUDA source the cubins were made from, kernel by kernel; joined by
                        :func:`tvm_balanced.cuda_source.join_kernels` it is that, byte by byte
+``reference.json.gz``  every kernel before its schedule, which ``verify`` compares it with
 ``report.txt``         per layer what was done and why
 ``manifest.json``      everything else, and the SHA-256 of every other file
 ====================== =====================================================================
@@ -45,6 +46,7 @@ EMBED_LIMIT = 256 * 1024 * 1024
 LIBRARY = "lib.so"
 MANIFEST = "manifest.json"
 PARAMETERS = "params.safetensors"
+REFERENCE = "reference.json.gz"
 REPORT = "report.txt"
 KERNELS = "kernels"
 
@@ -389,6 +391,8 @@ def _write(
         (work / KERNELS).mkdir()
         for name, text in split_kernels(library.cuda_source).items():
             _write_text(work / KERNELS / f"{file_stem(name)}.cu", text)
+    if library.reference:
+        _write_bytes(work / REFERENCE, library.reference)
     _write_text(work / REPORT, report)
     manifest = Manifest(
         target=TargetEntry(
@@ -430,8 +434,12 @@ def _copy(source: Path, destination: Path) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
+    _write_bytes(path, text.encode())
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
 

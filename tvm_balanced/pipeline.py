@@ -6,6 +6,7 @@ both, so the order is fixed: legalize, fuse, schedule the balanced operator, sch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import tvm
@@ -58,7 +59,12 @@ def lower_passes(target: tvm.target.Target) -> list[Any]:
     ]
 
 
-def build(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
+def build(
+    mod: tvm.IRModule,
+    target: tvm.target.Target,
+    *,
+    on_fused: Callable[[tvm.IRModule], None] | None = None,
+) -> Any:
     """Build a rewritten module whose weights are parameters or bound constants.
 
     Parameters
@@ -67,12 +73,17 @@ def build(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
         Relax functions only.
     target : tvm.target.Target
         Where the kernels run.
+    on_fused : callable, optional
+        Told the module after the first phase, when its kernels are whole and not scheduled.
 
     Returns
     -------
     tvm.relax.VMExecutable
     """
     with target:
-        for phase in (fuse_passes(), schedule_passes(target), lower_passes(target)):
+        mod = tvm.transform.Sequential(fuse_passes())(mod)
+        if on_fused is not None:
+            on_fused(mod)
+        for phase in (schedule_passes(target), lower_passes(target)):
             mod = tvm.transform.Sequential(phase)(mod)
     return tvm.compile(mod, target, relax_pipeline=None, tir_pipeline=TIR_PIPELINE)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gzip
 import hashlib
 import importlib
 import json
@@ -93,12 +94,16 @@ class ExportedLibrary:
         The cubins in the library; empty for llvm.
     compiler : dict
         What compiled them, see :func:`tvm_balanced.nvrtc.compiler`; empty for llvm.
+    reference : bytes
+        The kernels before any schedule, which say what the compiled ones should compute: the PrimFuncs as
+        TVM's JSON, compressed by gzip. Empty where another function than this package's built the library.
     """
 
     path: Path
     cuda_source: str
     images: tuple[DeviceImage, ...]
     compiler: Mapping[str, Any] = field(default_factory=dict)
+    reference: bytes = b""
 
 
 def find_cxx() -> str:
@@ -269,7 +274,7 @@ def build_and_export(
     build: str,
     options: Mapping[str, Any],
     compiler: str,
-) -> str:
+) -> tuple[str, bytes]:
     """Bind, build and export in this process, whatever its CUDA runtime is.
 
     :func:`export_library` is what to call; this is its inner half.
@@ -287,14 +292,19 @@ def build_and_export(
 
     Returns
     -------
-    str
+    source : str
         The CUDA source, empty where there is none.
+    reference : bytes
+        The unscheduled kernels, see :class:`ExportedLibrary`.
     """
     from tvm.support import cc
 
     module_name, _, function_name = build.partition(":")
     function = getattr(importlib.import_module(module_name), function_name)
     cuda = target.kind.name == "cuda"
+    fused: list[Any] = []
+    if build == DEFAULT_BUILD:
+        options = {**options, "on_fused": fused.append}
     with target, nvrtc.as_tvm_compiler(target.arch) if cuda else contextlib.nullcontext():
         executable = function(bind_parameters(mod, params), target, **options)
         source = _cuda_source(executable.mod)
@@ -302,7 +312,19 @@ def build_and_export(
             executable.export_library(str(path), fcompile=cc.create_shared, cc=compiler)
         except RuntimeError as error:
             raise ToolchainError(f"{compiler} did not link the library: {error}") from error
-    return source
+    return source, _reference(fused[0]) if fused else b""
+
+
+def _reference(mod: Any) -> bytes:
+    import tvm
+
+    kernels = {
+        variable: function
+        for variable, function in mod.functions.items()
+        if isinstance(function, tvm.tirx.PrimFunc)
+    }
+    # no time of writing: the same kernels are the same bytes
+    return gzip.compress(tvm.ir.save_json(tvm.IRModule(kernels)).encode(), mtime=0)
 
 
 def _cuda_source(module: Any) -> str:
@@ -364,7 +386,7 @@ def export_library(
     path = Path(path)
     compiler = find_cxx()
     if spec.kind != "cuda":
-        source = build_and_export(
+        source, reference = build_and_export(
             mod,
             spec.target,
             path,
@@ -373,8 +395,8 @@ def export_library(
             options=options or {},
             compiler=compiler,
         )
-        return ExportedLibrary(path, source, ())
-    source, made_by = _export_in_worker(
+        return ExportedLibrary(path, source, (), reference=reference)
+    source, reference, made_by = _export_in_worker(
         mod, spec, path, params or {}, build, options or {}, compiler
     )
     images = tuple(cubin_images(path))
@@ -386,7 +408,7 @@ def export_library(
             f"the exported library should hold machine code for {expected} and holds {found}: see "
             f"tvm-balanced doctor"
         )
-    return ExportedLibrary(path, source, images, made_by)
+    return ExportedLibrary(path, source, images, made_by, reference)
 
 
 def _export_in_worker(
@@ -397,7 +419,7 @@ def _export_in_worker(
     build: str,
     options: Mapping[str, Any],
     compiler: str,
-) -> tuple[str, dict[str, Any]]:
+) -> tuple[str, bytes, dict[str, Any]]:
     import tvm
 
     from tvm_balanced._tensors import write_tensors
@@ -446,7 +468,8 @@ def _export_in_worker(
                 f"{result['message'].strip()}"
             ) from cause
         shutil.copyfile(folder / "lib.so", path)
-        return (folder / "device.cu").read_text(), result["compiler"]
+        source, reference = (folder / "device.cu").read_text(), (folder / "reference").read_bytes()
+        return source, reference, result["compiler"]
 
 
 def _driver_library_loads() -> bool:

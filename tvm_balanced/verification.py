@@ -1,4 +1,4 @@
-"""``verify``: is a compiled library what its manifest says, and does every kernel in it compute what it should?
+"""``verify``: is a compiled library what its manifest says, and is every kernel in it right?
 
 Three questions, each answered for every part:
 
@@ -285,7 +285,9 @@ def _check_recompilation(library: Library) -> PartCheck:
     digest = hashlib.sha256(made).hexdigest()
     if digest in {str(cubin.get("sha256")) for cubin in library.manifest.cubins}:
         return PartCheck(part, PASS, f"{told}, SHA-256 {digest[:12]}")
-    return PartCheck(part, FAIL, f"{told} gives SHA-256 {digest[:12]}: the cubin is not its source's")
+    return PartCheck(
+        part, FAIL, f"{told} gives SHA-256 {digest[:12]}: the cubin is not its source's"
+    )
 
 
 def _check_coverage(library: Library, rows: Sequence[KernelCheck]) -> PartCheck:
@@ -317,6 +319,10 @@ def read_reference(path: Path) -> dict[str, Any]:
     from tvm_balanced import ops  # noqa: F401  registers the operator
 
     file = path / REFERENCE
+    if not file.is_file():
+        raise ArtifactError(
+            f"{path} has no {REFERENCE}, with which its kernels are compared; compile the model again"
+        )
     try:
         mod = tvm.ir.load_json(gzip.decompress(file.read_bytes()).decode())
     except Exception as error:
@@ -402,7 +408,9 @@ def _check_kernel(
     return _compare(row, func, given, tensors, symbol)
 
 
-def _compare(row: KernelCheck, func: Any, given: Any, tensors: list[Any], symbol: int) -> KernelCheck:
+def _compare(
+    row: KernelCheck, func: Any, given: Any, tensors: list[Any], symbol: int
+) -> KernelCheck:
     """The row with error and result."""
     from tvm_balanced.kernel_reference import (
         KernelReferenceError,

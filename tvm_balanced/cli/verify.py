@@ -78,5 +78,7 @@ def command(
         summary("verdict", {verdict: ", ".join(f"{n} {what}" for what, n in counts.items() if n)})
     )
     if not found.passed:
-        raise TvmBalancedError(f"{library} did not pass: {counts[FAIL]} of {len(checks)} checks failed")
+        raise TvmBalancedError(
+            f"{library} did not pass: {counts[FAIL]} of {len(checks)} checks failed"
+        )
     output.next(f"tvm-balanced inspect {shlex.quote(library)} --static")

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from tvm_balanced import nvrtc
 from tvm_balanced.cuda_source import split_kernels
 from tvm_balanced.cudaemu.compiler import EmulatorError, device_libraries, runtime
 from tvm_balanced.cudaemu.module import ORDERS, SCALARS, Module
@@ -214,19 +215,8 @@ class Device:
     @contextlib.contextmanager
     def compiler(self) -> Iterator[None]:
         """TVM's builds for CUDA give CUDA source instead of a cubin inside; no CUDA compiler is needed."""
-        import tvm
-        import tvm_ffi
-
-        name = "tvm_callback_cuda_compile"
-        before = tvm.get_global_func(name, allow_missing=True)
-        tvm_ffi.register_global_func(name, lambda code: str(code).encode(), override=True)
-        try:
+        with nvrtc.tvm_callbacks(lambda source: source.encode()):
             yield
-        finally:
-            if before is None:
-                tvm_ffi.registry.remove_global_func(name)
-            else:
-                tvm_ffi.register_global_func(name, before, override=True)
 
     def prepare(self, source: str, *, instrument: bool = False) -> None:
         """Compile every kernel of a CUDA source beforehand, several at a time."""

@@ -91,7 +91,7 @@ def lower(mod: Any, target: Any, pipeline: str = "default") -> tuple[str, Any]:
     bound = tvm.tirx.transform.BindTarget(hosted)(tvm.IRModule(public))
     passes, _, finalize_device = tvm.tirx.get_tir_pipeline(pipeline)
     host, devices = build.split_host_device_mods(passes(bound))
-    with nvrtc.tvm_callbacks(lambda source: source):
+    with nvrtc.tvm_callbacks(lambda source: source.encode()):
         built = [build.codegen_build(finalize_device()(d), t) for t, d in devices.items()]
     return "\n".join(kernel.inspect_source() for kernel in built), host
 
