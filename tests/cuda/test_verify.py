@@ -1,0 +1,213 @@
+"""``verify``: a sound library passes, and every way to be unsound is named."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tvm_balanced as tb
+from tests.models.zoo import ZOO
+from tvm_balanced import nvrtc
+from tvm_balanced.cli.main import main
+from tvm_balanced.errors import ArtifactError, ToolchainError
+from tvm_balanced.verification import FAIL, PASS, UNCHECKED, Verification, verify
+
+RECOMPILED = "cubin made again of kernels/*.cu"
+
+
+def _save(name: str, target: str, path: Path) -> Path:
+    built = ZOO[name].build("small")
+    model = tb.from_torch(built.module, built.inputs, dynamic_shapes=built.dynamic_shapes)
+    return tb.compile(model.prune("4:16"), target, policy="always").save(path)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _save("mlp_batch", "cuda-sm_90", tmp_path_factory.mktemp("verify") / "sound.tvmb")
+
+
+@pytest.fixture
+def copy(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "model.tvmb"))
+
+
+def _sign(path: Path) -> None:
+    """Make the manifest agree with the files, as whoever swaps a file on purpose would."""
+    file = path / "manifest.json"
+    manifest = json.loads(file.read_text())
+    for name in manifest["files"]:
+        manifest["files"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
+    file.write_text(json.dumps(manifest))
+
+
+def _edit(path: Path, change: Callable[[str], str]) -> str:
+    """Change the first sparse kernel's source; its name."""
+    file = sorted((path / "kernels").glob("*balanced_sparse_dense*.cu"))[0]
+    before = file.read_text()
+    after = change(before)
+    assert after != before
+    file.write_text(after)
+    _sign(path)
+    return file.stem
+
+
+def _part(found: Verification, name: str) -> Any:
+    (check,) = [check for check in found.parts if check.part == name]
+    return check
+
+
+def _failed(found: Verification) -> list[str]:
+    return [k.name for k in found.kernels if k.result == FAIL]
+
+
+def test_sound_library_passes(sound: Path) -> None:
+    found = verify(sound)
+    assert found.passed
+    assert {check.result for check in found.parts} == {PASS}
+    assert _part(found, RECOMPILED).detail.startswith("nvrtc ")
+    assert found.kernels and all(k.result == PASS for k in found.kernels)
+    launched = {kernel for k in found.kernels for kernel in k.kernels}
+    assert {f"{name}" for name in tb.load(sound, "emulated").kernels} == launched
+    for k in found.kernels:
+        assert (k.races, k.bounds, k.unwritten) == (0, 0, 0)
+        assert k.checked_blocks >= 1
+        assert k.error is not None and k.limit is not None and k.error <= k.limit < 1e-4
+
+
+def test_command_line(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = verify(sound).kernels[0].name
+    assert main(["verify", str(sound), "--json", "--kernel", name, "--blocks", "0", "-q"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["passed"] and document["command"] == "verify"
+    (kernel,) = document["kernels"]
+    assert kernel["name"] == name and kernel["blocks"] == kernel["checked_blocks"] > 1
+    assert main(["verify", str(sound), "--kernel", "absent"]) == 2
+    assert 'has no kernel function "absent"; it has' in capsys.readouterr().err
+
+
+def test_cubin_that_is_not_its_sources(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another source beside the same cubin, with a manifest that agrees."""
+    _edit(copy, lambda text: text.replace("0x1p-1f", "0x1.000002p-1f"))
+    found = verify(copy)
+    assert not found.passed
+    check = _part(found, RECOMPILED)
+    assert check.result == FAIL and "the cubin is not its source's" in check.detail
+    assert main(["verify", str(copy)]) == 1
+    captured = capsys.readouterr()
+    assert "the cubin is not its source's" in " ".join(captured.out.split())
+    assert "did not pass: 1 of" in captured.err
+
+
+@pytest.mark.parametrize("name", ["lib.so", "kernels", "report.txt"])
+def test_changed_file_is_named_and_nothing_run(name: str, copy: Path) -> None:
+    file = copy / name if name != "kernels" else sorted((copy / name).iterdir())[0]
+    file.write_bytes(file.read_bytes() + b"\n")
+    found = verify(copy)
+    assert not found.passed and not found.kernels
+    (bad,) = [check for check in found.parts if check.result == FAIL]
+    assert bad.part == str(file.relative_to(copy)) and "the manifest says" in bad.detail
+    assert _part(found, "kernels").result == UNCHECKED
+
+
+def test_missing_file(copy: Path) -> None:
+    (copy / "report.txt").unlink()
+    assert "cannot be read" in _part(verify(copy), "report.txt").detail
+
+
+def test_cubin_the_manifest_does_not_name(copy: Path) -> None:
+    file = copy / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["cubins"][0]["sha256"] = "0" * 64
+    file.write_text(json.dumps(manifest))
+    found = verify(copy)
+    told = " ".join(check.detail for check in found.parts if check.result == FAIL)
+    assert "which the manifest does not name" in told and "000000000000 is not there" in told
+
+
+def test_race_in_a_kernel(copy: Path) -> None:
+    stem = _edit(copy, lambda text: text.replace("__syncthreads();", "", 1))
+    found = verify(copy)
+    (name,) = _failed(found)
+    assert stem == f"{name}_kernel"
+    (row,) = [k for k in found.kernels if k.name == name]
+    assert row.races and "race" in row.detail and "at line" in row.detail
+
+
+def test_wrong_result_of_a_kernel(copy: Path) -> None:
+    """GELU's factor off by 1/4096: nothing to check but the numbers."""
+    stem = _edit(copy, lambda text: text.replace("0x1p-1f", "0x1.001p-1f"))
+    found = verify(copy)
+    (name,) = _failed(found)
+    assert stem == f"{name}_kernel"
+    (row,) = [k for k in found.kernels if k.name == name]
+    assert row.detail == "the result is wrong"
+    assert row.error is not None and row.limit is not None and row.error > 10 * row.limit
+
+
+def test_kernel_that_does_not_end(copy: Path) -> None:
+    barrier = 'asm volatile("bar.sync 1, 1024;");'  # for more threads than there are
+    _edit(copy, lambda text: text.replace("__syncthreads();", barrier, 1))
+    found = verify(copy)
+    (row,) = [k for k in found.kernels if k.result == FAIL]
+    assert row.error is None and "barrier deadlock" in row.detail
+    # the device goes on with the next kernel
+    assert sum(k.result == PASS for k in found.kernels) == len(found.kernels) - 1
+
+
+def test_other_version_of_the_compiler(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = nvrtc.compiler()
+    monkeypatch.setattr(nvrtc, "compiler", lambda: {**here, "version": "12.0.1"})
+    found = verify(copy)
+    check = _part(found, RECOMPILED)
+    assert check.result == UNCHECKED and "here is nvrtc 12.0.1" in check.detail
+    assert found.passed
+
+
+def test_without_nvrtc(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> Any:
+        raise ToolchainError("compiling for CUDA needs nvidia-cuda-nvrtc, not installed here")
+
+    monkeypatch.setattr(nvrtc, "compiler", missing)
+    found = verify(sound)
+    assert _part(found, RECOMPILED).result == UNCHECKED
+    assert found.passed and found.kernels
+
+
+def test_library_without_a_reference(copy: Path) -> None:
+    (copy / "reference.json.gz").unlink()
+    file = copy / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["files"]["reference.json.gz"]
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=r"has no reference\.json\.gz.*compile the model again"):
+        verify(copy)
+
+
+def test_damaged_reference(copy: Path) -> None:
+    (copy / "reference.json.gz").write_bytes(gzip.compress(b"{"))
+    _sign(copy)
+    with pytest.raises(ArtifactError, match=r"reference\.json\.gz cannot be read"):
+        verify(copy)
+
+
+def test_llvm_library(tmp_path: Path) -> None:
+    found = verify(_save("mlp", "llvm", tmp_path / "cpu.tvmb"))
+    assert found.passed and found.device == "CPU"
+    assert found.kernels and all(k.races is None for k in found.kernels)
+
+
+def test_verified_library_gives_what_pytorch_gives(sound: Path) -> None:
+    """What verify ran is what a user runs."""
+    x = np.random.default_rng(0).standard_normal((3, 64)).astype("f4")
+    lib = tb.load(sound, "emulated")
+    assert isinstance(lib(torch.from_numpy(x)), torch.Tensor)
+    assert np.isfinite(lib(x)).all()
