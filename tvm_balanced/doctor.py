@@ -136,7 +136,10 @@ def _usable(name: str, found: dict[str, Any]) -> dict[str, Any]:
     if cuda:
         archs = sorted({gpu["arch"] for gpu in found["gpus"]})
         if not archs:
-            reason = f"runs on another machine: {found['driver']['problem']}"
+            place = "on another machine"
+            if not found["cxx"]["problem"]:
+                place += ", or emulated (run --device emulated, verify)"
+            reason = f"runs {place}: {found['driver']['problem']}"
         elif spec.arch not in archs:
             reason = f"runs on another machine: the GPU here is {', '.join(archs)}"
     else:

@@ -47,7 +47,7 @@ def test_command_lines(tmp_path):
         for line in block.splitlines()
         if line.startswith("tvm-balanced ")
     ]
-    assert len(lines) == 5
+    assert len(lines) == 6
     for line in lines:
         words = shlex.split(re.split(r"\s{2,}", line)[0])
         command = [sys.executable, "-m", "tvm_balanced.cli.main", *words[1:]]

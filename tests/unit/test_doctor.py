@@ -26,7 +26,7 @@ def test_it_names_every_target_and_is_json(monkeypatch):
     assert found["targets"]["h100"] == {
         "compiles": True,
         "runs": False,
-        "reason": "runs on another machine: no driver",
+        "reason": "runs on another machine, or emulated (run --device emulated, verify): no driver",
     }
     assert found["targets"]["cuda"]["compiles"] is False
     assert found["packages"]["apache-tvm"]

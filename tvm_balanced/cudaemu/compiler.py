@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from tvm_balanced.errors import ToolchainError
+from tvm_balanced.targets import cpu_flags
 
 HERE = Path(__file__).parent
 INCLUDE = HERE / "include"
@@ -139,7 +141,18 @@ def compile_kernels(text: str, instrument: bool) -> tuple[Path, Path]:
 
 @functools.cache
 def runtime() -> ctypes.CDLL:
-    """The emulator's runtime library; its symbols are visible to every kernel."""
+    """The emulator's runtime library; its symbols are visible to every kernel.
+
+    Raises
+    ------
+    EmulatorError
+        On another CPU than an x86-64 with FMA, or without g++.
+    """
+    if "fma" not in cpu_flags():
+        raise EmulatorError(
+            f"CUDA is emulated on x86-64 CPUs with FMA, and this is a {platform.machine()} without; use "
+            "another machine"
+        )
     source = HERE / "runtime.cpp"
     library = _compile(
         cache_dir() / f"rt_{digest(source.read_bytes())}.so",
