@@ -55,7 +55,7 @@ def test_an_nvrtc_that_does_not_load_is_told_from_one_that_is_missing(monkeypatc
         raise ToolchainError("libnvrtc.so.13 cannot be loaded")
 
     _with_driver(monkeypatch, Driver(None, (), "no driver"))
-    monkeypatch.setattr(toolchain, "missing_cuda_packages", lambda: [])
+    monkeypatch.setattr(toolchain, "missing_cuda_packages", list)
     monkeypatch.setattr(nvrtc, "compiler", broken)
     found = doctor.collect()
     assert found["nvrtc"]["problem"] == "libnvrtc.so.13 cannot be loaded"
