@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +54,7 @@ def seeded_arguments(func: tirx.PrimFunc, seed: int, symbols: Mapping[str, int] 
     divided by the root of the number of terms, so that results are about 1 in every dtype. What is
     divided by, or goes into a root or a logarithm, is at least 1/2. Packed weights are packed from a
     random balanced matrix. Integers that are used as an index run over the axis they index, other
-    integers are 0 or 1. Outputs hold NaN, the lowest integer, or True.
+    integers are 0 or 1, those that divide at least 1. Outputs hold NaN, the lowest integer, or True.
 
     Parameters
     ----------
@@ -81,6 +80,7 @@ def seeded_arguments(func: tirx.PrimFunc, seed: int, symbols: Mapping[str, int] 
     packed = _packed_weights(func, rng)
     facts = Facts(func, numbers)
     bounds, positive, scale = facts.index_bounds(), facts.positive(), facts.scales()
+    divisors = facts.integer_divisors()
     arrays: list[Any] = []
     for position, param in enumerate(func.params):
         if not tirx.is_buffer_var(param):
@@ -93,7 +93,9 @@ def seeded_arguments(func: tirx.PrimFunc, seed: int, symbols: Mapping[str, int] 
         elif param in packed:
             arrays.append(packed[param])
         elif dtype.kind in "iu":
-            arrays.append(rng.integers(0, bounds.get(param, 2), shape).astype(dtype))
+            low, high = (1, 4) if param in divisors else (0, 2)
+            high = max(low + 1, bounds.get(param, high))
+            arrays.append(rng.integers(low, high, shape).astype(dtype))
         elif dtype.kind == "b":
             arrays.append(rng.integers(0, 2, shape).astype(dtype))
         else:
@@ -280,6 +282,17 @@ class Facts:
             return 0, 1
         return (0, bounds.get(buffer, 2) - 1) if buffer in self.params else unknown
 
+    def integer_divisors(self) -> set[Any]:
+        """Integer parameters that something is divided by: a zero would end the process."""
+        kinds = tvm.ir.prim.expr
+        return {
+            param
+            for kind in (kinds.Div, kinds.Mod, kinds.FloorDiv, kinds.FloorMod)
+            for division in nodes(self.func.body, kind)
+            if not is_float(dtype_of(division))
+            for param in self._integers(division.b)
+        }
+
     # floating point
 
     def positive(self) -> set[Any]:
@@ -313,11 +326,13 @@ class Facts:
 
     def terms(self, block: Any) -> int:
         """Iterations of a block that go into one element of its result."""
-        return math.prod(
-            max(1, self.number(axis.dom.extent))
-            for axis in block.iter_vars
-            if axis.iter_type == tirx.IterVar.CommReduce
-        )
+        total = 1
+        for axis in block.iter_vars:
+            if axis.iter_type == tirx.IterVar.CommReduce:
+                # an extent may depend on the element; the longest counts
+                _, most = self._range(axis.dom.extent, {}, frozenset())
+                total *= max(1, most) if most < tvm.sym.ConstIntBound.POS_INF else 1
+        return total
 
     def _sources(self, expr: Any, seen: frozenset[Any] = frozenset()) -> set[Any]:
         """Floating-point parameters whose elements reach an expression by plain arithmetic."""

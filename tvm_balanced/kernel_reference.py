@@ -294,6 +294,7 @@ class _Machine:
 
     def _set(self, var: Any, number: Any) -> None:
         dtype = dtype_of(var)
+        self.affine.pop(var, None)
         self.values[var] = (
             np.float64(number) if is_float(dtype) else array_dtype(dtype).type(number)
         )
@@ -441,7 +442,7 @@ class _Machine:
             update = reduction(block) if reduced and set(ordered) == reduced else None
             if update is not None:
                 enter(ranges)
-                for part in _split(ranges, self._operand_axes(update)):
+                for part in _split(ranges, self._operand_axes(realize, update)):
                     enter(part)
                     with self._where(self.evaluate(realize.predicate)) as some:
                         value = self._reduce(update, reduced) if some else None
@@ -486,6 +487,7 @@ class _Machine:
                 self._set(loop.loop_var, i)
             for axis, value in zip(block.iter_vars, realize.iter_values, strict=True):
                 self.values[axis.var] = self.evaluate(value)
+                self.affine.pop(axis.var, None)
             if not self.evaluate(realize.predicate):
                 continue
             if block.init is not None and all(
@@ -555,9 +557,10 @@ class _Machine:
 
     # reductions
 
-    def _operand_axes(self, update: Update) -> Callable[[_Ranges], Sequence[int]]:
+    def _operand_axes(self, realize: Any, update: Update) -> Callable[[_Ranges], Sequence[int]]:
         """For :func:`_split`: the axes of the largest array that the reduction makes."""
-        product = factors_of(update.value) if update.is_sum else None
+        whole = isinstance(realize.predicate, tirx.IntImm)
+        product = factors_of(update.value) if update.is_sum and whole else None
         groups = [self._axes(part) for part in (product or (update.value,))]
         if product is not None:  # the sum of products itself never exists
             groups.append(self._axes(update.store.indices))
@@ -768,7 +771,9 @@ class _Machine:
             for axis, factor in form[1].items():
                 strides[axis] += factor * stride
         shape = [_extent(r) if s else 1 for r, s in zip(self.ranges, strides, strict=True)]
-        view: Array = np.lib.stride_tricks.as_strided(array[tuple(first)], shape, strides)
+        # the ellipsis keeps an array without axes an array
+        base = array[(*first, ...)]
+        view: Array = np.lib.stride_tricks.as_strided(base, shape, strides)
         return view
 
     def _positions(self, buffer: Any, array: Array, indices: Sequence[Any]) -> tuple[Any, ...]:

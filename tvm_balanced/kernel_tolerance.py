@@ -129,7 +129,8 @@ def difference(got: Array, expected: Array) -> Deviation:
     -------
     Deviation
         0 where all agree; infinite where integers differ, or where only one of them is NaN or infinite.
-        Errors against a reference that is 0 everywhere are not divided.
+        Errors against a reference that is 0 everywhere are not divided. NaN in both agrees: whoever
+        fills outputs with NaN should see that the reference is finite.
     """
     infinite = Deviation(math.inf, math.inf)
     if got.shape != expected.shape:

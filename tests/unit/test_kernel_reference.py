@@ -133,6 +133,16 @@ def test_reduction(reduce, expected, axis):
     close(value_of(kernel(x, reduce(x, axis)), given), expected(given.astype("f8"), axis))
 
 
+def test_result_without_axes():
+    x = te.placeholder((4, 30), "float32", name="x")
+    total = topi.sum(x)
+    func = kernel(x, te.compute((), lambda: total() * tirx.const(0.5, "float32")))
+    given = normal(4, 30)
+    value = value_of(func, given)
+    assert value.shape == ()
+    close(value, given.astype("f8").sum() / 2)
+
+
 @pytest.mark.parametrize(("reduce", "expected"), [(topi.all, np.all), (topi.any, np.any)])
 def test_boolean_reduction(reduce, expected):
     x = te.placeholder((6, 3), "bool", name="x")
@@ -512,6 +522,21 @@ def test_other_integers_are_a_mask():
     x = te.placeholder((50,), "int64", name="x")
     given = seeded_arguments(kernel(x, te.compute((50,), lambda i: x[i] * 3)), 0, {})
     assert set(given.arrays[0]) == {0, 1}
+
+
+def test_integer_divisors_are_not_zero():
+    x, y = (te.placeholder((50,), "int64", name=name) for name in "xy")
+    func = kernel(x, y, te.compute((50,), lambda i: tirx.floormod(x[i], y[i])))
+    assert seeded_arguments(func, 0, {}).arrays[1].min() == 1
+
+
+def test_extents_that_differ_from_element_to_element():
+    x = te.placeholder((1, 2, 8, 8), "float32", name="x")
+    func = kernel(x, topi.nn.adaptive_pool(x, (3, 3), "avg"))
+    given = seeded_arguments(func, 0, {}).arrays
+    expected = evaluate(func, given)[1]
+    close(expected[..., 0, 0], given[0].astype("f8")[..., :3, :3].mean((2, 3)))
+    assert difference(run_plain(func, given)[1], expected).within(tolerance(func, {})[1])
 
 
 def test_roots_and_divisors_stay_away_from_zero():
