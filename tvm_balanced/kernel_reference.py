@@ -758,7 +758,7 @@ class _Machine:
 
     def _view(self, array: Array, indices: Sequence[Any]) -> Array | None:
         """The elements at affine ``indices`` without a copy; None where they are not, or not inside."""
-        first = []
+        first: list[Any] = []
         strides = [0] * len(self.ranges)
         for index, extent, stride in zip(indices, array.shape, array.strides, strict=True):
             form = self._as_affine(index)
@@ -772,7 +772,7 @@ class _Machine:
                 strides[axis] += factor * stride
         shape = [_extent(r) if s else 1 for r, s in zip(self.ranges, strides, strict=True)]
         # the ellipsis keeps an array without axes an array
-        base = array[(*first, ...)]
+        base: Array = array[(*first, ...)]
         view: Array = np.lib.stride_tricks.as_strided(base, shape, strides)
         return view
 
