@@ -355,10 +355,9 @@ def _spread_over_banks(values: Array, indices: Array, fmt: PackedFormat) -> None
             array[rows].reshape(shape).transpose(1, 3, 0, 2).reshape(*shape[1::2], -1)
             for array in (values, indices)
         ]
-        for array, spread in zip(
-            (values, indices), _spread(*given, fmt.pattern.block), strict=True
-        ):
-            lanes = spread.reshape(_SERVED_LANES, -1, *shape[2:])
+        spread = _spread(given[0], given[1], fmt.pattern.block)
+        for array, slots in zip((values, indices), spread, strict=True):
+            lanes = slots.reshape(_SERVED_LANES, -1, *shape[2:])
             array[rows] = lanes.transpose(1, 0, 2, 3).reshape(-1, fmt.slots)
 
 

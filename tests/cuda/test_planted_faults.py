@@ -230,3 +230,26 @@ def test_shuffle_to_a_wrong_lane_changes_the_result(mutate: Callable[[str], str]
     assert mutant != _gemv().source
     _, out, expected = _run_gemv(_gemv().with_source(mutant))
     assert not np.allclose(out, expected, atol=1e-2)
+
+
+_EARLY_EXIT = r"""
+extern "C" __global__ void half_warp(float* a, float* o) {
+  if (threadIdx.x < 16) {
+    float sum = a[threadIdx.x];
+    unsigned mask = __activemask();
+    sum = sum + __shfl_down_sync(mask, sum, 8, 16);
+    o[threadIdx.x] = sum;
+  }
+}
+"""
+
+
+@pytest.mark.parametrize("order", ["seq", "reverse", "random"])
+def test_mask_taken_before_other_lanes_left_is_no_fault(order: str) -> None:
+    """Lanes ask for the active lanes at different times here, but all at once on a GPU."""
+    a, out = np.arange(32, dtype="f4"), np.full(32, np.nan, "f4")
+    module = cudaemu.Module(_EARLY_EXIT, instrument=True)
+    for seed in range(1, 9):
+        report = module.launch("half_warp", [1], [32], [a, out], order=order, seed=seed, check=True)
+        assert not report.issues, report.table()
+        np.testing.assert_array_equal(out[:8], a[:8] + a[8:16])

@@ -2,7 +2,8 @@
 
 One fiber per CUDA thread, so barriers, shuffles and votes are exact at any order of threads. An
 instrumented run also reports races, accesses out of bounds, reads of unwritten shared memory, and counts
-memory sectors and shared-memory wavefronts per access. Needs g++ on an x86-64 with AVX2 and F16C.
+memory sectors and shared-memory wavefronts per access, barriers and multiply-adds; :func:`measure_balanced`
+puts them beside the least for a packed weight. Needs g++ on an x86-64 with AVX2, FMA and F16C.
 
 >>> kernel = from_tvm(scheduled_module, target)          # doctest: +SKIP
 >>> kernel(a, b, out)                                    # NumPy arrays, changed in place

@@ -23,7 +23,9 @@ _BASE = ["-std=c++17", "-fPIC", "-pthread", "-march=native", "-w", "-fno-strict-
 _FAST = ["-O2"]
 # the thread sanitizer only makes g++ emit its access hooks; the runtime here defines them
 _INSTRUMENTED = [
-    *("-O2", "-g1", "-DEMU_INSTRUMENT", "-fsanitize=thread"),
+    # twice as fast to compile as -O2, and products and sums are still contracted
+    *("-O1", "-fexpensive-optimizations", "-finline-small-functions"),
+    *("-g1", "-DEMU_INSTRUMENT", "-fsanitize=thread"),
     *("--param", "tsan-instrument-func-entry-exit=0"),
     *("-fno-tree-vectorize", "-fno-tree-slp-vectorize", "-fno-store-merging"),
     # for the counts: pushes below the stack pointer, and multiply-adds even where the CPU likes them less

@@ -332,10 +332,12 @@ class Measurement:
 
     def to_json(self) -> dict[str, Any]:
         """Everything measured, in types that JSON has."""
-        names = ("rows", "weight_bytes", "activation_bytes", "output_bytes", "least_bytes")
-        names += ("requested_bytes", "l2_bytes", "distinct_bytes", "weight_requests")
-        names += ("weight_excess", "shared_load_excess", "shared_store_excess")
-        names += ("multiply_adds", "needed_multiply_adds", "padding")
+        names = [
+            *("rows", "weight_bytes", "activation_bytes", "output_bytes", "least_bytes"),
+            *("requested_bytes", "l2_bytes", "distinct_bytes", "weight_requests"),
+            *("weight_excess", "shared_load_excess", "shared_store_excess"),
+            *("multiply_adds", "needed_multiply_adds", "padding"),
+        ]
         fmt = self.fmt
         return {
             "shape": [fmt.out_features, fmt.in_features],
