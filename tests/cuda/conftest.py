@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pytest
 import tvm
 from tvm import relax, tirx
 
-from tvm_balanced import cudaemu, nvrtc, ops, packing, pruning, reference
+from tvm_balanced import cudaemu, ops, packing, pruning, reference
 from tvm_balanced.packing import PackedFormat
 from tvm_balanced.pattern import BalancedPattern
 from tvm_balanced.schedules import cuda, cuda_gather
@@ -174,16 +173,3 @@ def check_close(case: Case, out: Any, expected: Any) -> None:
     # a two-byte result is rounded after each step that the epilogue takes in its dtype
     limit = TOLERANCE[case.out_dtype] * (1 + len(case.epilogue)) / 2 + TOLERANCE["float32"]
     assert error <= limit, f"largest error {error:.2e} of the output's scale, limit {limit:.2e}"
-
-
-@pytest.fixture(scope="session")
-def compile_cubin() -> Callable[[str, str], tuple[bytes, str]]:
-    """CUDA source and architecture to a cubin and the log of ptxas, as libraries are compiled."""
-    if nvrtc.missing_cuda_packages():
-        pytest.skip("NVRTC from PyPI is not installed")
-
-    def compile_source(source: str, arch: str) -> tuple[bytes, str]:
-        compiled = nvrtc.compile_cubin(source, arch)
-        return compiled.cubin, compiled.log
-
-    return compile_source

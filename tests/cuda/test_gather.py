@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,6 +22,7 @@ from .conftest import (
     packed_format,
     target,
 )
+from .cubins import compile_cubin
 
 # what test_table.py does not hold: one and several batch axes, or none; several extents of one kernel
 CASES = [
@@ -98,7 +98,8 @@ def test_gather_breaks_no_rule(case: Case) -> None:
     ids=str,
 )
 def test_gather_compiles_without_spills(
-    case: Case, arch: str, compile_cubin: Callable[[str, str], tuple[bytes, str]]
+    case: Case,
+    arch: str,
 ) -> None:
     sch = cuda_gather.apply(fused_kernel(case, packed_format(case)), target(arch))
     assert sch is not None

@@ -71,7 +71,7 @@ def command(
     output.document({"command": "verify", **found.to_json()})
     for table in found.tables():
         output.show(table)
-    checks = [*found.parts, *found.kernels]
+    checks = found.checks
     counts = {what: sum(c.result == what for c in checks) for what in (PASS, FAIL, UNCHECKED)}
     verdict = "pass" if found.passed else "FAIL"
     output.show(
