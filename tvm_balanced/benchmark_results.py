@@ -50,6 +50,8 @@ ENVIRONMENT = (
     "tvm",
     "tvm_balanced",
     "commit",
+    # processes that wanted a core, averaged over a minute: how busy the machine was
+    "load",
     "time",
 )
 

@@ -110,7 +110,7 @@ def environment(machine: Machine, threads: int | None = None) -> dict[str, Any]:
         "arch": machine.spec.arch,
         "driver": _driver_version() if machine.kind == "cuda" else "",
         "cuda": str(torch.version.cuda or "") if machine.kind == "cuda" else "",
-        "threads": "" if machine.kind == "cuda" else threads or core_count(),
+        "threads": "" if machine.kind == "cuda" else str(threads or core_count()),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "tvm": version("apache-tvm"),
@@ -199,7 +199,7 @@ class Benchmark:
         self.peers = chosen_peers(peers)
         self.caches = caches
         self.seconds = seconds
-        self.clock: Clock = make_clock(machine.device, method)
+        self.clock: Clock = make_clock(machine.device, method, threads)
         self.environment = environment(machine, threads)
         self._copying = self.clock.copying()
         self._weights: tuple[Any, Weights] | None = None
@@ -287,6 +287,8 @@ class Benchmark:
                 row |= common
                 row |= self._time(ready, calls, row["cache"])
                 row |= self._derived(row, problem, ready)
+                if self.machine.kind == "llvm":
+                    row["load"] = os.getloadavg()[0]
                 row["time"] = datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")
         ready.clear()
         calls.clear()

@@ -9,6 +9,9 @@ On a GPU the default is to replay a CUDA graph of at least :data:`GRAPH_CALLS` c
 time of a replay, by events on the device, over the number of calls: what a kernel costs in a stream that
 is kept full. The other method puts events around each single call, behind a write that keeps the device
 busy until the host has queued all three; it includes what lies between two events (2 to 3 us).
+
+On a CPU a sample is the wall time of a call; with one thread it is the CPU time of that thread, which other
+load on the machine does not lengthen but for the caches it takes.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ class Timing:
     samples : int
         How many there were; with method ``graph`` each is the mean of the calls of one replay.
     method : str
-        ``"graph"``, ``"events"`` or, on a CPU, ``"wall"``.
+        ``"graph"``, ``"events"`` or, on a CPU, ``"wall"`` or ``"thread"``.
     note : str
         Why the method is not the one asked for; empty where it is.
     """
@@ -129,7 +132,9 @@ class Clock(Protocol):
         """Copying a buffer much larger than the caches, and the bytes read and written."""
 
 
-def make_clock(device: Any, method: str = "graph") -> CudaClock | CpuClock:
+def make_clock(
+    device: Any, method: str = "graph", threads: int | None = None
+) -> CudaClock | CpuClock:
     """The clock of a torch device.
 
     Parameters
@@ -137,9 +142,11 @@ def make_clock(device: Any, method: str = "graph") -> CudaClock | CpuClock:
     device : torch.device
         Of type ``cuda`` or ``cpu``.
     method : str
-        One of :data:`METHODS`; a CPU knows wall time only.
+        One of :data:`METHODS`, on a GPU.
+    threads : int, optional
+        That calls use, on a CPU.
     """
-    return CudaClock(device, method) if device.type == "cuda" else CpuClock()
+    return CudaClock(device, method) if device.type == "cuda" else CpuClock(threads)
 
 
 def copies_for(num_bytes: int, cache_bytes: int, device: str) -> tuple[int, bool]:
@@ -178,10 +185,18 @@ def last_cache_bytes(folder: str = "/sys/devices/system/cpu/cpu0/cache") -> int:
 
 
 class CpuClock:
-    """Wall time of calls on a CPU."""
+    """Wall time of calls on a CPU, or CPU time where they use one thread.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    threads : int, optional
+        That calls use, the calling one among them.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
         self.cache_bytes = last_cache_bytes()
+        self.method = "thread" if threads == 1 else "wall"
+        self._now = time.thread_time if threads == 1 else time.perf_counter
         self._buffer: Any = None
 
     def measure(self, loads: Mapping[str, Load], seconds: float) -> dict[str, Timing | str]:
@@ -197,7 +212,7 @@ class CpuClock:
                 except Exception as error:
                     problems[name] = short(error)
         return {
-            name: problems[name] if name in problems else Timing.of(found, "wall")
+            name: problems[name] if name in problems else Timing.of(found, self.method)
             for name, found in samples.items()
         }
 
@@ -215,11 +230,10 @@ class CpuClock:
             call = load.next()
             if load.flush:
                 self._flush()
-            start = time.perf_counter()
+            start = self._now()
             call()
-            now = time.perf_counter()
-            found.append((now - start) * 1e6)
-            if now >= end or len(found) >= _MOST_SAMPLES:
+            found.append((self._now() - start) * 1e6)
+            if time.perf_counter() >= end or len(found) >= _MOST_SAMPLES:
                 return found
 
     def _flush(self) -> None:
