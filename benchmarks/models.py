@@ -7,6 +7,8 @@ depend on them, and quality is not measured here (``tvm-balanced demo`` does).
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -15,9 +17,6 @@ from typing import Any
 import click
 
 from tvm_balanced.benchmarking import DTYPES, make_machine
-
-# the zoo lives with the tests
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 MODELS = ("minilm", "lstm", "llama_decode")
 _MINILM = {
@@ -30,29 +29,38 @@ _MINILM = {
 }
 
 
+@functools.cache
+def _zoo() -> Any:
+    """The zoo, by its file: where this runs from an installed copy, the checkout is not to be imported."""
+    path = Path(__file__).resolve().parents[1] / "tests" / "models" / "zoo.py"
+    spec = importlib.util.spec_from_file_location("benchmark_zoo", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look their module up
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def _minilm(size: str) -> Any:
     import torch
     from transformers import BertConfig, BertModel
 
-    from tests.models.zoo import Built, Encoder
-
+    zoo = _zoo()
     if size == "small":
-        from tests.models.zoo import ZOO
-
-        return ZOO["minilm"].make(size)
+        return zoo.ZOO["minilm"].make(size)
     ids = torch.randint(0, _MINILM["vocab_size"], (1, 32))
     bert = BertModel(BertConfig(**_MINILM), add_pooling_layer=False)
-    return Built(Encoder(bert), (ids, torch.ones_like(ids)))
+    return zoo.Built(zoo.Encoder(bert), (ids, torch.ones_like(ids)))
 
 
 def build(name: str, size: str, dtype: str) -> Any:
     """A model of the zoo in a dtype: ``module`` and ``inputs``."""
     import torch
 
-    from tests.models.zoo import ZOO
-
-    make = _minilm if name == "minilm" else ZOO[name].make
-    entry = dataclasses.replace(ZOO[name], make=make, dtype=getattr(torch, dtype))
+    known = _zoo().ZOO[name]
+    make = _minilm if name == "minilm" else known.make
+    entry = dataclasses.replace(known, make=make, dtype=getattr(torch, dtype))
     return entry.build(size)
 
 

@@ -32,7 +32,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     m,
     n,
     k,
-    share,
+    STEPS: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -41,10 +41,10 @@ def _kernel(  # type: ignore[no-untyped-def]
     tile, row_tile, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows = row_tile * ROWS + tl.arange(0, ROWS)
     outputs = tile * OUTPUTS + tl.arange(0, OUTPUTS)
-    first = part * share
+    first = part * STEPS * COLUMNS
     total = tl.zeros((ROWS, OUTPUTS), dtype=tl.float32)
-    for start in range(first, tl.minimum(first + share, k), COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
+    for step in range(STEPS):
+        columns = first + step * COLUMNS + tl.arange(0, COLUMNS)
         inside = columns < k
         a = tl.load(
             x + rows[:, None] * k + columns[None, :],
@@ -91,7 +91,7 @@ def _fastest(x: torch.Tensor, weight: torch.Tensor) -> tuple[int, int, int, int]
 def _run(x: torch.Tensor, weight: torch.Tensor, choice: tuple[int, int, int, int]) -> torch.Tensor:
     (m, k), n = x.shape, weight.shape[0]
     outputs, columns, parts, warps = choice
-    share = triton.cdiv(triton.cdiv(k, parts), columns) * columns
+    steps = triton.cdiv(triton.cdiv(k, parts), columns)
     out = torch.empty((parts, m, n), dtype=torch.float32, device=x.device)
     # a share that begins behind K still writes its zeros
     _kernel[(triton.cdiv(n, outputs), triton.cdiv(m, _ROWS), parts)](
@@ -101,7 +101,7 @@ def _run(x: torch.Tensor, weight: torch.Tensor, choice: tuple[int, int, int, int
         m,
         n,
         k,
-        share,
+        STEPS=steps,
         ROWS=_ROWS,
         OUTPUTS=outputs,
         COLUMNS=columns,

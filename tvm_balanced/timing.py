@@ -39,6 +39,7 @@ _COPY_BYTES = {"cuda": 512 << 20, "cpu": 128 << 20}
 # libraries' threads go on spinning for a while, and would take a core from the next contender
 _REST_S = 0.02
 _MOST_SAMPLES = 2000
+_SLEEP_CYCLES = 1_000_000  # half a millisecond, longer than Python takes to queue a call
 
 
 @dataclass(frozen=True)
@@ -271,6 +272,8 @@ class CudaClock:
         self._buffer = torch.empty(int(_TWICE * self.cache_bytes), dtype=torch.uint8, device=device)
         # where graphs are captured, calls must have warmed up on that very stream
         self._stream = torch.cuda.Stream(device)
+        # a capture that fails can leave PyTorch's allocator in its middle: it is not tried twice
+        self._uncaptured: dict[str, str] = {}
 
     def measure(self, loads: Mapping[str, Load], seconds: float) -> dict[str, Timing | str]:
         """See :class:`Clock`."""
@@ -278,14 +281,21 @@ class CudaClock:
         results: dict[str, Timing | str] = {}
         for name, load in loads.items():
             try:
-                ready[name] = (*self._prepare(load), load, "")
+                self._warm(load.calls)
             except Exception as error:
+                results[name] = short(error)
+                continue
+            if self.method == "events" or load.flush:
+                ready[name] = (_nothing, 0, load, "")
+                continue
+            if name not in self._uncaptured:
                 try:
-                    # what cannot be captured can still be timed call by call
-                    self._warm(load.calls)
-                    ready[name] = (_nothing, 0, load, f"no graph: {short(error)}")
-                except Exception as second:
-                    results[name] = short(second)
+                    ready[name] = (*self._capture(load), load, "")
+                    continue
+                except Exception as error:
+                    self._uncaptured[name] = short(error)
+            # what cannot be captured can still be timed call by call
+            ready[name] = (_nothing, 0, load, f"no graph: {self._uncaptured[name]}")
         samples: dict[str, list[float]] = {name: [] for name in ready}
         for _ in range(_TURNS):
             for name, (replay, calls, load, _) in ready.items():
@@ -304,13 +314,10 @@ class CudaClock:
                 results[name] = Timing.of(samples[name], method, note)
         return {name: results[name] for name in loads}
 
-    def _prepare(self, load: Load) -> tuple[Call, int]:
-        """A graph's replay and the calls in it; 0 calls where single calls are to be timed."""
+    def _capture(self, load: Load) -> tuple[Call, int]:
+        """A graph's replay and the calls in it."""
         import torch
 
-        self._warm(load.calls)
-        if self.method == "events" or load.flush:
-            return _nothing, 0
         rounds = math.ceil(GRAPH_CALLS / len(load.calls))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream):
@@ -358,9 +365,8 @@ class CudaClock:
                 begin, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 if load.flush:
                     self._buffer.add_(1)
-                else:
-                    # keeps the device busy while the call is queued, and leaves the caches alone
-                    torch.cuda._sleep(200_000)
+                # keeps the device busy while the call is queued, and leaves the caches alone
+                torch.cuda._sleep(_SLEEP_CYCLES)
                 begin.record()
                 call()
                 done.record()
