@@ -12,7 +12,7 @@ help:
 	@echo "make test        the tests"
 	@echo "make test-large  the tests with models in their stated sizes (minutes, gigabytes)"
 	@echo "make lint        ruff and mypy"
-	@echo "make bench       ratios against PyTorch on this machine"
+	@echo "make bench       ratios against PyTorch on this machine, on its GPU where it has one"
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; make PYTHON=python3.11 ...")'
@@ -49,8 +49,9 @@ lint: $(VENV)/.dev
 	PYTHONPATH=build/lint $(BIN)/python tests/smoke.py build/lint
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/operator_cpu.py
-	$(BIN)/python benchmarks/minilm_cpu.py
+	$(BIN)/tvm-balanced bench --set llm --layer 7b-attention --pattern 2:16 --m 1,8,16,32,64 \
+	    --peers dense,csr $(BENCH_ARGS)
+	$(BIN)/python benchmarks/models.py --model minilm
 	$(BIN)/python benchmarks/build_times.py
 
 clean:

@@ -155,13 +155,19 @@ def command(
         output.note(
             f"the kernels for llvm are timed on this CPU ({machine.spec.arch}), against PyTorch on it"
         )
-    limits = {"rows": wanted_rows, "patterns": patterns or None, "layers": layers or None}
     found: list[Problem]
     if library is not None:
         found = library_problems(opened)
     else:
         defaults = ("float16",) if machine.kind == "cuda" else ("float32",)
-        found = problems(names, dtypes or defaults, most_weights=most_weights, **limits)
+        found = problems(
+            names,
+            dtypes or defaults,
+            rows=wanted_rows,
+            patterns=patterns or None,
+            layers=layers or None,
+            most_weights=most_weights,
+        )
     benchmark = Benchmark(
         machine,
         peers=chosen,
