@@ -1,10 +1,14 @@
 """Timing: statistics, copies that overflow a cache, and turns that survive a contender's failure."""
 
+import contextlib
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from tvm_balanced.timing import CpuClock, Load, Timing, copies_for, last_cache_bytes
+from tvm_balanced import timing
+from tvm_balanced.timing import CpuClock, CudaClock, Load, Timing, copies_for, last_cache_bytes
 
 MIB = 1 << 20
 
@@ -84,3 +88,124 @@ def test_copying_moves_what_it_says():
     load, moved = CpuClock().copying()
     target = load.next()()
     assert moved == 2 * target.numel() and bool((target == 1).all())
+
+
+class FakeGpu:
+    """What the clock uses of ``torch.cuda``, over a clock of its own: work takes the microseconds it says."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.graph_calls = None
+        fake = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = fake.now
+
+            def elapsed_time(self, other):
+                return (other.at - self.at) / 1e3
+
+        class CUDAGraph:
+            def replay(self):
+                for us in self.calls:
+                    fake.now += us
+
+        self.Event, self.CUDAGraph = Event, CUDAGraph
+
+    def work(self, us, capturable=True):
+        def call():
+            if self.graph_calls is None:
+                self.now += us
+            elif capturable:
+                self.graph_calls.append(us)
+            else:
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+        return call
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream):
+        self.graph_calls = graph.calls = []
+        try:
+            yield
+        finally:
+            self.graph_calls = None
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        yield
+
+    def Stream(self, device):
+        return device
+
+    def synchronize(self, device):
+        self.now += 7
+
+    def _sleep(self, cycles):
+        self.now += 500
+
+    def get_device_properties(self, device):
+        return SimpleNamespace(L2_cache_size=1 << 16)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    fake = FakeGpu()
+    monkeypatch.setattr(torch, "cuda", fake)
+    monkeypatch.setattr(timing, "_MOST_SAMPLES", 20)
+    return fake
+
+
+@pytest.mark.parametrize("method", ["graph", "events"])
+def test_gpu_time_is_that_of_the_calls_alone(gpu, method):
+    clock = CudaClock(torch.device("cpu"), method)
+    loads = {"one": Load([gpu.work(10)]), "two": Load([gpu.work(20), gpu.work(30)])}
+    found = clock.measure(loads, 0.05)
+    assert {t.method for t in found.values()} == {method}
+    assert found["one"].median == pytest.approx(10)
+    # in a graph a sample is the mean over the copies
+    assert found["two"].p20 == pytest.approx(25 if method == "graph" else 20)
+
+
+def test_graph_holds_whole_rounds_of_at_least_twenty_calls(gpu):
+    clock = CudaClock(torch.device("cpu"))
+    _, calls = clock._capture(Load([gpu.work(1)] * 3))
+    assert calls == 21
+    assert clock._capture(Load([gpu.work(1)] * 40))[1] == 40
+
+
+def test_what_cannot_be_captured_is_timed_by_events_and_says_so(gpu):
+    clock = CudaClock(torch.device("cpu"))
+    loads = {"no": Load([gpu.work(10, capturable=False)]), "yes": Load([gpu.work(10)])}
+    for _ in range(2):
+        found = clock.measure(loads, 0.05)
+        assert found["no"].method == "events" and found["no"].median == pytest.approx(10)
+        assert "no graph: RuntimeError: operation not permitted" in found["no"].note
+        assert found["yes"].method == "graph" and found["yes"].note == ""
+
+
+def test_flushed_calls_are_timed_one_by_one_on_a_gpu(gpu):
+    clock = CudaClock(torch.device("cpu"))
+    before = clock._buffer.clone()
+    found = clock.measure({"tiny": Load([gpu.work(3)], flush=True)}, 0.01)
+    assert found["tiny"].method == "events" and found["tiny"].median == pytest.approx(3)
+    assert not torch.equal(clock._buffer, before)
+
+
+def test_failing_contender_on_a_gpu_says_why(gpu):
+    def fail():
+        raise RuntimeError("no kernel image")
+
+    found = CudaClock(torch.device("cpu")).measure(
+        {"bad": Load([fail]), "good": Load([gpu.work(5)])}, 0.01
+    )
+    assert found["bad"] == "RuntimeError: no kernel image"
+    assert found["good"].median == pytest.approx(5)
+
+
+def test_unknown_method_is_refused():
+    with pytest.raises(ValueError, match="expected one of"):
+        CudaClock(torch.device("cpu"), "cupti")
