@@ -157,10 +157,17 @@ def load_cuda_runtime() -> None:
     Raises
     ------
     ToolchainError
-        If the driver, the CUDA runtime library or TVM's own does not load.
+        If the driver, the CUDA runtime library or TVM's own does not load, or the emulated device stands
+        in for them in this process.
     """
     import tvm
 
+    from tvm_balanced.cudaemu.device import installed
+
+    if installed() is not None:
+        raise ToolchainError(
+            "this process uses the emulated CUDA device; run on a GPU in a process of its own"
+        )
     if tvm.get_global_func("ffi.Module.load_from_bytes.cuda", allow_missing=True) is not None:
         return
     for library, remedy in (

@@ -11,20 +11,10 @@ import torch
 import tvm_balanced as tb
 from tests.models.test_compile import assert_close, eligible, load_weights
 from tests.models.zoo import ZOO, Built, _bert
-from tvm_balanced.cudaemu import device
 from tvm_balanced.errors import InputError, ToolchainError
+from tvm_balanced.toolchain import load_cuda_runtime
 
-
-@pytest.fixture(autouse=True)
-def emulated():
-    """The device, in its plain mode whatever a test before left."""
-    found = device.install("sm_90")
-    found.reset()
-    found.mode()
-    found.forget()
-    yield found
-    found.reset()
-    found.mode()
+pytestmark = pytest.mark.usefixtures("emulated")
 
 
 def build(name, built, policy="always", **options):
@@ -116,6 +106,8 @@ def test_emulated_device_is_never_a_silent_replacement(tmp_path):
     path = tb.compile(model, "cuda-sm_90").save(tmp_path / "model.tvmb")
     with pytest.raises(ToolchainError, match="was compiled for an NVIDIA GPU"):
         tb.load(path)
+    with pytest.raises(ToolchainError, match="this process uses the emulated CUDA device"):
+        load_cuda_runtime()
     with pytest.raises(InputError, match='device "gpu" is not known'):
         tb.load(path, "gpu")
     with pytest.raises(InputError, match="compiled for llvm, and only CUDA code is emulated"):

@@ -29,22 +29,12 @@ from tvm_balanced.cudaemu.compiler import EmulatorError, device_libraries, runti
 from tvm_balanced.cudaemu.module import ORDERS, SCALARS, Module
 from tvm_balanced.cudaemu.report import Report
 from tvm_balanced.errors import InputError, ToolchainError
+from tvm_balanced.static_report import SM_LIMITS
 from tvm_balanced.targets import GPUS, REPRESENTATIVE, core_count
 
 log = logging.getLogger(__name__)
 
 MEMORY_BYTES = 16 << 30  # of the emulated device; pages cost nothing until they are used
-
-# per architecture: shared memory of a multiprocessor in KiB, and its most threads and blocks. Source:
-# CUDA C++ Programming Guide, table of technical specifications per compute capability
-_MULTIPROCESSOR = {
-    "sm_80": (164, 2048, 32),
-    "sm_86": (100, 1536, 16),
-    "sm_89": (100, 1536, 24),
-    "sm_90": (228, 2048, 32),
-    "sm_100": (228, 2048, 32),
-    "sm_120": (100, 1536, 24),
-}
 
 _BOUNDS = re.compile(r"__launch_bounds__\(\s*(\d+)")
 
@@ -155,8 +145,8 @@ class Device:
             For an architecture whose limits are not known.
         """
         plain = arch.rstrip("af")
-        if plain not in _MULTIPROCESSOR:
-            known = ", ".join(_MULTIPROCESSOR)
+        if plain not in SM_LIMITS:
+            known = ", ".join(SM_LIMITS)
             raise InputError(f'the emulated device knows no architecture "{arch}"; choose {known}')
         self.arch = plain
         attributes = _attributes(plain)
@@ -395,7 +385,7 @@ _ATTRIBUTES = {
 def _attributes(arch: str) -> dict[int, int]:
     """``cudaDeviceAttr`` to value."""
     gpu = GPUS[REPRESENTATIVE[arch]]
-    shared, threads, blocks = _MULTIPROCESSOR[arch]
+    limits = SM_LIMITS[arch]
     major, minor = divmod(int(arch.removeprefix("sm_")), 10)
     values = {
         "MaxThreadsPerBlock": 1024,
@@ -413,16 +403,16 @@ def _attributes(arch: str) -> dict[int, int]:
         "MultiProcessorCount": gpu.sm_count,
         "ConcurrentKernels": 1,
         "L2CacheSize": gpu.l2_bytes,
-        "MaxThreadsPerMultiProcessor": threads,
+        "MaxThreadsPerMultiProcessor": 32 * limits.warps,
         "AsyncEngineCount": 1,
         "UnifiedAddressing": 1,
         "ComputeCapabilityMajor": major,
         "ComputeCapabilityMinor": minor,
-        "MaxSharedMemoryPerMultiprocessor": shared << 10,
+        "MaxSharedMemoryPerMultiprocessor": limits.shared_bytes,
         "MaxRegistersPerMultiprocessor": 65536,
         "CooperativeLaunch": 0,
         "MaxSharedMemoryPerBlockOptin": gpu.shared_bytes,
-        "MaxBlocksPerMultiprocessor": blocks,
+        "MaxBlocksPerMultiprocessor": limits.blocks,
         "ReservedSharedMemoryPerBlock": 1 << 10,
         "ClusterLaunch": 0,
     }
