@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tvm_balanced as tb
-from tests.models.test_compile import assert_close, eligible, load_weights
+from tests.models.test_compile import WHOLE, assert_close, eligible, load_weights
 from tests.models.zoo import ZOO, Built, _bert
 from tvm_balanced.errors import InputError, ToolchainError
 from tvm_balanced.toolchain import load_cuda_runtime
@@ -32,10 +32,7 @@ def build(name, built, policy="always", **options):
 
 
 # in float32 to the 1e-4 of PyTorch's result that the zoo asks for, in half precision to its rounding
-@pytest.mark.parametrize(
-    "name",
-    ["lstm", "llama_decode", "llama_decode_bf16", "gpt2_prefill", "vgg16", "mlp_fp16"],
-)
+@pytest.mark.parametrize("name", WHOLE)
 def test_small_model_agrees_with_pytorch(name, emulated):
     built = ZOO[name].build("small")
     lib, expected = build(name, built)
