@@ -64,8 +64,8 @@ def test_traffic_is_near_the_least(chosen: dict[str, Any]) -> None:
     assert measured.weight_excess <= 1.05, page
     assert measured.weight_requests == 1, page
     assert measured.distinct_bytes <= 1.1 * measured.least_bytes, page
-    # staging and partial sums: neighbouring lanes store neighbouring elements
-    assert measured.shared_store_excess == 1, page
+    # staging and partial sums
+    assert measured.shared_store_excess <= 2, page
     gathers = _gathers(measured)
     wavefronts = sum(a.units for a in gathers) / sum(a.ideal for a in gathers)
     # fewer rows than 8 are staged in elements of two or four bytes, which packing does not order for
@@ -74,6 +74,23 @@ def test_traffic_is_near_the_least(chosen: dict[str, Any]) -> None:
     # whole tiles are computed: 13 rows take 16 or, in pairs of float32, 14
     held = rows if rows != 13 else 14 if case.dtype == "float32" else 16
     assert measured.multiply_adds * rows == measured.needed_multiply_adds * held
+
+
+@pytest.mark.parametrize(
+    ("k", "dtype", "width"),
+    [(4096, "float16", 16), (8196, "float16", 8), (1030, "float16", 4), (1028, "float32", 16)],
+)
+def test_activations_are_staged_in_wide_loads(k: int, dtype: str, width: int) -> None:
+    """Of 16 bytes along K where K allows it, in whole sectors, stored without many bank conflicts."""
+    case = Case((8,), 1024, k, "4:16", dtype, dtype, ())
+    measured = _measure(case, "u4", [0])
+    loads = measured.report.select(shared=False, write=False)
+    staged = [access for access in loads if "x_ptr" in access.source]
+    assert {access.bytes_per_lane for access in staged} == {width}
+    # rows of K elements that are no whole number of sectors begin within one
+    limit = 1 if k % 16 == 0 else 2.1
+    assert max(access.excess for access in staged) <= limit, measured.report.table()
+    assert measured.shared_store_excess <= 2, measured.text()
 
 
 @pytest.mark.parametrize("pattern", ["4:64", "8:128", "16:256"])
