@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(512) main_kernel(half* __restrict__
   float4 __1;
     float4 __2;
       float4 __3;
-      half4 v__8 = balanced_data_shared_ptr[(((((int)threadIdx.y) >> 1) * 17) + ((int)((balanced_indices_local_ptr[0] >> (uchar)0) & (uchar)15)))];
+      half4 v__8 = balanced_data_shared_ptr[(((((int)threadIdx.y) >> 1) * 17) + (((int)(balanced_indices_local_ptr[0] >> (uchar)0)) & 15))];
       __3.x = (float)(v__8.x);
       __3.y = (float)(v__8.y);
       __3.z = (float)(v__8.z);
@@ -90,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(512) main_kernel(half* __restrict__
   float4 __5;
     float4 __6;
       float4 __7;
-      half4 v__11 = balanced_data_shared_ptr[((((((int)threadIdx.y) >> 1) * 17) + ((int)((balanced_indices_local_ptr[0] >> (uchar)0) & (uchar)15))) + 272)];
+      half4 v__11 = balanced_data_shared_ptr[((((((int)threadIdx.y) >> 1) * 17) + (((int)(balanced_indices_local_ptr[0] >> (uchar)0)) & 15)) + 272)];
       __7.x = (float)(v__11.x);
       __7.y = (float)(v__11.y);
       __7.z = (float)(v__11.z);
@@ -114,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(512) main_kernel(half* __restrict__
   float4 __9;
     float4 __10;
       float4 __11;
-      half4 v__14 = balanced_data_shared_ptr[(((((int)threadIdx.y) >> 1) * 17) + ((int)((balanced_indices_local_ptr[0] >> (uchar)4) & (uchar)15)))];
+      half4 v__14 = balanced_data_shared_ptr[(((((int)threadIdx.y) >> 1) * 17) + (((int)(balanced_indices_local_ptr[0] >> (uchar)4)) & 15))];
       __11.x = (float)(v__14.x);
       __11.y = (float)(v__14.y);
       __11.z = (float)(v__14.z);
@@ -138,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(512) main_kernel(half* __restrict__
   float4 __13;
     float4 __14;
       float4 __15;
-      half4 v__17 = balanced_data_shared_ptr[((((((int)threadIdx.y) >> 1) * 17) + ((int)((balanced_indices_local_ptr[0] >> (uchar)4) & (uchar)15))) + 272)];
+      half4 v__17 = balanced_data_shared_ptr[((((((int)threadIdx.y) >> 1) * 17) + (((int)(balanced_indices_local_ptr[0] >> (uchar)4)) & 15)) + 272)];
       __15.x = (float)(v__17.x);
       __15.y = (float)(v__17.y);
       __15.z = (float)(v__17.z);
@@ -162,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(512) main_kernel(half* __restrict__
   float4 __17;
     float4 __18;
       float4 __19;
-      half4 v__20 = balanced_data_shared_ptr[((((((int)threadIdx.y) >> 1) * 17) + ((int)((balanced_indices_local_ptr[1] >> (uchar)0) & (uchar)15))) + 136)];
+      half4 v__20 = balanced_data_shared_ptr[((((((int)threadIdx.y) >> 1) * 17) + (((int)(balanced_indices_local_ptr[1] >> (uchar)0)) & 15)) + 136)];
       __19.x = (float)(v__20.x);
       __19.y = (float)(v__20.y);
       __19.z = (float)(v__20.z);
@@ -186,7 +186,7 @@ extern "C" __global__ void __launch_bounds__(512) main_kernel(half* __restrict__
   float4 __21;
     float4 __22;
       float4 __23;
-      half4 v__23 = balanced_data_shared_ptr[((((((int)threadIdx.y) >> 1) * 17) + ((int)((balanced_indices_local_ptr[1] >> (uchar)0) & (uchar)15))) + 408)];
+      half4 v__23 = balanced_data_shared_ptr[((((((int)threadIdx.y) >> 1) * 17) + (((int)(balanced_indices_local_ptr[1] >> (uchar)0)) & 15)) + 408)];
       __23.x = (float)(v__23.x);
       __23.y = (float)(v__23.y);
       __23.z = (float)(v__23.z);
@@ -210,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(512) main_kernel(half* __restrict__
   float4 __25;
     float4 __26;
       float4 __27;
-      half4 v__26 = balanced_data_shared_ptr[((((((int)threadIdx.y) >> 1) * 17) + ((int)((balanced_indices_local_ptr[1] >> (uchar)4) & (uchar)15))) + 136)];
+      half4 v__26 = balanced_data_shared_ptr[((((((int)threadIdx.y) >> 1) * 17) + (((int)(balanced_indices_local_ptr[1] >> (uchar)4)) & 15)) + 136)];
       __27.x = (float)(v__26.x);
       __27.y = (float)(v__26.y);
       __27.z = (float)(v__26.z);
@@ -234,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(512) main_kernel(half* __restrict__
   float4 __29;
     float4 __30;
       float4 __31;
-      half4 v__29 = balanced_data_shared_ptr[((((((int)threadIdx.y) >> 1) * 17) + ((int)((balanced_indices_local_ptr[1] >> (uchar)4) & (uchar)15))) + 408)];
+      half4 v__29 = balanced_data_shared_ptr[((((((int)threadIdx.y) >> 1) * 17) + (((int)(balanced_indices_local_ptr[1] >> (uchar)4)) & 15)) + 408)];
       __31.x = (float)(v__29.x);
       __31.y = (float)(v__29.y);
       __31.z = (float)(v__29.z);

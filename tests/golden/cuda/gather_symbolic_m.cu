@@ -72,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(320) main_kernel(half* __restrict__
   float4 __1;
     float4 __2;
       float4 __3;
-      half4 v__2 = *(half4*)(balanced_data_shared_ptr + (((((int64_t)threadIdx.y) >> (int64_t)1) * (int64_t)68) + (((int64_t)((int)((balanced_indices_local_ptr[0] >> (uchar)0) & (uchar)15))) * (int64_t)4)));
+      half4 v__2 = *(half4*)(balanced_data_shared_ptr + (((((int64_t)threadIdx.y) >> (int64_t)1) * (int64_t)68) + (((int64_t)(((int)(balanced_indices_local_ptr[0] >> (uchar)0)) & 15)) * (int64_t)4)));
       __3.x = (float)(v__2.x);
       __3.y = (float)(v__2.y);
       __3.z = (float)(v__2.z);
@@ -96,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(320) main_kernel(half* __restrict__
   float4 __5;
     float4 __6;
       float4 __7;
-      half4 v__5 = *(half4*)(balanced_data_shared_ptr + ((((((int64_t)threadIdx.y) >> (int64_t)1) * (int64_t)68) + (((int64_t)((int)((balanced_indices_local_ptr[0] >> (uchar)0) & (uchar)15))) * (int64_t)4)) + (int64_t)340));
+      half4 v__5 = *(half4*)(balanced_data_shared_ptr + ((((((int64_t)threadIdx.y) >> (int64_t)1) * (int64_t)68) + (((int64_t)(((int)(balanced_indices_local_ptr[0] >> (uchar)0)) & 15)) * (int64_t)4)) + (int64_t)340));
       __7.x = (float)(v__5.x);
       __7.y = (float)(v__5.y);
       __7.z = (float)(v__5.z);
@@ -120,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(320) main_kernel(half* __restrict__
   float4 __9;
     float4 __10;
       float4 __11;
-      half4 v__8 = *(half4*)(balanced_data_shared_ptr + (((((int64_t)threadIdx.y) >> (int64_t)1) * (int64_t)68) + (((int64_t)((int)((balanced_indices_local_ptr[0] >> (uchar)4) & (uchar)15))) * (int64_t)4)));
+      half4 v__8 = *(half4*)(balanced_data_shared_ptr + (((((int64_t)threadIdx.y) >> (int64_t)1) * (int64_t)68) + (((int64_t)(((int)(balanced_indices_local_ptr[0] >> (uchar)4)) & 15)) * (int64_t)4)));
       __11.x = (float)(v__8.x);
       __11.y = (float)(v__8.y);
       __11.z = (float)(v__8.z);
@@ -144,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(320) main_kernel(half* __restrict__
   float4 __13;
     float4 __14;
       float4 __15;
-      half4 v__11 = *(half4*)(balanced_data_shared_ptr + ((((((int64_t)threadIdx.y) >> (int64_t)1) * (int64_t)68) + (((int64_t)((int)((balanced_indices_local_ptr[0] >> (uchar)4) & (uchar)15))) * (int64_t)4)) + (int64_t)340));
+      half4 v__11 = *(half4*)(balanced_data_shared_ptr + ((((((int64_t)threadIdx.y) >> (int64_t)1) * (int64_t)68) + (((int64_t)(((int)(balanced_indices_local_ptr[0] >> (uchar)4)) & 15)) * (int64_t)4)) + (int64_t)340));
       __15.x = (float)(v__11.x);
       __15.y = (float)(v__11.y);
       __15.z = (float)(v__11.z);
