@@ -118,6 +118,7 @@ def compile(
     policy: str | Mapping[str, str] = "auto",
     ignore: Iterable[str] = (),
     buckets: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+    encoding: str = "auto",
     progress: Callable[[str], None] | None = None,
 ) -> CompiledLibrary:
     """Compile a model whose weights follow balanced patterns.
@@ -135,6 +136,9 @@ def compile(
     buckets : sequence of int or mapping, optional
         Sizes of a symbolic dimension that get a function with static shapes beside the generic one: of the
         first symbolic dimension, or ``{"batch": [1, 8]}``.
+    encoding : str
+        How indices are stored: ``"auto"`` (the fewest bits that the target's schedules like), or ``"u8"``,
+        ``"u4"``, ``"u3"``, ``"u2"`` for blocks up to 256, 16, 8, 4.
     progress : callable, optional
         Told in a few words what is done next.
 
@@ -145,7 +149,7 @@ def compile(
     Raises
     ------
     InputError
-        For a model, target, policy or bucket that does not fit.
+        For a model, target, policy, bucket or encoding that does not fit.
     ToolchainError
         When a compiler is missing.
     OutputError
@@ -159,7 +163,7 @@ def compile(
     dim, sizes = _one_dimension(buckets)
     tell = progress or (lambda _: None)
     tell("plan")
-    plan = make_plan(model, target, None, ignore, policy, sizes)
+    plan = make_plan(model, target, None, ignore, policy, sizes, encoding)
     mod, params = rewrite_model(model, plan.formats, plan.target, lambda name: tell(f"pack {name}"))
     mod, _ = bucket_functions(mod, dim, sizes)
     _, weights = split_params(mod)

@@ -47,13 +47,14 @@ def make_plan(
     ignore: Iterable[str] = (),
     policy: str | Mapping[str, str] = "auto",
     rows: Iterable[int] | None = None,
+    encoding: str = "auto",
 ) -> Plan:
     """Decide for every dense layer; see :meth:`tvm_balanced.model.Model.plan` for the parameters.
 
     Raises
     ------
     InputError
-        For an unknown policy, pattern, target or name, a bucket that is no size, or NaN or Inf in a
+        For an unknown policy, pattern, encoding, target or name, a bucket that is no size, or NaN or Inf in a
         weight.
     """
     spec = target if isinstance(target, TargetSpec) else resolve(target)
@@ -77,7 +78,9 @@ def make_plan(
     decided: list[LayerRow] = []
     formats: dict[str, PackedFormat] = {}
     for layer in layers:
-        row, fmt = _decide(model, layer, spec, asked, layer.name in ignored, policies, buckets)
+        row, fmt = _decide(
+            model, layer, spec, asked, layer.name in ignored, policies, buckets, encoding
+        )
         decided.append(row)
         if row.decision == "sparse" and fmt is not None:
             formats[layer.name] = fmt
@@ -115,6 +118,7 @@ def _decide(
     ignored: bool,
     policies: Mapping[str, str],
     buckets: list[int],
+    encoding: str,
 ) -> tuple[LayerRow, PackedFormat | None]:
     """The report's row of one layer and the format it would have."""
     batches, assumed = _batches(layer, buckets)
@@ -159,6 +163,7 @@ def _decide(
         min(batches) if batches else None,
         layer.dtype,
         spec.target,
+        encoding,
     )
     n, k = layer.out_features, layer.in_features
     time_dense = sum(dense_us(spec, m, n, k, layer.dtype) for m in batches)

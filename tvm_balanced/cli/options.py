@@ -16,6 +16,7 @@ from tvm_balanced.log import Output, set_up_logging
 F = TypeVar("F", bound=Callable[..., Any])
 
 POLICIES = ("auto", "always", "never")
+ENCODINGS = ("auto", "u8", "u4", "u3", "u2")
 
 
 def with_output(function: Callable[..., None]) -> Callable[..., None]:
@@ -96,6 +97,17 @@ def buckets_option(function: F) -> F:
         "--buckets",
         metavar="1,8,16",
         help="Sizes of the symbolic dimension that get functions of their own.",
+    )(function)
+
+
+def encoding_option(function: F) -> F:
+    """``--encoding``."""
+    return click.option(
+        "--encoding",
+        default="auto",
+        show_default=True,
+        type=click.Choice(ENCODINGS),
+        help="How indices are stored; auto takes the fewest bits that the target likes.",
     )(function)
 
 
