@@ -23,6 +23,7 @@ from tvm_balanced.selection import per_layer, select
 from tvm_balanced.targets import TargetSpec, resolve
 
 POLICIES = ("auto", "always", "never")
+DENSE_KERNELS = ("dlight", "cublas")
 
 # predicted gain from which a layer is worth the accuracy that pruning it costs
 MIN_GAIN = 1.05
@@ -47,16 +48,24 @@ def make_plan(
     ignore: Iterable[str] = (),
     policy: str | Mapping[str, str] = "auto",
     rows: Iterable[int] | None = None,
+    dense: str = "dlight",
 ) -> Plan:
     """Decide for every dense layer; see :meth:`tvm_balanced.model.Model.plan` for the parameters.
 
     Raises
     ------
     InputError
-        For an unknown policy, pattern, target or name, a bucket that is no size, or NaN or Inf in a
-        weight.
+        For an unknown policy, pattern, target, dense kernel or name, a bucket that is no size, or NaN or
+        Inf in a weight.
     """
     spec = target if isinstance(target, TargetSpec) else resolve(target)
+    if dense not in DENSE_KERNELS:
+        raise InputError(f'dense "{dense}" is not known; choose {" or ".join(DENSE_KERNELS)}')
+    if dense == "cublas" and spec.kind != "cuda":
+        raise InputError(
+            f'dense "cublas" was given for target {spec.name}, and cuBLAS runs on NVIDIA GPUs only; leave '
+            "it out, or compile for one"
+        )
     layers = model.dense_layers()
     names = [layer.name for layer in layers]
     ignored = select(ignore, names)
