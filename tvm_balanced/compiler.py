@@ -187,7 +187,7 @@ def compile(
         plan.target,
         Path(folder.name) / "lib.so",
         params=embedded,
-        options={"cuda_graph": cuda_graph and plan.target.kind == "cuda"},
+        options={"cuda_graph": cuda_graph},
         sources=[CUBLAS_SOURCE] if calls_cublas(mod) else [],
     )
     return CompiledLibrary(exported, folder, plan.report, plan.target, functions, beside)

@@ -17,6 +17,7 @@
 
 #include <climits>
 #include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -28,7 +29,6 @@ typedef struct cublasContext* Handle;
 enum { kOpN = 0, kOpT = 1, kF32 = 0, kF16 = 2, kBF16 = 14, kCompute32F = 68, kAlgoDefault = -1 };
 typedef int (*SetDevice)(int);
 typedef int (*Create)(Handle*);
-typedef int (*Destroy)(Handle);
 typedef int (*SetStream)(Handle, void*);
 typedef const char* (*StatusString)(int);
 typedef int (*Gemm)(Handle, int, int, int, int, int, const void*, const void*, int, int, const void*, int, int,
@@ -47,7 +47,6 @@ std::string folder_of(const void* symbol) {
 struct Cublas {
   SetDevice set_device = nullptr;
   Create create = nullptr;
-  Destroy destroy = nullptr;
   SetStream set_stream = nullptr;
   StatusString status = nullptr;
   Gemm gemm = nullptr;
@@ -81,7 +80,6 @@ struct Cublas {
       if (!function) throw std::runtime_error(name + " has no function " + symbol + "; install nvidia-cublas 13 or newer");
     };
     find(create, "cublasCreate_v2");
-    find(destroy, "cublasDestroy_v2");
     find(set_stream, "cublasSetStream_v2");
     find(status, "cublasGetStatusString");
     find(gemm, "cublasGemmEx");
@@ -99,18 +97,40 @@ const Cublas& cublas() {
   return *loaded;
 }
 
-// one handle a thread and device: a handle is no shared object, and making one allocates device memory
+// One handle a thread and device: two threads must not use one at a time. A thread leaves its handles to the next
+// one instead of destroying them, which would free device memory while another thread may be capturing a graph, or
+// after the driver has gone at the end of the process.
+struct Idle {
+  std::mutex mutex;
+  std::multimap<int, Handle> handles;
+};
+Idle& idle() {
+  static Idle* made = new Idle();
+  return *made;
+}
 struct Handles {
   std::map<int, Handle> of_device;
   ~Handles() {
-    for (auto& entry : of_device) cublas().destroy(entry.second);
+    std::lock_guard<std::mutex> lock(idle().mutex);
+    for (auto& entry : of_device) idle().handles.insert(entry);
   }
 };
 
 Handle handle(int device) {
   static thread_local Handles handles;
-  Handle& made = handles.of_device[device];
+  auto known = handles.of_device.find(device);
+  if (known != handles.of_device.end()) return known->second;
+  Handle made = nullptr;
+  {
+    std::lock_guard<std::mutex> lock(idle().mutex);
+    auto left = idle().handles.find(device);
+    if (left != idle().handles.end()) {
+      made = left->second;
+      idle().handles.erase(left);
+    }
+  }
   if (!made) cublas().check(cublas().create(&made), "cublasCreate");
+  handles.of_device[device] = made;
   return made;
 }
 

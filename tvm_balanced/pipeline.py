@@ -48,7 +48,7 @@ def lower_passes(target: tvm.target.Target) -> list[Any]:
         relax.transform.RemovePurityChecking(),
         relax.transform.CallTIRRewrite(),
         relax.transform.StaticPlanBlockMemory(),
-        # does something only where the pass context asks for CUDA graphs
+        # does something only where build asks for CUDA graphs
         *([relax.transform.RewriteCUDAGraph()] if target.kind.name == "cuda" else []),
         relax.transform.LowerAllocTensor(),
         relax.transform.KillAfterLastUse(),
@@ -64,7 +64,7 @@ def build(
     target: tvm.target.Target,
     *,
     on_fused: Callable[[tvm.IRModule], None] | None = None,
-    cuda_graph: bool = False,
+    cuda_graph: bool = True,
 ) -> Any:
     """Build a rewritten module whose weights are parameters or bound constants.
 
@@ -77,9 +77,9 @@ def build(
     on_fused : callable, optional
         Told the module after the first phase, when its kernels are whole and not scheduled.
     cuda_graph : bool
-        Whether stretches of kernels with static shapes become CUDA graphs, captured at a function's first
-        call on a virtual machine. Weights that are parameters (behind the attribute ``num_input``) must be
-        the same tensors at every call of that machine.
+        Whether, on CUDA, stretches of kernels with static shapes become CUDA graphs, captured at a
+        function's first call on a virtual machine. Weights that are parameters (behind the attribute
+        ``num_input``) must be the same tensors at every call of that machine.
 
     Returns
     -------

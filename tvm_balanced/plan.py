@@ -86,12 +86,26 @@ def make_plan(
     decided: list[LayerRow] = []
     formats: dict[str, PackedFormat] = {}
     for layer in layers:
-        row, fmt = _decide(model, layer, spec, asked, layer.name in ignored, policies, buckets)
+        row, fmt = _decide(
+            model, layer, spec, asked, layer.name in ignored, policies, buckets, dense
+        )
         decided.append(row)
         if row.decision == "sparse" and fmt is not None:
             formats[layer.name] = fmt
-    title = f"{model.name} on {spec.name} (times are predicted, uncalibrated)"
+    compared = _dense_text(decided, spec, dense)
+    title = f"{model.name} on {spec.name} (times are predicted, uncalibrated{compared})"
     return Plan(Report(decided, title), formats, spec)
+
+
+def _dense_text(rows: list[LayerRow], spec: TargetSpec, dense: str) -> str:
+    """Whose dense kernel the times are of, and how far DLight's are behind cuBLAS."""
+    if spec.kind != "cuda":
+        return ""
+    if dense == "cublas":
+        return "; dense by cuBLAS"
+    both = [(row.dense_us, row.cublas_us) for row in rows if row.dense_us and row.cublas_us]
+    gap = sum(d for d, _ in both) / sum(c for _, c in both) if both else None
+    return "; dense by DLight" + (f", cuBLAS {gap:.2f}x faster" if gap is not None else "")
 
 
 def _bucket_sizes(rows: Iterable[int] | None) -> list[int]:
@@ -124,6 +138,7 @@ def _decide(
     ignored: bool,
     policies: Mapping[str, str],
     buckets: list[int],
+    dense_by: str,
 ) -> tuple[LayerRow, PackedFormat | None]:
     """The report's row of one layer and the format it would have."""
     batches, assumed = _batches(layer, buckets)
@@ -144,6 +159,7 @@ def _decide(
             "bytes_sparse": bytes_dense,
             "dense_us": None,
             "sparse_us": None,
+            "cublas_us": None,
             **more,
         }
         return LayerRow(**fields, **row, decision="dense", reason=reason)
@@ -170,14 +186,18 @@ def _decide(
         spec.target,
     )
     n, k = layer.out_features, layer.in_features
-    time_dense = sum(dense_us(spec, m, n, k, layer.dtype) for m in batches)
+    time_dense = sum(dense_us(spec, m, n, k, layer.dtype, dense_by) for m in batches)
     time_sparse = sum(sparse_us(spec, m, fmt, layer.dtype) for m in batches)
     shared: dict[str, Any] = {
         "pattern": str(pattern),
         "density": pattern.density,
         "dense_us": round(time_dense, 2),
         "sparse_us": round(time_sparse, 2),
+        "cublas_us": None,
     }
+    if spec.kind == "cuda":
+        time_cublas = sum(dense_us(spec, m, n, k, layer.dtype, "cublas") for m in batches)
+        shared["cublas_us"] = round(time_cublas, 2)
     gain = time_dense / time_sparse
     note = f"; M assumed {ASSUMED_ROWS}" if assumed else ""
     if policies[layer.name] == "auto" and gain < MIN_GAIN:

@@ -16,6 +16,7 @@ from tvm_balanced.log import Output, set_up_logging
 F = TypeVar("F", bound=Callable[..., Any])
 
 POLICIES = ("auto", "always", "never")
+DENSE_KERNELS = ("dlight", "cublas")
 
 
 def with_output(function: Callable[..., None]) -> Callable[..., None]:
@@ -96,6 +97,17 @@ def buckets_option(function: F) -> F:
         "--buckets",
         metavar="1,8,16",
         help="Sizes of the symbolic dimension that get functions of their own.",
+    )(function)
+
+
+def dense_option(function: F) -> F:
+    """``--dense``."""
+    return click.option(
+        "--dense",
+        type=click.Choice(DENSE_KERNELS),
+        default="dlight",
+        show_default=True,
+        help="What runs dense matrix products on a GPU; cublas must be installed where the library runs.",
     )(function)
 
 

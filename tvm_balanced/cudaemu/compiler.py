@@ -169,7 +169,7 @@ def runtime() -> ctypes.CDLL:
 
 @functools.cache
 def device_libraries() -> ctypes.CDLL:
-    """The stand-ins for ``libcuda.so.1``, ``libcudart.so.13`` and ``libcublas.so.13``, loaded for others to find.
+    """The stand-ins for ``libcuda.so.1``, ``libcudart.so.13`` and ``libcublas.so.13``, loaded for others.
 
     All live in one library; the others are empty and only have the name, which is all the loader looks for.
     """

@@ -1,10 +1,10 @@
 """An emulated CUDA device: ``tvm.cuda(0)`` on a machine without a GPU.
 
 :func:`install` puts stand-ins for ``libcuda.so.1``, ``libcudart.so.13`` and ``libcublas.so.13``
-(``device.cpp``) in front of TVM's CUDA runtime, so that whole compiled models run: memory, streams, events, CUDA graphs and
-every kernel, on the CPU, with g++ as the only compiler. It is asked for by name, says so in the log,
-and is refused in a process that has loaded a real driver. It is a device for tests and for
-``verify``: what its clock says has nothing to do with the speed of a GPU.
+(``device.cpp``) in front of TVM's CUDA runtime, so that whole compiled models run: memory, streams,
+events, CUDA graphs and every kernel, on the CPU, with g++ as the only compiler. It is asked for by name,
+says so in the log, and is refused in a process that has loaded a real driver. It is a device for tests
+and for ``verify``: what its clock says has nothing to do with the speed of a GPU.
 
 What ``cuModuleLoadData`` gets is CUDA source (:meth:`Device.compiler` makes TVM produce that), or a
 cubin whose source was made known before (:meth:`Device.know`), as a saved library's is.
@@ -491,7 +491,9 @@ def _refuse_real_driver() -> None:
     with open("/proc/self/maps") as maps:
         loaded = {Path(line.split(maxsplit=5)[-1].strip()).name for line in maps}
     real = sorted(
-        name for name in loaded if re.match(r"(libcuda|libcudart|libcublas|libtvm_runtime_cuda)\.so", name)
+        name
+        for name in loaded
+        if re.match(r"(libcuda|libcudart|libcublas|libtvm_runtime_cuda)\.so", name)
     )
     if real:
         raise ToolchainError(
