@@ -315,15 +315,26 @@ def build_and_export(
         source = _cuda_source(executable.mod)
         try:
             executable.export_library(
-                str(path), fcompile=cc.create_shared, cc=compiler, **_linked(sources)
+                str(path), fcompile=cc.create_shared, cc=compiler, **cxx_arguments(sources)
             )
         except RuntimeError as error:
             raise ToolchainError(f"{compiler} did not link the library: {error}") from error
     return source, _reference(fused[0]) if fused else b""
 
 
-def _linked(sources: Sequence[str]) -> dict[str, Any]:
-    """Arguments of an export that compiles C++ into the library; they call tvm-ffi by its C functions."""
+def cxx_arguments(sources: Sequence[str]) -> dict[str, Any]:
+    """Arguments of TVM's exports that compile C++ files into the library.
+
+    Parameters
+    ----------
+    sources : sequence of str
+        Files that use tvm-ffi by its C functions.
+
+    Returns
+    -------
+    dict
+        ``addons``, files to compile and link, and ``options`` of the compiler; empty without sources.
+    """
     if not sources:
         return {}
     from tvm_ffi import libinfo
