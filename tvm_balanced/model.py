@@ -184,6 +184,7 @@ class Model:
         policy: str | Mapping[str, str] = "auto",
         rows: Iterable[int] | None = None,
         encoding: str = "auto",
+        dense: str = "dlight",
     ) -> Report:
         """Ask, before pruning or compiling, which layers would run sparse; nothing is changed.
 
@@ -201,6 +202,9 @@ class Model:
             Batch sizes to plan for where the model's is symbolic (the buckets).
         encoding : str
             Of the indices, as for :func:`tvm_balanced.compile`.
+        dense : str
+            The dense kernel to compare with on a GPU: ``"dlight"`` or ``"cublas"``, as for
+            :func:`tvm_balanced.compile`.
 
         Returns
         -------
@@ -208,4 +212,4 @@ class Model:
         """
         from tvm_balanced.plan import make_plan
 
-        return make_plan(self, target, pattern, ignore, policy, rows, encoding).report
+        return make_plan(self, target, pattern, ignore, policy, rows, encoding, dense).report

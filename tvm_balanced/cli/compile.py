@@ -10,6 +10,7 @@ import click
 
 from tvm_balanced.cli.options import (
     buckets_option,
+    dense_option,
     encoding_option,
     layer_options,
     model_argument,
@@ -31,6 +32,13 @@ from tvm_balanced.log import Output, summary
 @layer_options
 @buckets_option
 @encoding_option
+@dense_option
+@click.option(
+    "--cuda-graph/--no-cuda-graph",
+    default=True,
+    show_default=True,
+    help="Replay kernels of static shapes as CUDA graphs.",
+)
 @click.option("-o", "--output", "destination", metavar="PATH", help="Folder to write (.tvmb).")
 @click.option("--overwrite", is_flag=True, help="Replace the .tvmb if it exists.")
 @with_output
@@ -45,6 +53,8 @@ def command(
     policies: tuple[str, ...],
     buckets: str | None,
     encoding: str,
+    dense: str,
+    cuda_graph: bool,
     destination: str | None,
     overwrite: bool,
 ) -> None:
@@ -69,6 +79,8 @@ def command(
             "policy": policy,
             "buckets": sizes,
             "encoding": encoding,
+            "dense": dense,
+            "cuda-graph": cuda_graph,
             "output": path,
             "overwrite": overwrite,
         },
@@ -99,6 +111,8 @@ def command(
             ignore=ignore,
             buckets=sizes,
             encoding=encoding,
+            dense=dense,
+            cuda_graph=cuda_graph,
             progress=tell,
         )
         tell("write")

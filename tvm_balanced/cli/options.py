@@ -17,6 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 POLICIES = ("auto", "always", "never")
 ENCODINGS = ("auto", "u8", "u4", "u3", "u2")
+DENSE_KERNELS = ("dlight", "cublas")
 
 
 def with_output(function: Callable[..., None]) -> Callable[..., None]:
@@ -108,6 +109,17 @@ def encoding_option(function: F) -> F:
         show_default=True,
         type=click.Choice(ENCODINGS),
         help="How indices are stored; auto takes the fewest bits that the target likes.",
+    )(function)
+
+
+def dense_option(function: F) -> F:
+    """``--dense``."""
+    return click.option(
+        "--dense",
+        type=click.Choice(DENSE_KERNELS),
+        default="dlight",
+        show_default=True,
+        help="What runs dense matrix products on a GPU; cublas must be installed where the library runs.",
     )(function)
 
 

@@ -8,6 +8,7 @@ import click
 
 from tvm_balanced.cli.options import (
     buckets_option,
+    dense_option,
     encoding_option,
     layer_options,
     model_argument,
@@ -29,6 +30,7 @@ from tvm_balanced.log import Output
 @layer_options
 @buckets_option
 @encoding_option
+@dense_option
 @with_output
 def command(
     output: Output,
@@ -40,6 +42,7 @@ def command(
     policies: tuple[str, ...],
     buckets: str | None,
     encoding: str,
+    dense: str,
 ) -> None:
     """Which layers of MODEL (.onnx or .pt2) would run sparse; nothing is changed or written.
 
@@ -60,6 +63,7 @@ def command(
             "policy": policy,
             "buckets": sizes,
             "encoding": encoding,
+            "dense": dense,
         },
     )
     from tvm_balanced.frontend import load_model
@@ -72,7 +76,7 @@ def command(
         tell("import the model")
         imported = load_model(model, shapes)
         tell("decide layer by layer")
-        report = imported.plan(spec, form, ignore, policy, sizes, encoding)
+        report = imported.plan(spec, form, ignore, policy, sizes, encoding, dense)
     sparse = sum(row.decision == "sparse" for row in report)
     output.document(
         {
@@ -88,8 +92,9 @@ def command(
     )
     output.show(report)
     name = shlex.quote(model) + repeated("--input-shape", input_shapes)
+    by = "" if dense == "dlight" else f" --dense {dense}"
     if pattern is None:
-        output.next(f"tvm-balanced compile {name} --target {target} -o model.tvmb")
+        output.next(f"tvm-balanced compile {name} --target {target}{by} -o model.tvmb")
     else:
         ignored = repeated("--ignore", ignore)
         output.next(f"tvm-balanced prune {name} --pattern {pattern}{ignored} --dry-run")

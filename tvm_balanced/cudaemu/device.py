@@ -1,10 +1,10 @@
 """An emulated CUDA device: ``tvm.cuda(0)`` on a machine without a GPU.
 
-:func:`install` puts stand-ins for ``libcuda.so.1`` and ``libcudart.so.13`` (``device.cpp``) in front
-of TVM's CUDA runtime, so that whole compiled models run: memory, streams, events, CUDA graphs and
-every kernel, on the CPU, with g++ as the only compiler. It is asked for by name, says so in the log,
-and is refused in a process that has loaded a real driver. It is a device for tests and for
-``verify``: what its clock says has nothing to do with the speed of a GPU.
+:func:`install` puts stand-ins for ``libcuda.so.1``, ``libcudart.so.13`` and ``libcublas.so.13``
+(``device.cpp``) in front of TVM's CUDA runtime, so that whole compiled models run: memory, streams,
+events, CUDA graphs and every kernel, on the CPU, with g++ as the only compiler. It is asked for by name,
+says so in the log, and is refused in a process that has loaded a real driver. It is a device for tests
+and for ``verify``: what its clock says has nothing to do with the speed of a GPU.
 
 What ``cuModuleLoadData`` gets is CUDA source (:meth:`Device.compiler` makes TVM produce that), or a
 cubin whose source was made known before (:meth:`Device.know`), as a saved library's is.
@@ -51,6 +51,7 @@ class _Record(ctypes.Structure):
         ("instrumented", ctypes.c_int),
         ("seconds", ctypes.c_double),
         ("scale", ctypes.c_double),
+        ("graph", ctypes.c_int),
     ]
 
 
@@ -65,17 +66,19 @@ class DeviceLaunch:
     Parameters
     ----------
     kernel : str
-        Its name.
+        Its name, or that of the cuBLAS function.
     grid, block : tuple of int
-        Extents.
+        Extents; of a cuBLAS function m, n and the batch, and ones.
     dynamic_shared : int
         Bytes.
     report : Report or None
-        What an instrumented launch saw; None of a plain one.
+        What an instrumented launch saw; None of a plain one and of cuBLAS.
     error : str
         Why it failed; empty when it did not.
     seconds : float
         It took on this CPU.
+    graph : bool
+        Whether the replay of a CUDA graph launched it.
     """
 
     kernel: str
@@ -85,6 +88,7 @@ class DeviceLaunch:
     report: Report | None
     error: str
     seconds: float
+    graph: bool = False
 
 
 class _Unit:
@@ -266,6 +270,7 @@ class Device:
             report,
             record.error.decode(),
             float(record.seconds),
+            bool(record.graph),
         )
 
     # exceptions must not leave a callback: they become words in the error that TVM raises
@@ -476,7 +481,9 @@ def _refuse_real_driver() -> None:
     with open("/proc/self/maps") as maps:
         loaded = {Path(line.split(maxsplit=5)[-1].strip()).name for line in maps}
     real = sorted(
-        name for name in loaded if re.match(r"(libcuda|libcudart|libtvm_runtime_cuda)\.so", name)
+        name
+        for name in loaded
+        if re.match(r"(libcuda|libcudart|libcublas|libtvm_runtime_cuda)\.so", name)
     )
     if real:
         raise ToolchainError(
