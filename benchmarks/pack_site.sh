@@ -38,11 +38,16 @@ PY
 )
 mkdir -p "$site/nvidia/cu13/include" "$site/nvidia/cu13/lib"
 for root in $found /usr/local/cuda /usr/local/cuda/targets/x86_64-linux; do
-  for file in "$root"/include/* "$root"/lib/libcudart.so* "$root"/lib/libnvrtc*.so* \
-              "$root"/lib64/libcudart.so* "$root"/lib64/libnvrtc*.so*; do
-    kind=lib; case $file in */include/*) kind=include ;; esac
-    name=$site/nvidia/cu13/$kind/$(basename "$file")
-    if [ -e "$file" ] && [ ! -e "$name" ]; then ln -s "$file" "$name"; fi
+  # of one place each, so that versions do not mix
+  if [ -e "$root/include/cuda_runtime.h" ] && [ ! -e "$site/nvidia/cu13/include/cuda_runtime.h" ]; then
+    for file in "$root"/include/*; do
+      [ -e "$site/nvidia/cu13/include/$(basename "$file")" ] || ln -s "$file" "$site/nvidia/cu13/include/"
+    done
+  fi
+  for lib in "$root/lib" "$root/lib64"; do
+    if [ -e "$lib/libnvrtc.so.13" ] && [ ! -e "$site/nvidia/cu13/lib/libnvrtc.so.13" ]; then
+      ln -s "$lib"/libnvrtc*.so* "$lib"/libcudart.so* "$site/nvidia/cu13/lib/"
+    fi
   done
 done
 export LD_LIBRARY_PATH=$site/nvidia/cu13/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
