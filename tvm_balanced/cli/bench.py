@@ -231,7 +231,7 @@ def _table(rows: list[dict[str, Any]], environment: Mapping[str, Any]) -> Table:
     """The times and ratios of one run; what is empty was not timed."""
     where = f"{environment['device']} ({environment['kind']} {environment['arch']})"
     if environment["threads"]:
-        where += f", {environment['threads']} threads"
+        where += f", threads: {environment['threads']}"
     shown = [peer for peer in PEERS if any(row.get(f"{peer}_us") for row in rows)]
     table = Table(title=f"{where}: us, and times faster than ...", title_justify="left")
     for heading in ("layer", "N x K", "M", "pattern", "dtype", "caches", "us (p20-p80)", *shown):
