@@ -9,16 +9,24 @@ The layout ``r32vV`` puts the 32 rows of a warp side by side: a lane loads ``V``
 one vector load (16 bytes of values), and the warp's loads are contiguous. All lanes work on the same
 block of K, so their gathers fall into one window of ``block`` staged elements; up to 128 bytes (16
 elements of eight bytes) such a window has no two words in one bank, up to 256 at most two. In larger
-windows conflicts depend on the indices; packing orders the slots of a block so that there are fewer
-(``docs/format.md``), below two wavefronts for each needed. A staged element holds ``vector``
-rows of activations, which one shared-memory load brings in. Warps split K; their partial sums meet in
-shared memory and are added in a fixed order, so results do not change from run to run; so do the sums of
-thread blocks that share K (``Tile.splits``, ``blockIdx.z``), in a second kernel. K is staged in
-chunks that fit the shared memory: a thread loads 16 bytes along K (8, 4 or 2 where K allows no more) of
-each of ``vector`` rows, and stores them as elements of ``vector`` rows. Tiles of one or two rows are
-staged as float32, which saves a conversion at each use; more rows would take too much of the shared
-memory's bandwidth. One element is left out after each
-window, so that neither these stores meet in a bank.
+windows conflicts depend on the indices: packing orders the slots of a block so that there are fewer, or
+skews the rows (``r32vVsS``), so that S lanes work on S different blocks, staged side by side
+(``docs/format.md``).
+
+A staged element holds ``vector`` rows of activations, which one shared-memory load brings in. K is staged
+in chunks that fit the shared memory: a thread loads 16 bytes along K (8, 4 or 2 where K allows no more)
+of each of ``vector`` rows, and stores them as elements of ``vector`` rows. One element is left out after
+each window, so that neither these stores meet in a bank. Tiles of one or two rows are staged as float32,
+which saves a conversion at each use; more rows would take too much of the shared memory's bandwidth.
+
+Warps split K; their partial sums meet in shared memory and are added in a fixed order, so results do not
+change from run to run; so do the sums of thread blocks that share K (``Tile.splits``, ``blockIdx.z``), in
+a second kernel.
+
+A lane for each block of a row, 32 blocks of one row to a warp, is not a variant here. It needs as many
+instructions and loads for a slot, five shuffles for each sum on top, and in a thread block of w warps
+stages all of K for w rows of the weight, where this map stages it for 32; its one advantage, gathers
+that never conflict, the skewed layouts have too.
 
 Before scheduling, the kernel is brought into one form (:func:`_canonical`): batch axes of any rank become
 row tiles, slots become (chunk, step, unrolled, warp, lane-vector) axes, and everything after the operator
