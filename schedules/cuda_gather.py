@@ -9,15 +9,24 @@ The layout ``r32vV`` puts the 32 rows of a warp side by side: a lane loads ``V``
 one vector load (16 bytes of values), and the warp's loads are contiguous. All lanes work on the same
 block of K, so their gathers fall into one window of ``block`` staged elements; up to 128 bytes (16
 elements of eight bytes) such a window has no two words in one bank, up to 256 at most two. In larger
-windows conflicts depend on the indices; packing orders the slots of a block so that there are fewer
-(``docs/format.md``), below two wavefronts for each needed. A staged element holds ``vector``
-rows of activations, which one shared-memory load brings in. Warps split K; their partial sums meet in
-shared memory and are added in a fixed order, so results do not change from run to run. K is staged in
-chunks that fit the shared memory: a thread loads 16 bytes along K (8, 4 or 2 where K allows no more) of
-each of ``vector`` rows, and stores them as elements of ``vector`` rows. Tiles of one or two rows are
-staged as float32, which saves a conversion at each use; more rows would take too much of the shared
-memory's bandwidth. One element is left out after each
-window, so that neither these stores meet in a bank.
+windows conflicts depend on the indices: packing orders the slots of a block so that there are fewer, or
+skews the rows (``r32vVsS``), so that S lanes work on S different blocks, staged side by side
+(``docs/format.md``).
+
+A staged element holds ``vector`` rows of activations, which one shared-memory load brings in. K is staged
+in chunks that fit the shared memory: a thread loads 16 bytes along K (8, 4 or 2 where K allows no more)
+of each of ``vector`` rows, and stores them as elements of ``vector`` rows. One element is left out after
+each window, so that neither these stores meet in a bank. Tiles of one or two rows are staged as float32,
+which saves a conversion at each use; more rows would take too much of the shared memory's bandwidth.
+
+Warps split K; their partial sums meet in shared memory and are added in a fixed order, so results do not
+change from run to run; so do the sums of thread blocks that share K (``Tile.splits``, ``blockIdx.z``), in
+a second kernel.
+
+A lane for each block of a row, 32 blocks of one row to a warp, is not a variant here. It needs as many
+instructions and loads for a slot, five shuffles for each sum on top, and in a thread block of w warps
+stages all of K for w rows of the weight, where this map stages it for 32; its one advantage, gathers
+that never conflict, the skewed layouts have too.
 
 Before scheduling, the kernel is brought into one form (:func:`_canonical`): batch axes of any rank become
 row tiles, slots become (chunk, step, unrolled, warp, lane-vector) axes, and everything after the operator
@@ -44,6 +53,7 @@ BLOCK_ROWS = "balanced_rows"
 BLOCK_VALUES = "balanced_values"
 BLOCK_INDICES = "balanced_indices"
 BLOCK_PARTIAL = "balanced_partial"
+BLOCK_SPLIT = "balanced_split"
 
 _LANES = 32
 _LOAD_BYTES = 16  # of the widest load
@@ -55,6 +65,7 @@ _MAX_ROWS = 16  # of activations in a tile
 _MAX_WARPS = 16
 _MULTIPROCESSORS = 132  # of an H100; an A100 has 108, which makes no other choice for common shapes
 _MAX_UNROLL = 4
+_SPLIT_SLOTS = 1024  # of a row, the fewest that a thread block of its own is worth
 _SPARE = 1.07  # share of slots that may be padding when warps and unrolling are chosen
 
 
@@ -74,6 +85,8 @@ class Tile:
         Vector loads of slots that a lane has in flight.
     chunk : int
         Blocks of the pattern staged at a time.
+    splits : int
+        Thread blocks that share K; with more than one a second kernel adds their sums.
     """
 
     vector: int
@@ -81,6 +94,7 @@ class Tile:
     warps: int
     unroll: int
     chunk: int
+    splits: int = 1
 
     @property
     def rows(self) -> int:
@@ -98,18 +112,20 @@ def default_tile(
     data_dtype: str,
     shared_bytes: int,
     multiprocessors: int = _MULTIPROCESSORS,
+    split: bool = True,
 ) -> Tile:
     """Knobs from shapes alone.
 
     Rows of activations are taken 1, 2, 4, 8, 12 or 16 at a time (8 where M is symbolic): each sum costs a
     register, and reading the sparse stream again costs more than idle rows. More rows make even tiles
-    (17 rows two of 9, held in 12). Where N is so small that half the multiprocessors would stand
-    idle, tiles are halved: the stream is then small and its second reading comes from L2, while the
-    work of a thread block, which is what takes the time, shrinks (instructions per slot for 16, 8 and 1
-    rows: 44, 25 and 9 on sm_90). As many warps share K as there are whole steps for, up to 16, and the
-    steps are unrolled up to four times, as long as little of the work is padding. The chunk is the
-    largest that fits beside the partial sums, which in fact take the same memory afterwards: what is left
-    out between windows finds its room there.
+    (17 rows two of 9, held in 12). Where N is so small that multiprocessors would stand idle, several
+    thread blocks share K, if each still has 1024 slots of a row: adding their sums takes a second kernel.
+    Where half the multiprocessors would stand idle even so, tiles are halved: the stream is then small and
+    its second reading comes from L2, while the work of a thread block, which is what takes the time,
+    shrinks (instructions per slot for 16, 8 and 1 rows: 44, 25 and 8 on sm_90). As many warps share K as
+    there are whole steps for, up to 16, and the steps are unrolled up to four times, as long as little of
+    the work is padding. The chunk is the largest that fits beside the partial sums, which in fact take the
+    same memory afterwards: what is left out between windows finds its room there.
 
     Parameters
     ----------
@@ -123,11 +139,16 @@ def default_tile(
         Shared memory a thread block may take.
     multiprocessors : int
         That thread blocks are to be spread over.
+    split : bool
+        Whether thread blocks may share K.
     """
     most = 8 if rows is None else _ceil(rows, _ceil(rows, _MAX_ROWS))
-    while rows is not None and most > 1:
+    splits = 1
+    while rows is not None:
         thread_blocks = fmt.padded_rows // _LANES * _ceil(rows, most)
-        if 2 * thread_blocks > multiprocessors:
+        if split:
+            splits = max(1, min(multiprocessors // thread_blocks, fmt.slots // _SPLIT_SLOTS))
+        if most == 1 or 2 * thread_blocks * splits > multiprocessors:
             break
         most = _ceil(most, 2)
     itemsize = _staged_itemsize(data_dtype, most)
@@ -145,7 +166,7 @@ def default_tile(
             groups = _ceil(groups, 2)
         else:
             vector //= 2
-    chunks = _ceil(fmt.blocks, room // per_block // unit * unit)
+    chunks = _ceil(_ceil(fmt.blocks, room // per_block // unit * unit), splits) * splits
     chunk = _ceil(_ceil(fmt.blocks, chunks), unit) * unit
     runs = chunk * fmt.pattern.nnz // fmt.layout.vector
     best = None
@@ -156,7 +177,7 @@ def default_tile(
             if best is None or cost < best[0]:
                 best = (cost, warps, unroll)
     assert best is not None
-    return Tile(vector, groups, best[1], best[2], chunk)
+    return Tile(vector, groups, best[1], best[2], chunk, splits)
 
 
 def _staged_itemsize(data_dtype: str, rows: int) -> int:
@@ -196,9 +217,21 @@ def apply(
     limit = int(target.attrs.get("max_shared_memory_per_block", _STATIC_SHARED_BYTES))
     limit = min(limit, _STATIC_SHARED_BYTES)
     if tile is None:
-        tile = default_tile(found.fmt, found.rows, found.data_dtype, limit)
+        tile = default_tile(
+            found.fmt, found.rows, found.data_dtype, limit, split=not _captures_graphs()
+        )
     canonical = _canonical(func, found, tile)
     return None if canonical is None else _schedule(canonical, found, tile)
+
+
+def _captures_graphs() -> bool:
+    """Whether launches will be captured into CUDA graphs, which keep the addresses of what kernels use.
+
+    The sums of thread blocks that share K lie in a workspace of TVM's pool, whose pages move when a kernel
+    asks for a larger one.
+    """
+    config = tvm.transform.PassContext.current().config
+    return bool(config.get("relax.backend.use_cuda_graph", False))
 
 
 def _takes(found: BalancedBlock) -> bool:
@@ -329,7 +362,8 @@ def _canonical(func: tirx.PrimFunc, found: BalancedBlock, tile: Tile) -> tirx.Pr
         Same parameters, same results; blocks ``balanced_data[mo, mg, kb, e, mv]``,
         ``balanced_values[c, o, u, w, no, lane, v]``, ``balanced_indices`` likewise,
         ``balanced_partial[w, mo, mg, mv, no, lane]``, ``balanced_sparse_dense[mo, mg, mv, no, lane]``
-        and ``balanced_out`` with those axes. None when the kernel holds anything else.
+        and ``balanced_out`` with those axes; where thread blocks share K, ``balanced_partial[w, z, ...]`` and
+        ``balanced_split[z, ...]`` before it. None when the kernel holds anything else.
     """
     nests = _nests(func)
     if nests is None or len(nests) < 2:
@@ -362,7 +396,8 @@ def _core(
     rows = _product(lead)
     row_tiles = (rows + (tile.rows - 1)) // tile.rows
     col_tiles = fmt.padded_rows // _LANES
-    chunks = _ceil(fmt.blocks, tile.chunk)
+    parts = _ceil(_ceil(fmt.blocks, tile.chunk), tile.splits)
+    chunks = parts * tile.splits
     runs = tile.chunk * nnz // vector
     steps = _ceil(runs, tile.warps * tile.unroll)
     all_runs = fmt.slots // vector
@@ -429,12 +464,14 @@ def _core(
     loaded_values = te.compute([*stream, *_shape(vector)], load_values, name=BLOCK_VALUES)
     held_indices = 1 if fmt.index_planes else fmt.indices_shape[-1]
     loaded_indices = te.compute([*stream, *_shape(held_indices)], load_indices, name=BLOCK_INDICES)
-    c = _reduce(chunks, "c")
+    part = _reduce(parts, "c")
     o = _reduce(steps, "o")
     u = _reduce(tile.unroll, "u")
     v = _reduce(vector, "v")
 
-    def multiply_add(w: Any, mo: Any, mg: Any, mv: Any, no: Any, lane: Any) -> Any:
+    def multiply_add(w: Any, *at: Any) -> Any:
+        *z, mo, mg, mv, no, lane = at
+        c = z[0] * parts + part if z else part
         slot = ((o * tile.unroll + u) * tile.warps + w) * vector + v
         kb = slot // nnz
         if steps * tile.unroll * tile.warps != runs:
@@ -445,17 +482,25 @@ def _core(
         # of a whole byte the mask changes nothing; it is the bound that the staged region is derived from
         index = tirx.Cast("int32", stored >> shift) & tirx.const((1 << bits) - 1, "int32")
         window = c * (tile.chunk // (held * skew)) + kb // (held * skew)
-        at = kb % held * block + index
-        activation = staged(mo, mg, window, at, skewed(kb, lane, skew), mv)
+        element = kb % held * block + index
+        activation = staged(mo, mg, window, element, skewed(kb, lane, skew), mv)
         weight = loaded_values(c, o, u, w, no, lane, v)
         return te.sum(
-            tirx.Cast("float32", activation) * tirx.Cast("float32", weight), axis=[c, o, u, v]
+            tirx.Cast("float32", activation) * tirx.Cast("float32", weight), axis=[part, o, u, v]
         )
 
     out_axes = _shape(row_tiles, tile.groups, tile.vector, col_tiles, _LANES)
-    partial = te.compute([*_shape(tile.warps), *out_axes], multiply_add, name=BLOCK_PARTIAL)
+    split_axes = [*(_shape(tile.splits) if tile.splits > 1 else []), *out_axes]
+    partial = te.compute([*_shape(tile.warps), *split_axes], multiply_add, name=BLOCK_PARTIAL)
     w = _reduce(tile.warps, "w")
-    sums = te.compute(out_axes, lambda *at: te.sum(partial(w, *at), axis=w), name=BLOCK_MAIN)
+    sums = te.compute(
+        split_axes,
+        lambda *at: te.sum(partial(w, *at), axis=w),
+        name=BLOCK_SPLIT if tile.splits > 1 else BLOCK_MAIN,
+    )
+    if tile.splits > 1:
+        of_block, z = sums, _reduce(tile.splits, "z")
+        sums = te.compute(out_axes, lambda *at: te.sum(of_block(z, *at), axis=z), name=BLOCK_MAIN)
     core = te.create_prim_func([tx, tv, ti, sums])
     given = dict(zip(core.params[:3], (x, values, indices), strict=True))
     root = core.body.block
@@ -542,11 +587,13 @@ def _stage_width(fmt: PackedFormat, dtype: str) -> int:
 
 def _schedule(func: tirx.PrimFunc, found: BalancedBlock, tile: Tile) -> s_tir.Schedule:
     sch = s_tir.Schedule(tvm.IRModule({"main": func}))
-    partial, sums, out = (sch.get_sblock(n) for n in (BLOCK_PARTIAL, BLOCK_MAIN, BLOCK_OUT))
+    partial, out = sch.get_sblock(BLOCK_PARTIAL), sch.get_sblock(BLOCK_OUT)
     shared = sch.cache_write(partial, 0, "local")
     sch.set_scope(shared, 0, "shared")
-    w, mo, mg, mv, no, lane, c, o, u, v = sch.get_loops(partial)
-    sch.reorder(no, mo, w, lane, c, o, u, v, mg, mv)
+    w, *split, mo, mg, mv, no, lane, c, o, u, v = sch.get_loops(partial)
+    sch.reorder(no, mo, *split, w, lane, c, o, u, v, mg, mv)
+    for z in split:
+        sch.bind(z, "blockIdx.z")
     sch.bind(no, "blockIdx.x")
     sch.bind(mo, "blockIdx.y")
     sch.bind(w, "threadIdx.y")
@@ -568,17 +615,35 @@ def _schedule(func: tirx.PrimFunc, found: BalancedBlock, tile: Tile) -> s_tir.Sc
     sector = _SECTOR_BYTES // (4 if found.data_dtype == "float32" else 2)
     _stage(sch, c, tile, _stage_width(found.fmt, found.data_dtype), sector)
 
-    sch.reverse_compute_at(sums, mo, preserve_unit_loops=True)
-    sch.set_scope(sums, 0, "local")
+    sums = sch.get_sblock(BLOCK_SPLIT if split else BLOCK_MAIN)
+    sch.reverse_compute_at(sums, split[0] if split else mo, preserve_unit_loops=True)
     *_, mg, mv, _, lane, _ = sch.get_loops(sums)
     row = sch.fuse(mg, mv)
-    sch.reverse_compute_at(out, lane, preserve_unit_loops=True)
+    if not split:
+        sch.set_scope(sums, 0, "local")
+        sch.reverse_compute_at(out, lane, preserve_unit_loops=True)
     # after the output has joined, so that idle warps are kept from both blocks
     _, warp = sch.split(row, [None, tile.warps])
     sch.bind(warp, "threadIdx.y")
     sch.bind(lane, "threadIdx.x")
+    if split:
+        _add_splits(sch, out)
     sch.decompose_reduction(partial, c)
     return sch
+
+
+def _add_splits(sch: s_tir.Schedule, out: Any) -> None:
+    """The second kernel: a thread adds the sums of one output, in the order of K, and finishes it."""
+    mo, mg, mv, no, lane = sch.get_loops(out)
+    sch.reorder(no, mo, mg, mv, lane)
+    row = sch.fuse(mg, mv)
+    sch.bind(no, "blockIdx.x")
+    sch.bind(mo, "blockIdx.y")
+    sch.bind(row, "threadIdx.y")
+    sch.bind(lane, "threadIdx.x")
+    total = sch.get_sblock(BLOCK_MAIN)
+    sch.compute_at(total, lane, preserve_unit_loops=True)
+    sch.set_scope(total, 0, "local")
 
 
 def _stage(sch: s_tir.Schedule, chunk: Any, tile: Tile, width: int, sector: int) -> None:

@@ -103,7 +103,7 @@ def test_read_past_the_weights() -> None:
 
 def test_read_past_the_activations() -> None:
     _check_clean()
-    mutant = _shift_index(_gather().source, "x_ptr", 1, "[")
+    mutant = _shift_index(_gather().source, "x_ptr", 4)
     report, _, _ = _inspect(_gather().with_source(mutant))
     _caught(report, "global read out of bounds", "x_ptr")
 
@@ -118,9 +118,11 @@ def test_store_past_the_output() -> None:
 
 def test_unwritten_shared_element() -> None:
     _check_clean()
-    (staging,) = re.findall(r".*balanced_data_shared_ptr.*= make_float2\(x_ptr.*", _gather().source)
-    last = f"if (threadIdx.y != {_TILE.warps - 1} || threadIdx.x != 31)"
-    mutant = _replace(_gather().source, staging, f"{last} {staging}")
+    # of the elements that a thread stores, unrolled
+    staging, *_ = re.findall(
+        r"\n *(.*balanced_data_shared_ptr.*= make_float2\(balanced_rows.*)", _gather().source
+    )
+    mutant = _replace(_gather().source, staging, f"if (threadIdx.x != 31) {staging}")
     report, out, _ = _inspect(_gather().with_source(mutant))
     _caught(report, "uninitialised shared read", "balanced_data_shared_ptr")
     assert np.isnan(out).any(), "unwritten shared memory holds NaN"
@@ -130,8 +132,9 @@ def test_transposed_staging_layout() -> None:
     """Staged with the blocks of a place side by side: right, but lanes meet in a bank."""
     clean = _check_clean()
     sch = _schedule().copy()
+    sch.unannotate(sch.get_sblock("balanced_data"), "buffer_dim_align")
     sch.transform_layout(
-        "balanced_data", ("write", 0), lambda mo, mg, kb, e, mv: [mo, mg, e, kb, mv]
+        "balanced_data", ("write", 0), lambda mo, mg, kb, e, s, mv: [mo, mg, e, kb, s, mv]
     )
     report, out, expected = _inspect(cudaemu.from_tvm(sch.mod, target()))
     assert not report.issues, report.table()

@@ -8,6 +8,7 @@ import pytest
 
 from tvm_balanced import cudaemu
 from tvm_balanced.errors import ToolchainError
+from tvm_balanced.packing import ENCODINGS
 from tvm_balanced.pipeline import TIR_PIPELINE
 from tvm_balanced.schedules import cuda_gather
 from tvm_balanced.static_report import KernelReport, StaticReport, find_nvdisasm
@@ -84,3 +85,14 @@ def test_main_loop_has_few_instructions_for_each_non_zero(rows: int, most: int) 
     assert loop.instructions <= most * loop.ffma / rows
     # activations, values and indices; the bias is read once, after the loop
     assert loop.global_loads.get(16, 0) == 0 and row.counts.global_loads.get(16, 0) <= 1
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])  # of 16 the instructions are the limit, not the memory
+@pytest.mark.parametrize("pattern", ["4:16", "2:16", "1:4", "1:8", "8:32"])
+def test_a_thread_block_keeps_enough_bytes_in_flight(rows: int, pattern: str) -> None:
+    """By Little's law an H100 asks for 18 KB of each multiprocessor, and N = 4096 gives one block to each."""
+    case = Case((rows,), 4096, 4096, pattern)
+    fmt = packed_format(case)
+    tile = cuda_gather.default_tile(fmt, rows, case.dtype, 48 << 10)
+    of_load = fmt.layout.vector * (2 + ENCODINGS[fmt.encoding] / 8)
+    assert tile.warps * 32 * tile.unroll * of_load >= 18 << 10

@@ -1,0 +1,94 @@
+"""Thread blocks that share K, where N is too small to fill the device: two kernels, the same sums always."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import tvm
+
+import tvm_balanced as tb
+from tvm_balanced import cudaemu
+from tvm_balanced.cudaemu import device
+from tvm_balanced.pipeline import TIR_PIPELINE
+from tvm_balanced.schedules import cuda_gather
+from tvm_balanced.verification import verify
+
+from .conftest import Case, arguments, check_close, fused_kernel, packed_format, target
+
+CASES = [
+    Case((1,), 64, 8192, "4:16"),
+    Case((8,), 32, 16384, "4:16", epilogue=("bias", "gelu")),
+    # rows and K that fill neither their tiles nor their shares, rows of the weight that are padding
+    Case((13,), 50, 16390, "2:16", "bfloat16", "bfloat16", ("residual",)),
+    Case((3,), 40, 33000, "4:64", "float32", "float32"),
+]
+
+
+def _kernel(case: Case) -> cudaemu.TVMKernel:
+    sch = cuda_gather.apply(fused_kernel(case, packed_format(case)), target())
+    assert sch is not None
+    return cudaemu.from_tvm(sch.mod, target(), pipeline=TIR_PIPELINE)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_split_sums_equal_the_reference(case: Case) -> None:
+    kernel = _kernel(case)
+    args, expected = arguments(case, packed_format(case), case.shapes[0])
+    first, second = kernel.plan(args)
+    assert first.grid[2] > 1 == second.grid[2]
+    for report in kernel(*args, check=True, order="random"):
+        assert not report.issues, report.table()
+    check_close(case, args[-1], expected)
+    before = args[-1].tobytes()
+    kernel(*args, order="reverse")
+    assert args[-1].tobytes() == before
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "pattern", "rows", "splits"),
+    [
+        (1024, 28672, "4:16", 1, 4),
+        (4096, 28672, "4:16", 1, 1),  # a thread block for nearly every multiprocessor
+        (1024, 4096, "4:16", 1, 1),  # 1024 slots of a row
+        (64, 8192, "4:16", 1, 2),
+        (1024, 28672, "4:16", None, 1),
+    ],
+)
+def test_default_tile_splits_long_rows_of_small_layers(
+    n: int, k: int, pattern: str, rows: int | None, splits: int
+) -> None:
+    fmt = packed_format(Case((1,), n, k, pattern))
+    tile = cuda_gather.default_tile(fmt, rows, "float16", 48 << 10)
+    assert tile.splits == splits
+    # every share has work
+    assert (splits - 1) * -(-fmt.blocks // tile.chunk // splits) * tile.chunk < fmt.blocks
+
+
+def test_nothing_is_split_where_graphs_are_captured() -> None:
+    """They would keep the address of the workspace, which TVM may move."""
+    with tvm.transform.PassContext(config={"relax.backend.use_cuda_graph": True}):
+        kernel = _kernel(CASES[0])
+    args, _ = arguments(CASES[0], packed_format(CASES[0]), CASES[0].shapes[0])
+    assert len(kernel.plan(args)) == 1
+
+
+def test_a_library_with_split_kernels_runs_and_verifies(tmp_path: Path) -> None:
+    """The workspace between the two kernels is TVM's, on the device and in the reference of ``verify``."""
+    emulated = device.install("sm_90")
+    emulated.reset()
+    emulated.mode()
+    module = torch.nn.Linear(16384, 40).eval()
+    x = torch.randn(2, 16384)
+    model = tb.from_torch(module, (x,)).prune("4:16")
+    with torch.no_grad():
+        module.weight.copy_(torch.from_numpy(model.params["weight"]))
+        expected = module(x)
+    lib = tb.compile(model, "cuda-sm_90", policy="always")
+    emulated.forget()
+    torch.testing.assert_close(lib.load("emulated")(x), expected, rtol=1e-4, atol=1e-4)
+    sparse = [x for x in emulated.launches() if "balanced_sparse_dense" in x.kernel]
+    assert len(sparse) == 2
+    checked = verify(lib.save(tmp_path / "model.tvmb"))
+    assert checked.passed, str(checked)
