@@ -12,7 +12,7 @@ import tvm
 from tvm_balanced.cost import dense_us, sparse_us
 from tvm_balanced.errors import InputError
 from tvm_balanced.model import Model
-from tvm_balanced.packing import PackedFormat, check_weight, is_balanced, numpy_dtype
+from tvm_balanced.packing import VALUE_DTYPES, PackedFormat, check_weight, is_balanced, numpy_dtype
 from tvm_balanced.pattern import BalancedPattern
 from tvm_balanced.pruning import detect_pattern
 from tvm_balanced.relay_passes.find_dense import DenseLayer
@@ -93,20 +93,29 @@ def make_plan(
         decided.append(row)
         if row.decision == "sparse" and fmt is not None:
             formats[layer.name] = fmt
-    compared = _dense_text(decided, spec, dense)
+    kept = [lay for lay, row in zip(layers, decided, strict=True) if row.decision == "dense"]
+    compared = _dense_text(kept, spec, dense, buckets)
     title = f"{model.name} on {spec.name} (times are predicted, uncalibrated{compared})"
     return Plan(Report(decided, title), formats, spec)
 
 
-def _dense_text(rows: list[LayerRow], spec: TargetSpec, dense: str) -> str:
-    """Whose dense kernel the times are of, and how far DLight's are behind cuBLAS."""
+def _dense_text(kept: list[DenseLayer], spec: TargetSpec, dense: str, buckets: list[int]) -> str:
+    """Whose kernels run the layers that stay dense, and how far DLight's are behind cuBLAS there."""
     if spec.kind != "cuda":
         return ""
     if dense == "cublas":
         return "; dense by cuBLAS"
-    both = [(row.dense_us, row.cublas_us) for row in rows if row.dense_us and row.cublas_us]
-    gap = sum(d for d, _ in both) / sum(c for _, c in both) if both else None
-    return "; dense by DLight" + (f", cuBLAS {gap:.2f}x faster" if gap is not None else "")
+    sums = [
+        sum(
+            dense_us(spec, rows, layer.out_features, layer.in_features, layer.dtype, kernel)
+            for layer in kept
+            if layer.dtype in VALUE_DTYPES
+            for rows in _batches(layer, buckets)[0]
+        )
+        for kernel in ("dlight", "cublas")
+    ]
+    gap = f", cuBLAS {sums[0] / sums[1]:.2f}x faster" if sums[1] else ""
+    return f"; dense by DLight{gap}"
 
 
 def _bucket_sizes(rows: Iterable[int] | None) -> list[int]:

@@ -68,6 +68,14 @@ def test_plan(run, request, kind):
     assert "pattern=4:16" in answer.err
 
 
+def test_plan_with_cublas_is_passed_on(run, onnx_mlp):
+    argv = ("plan", onnx_mlp, "--target", "h100", "--dense", "cublas")
+    answer = run(*argv)
+    assert answer.code == 0, answer.err
+    assert "dense by cuBLAS" in answer.out
+    assert "--target h100 --dense cublas -o" in answer.out + answer.err
+
+
 def test_policy_of_one_layer(run, onnx_mlp):
     argv = ("--policy", "never", "--policy", "fc2=always")
     answer = run("plan", onnx_mlp, "--pattern", "4:16", *argv, "--json")

@@ -74,6 +74,8 @@ def test_pattern(run, here, onnx_mlp, command, pattern, word):
         (["--buckets", "1,x"], "1,8,16"),
         (["--input-shape", "x:1,32"], "NAME=1,128"),
         (["--input-shape", "z=1,32"], "z"),
+        (["--dense", "cudnn"], "cublas"),
+        (["--target", "llvm", "--dense", "cublas"], "NVIDIA GPUs only"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else None,
 )

@@ -338,6 +338,22 @@ def test_graph_is_captured_and_replayed(emulated: device.Device, cuda: Cuda) -> 
     assert [launch.kernel for launch in emulated.launches()] == ["scale"] * 4
 
 
+def test_a_replay_is_checked_where_that_is_asked_for(emulated: device.Device, cuda: Cuda) -> None:
+    stream, graph, run = cuda.stream(), ctypes.c_void_p(), ctypes.c_void_p()
+    pointer = cuda.upload(np.ones(32, "f4"), stream)
+    cuda.ok("cudaStreamBeginCapture", stream, 0)
+    cuda.scale(pointer, 2.0, 32, stream=stream)
+    cuda.ok("cudaStreamEndCapture", stream, ctypes.byref(graph))
+    cuda.ok("cudaGraphInstantiate", ctypes.byref(run), graph, ctypes.c_ulonglong(0))
+    cuda.ok("cudaGraphLaunch", run, stream)
+    emulated.mode(check=True)
+    cuda.ok("cudaGraphLaunch", run, stream)
+    plain, checked = emulated.launches()
+    assert plain.graph and checked.graph
+    assert plain.report is None and checked.report is not None
+    np.testing.assert_array_equal(cuda.download(pointer, 32, stream), 4.0)
+
+
 @pytest.mark.parametrize("what", ["cudaMalloc", "cudaStreamSynchronize", "pageable copy"])
 def test_what_cannot_be_captured_ends_the_capture(what: str, cuda: Cuda) -> None:
     stream, graph = cuda.stream(), ctypes.c_void_p()

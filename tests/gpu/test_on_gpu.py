@@ -8,6 +8,7 @@ import tvm_balanced as tb
 from tests.models.test_compile import assert_close, load_weights
 from tests.models.zoo import ZOO
 from tvm_balanced.targets import detect_driver
+from tvm_balanced.toolchain import cuda_root
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,6 +27,25 @@ def test_model_agrees_with_pytorch(name, tmp_path):
         expected = built.module(*built.inputs)
     path = tb.compile(model, "cuda", policy="always").save(tmp_path / "model.tvmb")
     assert_close(tb.load(path)(*built.inputs), expected, ZOO[name].tolerance)
+
+
+@pytest.mark.parametrize("cuda_graph", [True, False], ids=["graph", "no_graph"])
+@pytest.mark.parametrize(
+    "name", ["llama_decode", "llama_decode_bf16", "minilm_dynamic", "mlp_fp16"]
+)
+def test_dense_model_by_cublas_agrees_with_pytorch(name, cuda_graph):
+    root = cuda_root()
+    if root is None or not (root / "lib" / "libcublas.so.13").is_file():
+        pytest.skip("nvidia-cublas is not installed")
+    built = ZOO[name].build("small")
+    model = tb.from_torch(
+        built.module, built.inputs, dynamic_shapes=built.dynamic_shapes, name=name
+    )
+    with torch.no_grad():
+        expected = built.module(*built.inputs)
+    lib = tb.compile(model, "cuda", policy="never", dense="cublas", cuda_graph=cuda_graph)
+    for _ in range(3):  # run, captured, replayed
+        assert_close(lib(*built.inputs), expected, ZOO[name].tolerance)
 
 
 def test_torch_tensors_stay_on_the_gpu():

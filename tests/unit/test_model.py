@@ -1,5 +1,7 @@
 """``Model.prune`` and ``Model.plan`` on small modules."""
 
+import re
+
 import numpy as np
 import pytest
 from tvm import relax
@@ -104,6 +106,28 @@ def test_plan_before_pruning_decides_by_batch():
     assert "dense predicted" in large[0].reason
     assert small[0].bytes_sparse < small[0].bytes_dense == 8192 * 8192 * 2
     assert large[0].bytes_sparse == large[0].bytes_dense
+
+
+def test_plan_compares_with_the_dense_kernel_that_will_run():
+    model = build({"a.weight": (8192, 8192)}, rows=1, dtype="float16")
+    dlight, cublas = (model.plan("h100", "2:16", dense=dense) for dense in ("dlight", "cublas"))
+    assert dlight[0].dense_us > cublas[0].dense_us == cublas[0].cublas_us == dlight[0].cublas_us
+    assert dlight[0].sparse_us == cublas[0].sparse_us
+    # a quarter of zeros pays beside the slower dense kernel only
+    assert model.plan("h100", "12:16", dense="dlight")[0].decision == "sparse"
+    assert model.plan("h100", "12:16", dense="cublas")[0].decision == "dense"
+    assert "dense by cuBLAS" in cublas.title
+
+
+def test_plan_says_how_far_the_kept_layers_are_behind_cublas():
+    model = build({"a.weight": (8192, 8192)}, rows=64, dtype="float16")
+    found = re.search(
+        r"dense by DLight, cuBLAS (\d+\.\d\d)x faster", model.plan("h100", policy="never").title
+    )
+    assert float(found[1]) > 1
+    assert "cuBLAS" not in model.plan("h100", "2:16", policy="always").title
+    assert "cuBLAS" not in model.plan("llvm", policy="never").title
+    assert model.plan("llvm", "2:16")[0].cublas_us is None
 
 
 def test_plan_policies_and_reasons():

@@ -78,7 +78,8 @@ struct Allocation { char *base, *map; size_t bytes, mapped; bool host; };
 struct Stream;
 struct Dependency { std::shared_ptr<Stream> stream; uint64_t ticket; };
 struct Op { std::vector<Dependency> after; std::function<void()> run; };
-struct Graph { std::vector<std::function<void()>> ops; };
+struct Function;
+struct Graph { std::vector<std::function<void()>> ops; std::vector<Function*> kernels; };
 struct Stream {
   std::deque<Op> queue;
   uint64_t issued = 0, done = 0;  // tickets
@@ -134,6 +135,7 @@ LoadCallback g_load = nullptr;
 CompileCallback g_compile = nullptr;
 std::string g_fault_kernel;
 int g_replaying = 0;
+Mode g_replay_mode;  // a replay runs in the mode of its launch, not of its capture
 
 typedef std::lock_guard<std::recursive_mutex> Lock;
 const size_t kPage = 4096, kAlign = 256;
@@ -284,8 +286,9 @@ void execute(const Launch& launch) {
     lo.push_back(a->base); bytes.push_back((long)a->bytes); elements.push_back(f.elements[i]);
     arrays += (arrays.empty() ? "" : ",") + std::to_string(i);
   }
-  int instrumented = launch.mode.check || launch.mode.prof;
-  Opts o = {launch.mode.check, launch.mode.prof, launch.mode.order, launch.mode.seed, launch.mode.threads, (long)launch.blocks.size(), launch.blocks.empty() ? nullptr : launch.blocks.data(), 1};
+  const Mode& mode = g_replaying ? g_replay_mode : launch.mode;
+  int instrumented = mode.check || mode.prof;
+  Opts o = {mode.check, mode.prof, mode.order, mode.seed, mode.threads, (long)launch.blocks.size(), launch.blocks.empty() ? nullptr : launch.blocks.data(), 1};
   emu_set_ranges((int)lo.size(), lo.data(), bytes.data(), elements.data());
   double begin = now(), grid = (double)launch.dims[0] * launch.dims[1] * launch.dims[2];
   int failed;
@@ -472,6 +475,7 @@ API int cuLaunchKernelEx(const LaunchConfig* c, Function* f, void** params, void
     });
     if (code) return code;
   }
+  if (stream->capture) stream->capture->kernels.push_back(f);
   return enqueue(stream, [launch] { execute(launch); });
 }
 API int cuTensorMapEncodeTiled(...) { return fail(kNotSupported, "tensor maps are not emulated"); }
@@ -619,13 +623,23 @@ API int cudaGraphInstantiate(Graph** exec, Graph* graph, unsigned long long) {
   return kOk;
 }
 API int cudaGraphLaunch(Graph* exec, void* handle) {
+  Mode mode;
+  {
+    Lock lock(g_mutex);
+    DEVICE_ALIVE();
+    if (!exec) return fail(kInvalidHandle);
+    mode = g_mode;
+  }
+  int instrumented = mode.check || mode.prof;
+  // without the lock, as for a launch
+  for (Function* f : exec->kernels) if (!f->thunk[instrumented] && (!g_compile || g_compile(f->module, f->name.c_str(), instrumented))) return fail(kInvalidImage);
   Lock lock(g_mutex);
-  DEVICE_ALIVE();
   auto stream = find_stream(handle);
-  if (!exec || !stream) return fail(kInvalidHandle);
+  if (!stream) return fail(kInvalidHandle);
   auto ops = exec->ops;
-  return enqueue(stream, [ops] {
+  return enqueue(stream, [ops, mode] {
     g_replaying = 1;
+    g_replay_mode = mode;
     for (auto& op : ops) if (!g_sticky) op();
     g_replaying = 0;
   });
