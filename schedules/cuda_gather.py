@@ -23,16 +23,18 @@ becomes one block that writes the output. What does not fit that form is left to
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import tvm
 import tvm_ffi
 from tvm import s_tir, te, tirx
 
+from tvm_balanced import kernel_model
 from tvm_balanced.ops import BLOCK_DATA, BLOCK_MAIN, BLOCK_OUT
 from tvm_balanced.packing import PackedFormat
 from tvm_balanced.schedules.balanced_block import BalancedBlock, find
+from tvm_balanced.targets import GPUS, GpuFigures, gpu_figures
 
 BLOCK_VALUES = "balanced_values"
 BLOCK_INDICES = "balanced_indices"
@@ -41,12 +43,6 @@ BLOCK_PARTIAL = "balanced_partial"
 _LANES = 32
 _LOAD_BYTES = 16  # of the widest load
 _STATIC_SHARED_BYTES = 48 << 10
-_STAGED_BYTES = 8  # of one staged element: two words, so a window of 16 elements fills the 32 banks
-_MAX_ROWS = 16  # of activations in a tile
-_MAX_WARPS = 16
-_MULTIPROCESSORS = 132  # of an H100; an A100 has 108, which makes no other choice for common shapes
-_MAX_UNROLL = 4
-_SPARE = 1.07  # share of slots that may be padding when warps and unrolling are chosen
 
 
 @dataclass(frozen=True)
@@ -88,18 +84,10 @@ def default_tile(
     rows: int | None,
     data_dtype: str,
     shared_bytes: int,
-    multiprocessors: int = _MULTIPROCESSORS,
+    gpu: GpuFigures | None = None,
+    multiprocessors: int | None = None,
 ) -> Tile:
-    """Knobs from shapes alone.
-
-    Rows of activations are taken 1, 2, 4, 8, 12 or 16 at a time (8 where M is symbolic): each sum costs a
-    register, and reading the sparse stream again costs more than idle rows. More rows make even tiles
-    (17 rows two of 9, held in 12). Where N is so small that half the multiprocessors would stand
-    idle, tiles are halved: the stream is then small and its second reading comes from L2, while the
-    work of a thread block, which is what takes the time, shrinks (instructions per slot for 16, 8 and 1
-    rows: 45, 26 and 9 on sm_90). As many warps share K as there are whole steps for, up to 16, and the
-    steps are unrolled up to four times, as long as little of the work is padding. The chunk is the
-    largest that fits beside the partial sums.
+    """Knobs by :func:`tvm_balanced.kernel_model.choose`: what is predicted to be fastest on a GPU.
 
     Parameters
     ----------
@@ -111,49 +99,22 @@ def default_tile(
         Of the activations.
     shared_bytes : int
         Shared memory a thread block may take.
-    multiprocessors : int
-        That thread blocks are to be spread over.
+    gpu : GpuFigures, optional
+        Where the kernel is to run; an H100 when left out.
+    multiprocessors : int, optional
+        Of the GPU, instead of its own number; its bandwidths are reduced in proportion.
     """
-    itemsize = 4 if data_dtype == "float32" else 2
-    most = 8 if rows is None else _ceil(rows, _ceil(rows, _MAX_ROWS))
-    while rows is not None and most > 1:
-        thread_blocks = fmt.padded_rows // _LANES * _ceil(rows, most)
-        if 2 * thread_blocks > multiprocessors:
-            break
-        most = _ceil(most, 2)
-    vector = min(_STAGED_BYTES // itemsize, 1 << (most - 1).bit_length())
-    groups = _ceil(most, vector)
-    unit = _chunk_unit(fmt)
-    while True:
-        max_warps = _MAX_WARPS if vector * groups <= 8 else _MAX_WARPS // 2
-        room = shared_bytes - max_warps * vector * groups * _LANES * 4
-        per_block = fmt.pattern.block * vector * groups * itemsize
-        if unit * per_block <= room or vector * groups == 1:
-            break
-        if groups > 1:
-            groups = _ceil(groups, 2)
-        else:
-            vector //= 2
-    chunks = _ceil(fmt.blocks, room // per_block // unit * unit)
-    chunk = _ceil(_ceil(fmt.blocks, chunks), unit) * unit
-    runs = chunk * fmt.pattern.nnz // fmt.layout.vector
-    best = None
-    for warps in range(max_warps, 0, -1):
-        for unroll in range(_MAX_UNROLL, 0, -1):
-            padded = _ceil(runs, warps * unroll) * warps * unroll
-            cost = (padded > runs * _SPARE, padded if padded > runs * _SPARE else 0)
-            if best is None or cost < best[0]:
-                best = (cost, warps, unroll)
-    assert best is not None
-    return Tile(vector, groups, best[1], best[2], chunk)
+    figures = GPUS["h100"] if gpu is None else gpu
+    chosen = kernel_model.choose(
+        fmt, rows, data_dtype, shared_bytes, kernel_model.machine(figures, multiprocessors)
+    )
+    return Tile(**asdict(chosen))
 
 
-def _chunk_unit(fmt: PackedFormat) -> int:
-    """Fewest blocks whose slots fill whole vectors of values and indices."""
-    unit = 1
-    while unit * fmt.pattern.nnz % fmt.index_vector:
-        unit += 1
-    return unit
+def shared_limit(target: tvm.target.Target) -> int:
+    """Bytes of shared memory that a thread block of this schedule may take."""
+    limit = int(target.attrs.get("max_shared_memory_per_block", _STATIC_SHARED_BYTES))
+    return min(limit, _STATIC_SHARED_BYTES)
 
 
 def apply(
@@ -173,10 +134,10 @@ def apply(
     found = find(func)
     if found is None or not _takes(found):
         return None
-    limit = int(target.attrs.get("max_shared_memory_per_block", _STATIC_SHARED_BYTES))
-    limit = min(limit, _STATIC_SHARED_BYTES)
     if tile is None:
-        tile = default_tile(found.fmt, found.rows, found.data_dtype, limit)
+        tile = default_tile(
+            found.fmt, found.rows, found.data_dtype, shared_limit(target), gpu_figures(target)
+        )
     canonical = _canonical(func, found, tile)
     return None if canonical is None else _schedule(canonical, tile, _stage_width(found, tile))
 
