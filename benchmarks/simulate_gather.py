@@ -350,6 +350,102 @@ def simulate_command(output: Path, jobs: int) -> None:
                 writer.writerow(asdict(row))
 
 
+def simulated_gpu() -> Any:
+    """The simulated GPU as the kernel model sees it: the simulator's configuration, and PTX for SASS."""
+    from tvm_balanced.kernel_model import Instructions, Machine
+
+    return Machine(
+        arch="sm_86",
+        sm_count=46,
+        clock_ghz=1.132,
+        bandwidth_gbps=448 * 0.92,
+        l2_bytes=4 << 20,
+        # 32 sub-partitions of 32 bytes; a flit brings one sector
+        l2_bytes_per_clock=1024,
+        port_bytes_per_clock=32,
+        fma_lanes=128,
+        # set by the configurations of the split "fit": from 16 to 32 steps cost 14,600 more clocks
+        memory_ns=620,
+        # nothing is in its level-2 cache when the kernel starts
+        stage_ns=620,
+        shared_clocks=29,
+        issue_clocks=4,
+        # PTX is executed in order, so that the first use of a load ends the waiting for others; and more
+        # loads in front of it gain nothing, as the level-1 cache takes few misses at a time
+        loads_in_flight=1,
+        shared_in_flight=1,
+        stage_words=1,
+        # the first compiler has unrolled already, and nothing is moved
+        unrolled=0,
+        launch_us=0,
+        # counted in the PTX of two kernels
+        instructions=Instructions(decode=4.5, group=0.3),
+    )
+
+
+def predicted_cycles(one: Configuration) -> float:
+    """What the kernel model predicts for the simulated GPU."""
+    from tvm_balanced.kernel_model import Knobs, Model
+
+    gpu = simulated_gpu()
+    model = Model(gpu, _format(one.n, one.k, one.pattern), one.m, "float32")
+    knobs = Knobs(one.vector, one.groups, one.warps, one.unroll, one.chunk)
+    return float(model.predict(knobs).total_us * gpu.clock_ghz * 1e3)
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's coefficient; equal values share their ranks."""
+    import numpy as np
+
+    def ranks(values: Sequence[float]) -> Any:
+        order = sorted(values)
+        return np.array([order.index(v) + (order.count(v) - 1) / 2 for v in values])
+
+    return float(np.corrcoef(ranks(first), ranks(second))[0, 1])
+
+
+@main.command("compare")
+@click.argument("table", type=click.Path(path_type=Path, exists=True))
+@click.option("--output", type=click.Path(path_type=Path), help="CSV with the predictions.")
+def compare_command(table: Path, output: Path | None) -> None:
+    """Predicted against simulated cycles of TABLE, over the split "check" and within its shapes."""
+    rows = read(table)
+    predictions = {_key(row): predicted_cycles(row) for row in rows}
+    if output is not None:
+        with output.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*(f.name for f in fields(Row)), "predicted"])
+            writer.writeheader()
+            for row in rows:
+                told = {
+                    "max_error": f"{row.max_error:.1e}",
+                    "predicted": round(predictions[_key(row)]),
+                }
+                writer.writerow(asdict(row) | told)
+    for split in ("fit", "check"):
+        chosen = [row for row in rows if row.split == split]
+        ratios = sorted(predictions[_key(row)] / row.cycles for row in chosen)
+        correlation = _correlation(chosen, predictions)
+        click.echo(
+            f"{split}: {len(chosen)} configurations, rank correlation {correlation:.2f}, predicted over "
+            f"simulated {ratios[0]:.2f} to {ratios[-1]:.2f}, median {ratios[len(ratios) // 2]:.2f}"
+        )
+        for shape in _SHAPES:
+            of_shape = [row for row in chosen if (row.n, row.k, row.m, row.pattern) == shape]
+            if len(of_shape) < 3:
+                continue
+            best = min(of_shape, key=lambda row: predictions[_key(row)])
+            loss = best.cycles / min(row.cycles for row in of_shape)
+            click.echo(
+                f"  {'x'.join(map(str, shape[:3])):14} {shape[3]:6} {len(of_shape)} tiles, rank correlation "
+                f"{_correlation(of_shape, predictions):5.2f}, the tile predicted best takes {loss:.2f}x of "
+                "the best"
+            )
+
+
+def _correlation(rows: Sequence[Row], predictions: dict[tuple[Any, ...], float]) -> float:
+    return rank_correlation([predictions[_key(row)] for row in rows], [row.cycles for row in rows])
+
+
 def _key(one: Configuration) -> tuple[Any, ...]:
     """What tells configurations apart."""
     return tuple(getattr(one, field.name) for field in fields(Configuration))

@@ -38,10 +38,10 @@ _MAX_WARPS = 16
 _MAX_UNROLL = 4
 # rows of activations that a symbolic M is taken for
 _SYMBOLIC_ROWS = 8
-# warps that are always tried; others only where they pad less than one more
-_EVEN_WARPS = (1, 2, 4, 6, 8, 12, 16)
+# warps that are always tried; others only where they pad less than one more, as with 1 or 3 loads
+_EVEN_WARPS = (2, 4, 8, 12, 16)
 # predictions that are taken for equal
-_NEAR = 1.05
+_NEAR = 1.1
 # padding of slots that is accepted without looking for fewer
 _SPARE = 1.07
 
@@ -462,7 +462,8 @@ class Model:
             # cannot be launched
             return (math.inf, *(0.0,) * 19)
         busiest = _ceil(thread_blocks, gpu.sm_count)
-        active = min(thread_blocks, gpu.sm_count)
+        # as many multiprocessors, all as busy as the busiest, share what is common to them
+        active = thread_blocks / busiest
         resident = min(fits, busiest)
 
         # the stream is read once for each tile of rows: again from memory where the cache cannot hold it
@@ -638,7 +639,7 @@ def _shares(runs: int, max_warps: int) -> tuple[tuple[int, int], ...]:
         for (warps, unroll), padded in padding.items()
         if padded <= least
         and (warps in _EVEN_WARPS or padded < padding[warps + 1, unroll])
-        and (unroll != 3 or padded < padding[warps, 4])
+        and (unroll in (2, 4) or padded < padding[warps, unroll + 1])
     )
 
 
