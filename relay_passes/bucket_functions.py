@@ -16,9 +16,11 @@ All take the same weights. Kernels of a bucket have static shapes, which schedul
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import tvm
 from tvm import relax, tirx
+from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.relay_passes.find_dense import split_params
@@ -81,6 +83,17 @@ def bucket_functions(
         name = f"main_{chosen}_{size}"
         bound = relax.transform.BindSymbolicVars({chosen: size}, "main")(mod)["main"]
         bound = relax.utils.copy_with_new_vars(bound).with_attr("global_symbol", name)
-        out[name] = bound
+        out[name] = _FreshConstants(mod).visit_expr(bound)
         functions[name] = {chosen: size}
     return out, functions
+
+
+@mutator
+class _FreshConstants(PyExprMutator):  # type: ignore[misc]
+    """Constants become objects of this function alone, over the same data.
+
+    Operator fusion refuses a module in which one object stands in several functions.
+    """
+
+    def visit_generic_const_(self, op: Any) -> Any:
+        return tvm.ir.GenericConst(op.value, op.ty)

@@ -11,7 +11,9 @@ After::
     q = R.strided_slice(qk, axes=[-1], begin=[0], end=[384])
     k = R.strided_slice(qk, axes=[-1], begin=[384], end=[768])
 
-Biases that are added right behind every one of them are concatenated and added once, in the same kernel.
+Reading the same activations includes reading equal reshapes of them, which torch.export makes for every
+operator anew. Biases that are added right behind every one of them are concatenated and added once, in the
+same kernel.
 One launch instead of several, and the activations are staged once; what it costs is that the slices read
 the result again, so the caller says up to how many bytes of results that pays.
 """
@@ -24,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import tvm
+import tvm_ffi
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
@@ -101,6 +104,7 @@ def _find_groups(
     func: relax.Function, name_of: dict[Any, str], pays: Callable[[Any, int], bool]
 ) -> list[_Group]:
     pairs = main_bindings(func)
+    bindings = dict(pairs)
     readers: dict[Any, list[tuple[Any, Any]]] = {}
     for var, value in pairs:
         for used in relax.analysis.free_vars(value):
@@ -115,7 +119,7 @@ def _find_groups(
         weight = name_of[value.args[1]].removesuffix(VALUES)
         bias, sum_var = _bias_behind(var, value, readers.get(var, []), name_of)
         key = (
-            value.args[0],
+            *_source(value.args[0], bindings),
             fmt.pattern,
             str(fmt.layout),
             fmt.encoding,
@@ -143,6 +147,14 @@ def _find_groups(
             continue
         groups += _make_groups(found)
     return groups
+
+
+def _source(data: Any, bindings: dict[Any, Any]) -> tuple[Any, Any]:
+    """What the activations are a reshape of, and to which shape: equal for equal values."""
+    shape = tvm_ffi.StructuralKey(data.ty.shape)
+    while call_name(bindings.get(data)) == "relax.reshape":
+        data = bindings[data].args[0]
+    return data, shape
 
 
 def _bias_behind(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import tvm
 
-from tvm_balanced.packing import Layout, PackedFormat
+from tvm_balanced.packing import ENCODINGS, Layout, PackedFormat
 from tvm_balanced.pattern import BalancedPattern
 from tvm_balanced.schedules import cuda_fallback, cuda_gather
 
@@ -12,6 +14,13 @@ BALANCED_RULES = (cuda_gather, cuda_fallback)
 
 _LANES = 32
 _LOAD_BYTES = 16
+
+
+# of one row of activations in a skewed group, 32 KiB for 16 rows; twice that where little else helps
+_SKEWED_BYTES = 2048
+_FEW_SLOTS = 1 / 32  # of a block, too few to order
+_WINDOW = 32  # blocks up to this many elements conflict at most twice as they are
+_SPARE = 1.07  # share of blocks that may be padding
 
 
 def preferred_format(
@@ -25,9 +34,9 @@ def preferred_format(
     """The packed format that the CUDA schedules like best.
 
     The 32 lanes of a warp own 32 rows side by side and each loads 16 bytes of values at a time, so
-    the layout is ``r32v8`` for two-byte values and ``r32v4`` for float32. Indices take four bits
-    where the block allows it: fewer bytes, while two more integer instructions per slot are free as
-    long as memory is the limit.
+    the layout is ``r32v8`` for two-byte values and ``r32v4`` for float32, skewed where blocks are large
+    (:func:`_skew`). Indices take the fewest bits that the block allows: fewer bytes, while two more
+    integer instructions per slot are free as long as memory is the limit.
 
     Parameters
     ----------
@@ -42,6 +51,31 @@ def preferred_format(
     target : tvm.target.Target
         A CUDA target; the format is the same for all of them.
     """
-    vector = _LOAD_BYTES // (4 if dtype == "float32" else 2)
-    encoding = "u4" if pattern.block <= 16 else "u8"
-    return PackedFormat(out_features, in_features, pattern, Layout(_LANES, vector), encoding)
+    itemsize = 4 if dtype == "float32" else 2
+    vector = _LOAD_BYTES // itemsize
+    # the three planes of u3 hold runs of eight slots
+    fits = [e for e, bits in ENCODINGS.items() if pattern.block <= 1 << bits]
+    encoding = min((e for e in fits if e != "u3" or vector == 8), key=ENCODINGS.__getitem__)
+    skew = _skew(pattern, in_features, itemsize)
+    return PackedFormat(out_features, in_features, pattern, Layout(_LANES, vector, skew), encoding)
+
+
+def _skew(pattern: BalancedPattern, in_features: int, itemsize: int) -> int:
+    """How many lanes work on different blocks at once, so that their gathers meet in fewer banks.
+
+    With 16 they never conflict in elements of eight bytes, with 8 at most twice, which is more than packing
+    reaches by ordering the slots of a block where there are several to choose from. A whole group of blocks
+    has to be staged at a time, and K is padded to whole groups, neither of which may cost much.
+    """
+    block, nnz = pattern.block, pattern.nnz
+    if block <= _WINDOW:
+        return 1
+    blocks = -(-in_features // block)
+    unit = _LOAD_BYTES // itemsize // math.gcd(_LOAD_BYTES // itemsize, nnz)
+    few = pattern.density <= _FEW_SLOTS
+    for skew in (16, 8) if few else (16,):
+        takes = block * skew * itemsize <= (2 * _SKEWED_BYTES if few else _SKEWED_BYTES)
+        group = math.lcm(unit, skew)
+        if takes and -(-blocks // group) * group <= _SPARE * blocks:
+            return skew
+    return 1

@@ -13,7 +13,11 @@ windows conflicts depend on the indices; packing orders the slots of a block so 
 (``docs/format.md``), below two wavefronts for each needed. A staged element holds ``vector``
 rows of activations, which one shared-memory load brings in. Warps split K; their partial sums meet in
 shared memory and are added in a fixed order, so results do not change from run to run. K is staged in
-chunks that fit the shared memory.
+chunks that fit the shared memory: a thread loads 16 bytes along K (8, 4 or 2 where K allows no more) of
+each of ``vector`` rows, and stores them as elements of ``vector`` rows. Tiles of one or two rows are
+staged as float32, which saves a conversion at each use; more rows would take too much of the shared
+memory's bandwidth. One element is left out after each
+window, so that neither these stores meet in a bank.
 
 Before scheduling, the kernel is brought into one form (:func:`_canonical`): batch axes of any rank become
 row tiles, slots become (chunk, step, unrolled, warp, lane-vector) axes, and everything after the operator
@@ -22,7 +26,9 @@ becomes one block that writes the output. What does not fit that form is left to
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,17 +37,20 @@ import tvm_ffi
 from tvm import s_tir, te, tirx
 
 from tvm_balanced import kernel_model
-from tvm_balanced.ops import BLOCK_DATA, BLOCK_MAIN, BLOCK_OUT
-from tvm_balanced.packing import PackedFormat
+from tvm_balanced.ops import BLOCK_DATA, BLOCK_MAIN, BLOCK_OUT, skewed
+from tvm_balanced.packing import ENCODINGS, PackedFormat
 from tvm_balanced.schedules.balanced_block import BalancedBlock, find
 from tvm_balanced.targets import GPUS, GpuFigures, gpu_figures
 
+BLOCK_ROWS = "balanced_rows"
 BLOCK_VALUES = "balanced_values"
 BLOCK_INDICES = "balanced_indices"
 BLOCK_PARTIAL = "balanced_partial"
 
 _LANES = 32
 _LOAD_BYTES = 16  # of the widest load
+_SECTOR_BYTES = 32  # that memory moves at least
+_WINDOW = kernel_model.WINDOW
 _STATIC_SHARED_BYTES = 48 << 10
 
 
@@ -139,15 +148,18 @@ def apply(
             found.fmt, found.rows, found.data_dtype, shared_limit(target), gpu_figures(target)
         )
     canonical = _canonical(func, found, tile)
-    return None if canonical is None else _schedule(canonical, tile, _stage_width(found, tile))
+    return None if canonical is None else _schedule(canonical, found, tile)
 
 
 def _takes(found: BalancedBlock) -> bool:
-    """Whether a lane's slots are one vector load: CUDA has vectors of 2, 4 and 8 up to 16 bytes."""
+    """Whether a lane's slots are one vector load: CUDA has vectors of 2, 4 and 8 up to 16 bytes.
+
+    Their indices have to be whole bytes.
+    """
     layout = found.fmt.layout
     itemsize = 4 if found.value_dtype == "float32" else 2
     vectors = layout.vector in (2, 4, 8) and layout.vector * itemsize <= _LOAD_BYTES
-    return layout.rows == _LANES and vectors
+    return layout.rows == _LANES and vectors and found.fmt.index_vector == layout.vector
 
 
 @dataclass(frozen=True)
@@ -307,24 +319,37 @@ def _core(
     exact = steps * tile.unroll * tile.warps == runs and chunks * runs == all_runs
     static = rows if isinstance(rows, int) else None
 
+    held, skew, bits = kernel_model.window_blocks(fmt), fmt.layout.skew, ENCODINGS[fmt.encoding]
+    width = _stage_width(fmt, x.dtype)
+
     tx = te.placeholder(x.shape, x.dtype, name="x")
     tv = te.placeholder(values.shape, values.dtype, name="values")
     ti = te.placeholder(indices.shape, indices.dtype, name="indices")
 
-    def stage(mo: Any, mg: Any, kb: Any, e: Any, mv: Any) -> Any:
+    def load_rows(mo: Any, mg: Any, mv: Any, kw: Any, s: Any, run: Any, e: Any) -> Any:
         row = (mo * tile.groups + mg) * tile.vector + mv
         if static is None or static % tile.rows:
             # rows past the end repeat the last one, so that nothing has to be tested; they are not stored
             row = tirx.min(row, rows - 1)
-        column = kb * block + e
-        loaded = tx(*_unravel(row, lead), column)
+        start = (kw * skew + s) * length + run * width
+        loaded = tx(*_unravel(row, lead), start + e)
         if chunks * tile.chunk * block == fmt.in_features:
             return loaded
-        return tirx.if_then_else(column < fmt.in_features, loaded, tirx.const(0, x.dtype))
+        # the same for all that a thread loads at once, as the width divides K
+        return tirx.if_then_else(start < fmt.in_features, loaded, tirx.const(0, x.dtype))
 
+    windows, length = chunks * tile.chunk // (held * skew), held * block
+    loaded_rows = te.compute(
+        _shape(row_tiles, tile.groups, tile.vector, windows, skew, length // width, width),
+        load_rows,
+        name=BLOCK_ROWS,
+    )
     staged = te.compute(
-        _shape(row_tiles, tile.groups, chunks * tile.chunk, block, tile.vector),
-        stage,
+        _shape(row_tiles, tile.groups, windows, length, skew, tile.vector),
+        lambda mo, mg, kw, e, s, mv: tirx.Cast(
+            "float32" if kernel_model.staged_itemsize(x.dtype, tile.rows) == 4 else x.dtype,
+            loaded_rows(mo, mg, mv, kw, s, e // width, e % width),
+        ),
         name=BLOCK_DATA,
     )
 
@@ -341,13 +366,19 @@ def _core(
     def load_indices(c: Any, o: Any, u: Any, w: Any, no: Any, lane: Any, v: Any) -> Any:
         run, valid = run_of(c, o, u, w)
         # any index will do where the value is zero, so it is enough to stay inside the array
-        return ti(no, run if valid is None else tirx.min(run, all_runs - 1), lane, v)
+        run = run if valid is None else tirx.min(run, all_runs - 1)
+        if not fmt.index_planes:
+            return ti(no, run, lane, v)
+        word = [
+            tirx.Cast("uint32", ti(no, run, byte, lane)) << tirx.const(8 * byte, "uint32")
+            for byte in range(fmt.indices_shape[2])
+        ]
+        return functools.reduce(operator.or_, word)
 
     stream = _shape(chunks, steps, tile.unroll, tile.warps, col_tiles, _LANES)
     loaded_values = te.compute([*stream, *_shape(vector)], load_values, name=BLOCK_VALUES)
-    loaded_indices = te.compute(
-        [*stream, *_shape(fmt.indices_shape[-1])], load_indices, name=BLOCK_INDICES
-    )
+    held_indices = 1 if fmt.index_planes else fmt.indices_shape[-1]
+    loaded_indices = te.compute([*stream, *_shape(held_indices)], load_indices, name=BLOCK_INDICES)
     c = _reduce(chunks, "c")
     o = _reduce(steps, "o")
     u = _reduce(tile.unroll, "u")
@@ -358,15 +389,14 @@ def _core(
         kb = slot // nnz
         if steps * tile.unroll * tile.warps != runs:
             kb = tirx.min(kb, tile.chunk - 1)
-        if fmt.encoding == "u8":
-            # the mask changes nothing; it is the bound that the staged region is derived from
-            stored = loaded_indices(c, o, u, w, no, lane, v)
-            index = tirx.Cast("int32", stored) & tirx.const(255, "int32")
-        else:
-            pair = loaded_indices(c, o, u, w, no, lane, v // 2)
-            stored = (pair >> tirx.Cast("uint8", v % 2 * 4)) & tirx.const(15, "uint8")
-            index = tirx.Cast("int32", stored)
-        activation = staged(mo, mg, c * tile.chunk + kb, index, mv)
+        per_load = vector // held_indices
+        stored = loaded_indices(c, o, u, w, no, lane, v // per_load)
+        shift = tirx.Cast(loaded_indices.dtype, v % per_load * bits)
+        # of a whole byte the mask changes nothing; it is the bound that the staged region is derived from
+        index = tirx.Cast("int32", stored >> shift) & tirx.const((1 << bits) - 1, "int32")
+        window = c * (tile.chunk // (held * skew)) + kb // (held * skew)
+        at = kb % held * block + index
+        activation = staged(mo, mg, window, at, skewed(kb, lane, skew), mv)
         weight = loaded_values(c, o, u, w, no, lane, v)
         return te.sum(
             tirx.Cast("float32", activation) * tirx.Cast("float32", weight), axis=[c, o, u, v]
@@ -454,16 +484,12 @@ def _point(buffer: Any, at: Any) -> Any:
     return tirx.BufferRegion(buffer, [tvm.ir.Range.from_min_extent(index, 1) for index in at])
 
 
-def _stage_width(found: BalancedBlock, tile: Tile) -> int:
-    """Elements along K that a thread stages at once: 16 bytes where rows are staged one by one."""
-    fmt = found.fmt
-    if tile.vector > 1 or fmt.in_features % fmt.pattern.block:
-        return 1
-    width = _LOAD_BYTES // (4 if found.data_dtype == "float32" else 2)
-    return math.gcd(width, fmt.pattern.block, fmt.in_features)
+def _stage_width(fmt: PackedFormat, dtype: str) -> int:
+    """Elements along K that a thread loads at once: 16 bytes, or what K and the window divide by."""
+    return kernel_model.staged_at_once(fmt, dtype)
 
 
-def _schedule(func: tirx.PrimFunc, tile: Tile, width: int) -> s_tir.Schedule:
+def _schedule(func: tirx.PrimFunc, found: BalancedBlock, tile: Tile) -> s_tir.Schedule:
     sch = s_tir.Schedule(tvm.IRModule({"main": func}))
     partial, sums, out = (sch.get_sblock(n) for n in (BLOCK_PARTIAL, BLOCK_MAIN, BLOCK_OUT))
     shared = sch.cache_write(partial, 0, "local")
@@ -485,8 +511,11 @@ def _schedule(func: tirx.PrimFunc, tile: Tile, width: int) -> s_tir.Schedule:
         load = sch.get_sblock(name)
         sch.set_scope(load, 0, "local")
         sch.compute_at(load, o, preserve_unit_loops=True)
-        sch.vectorize(sch.get_loops(load)[-1])
-    _stage(sch, c, tile, width)
+        last = sch.get_loops(load)[-1]
+        if int(sch.get(last).extent) > 1:
+            sch.vectorize(last)
+    sector = _SECTOR_BYTES // (4 if found.data_dtype == "float32" else 2)
+    _stage(sch, c, tile, _stage_width(found.fmt, found.data_dtype), sector)
 
     sch.reverse_compute_at(sums, mo, preserve_unit_loops=True)
     sch.set_scope(sums, 0, "local")
@@ -501,19 +530,45 @@ def _schedule(func: tirx.PrimFunc, tile: Tile, width: int) -> s_tir.Schedule:
     return sch
 
 
-def _stage(sch: s_tir.Schedule, chunk: Any, tile: Tile, width: int) -> None:
-    """Copy a chunk of activations to shared memory, consecutive threads along K."""
-    data = sch.get_sblock(BLOCK_DATA)
+def _stage(sch: s_tir.Schedule, chunk: Any, tile: Tile, width: int, sector: int) -> None:
+    """Copy a chunk of activations to shared memory.
+
+    A thread loads ``width`` elements along K of each of ``vector`` rows, then stores as many staged
+    elements. Threads that store together take the runs of one ``sector`` from each of several windows, or
+    of several blocks of a skewed group; the element left out after each window puts their starts into
+    different banks.
+    """
+    data, rows = sch.get_sblock(BLOCK_DATA), sch.get_sblock(BLOCK_ROWS)
     sch.set_scope(data, 0, "shared")
     sch.compute_at(data, chunk, preserve_unit_loops=True)
-    *_, group, block, element, row = sch.get_loops(data)
-    position = sch.fuse(block, element)
-    _, warp, lane, run = sch.split(position, [None, tile.warps, _LANES, width])
-    sch.reorder(warp, lane, group, run, row)
+    *_, group, window, element, place, row = sch.get_loops(data)
+    skew = int(sch.get(place).extent)
+    if tile.vector > 1 and skew == 1:
+        sch.storage_align(data, 0, axis=2, factor=_WINDOW * tile.vector, offset=tile.vector)
+    near = math.gcd(sector, int(sch.get(element).extent)) // width
+    if skew > 1:
+        near = math.gcd(near, 2)  # places of a group are side by side, runs of a block are not
+    far, near, run = sch.split(element, [None, near, width])
+    if tile.vector > 1 or skew > 1:
+        order = (group, far, window, place, near)
+    else:
+        order = (group, window, place, far, near)
+    sch.reorder(*order, run)
+    start = sch.fuse(*order)
+    _, warp, lane = sch.split(start, [None, tile.warps, _LANES])
     sch.bind(warp, "threadIdx.y")
     sch.bind(lane, "threadIdx.x")
-    sch.unroll(group)
     if tile.vector > 1:
+        sch.unroll(run)
         sch.vectorize(row)
-    elif width > 1:
-        sch.vectorize(run)
+    elif skew > 1:
+        sch.unroll(run)
+    else:
+        _, word = sch.split(run, [None, math.gcd(width, _LOAD_BYTES // 4)])
+        sch.vectorize(word)
+    sch.compute_at(rows, lane, preserve_unit_loops=True)
+    sch.set_scope(rows, 0, "local")
+    *_, row, _, _, _, column = sch.get_loops(rows)
+    sch.unroll(row)
+    if width > 1:
+        sch.vectorize(column)

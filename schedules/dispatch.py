@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import tvm
@@ -32,6 +33,7 @@ def preferred_format(
     batch: int | None,
     dtype: str,
     target: tvm.target.Target,
+    encoding: str = "auto",
 ) -> PackedFormat:
     """The packed format that the schedules of ``target`` like best for a layer.
 
@@ -47,11 +49,18 @@ def preferred_format(
         Of the values.
     target : tvm.target.Target
         Where the operator will run.
+    encoding : str
+        Of the indices: ``"auto"`` or one of :data:`tvm_balanced.packing.ENCODINGS`.
+
+    Raises
+    ------
+    InputError
+        For an encoding that is not known or does not hold the pattern's block.
     """
     fmt: PackedFormat = _rules(target).preferred_format(
         pattern, out_features, in_features, batch, dtype, target
     )
-    return fmt
+    return fmt if encoding == "auto" else dataclasses.replace(fmt, encoding=encoding)
 
 
 @tvm.transform.module_pass(opt_level=0, name="ScheduleBalanced")

@@ -83,13 +83,18 @@ class Parts:
         return [row, *at] if self.batch else []
 
 
+def _reads(fmt: PackedFormat) -> bool:
+    return fmt.layout.skew == 1 and fmt.encoding in ("u8", "u4")
+
+
 def take_apart(func: tirx.PrimFunc) -> Parts | None:
     """Find the operator and inline all element-wise work into its activations and its result.
 
-    None where that leaves more than the three stages: something that is not element-wise was fused.
+    None where that leaves more than the three stages (something that is not element-wise was fused), and for
+    formats that only CUDA schedules like.
     """
     found = find(func)
-    if found is None:
+    if found is None or not _reads(found.fmt):
         return None
     # the signature must stay as it is, so only the body takes part in the rewriting of calls
     sch = s_tir.Schedule(tvm.IRModule({"main": cpu_math.rewrite(func)}))

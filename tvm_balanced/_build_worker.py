@@ -54,6 +54,7 @@ def _run(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         build=job["build"],
         options=job["options"],
         compiler=job["compiler"],
+        sources=job["sources"],
     )
     (folder / "device.cu").write_text(source)
     (folder / "reference").write_bytes(reference)

@@ -14,11 +14,12 @@ from tvm_balanced.errors import InputError, OutputError
 from tvm_balanced.model import Array, Model
 from tvm_balanced.plan import make_plan
 from tvm_balanced.relay_passes.bucket_functions import bucket_functions
+from tvm_balanced.relay_passes.dense_cublas import calls_cublas
 from tvm_balanced.relay_passes.find_dense import split_params
 from tvm_balanced.report import Report
 from tvm_balanced.rewrite import rewrite_model
 from tvm_balanced.targets import TargetSpec
-from tvm_balanced.toolchain import ExportedLibrary, export_library
+from tvm_balanced.toolchain import CUBLAS_SOURCE, ExportedLibrary, export_library
 
 # code without weights: object files and libraries of models of some hundred operators
 _OBJECT_BYTES = 8 << 20
@@ -118,6 +119,9 @@ def compile(
     policy: str | Mapping[str, str] = "auto",
     ignore: Iterable[str] = (),
     buckets: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+    encoding: str = "auto",
+    dense: str = "dlight",
+    cuda_graph: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> CompiledLibrary:
     """Compile a model whose weights follow balanced patterns.
@@ -135,6 +139,15 @@ def compile(
     buckets : sequence of int or mapping, optional
         Sizes of a symbolic dimension that get a function with static shapes beside the generic one: of the
         first symbolic dimension, or ``{"batch": [1, 8]}``.
+    encoding : str
+        How indices are stored: ``"auto"`` (the fewest bits that the target's schedules like), or ``"u8"``,
+        ``"u4"``, ``"u3"``, ``"u2"`` for blocks up to 256, 16, 8, 4.
+    dense : str
+        What runs the matrix products that stay dense on a GPU: ``"dlight"``, kernels that TVM generates, or
+        ``"cublas"``, which then must be installed where the library runs (``pip install nvidia-cublas``).
+    cuda_graph : bool
+        Whether kernels with static shapes are captured into CUDA graphs at a thread's first call, and
+        replayed from then on; does nothing on llvm.
     progress : callable, optional
         Told in a few words what is done next.
 
@@ -145,7 +158,7 @@ def compile(
     Raises
     ------
     InputError
-        For a model, target, policy or bucket that does not fit.
+        For a model, target, policy, bucket or encoding that does not fit.
     ToolchainError
         When a compiler is missing.
     OutputError
@@ -159,8 +172,10 @@ def compile(
     dim, sizes = _one_dimension(buckets)
     tell = progress or (lambda _: None)
     tell("plan")
-    plan = make_plan(model, target, None, ignore, policy, sizes)
-    mod, params = rewrite_model(model, plan.formats, plan.target, lambda name: tell(f"pack {name}"))
+    plan = make_plan(model, target, None, ignore, policy, sizes, encoding, dense)
+    mod, params = rewrite_model(
+        model, plan.formats, plan.target, lambda name: tell(f"pack {name}"), dense
+    )
     mod, _ = bucket_functions(mod, dim, sizes)
     _, weights = split_params(mod)
     # the library knows its weights by their variables' names, which are unique
@@ -171,7 +186,14 @@ def compile(
     functions = describe_functions(mod, embedded=list(embedded), beside=list(beside))
     folder = _temporary_folder(sum(array.nbytes for array in embedded.values()))
     tell("build")
-    exported = export_library(mod, plan.target, Path(folder.name) / "lib.so", params=embedded)
+    exported = export_library(
+        mod,
+        plan.target,
+        Path(folder.name) / "lib.so",
+        params=embedded,
+        options={"cuda_graph": cuda_graph},
+        sources=[CUBLAS_SOURCE] if calls_cublas(mod) else [],
+    )
     return CompiledLibrary(exported, folder, plan.report, plan.target, functions, beside)
 
 

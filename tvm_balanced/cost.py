@@ -27,6 +27,10 @@ _CUDA_DENSE_FP32 = 0.5
 # a kernel waits for its first loads, meets at a barrier and ends: what the kernel model gives a layer of
 # no size, of which a dense kernel has as much
 _CUDA_DENSE_LATENCY_US = 1.4
+# assumed of cuBLAS, on matrices that fill the GPU; not measured here
+_CUBLAS_BANDWIDTH = 0.8
+_CUBLAS_TENSOR = 0.7
+_CUBLAS_FP32 = 0.8
 _LLVM_BANDWIDTH = 0.8
 # seen on two Zen 5 cores at M = 32: 100 us for a dense 384 x 1536 layer, 518 us for 4096 x 4096 at 2:16
 _LLVM_DENSE_ARITHMETIC = 0.9
@@ -36,17 +40,41 @@ _LLVM_SPARSE_ARITHMETIC = 0.6
 _AVX2_SPARSE_ARITHMETIC = 0.4
 
 
-def dense_us(spec: TargetSpec, rows: int, out_features: int, in_features: int, dtype: str) -> float:
-    """Microseconds of ``(rows, K) @ (K, N)`` with the dense kernel that would run on this target."""
+def dense_us(
+    spec: TargetSpec,
+    rows: int,
+    out_features: int,
+    in_features: int,
+    dtype: str,
+    dense: str = "dlight",
+) -> float:
+    """Microseconds of ``(rows, K) @ (K, N)`` with the dense kernel that would run on this target.
+
+    Parameters
+    ----------
+    spec : TargetSpec
+        Where it runs.
+    rows, out_features, in_features : int
+        M, N and K.
+    dtype : str
+        Of weight and activations.
+    dense : str
+        Whose kernel on CUDA: ``"dlight"`` or ``"cublas"``.
+    """
     itemsize = numpy_dtype(dtype).itemsize
     moved = itemsize * (out_features * in_features + rows * (out_features + in_features))
     flops = 2.0 * rows * out_features * in_features
     if spec.kind == "cuda":
-        if dtype == "float32" or rows == 1:
-            arithmetic = flops / (spec.fp32_tflops * 1e6 * _CUDA_DENSE_FP32)
+        cublas = dense == "cublas"
+        # DLight's kernel for one row has no tensor cores
+        if dtype == "float32" or (rows == 1 and not cublas):
+            share = _CUBLAS_FP32 if cublas else _CUDA_DENSE_FP32
+            arithmetic = flops / (spec.fp32_tflops * 1e6 * share)
         else:
-            arithmetic = flops / (spec.tensor_tflops * 1e6 * _CUDA_DENSE_TENSOR)
-        memory = moved / (spec.bandwidth_gbps * 1e3 * _CUDA_DENSE_BANDWIDTH)
+            share = _CUBLAS_TENSOR if cublas else _CUDA_DENSE_TENSOR
+            arithmetic = flops / (spec.tensor_tflops * 1e6 * share)
+        share = _CUBLAS_BANDWIDTH if cublas else _CUDA_DENSE_BANDWIDTH
+        memory = moved / (spec.bandwidth_gbps * 1e3 * share)
         return spec.launch_us + _CUDA_DENSE_LATENCY_US + max(arithmetic, memory)
     else:
         arithmetic = flops / (spec.fp32_tflops * 1e6 * _LLVM_DENSE_ARITHMETIC)

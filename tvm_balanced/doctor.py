@@ -61,7 +61,7 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": {
-            "model": _cpu_model(),
+            "model": cpu_model(),
             "cores": _attempt(targets.core_count)["value"],
             "features": _attempt(lambda: sorted(targets.cpu_flags()))["value"] or [],
         },
@@ -107,7 +107,8 @@ def _check_tvm() -> None:
         raise TvmBalancedError("TVM was built without LLVM: pip install apache-tvm")
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """What the system calls this CPU."""
     try:
         with open("/proc/cpuinfo") as file:
             for line in file:

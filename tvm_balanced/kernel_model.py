@@ -18,6 +18,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.packing import ENCODINGS, PackedFormat
@@ -27,7 +28,7 @@ from tvm_balanced.targets import GpuFigures
 CALIBRATION = "uncalibrated"
 
 _LANES = 32
-_SECTOR_BYTES = 32
+WINDOW = 16  # elements staged side by side, at least
 _WAVEFRONT_BYTES = 128  # of shared memory, in a clock
 _BANK_WORDS = 32
 _PARTIAL_BYTES = 4  # of a sum in float32
@@ -42,6 +43,8 @@ _SYMBOLIC_ROWS = 8
 _EVEN_WARPS = (2, 4, 8, 12, 16)
 # predictions that are taken for equal
 _NEAR = 1.1
+# weight of the issue slots' time among those
+_HIDDEN = 0.1
 # padding of slots that is accepted without looking for fewer
 _SPARE = 1.07
 
@@ -298,15 +301,43 @@ class Prediction:
         return "\n".join(lines)
 
 
+def staged_itemsize(dtype: str, rows: int) -> int:
+    """Bytes of a staged activation: one or two rows are widened once, not at each of their uses."""
+    return 4 if dtype == "float32" or rows <= 2 else 2
+
+
+def window_blocks(fmt: PackedFormat) -> int:
+    """Blocks staged one after the other; after each window of them one element is left out."""
+    alone = WINDOW % fmt.pattern.block or fmt.layout.skew > 1
+    return 1 if alone else WINDOW // fmt.pattern.block
+
+
+def staged_at_once(fmt: PackedFormat, dtype: str) -> int:
+    """Elements along K that a thread loads at once: 16 bytes, or what K and the window divide by."""
+    width = _LOAD_BYTES // _itemsize(dtype)
+    return math.gcd(width, fmt.pattern.block * window_blocks(fmt), fmt.in_features)
+
+
+def chunk_unit(fmt: PackedFormat) -> int:
+    """Fewest blocks whose slots fill whole vectors of values and indices, and whole windows."""
+    unit = fmt.index_vector // math.gcd(fmt.index_vector, fmt.pattern.nnz)
+    return math.lcm(unit, window_blocks(fmt), fmt.layout.skew)
+
+
+def _itemsize(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
 def _ceil(value: int, by: int) -> int:
     return -(-value // by)
 
 
-def conflicts(window_words: int, dense: bool = False) -> float:
+def conflicts(window_words: int, dense: bool = False, skew: int = 1) -> float:
     """Wavefronts of a gather for each that is needed, for lanes that read anywhere in a window.
 
-    A window of up to 32 words cannot conflict. In larger ones the fullest bank decides: packing orders
-    slots so that about 1.7 remain, and of two windows' worth at most two words share a bank.
+    A window of up to 32 words cannot conflict, nor can lanes that read from different blocks of a skewed
+    group. In larger windows the fullest bank decides: packing orders slots so that about 1.7 remain, and
+    of two windows' worth at most two words share a bank.
 
     Parameters
     ----------
@@ -314,18 +345,20 @@ def conflicts(window_words: int, dense: bool = False) -> float:
         Four-byte words that the lanes of one request choose from.
     dense : bool
         More than a quarter of the block is kept, where lanes mostly read the same words.
+    skew : int
+        Of the layout: 16 never conflicts, 8 at most twice.
     """
-    if window_words <= _BANK_WORDS:
+    if window_words <= _BANK_WORDS or skew >= 16:
         return 1.0
-    if dense:
+    if skew == 1 and dense:
         return 1.9
-    return 1.5 if window_words <= 2 * _BANK_WORDS else 1.7
+    return 1.5 if window_words <= 2 * _BANK_WORDS or skew > 1 else 1.7
 
 
 def estimated_registers(knobs: Knobs) -> int:
-    """Registers of a thread as ptxas takes them: 32 at least, one a sum, and more loads in flight."""
+    """Registers of a thread, as ptxas was seen to take them for sm_90: within 8 of its own figure."""
     rows = knobs.vector * knobs.groups
-    needed = 29 + rows + max(0, rows - 8) * knobs.unroll // 4
+    needed = 30 + 5 * min(rows, 8) // 2 + max(0, rows - 8)
     return max(32, 8 * _ceil(needed, 8))
 
 
@@ -365,8 +398,8 @@ class Model:
             raise InputError(
                 f"layout {fmt.layout} is not of the gather kernel, which takes 32 rows; give r32v8 or r32v4"
             )
-        self.gpu, self.fmt, self.rows = gpu, fmt, rows
-        self.itemsize = 4 if dtype == "float32" else 2
+        self.gpu, self.fmt, self.rows, self.dtype = gpu, fmt, rows, dtype
+        self.itemsize = _itemsize(dtype)
         count = gpu.instructions
         converts = {"float16": count.float16, "bfloat16": count.bfloat16}
         self._convert = converts.get(dtype, 0.0)
@@ -377,23 +410,25 @@ class Model:
             self._decode += count.straddle
         self._vector_bytes = self._vector * self.itemsize + _index_bytes(fmt)
         self._row_bytes = fmt.slots / self._vector * self._vector_bytes
-        self._index_loads = 2 if _index_bytes(fmt) < 1 else 1
-        # 16 bytes are staged at once where K allows it
-        self._staged_width = 1
-        if fmt.in_features % fmt.pattern.block == 0:
-            width = _LOAD_BYTES // self.itemsize
-            while fmt.pattern.block % width or fmt.in_features % width:
-                width //= 2
-            self._staged_width = width
+        self._index_loads = fmt.indices_shape[2] if fmt.index_planes else 1
+        self._width = staged_at_once(fmt, dtype)
 
-    def bounds(self, knobs: Knobs) -> tuple[float, float]:
-        """Predicted microseconds of a launch, and what memory alone would take."""
-        total, memory, *_ = self._evaluate(knobs)
-        return total, memory
+    def bounds(self, knobs: Knobs) -> tuple[float, float, float, float]:
+        """What :func:`choose` goes by.
+
+        Returns
+        -------
+        tuple of float
+            Predicted microseconds of a launch and of memory alone, bytes of the stream as often as it is
+            read, and microseconds of issue slots alone.
+        """
+        told = self._evaluate(knobs)
+        return told[0], told[1], told[8], told[3]
 
     def predict(self, knobs: Knobs) -> Prediction:
         """Predicted time of a launch, with its parts."""
-        return Prediction(*self._evaluate(knobs))
+        told: tuple[Any, ...] = self._evaluate(knobs)
+        return Prediction(*told)
 
     def _evaluate(self, knobs: Knobs) -> tuple[float, ...]:
         gpu, fmt, count = self.gpu, self.fmt, self.gpu.instructions
@@ -417,7 +452,9 @@ class Model:
         slots = unroll * self._vector
         fma = slots * tile_rows
         integer = slots * (self._decode + (groups - 1) * count.group) + count.loop
-        converts = slots * self._convert * (1 + tile_rows)
+        itemsize = staged_itemsize(self.dtype, tile_rows)
+        widened = itemsize > self.itemsize
+        converts = slots * self._convert * (1 if widened else 1 + tile_rows)
         loads = unroll * (1 + self._index_loads) * count.load
         loop_instructions = fma + integer + converts + loads + slots * groups
         # short loops are unrolled by the compiler, whole numbers of times
@@ -426,23 +463,28 @@ class Model:
             if 2 * passes * loop_instructions > gpu.unrolled:
                 break
             passes *= 2
-        element_words = vector * self.itemsize / 4
+        element_words = vector * itemsize / 4
         window = int(fmt.pattern.block * element_words)
         dense = fmt.pattern.nnz * 4 > fmt.pattern.block
-        gathers = groups * max(1.0, element_words) * conflicts(window, dense)
+        gathers = groups * max(1.0, element_words) * conflicts(window, dense, fmt.layout.skew)
         step_bytes = unroll * self._vector_bytes * _LANES
         step_wavefronts = slots * gathers + step_bytes / _WAVEFRONT_BYTES
 
-        # staging, by all warps of a thread block
+        # staging, by all warps of a thread block: in a turn each thread loads ``width`` elements of each of
+        # ``vector`` rows, and stores as many elements of ``vector`` rows
         elements = chunks * chunk * fmt.pattern.block
-        width = self._staged_width if vector == 1 else 1
+        width = self._width
         turns = groups * _ceil(chunk * fmt.pattern.block, warps * _LANES * width)
-        stores = float(chunks * turns * warps)
-        stage_loads = stores * vector
-        stage_instructions = stores * (count.stage + 1) + 1.5 * stage_loads
-        stage_wavefronts = stage_loads * max(1.0, width * self.itemsize / 4) + stores * max(
-            1.0, width * element_words
+        all_turns = float(chunks * turns * warps)
+        stores = (
+            width if vector > 1 or fmt.layout.skew > 1 else _ceil(width * itemsize, _LOAD_BYTES)
         )
+        stage_instructions = count.stage + 1.5 * vector + 2 * stores
+        stage_instructions += width * vector * self._convert if widened else 0
+        stage_instructions *= all_turns
+        stage_wavefronts = vector * max(1.0, width * self.itemsize / 4)
+        stage_wavefronts += stores * max(1.0, width * vector * itemsize / 4 / stores)
+        stage_wavefronts *= all_turns
         staged_rows = min(tile_rows, self.rows)
         staged_bytes = fmt.in_features * staged_rows * self.itemsize
         # a request of 32 lanes brings whole sectors
@@ -453,8 +495,11 @@ class Model:
         end_instructions = 2 * warps * tile_rows + 4 * tile_rows + count.kernel * warps
 
         registers = estimated_registers(knobs)
+        left_out = 0
+        if vector > 1 and fmt.layout.skew == 1:
+            left_out = chunk // window_blocks(fmt) * tile_rows * itemsize
         shared_bytes = max(
-            chunk * fmt.pattern.block * tile_rows * self.itemsize,
+            chunk * fmt.pattern.block * tile_rows * itemsize + left_out,
             warps * tile_rows * _LANES * _PARTIAL_BYTES,
         )
         fits = _resident(gpu.arch, registers, shared_bytes, warps * _LANES)
@@ -558,14 +603,6 @@ class Model:
         )
 
 
-def chunk_unit(fmt: PackedFormat) -> int:
-    """Fewest blocks of the pattern whose slots fill whole vectors of values and indices."""
-    unit = 1
-    while unit * fmt.pattern.nnz % fmt.index_vector:
-        unit += 1
-    return unit
-
-
 def candidates(fmt: PackedFormat, rows: int, dtype: str, shared_bytes: int) -> Iterator[Knobs]:
     """Every tile worth asking the model about, a few hundred at most.
 
@@ -584,11 +621,11 @@ def candidates(fmt: PackedFormat, rows: int, dtype: str, shared_bytes: int) -> I
     shared_bytes : int
         Shared memory that a thread block may take.
     """
-    itemsize = 4 if dtype == "float32" else 2
     unit = chunk_unit(fmt)
     seen = set()
     for tile_rows in _row_tiles(rows):
         for vector in (1, 2, 4):
+            itemsize = staged_itemsize(dtype, vector * _ceil(tile_rows, vector))
             if vector * itemsize > _STAGED_BYTES or vector >= 2 * tile_rows:
                 continue
             groups = _ceil(tile_rows, vector)
@@ -646,7 +683,9 @@ def _shares(runs: int, max_warps: int) -> tuple[tuple[int, int], ...]:
 def choose(
     fmt: PackedFormat, rows: int | None, dtype: str, shared_bytes: int, gpu: Machine
 ) -> Knobs:
-    """The tile that the model predicts to be fastest; the same for the same arguments.
+    """The tile that the model predicts to be fastest, or nearly so; the same for the same arguments.
+
+    Of tiles within a tenth of the fastest it is the one that reads the sparse stream least often.
 
     Parameters
     ----------
@@ -672,17 +711,17 @@ def choose(
 @functools.lru_cache(maxsize=1024)
 def _choose(fmt: PackedFormat, rows: int, dtype: str, shared_bytes: int, gpu: Machine) -> Knobs:
     model = Model(gpu, fmt, rows, dtype)
-    # read from memory as little as can be, among those that are nearly as fast: bytes are certain, the rest
-    # of the model less so
+    # of those that are nearly as fast, the one that reads least, from memory and then from any cache: bytes
+    # are certain, the rest of the model less so. Instructions that are hidden count a little too.
     timed = [(model.bounds(knobs), knobs) for knobs in candidates(fmt, rows, dtype, shared_bytes)]
-    best_us = min((total for (total, _), _ in timed), default=math.inf)
+    best_us = min((bounds[0] for bounds, _ in timed), default=math.inf)
     near = [
-        (memory, total, i)
-        for i, ((total, memory), _) in enumerate(timed)
+        (memory, stream, total + _HIDDEN * issue, i)
+        for i, ((total, memory, stream, issue), _) in enumerate(timed)
         if total <= best_us * _NEAR
     ]
     if not near or best_us == math.inf:
         raise InputError(
             f"no tile of {fmt.pattern} fits {shared_bytes} bytes of shared memory; take smaller blocks"
         )
-    return timed[min(near)[2]][1]
+    return timed[min(near)[3]][1]

@@ -183,6 +183,8 @@ class Model:
         ignore: Iterable[str] = (),
         policy: str | Mapping[str, str] = "auto",
         rows: Iterable[int] | None = None,
+        encoding: str = "auto",
+        dense: str = "dlight",
     ) -> Report:
         """Ask, before pruning or compiling, which layers would run sparse; nothing is changed.
 
@@ -198,6 +200,11 @@ class Model:
             ``"auto"``, ``"always"``, ``"never"``, or one of these per layer name.
         rows : iterable of int, optional
             Batch sizes to plan for where the model's is symbolic (the buckets).
+        encoding : str
+            Of the indices, as for :func:`tvm_balanced.compile`.
+        dense : str
+            The dense kernel to compare with on a GPU: ``"dlight"`` or ``"cublas"``, as for
+            :func:`tvm_balanced.compile`.
 
         Returns
         -------
@@ -205,4 +212,4 @@ class Model:
         """
         from tvm_balanced.plan import make_plan
 
-        return make_plan(self, target, pattern, ignore, policy, rows).report
+        return make_plan(self, target, pattern, ignore, policy, rows, encoding, dense).report

@@ -15,7 +15,7 @@ from tvm import relax, te, tirx
 from tvm.relax.transform.legalize_ops.common import register_legalize
 
 from tvm_balanced.errors import InputError
-from tvm_balanced.packing import Layout, PackedFormat
+from tvm_balanced.packing import ENCODINGS, Layout, PackedFormat
 from tvm_balanced.pattern import BalancedPattern
 
 OP_NAME = "relax.nn.balanced_sparse_dense"
@@ -106,6 +106,7 @@ def balanced_sparse_dense_te(
     batch = list(data.shape[:-1])
     block, nnz, rows = fmt.pattern.block, fmt.pattern.nnz, fmt.layout.rows
     vector, index_vector = fmt.layout.vector, fmt.index_vector
+    bits, skew = ENCODINGS[fmt.encoding], fmt.layout.skew
 
     def load_block(*at: Any) -> Any:
         *lead, kb, e = at
@@ -121,17 +122,30 @@ def balanced_sparse_dense_te(
 
     def index_at(n: Any, t: Any) -> Any:
         if fmt.encoding == "u8":
-            stored = indices(n // rows, t // vector, n % rows, t % vector)
-        else:
-            within = t % index_vector
-            pair = indices(n // rows, t // index_vector, n % rows, within // 2)
-            shift = tirx.Cast("uint8", within % 2 * 4)
-            stored = (pair >> shift) & tirx.const(15, "uint8")
+            return tirx.Cast("int32", indices(n // rows, t // vector, n % rows, t % vector))
+        within = t % index_vector
+        if fmt.index_planes:
+            # an index may reach into the next byte; after the last one there is nothing to reach for
+            last, bit = fmt.indices_shape[2] - 1, within * bits
+            low, high = (
+                tirx.Cast("int32", indices(n // rows, t // index_vector, byte, n % rows))
+                for byte in (bit // 8, tirx.min(bit // 8 + 1, last))
+            )
+            word = low | (high << 8)
+            return (word >> tirx.Cast("int32", bit % 8)) & tirx.const((1 << bits) - 1, "int32")
+        byte = indices(n // rows, t // index_vector, n % rows, within // (8 // bits))
+        shift = tirx.Cast("uint8", within % (8 // bits) * bits)
+        stored = (byte >> shift) & tirx.const((1 << bits) - 1, "uint8")
         return tirx.Cast("int32", stored)
+
+    def block_of(n: Any, t: Any) -> Any:
+        if skew == 1:
+            return t // nnz
+        return t // nnz // skew * skew + skewed(t // nnz, n, skew)
 
     def multiply_add(*at: Any) -> Any:
         *lead, n = at
-        activation = blocks(*lead, slot // nnz, index_at(n, slot))
+        activation = blocks(*lead, block_of(n, slot), index_at(n, slot))
         weight = values(n // rows, slot // vector, n % rows, slot % vector)
         return te.sum(tirx.Cast("float32", activation) * tirx.Cast("float32", weight), axis=slot)
 
@@ -148,6 +162,15 @@ def balanced_sparse_dense_te(
         lambda *at: tirx.Cast(out_dtype, total(*at)),
         name=BLOCK_OUT,
     )
+
+
+def skewed(block: Any, row: Any, skew: int) -> Any:
+    """Which block of its group of ``skew`` row ``row`` holds in the place of ``block``."""
+    if skew == 1:
+        return tirx.const(0, "int32")
+    # the mask changes nothing; it is the bound that a staged region is derived from
+    place, lane = (tirx.Cast("int32", at % skew) for at in (block, row))
+    return (place ^ lane) & tirx.const(skew - 1, "int32")
 
 
 def _infer_type(call: relax.Call, _ctx: Any) -> relax.TensorType:

@@ -10,8 +10,12 @@ shared memory (:func:`_spread_over_banks`).
 The *layout* ``rRvV`` says how slots lie in memory: tiles of ``R`` rows by ``V`` slots, the rows of a tile
 side by side. ``r1v8`` is row by row (a lane walks along a row and loads 8 slots at once); ``r32v8`` puts
 the 32 rows of a warp next to each other; ``r16v1`` fills one AVX-512 register with the same slot of 16
-rows. The *encoding* says how an index is stored: ``u8`` one byte, ``u4`` four bits (blocks up to 16),
-two slots ``t, t + 1`` in the low and high half of a byte.
+rows. ``rRvVsS`` is *skewed*: row ``n`` holds block ``kb`` in the place of block ``kb ^ (n % S)``, so that
+rows side by side work on different blocks (slot ``t`` then belongs to block ``(t // nnz) ^ (n % S)``).
+
+The *encoding* says how an index is stored: ``u8`` one byte; ``u4`` four bits (blocks up to 16), ``u2`` two
+bits (blocks up to 4), the slots of a byte from its low bits up; ``u3`` three bits (blocks up to 8), eight
+slots in the 24 bits of three bytes, which stand in three planes.
 
 ====================  ==========================================  =========================
 array                 shape                                       dtype
@@ -19,10 +23,12 @@ array                 shape                                       dtype
 values                ``(N' / R, T' / V, R, V)``                  float32, float16, bfloat16
 indices, ``u8``       ``(N' / R, T' / V, R, V)``                  uint8
 indices, ``u4``       ``(N' / R, T' / W, R, W / 2)``, W=max(V,2)  uint8
+indices, ``u3``       ``(N' / R, T' / W, 3W / 8, R)``, W=max(V,8) uint8
+indices, ``u2``       ``(N' / R, T' / W, R, W / 4)``, W=max(V,4)  uint8
 ====================  ==========================================  =========================
 
-``N'`` is N rounded up to R and ``T'`` is T rounded up to whole blocks and whole vectors; what is added
-holds value 0 and index 0.
+``N'`` is N rounded up to R and ``T'`` is T rounded up to whole blocks, whole vectors and whole groups of S
+blocks; what is added holds value 0 and index 0.
 """
 
 from __future__ import annotations
@@ -43,7 +49,7 @@ from tvm_balanced.pattern import BalancedPattern
 Array = np.ndarray[Any, np.dtype[Any]]
 
 VALUE_DTYPES = ("float32", "float16", "bfloat16")
-ENCODINGS = {"u8": 8, "u4": 4}  # name: bits of an index
+ENCODINGS = {"u8": 8, "u4": 4, "u3": 3, "u2": 2}  # name: bits of an index
 
 # dense weights handled at a time, so that temporaries stay small beside a large weight
 _CHUNK_ELEMENTS = 1 << 23
@@ -56,29 +62,37 @@ _BANK_PAIRS = 16
 
 @dataclass(frozen=True)
 class Layout:
-    """Tiles of ``rows`` rows by ``vector`` slots; see the module's description."""
+    """Tiles of ``rows`` rows by ``vector`` slots, skewed by ``skew``; see the module's description."""
 
     rows: int
     vector: int
+    skew: int = 1
 
     @staticmethod
     def parse(name: str | Layout) -> Layout:
-        """Read ``"r16v1"``.
+        """Read ``"r16v1"`` or ``"r32v8s16"``.
 
         Raises
         ------
         InputError
-            When ``name`` is not ``rRvV`` with positive R and V.
+            When ``name`` is not ``rRvV`` or ``rRvVsS`` with positive R and V, and S a power of two that
+            divides R.
         """
         if isinstance(name, Layout):
             return name
-        match = re.fullmatch(r"r(\d+)v(\d+)", name, re.ASCII)
+        match = re.fullmatch(r"r(\d+)v(\d+)(?:s(\d+))?", name, re.ASCII)
         if match is None or not int(match[1]) or not int(match[2]):
             raise InputError(f'layout "{name}" is not of the form rRvV, for example r1v8 or r16v1')
-        return Layout(int(match[1]), int(match[2]))
+        rows, skew = int(match[1]), int(match[3] or 1)
+        if skew < 1 or skew & (skew - 1) or rows % skew:
+            raise InputError(
+                f'layout "{name}" is skewed by {skew}, which has to be a power of two that divides its '
+                f"{rows} rows"
+            )
+        return Layout(rows, int(match[2]), skew)
 
     def __str__(self) -> str:
-        return f"r{self.rows}v{self.vector}"
+        return f"r{self.rows}v{self.vector}" + (f"s{self.skew}" if self.skew > 1 else "")
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -100,7 +114,7 @@ class PackedFormat:
     layout : Layout
         Order in memory.
     encoding : str
-        ``"u8"`` or ``"u4"``.
+        One of :data:`ENCODINGS`.
     """
 
     out_features: int
@@ -119,9 +133,11 @@ class PackedFormat:
                 f"pattern {self.pattern} does not fit encoding {self.encoding}, which holds blocks "
                 f"up to {1 << ENCODINGS[self.encoding]}; use u8"
             )
-        if self.encoding == "u4" and self.layout.vector % 2 and self.layout.vector > 1:
+        vector, unit = self.layout.vector, self._index_unit
+        if vector % unit and unit % vector:
             raise InputError(
-                f"layout {self.layout} has an odd run of slots, which encoding u4 cannot halve; use u8"
+                f"layout {self.layout} has runs of {vector} slots, and encoding {self.encoding} holds {unit} "
+                "in whole bytes, of which neither divides the other; use u8"
             )
         if self.out_features < 1 or self.in_features < 1:
             raise InputError(
@@ -129,16 +145,26 @@ class PackedFormat:
             )
 
     @property
+    def _index_unit(self) -> int:
+        """Slots whose indices fill whole bytes."""
+        return 8 // math.gcd(8, ENCODINGS[self.encoding])
+
+    @property
     def index_vector(self) -> int:
         """Slots in one run of the index array (``W`` above)."""
-        return max(self.layout.vector, 2) if self.encoding == "u4" else self.layout.vector
+        return max(self.layout.vector, self._index_unit)
+
+    @property
+    def index_planes(self) -> bool:
+        """Whether the bytes of a run stand in planes, each with all rows of a tile side by side."""
+        return self.encoding == "u3"
 
     @cached_property
     def blocks(self) -> int:
-        """Blocks of a row, with the padding that makes the slots fill whole vectors."""
+        """Blocks of a row, with the padding that makes the slots fill whole vectors and skewed groups."""
         needed = -(-self.in_features // self.pattern.block)
-        unit = math.lcm(self.layout.vector, self.index_vector)
-        return _round_up(needed, unit // math.gcd(unit, self.pattern.nnz))
+        unit = self.index_vector // math.gcd(self.index_vector, self.pattern.nnz)
+        return _round_up(needed, math.lcm(unit, self.layout.skew))
 
     @property
     def slots(self) -> int:
@@ -163,8 +189,9 @@ class PackedFormat:
     @property
     def indices_shape(self) -> tuple[int, int, int, int]:
         rows, vector = self.layout.rows, self.index_vector
-        run = vector // 2 if self.encoding == "u4" else vector
-        return (self.padded_rows // rows, self.slots // vector, rows, run)
+        run = vector * ENCODINGS[self.encoding] // 8
+        inner = (run, rows) if self.index_planes else (rows, run)
+        return (self.padded_rows // rows, self.slots // vector, *inner)
 
     def nbytes(self, dtype: str) -> int:
         """Bytes of values and indices together."""
@@ -272,7 +299,7 @@ def pack(
     layout : Layout or str
         Order in memory.
     encoding : str
-        ``"u8"`` or ``"u4"``.
+        One of :data:`ENCODINGS`.
 
     Returns
     -------
@@ -295,6 +322,8 @@ def pack(
         indices[rows] = (positions % pattern.block).astype(np.uint8).reshape(-1, fmt.slots)
     if _is_spread(fmt):
         _spread_over_banks(values, indices, fmt)
+    for slots in (values, indices):
+        _skew(slots, fmt)
     return BalancedTensor(
         _tile(values, fmt.layout.rows, fmt.layout.vector), _encode(indices, fmt), fmt
     )
@@ -325,7 +354,8 @@ def _is_spread(fmt: PackedFormat) -> bool:
     most lanes read the same elements when slots are in the order of K: at most twice the least wavefronts.
     """
     pattern = fmt.pattern
-    return fmt.layout.rows == _WARP < pattern.block and 1 < pattern.nnz <= pattern.block // 4
+    large = fmt.layout.rows == _WARP < pattern.block and fmt.layout.skew == 1
+    return large and 1 < pattern.nnz <= pattern.block // 4
 
 
 def _spread_over_banks(values: Array, indices: Array, fmt: PackedFormat) -> None:
@@ -389,6 +419,14 @@ def _spread(values: Array, indices: Array, block: int) -> tuple[Array, Array]:
     return out[0].reshape(lanes, windows, nnz), out[1].reshape(lanes, windows, nnz)
 
 
+def _skew(slots: Array, fmt: PackedFormat) -> None:
+    """Move the blocks of ``(N', T')`` slots to their places, in place; doing it twice undoes it."""
+    skew = fmt.layout.skew
+    blocks = slots.reshape(slots.shape[0], fmt.blocks, fmt.pattern.nnz)
+    for row in range(1, skew):
+        blocks[row::skew] = blocks[row::skew, np.arange(fmt.blocks) ^ row]
+
+
 def _tile(slots: Array, rows: int, vector: int) -> Array:
     """``(N', T')`` to ``(N'/rows, T'/vector, rows, vector)``."""
     height, width = slots.shape
@@ -403,26 +441,46 @@ def _untile(tiles: Array) -> Array:
 
 
 def _encode(indices: Array, fmt: PackedFormat) -> Array:
-    if fmt.encoding == "u8":
-        return _tile(indices, fmt.layout.rows, fmt.index_vector)
-    pairs = indices[:, 0::2] | (indices[:, 1::2] << 4)
-    return _tile(pairs, fmt.layout.rows, fmt.index_vector // 2)
+    """Indices ``(N', T')`` to the index array."""
+    bits, unit = ENCODINGS[fmt.encoding], fmt.index_vector
+    if bits == 8:
+        return _tile(indices, fmt.layout.rows, unit)
+    unit = 8 // math.gcd(8, bits)
+    words = np.zeros((indices.shape[0], indices.shape[1] // unit), np.uint32)
+    for slot in range(unit):
+        words |= indices[:, slot::unit].astype(np.uint32) << (bits * slot)
+    size = unit * bits // 8
+    stored = np.stack([(words >> 8 * byte).astype(np.uint8) for byte in range(size)], axis=-1)
+    tiles = _tile(
+        stored.reshape(indices.shape[0], -1), fmt.layout.rows, fmt.index_vector * bits // 8
+    )
+    return np.ascontiguousarray(tiles.swapaxes(2, 3)) if fmt.index_planes else tiles
 
 
-def _decode(indices: Array, fmt: PackedFormat) -> Array:
-    slots = _untile(indices)
-    if fmt.encoding == "u8":
-        return slots
-    out = np.empty((slots.shape[0], slots.shape[1] * 2), np.uint8)
-    out[:, 0::2] = slots & 15
-    out[:, 1::2] = slots >> 4
+def _decode(stored: Array, fmt: PackedFormat) -> Array:
+    """Inverse of :func:`_encode`."""
+    flat = _untile(stored.swapaxes(2, 3) if fmt.index_planes else stored)
+    bits = ENCODINGS[fmt.encoding]
+    if bits == 8:
+        return flat
+    unit = 8 // math.gcd(8, bits)
+    size = unit * bits // 8
+    words = np.zeros((flat.shape[0], flat.shape[1] // size), np.uint32)
+    for byte in range(size):
+        words |= flat[:, byte::size].astype(np.uint32) << (8 * byte)
+    out = np.empty((flat.shape[0], fmt.slots), np.uint8)
+    for slot in range(unit):
+        out[:, slot::unit] = (words >> bits * slot) & ((1 << bits) - 1)
     return out
 
 
 def unpack(tensor: BalancedTensor) -> Array:
     """The dense weight ``(N, K)`` that was packed, bit by bit (negative zero becomes zero)."""
     fmt = tensor.format
-    values, indices = _untile(tensor.values), _decode(tensor.indices, fmt)
+    # copies, as a tile of one row is the array itself
+    values, indices = _untile(tensor.values).copy(), _decode(tensor.indices, fmt).copy()
+    for slots in (values, indices):
+        _skew(slots, fmt)
     dense = np.zeros((fmt.out_features, fmt.padded_features), values.dtype)
     base = np.repeat(np.arange(fmt.blocks) * fmt.pattern.block, fmt.pattern.nnz)
     for rows in row_chunks(dense):

@@ -48,7 +48,7 @@ def lower_passes(target: tvm.target.Target) -> list[Any]:
         relax.transform.RemovePurityChecking(),
         relax.transform.CallTIRRewrite(),
         relax.transform.StaticPlanBlockMemory(),
-        # does something only where the pass context asks for CUDA graphs
+        # does something only where build asks for CUDA graphs
         *([relax.transform.RewriteCUDAGraph()] if target.kind.name == "cuda" else []),
         relax.transform.LowerAllocTensor(),
         relax.transform.KillAfterLastUse(),
@@ -64,6 +64,7 @@ def build(
     target: tvm.target.Target,
     *,
     on_fused: Callable[[tvm.IRModule], None] | None = None,
+    cuda_graph: bool = True,
 ) -> Any:
     """Build a rewritten module whose weights are parameters or bound constants.
 
@@ -75,15 +76,22 @@ def build(
         Where the kernels run.
     on_fused : callable, optional
         Told the module after the first phase, when its kernels are whole and not scheduled.
+    cuda_graph : bool
+        Whether, on CUDA, stretches of kernels with static shapes become CUDA graphs, captured at a
+        function's first call on a virtual machine. Weights that are parameters (behind the attribute
+        ``num_input``) must be the same tensors at every call of that machine.
 
     Returns
     -------
     tvm.relax.VMExecutable
     """
-    with target:
+    # other settings of the caller's pass context stay as they are
+    context = tvm.transform.PassContext.current()
+    config = {**context.config, "relax.backend.use_cuda_graph": cuda_graph}
+    with target, tvm.transform.PassContext(opt_level=context.opt_level, config=config):
         mod = tvm.transform.Sequential(fuse_passes())(mod)
         if on_fused is not None:
             on_fused(mod)
         for phase in (schedule_passes(target), lower_passes(target)):
             mod = tvm.transform.Sequential(phase)(mod)
-    return tvm.compile(mod, target, relax_pipeline=None, tir_pipeline=TIR_PIPELINE)
+        return tvm.compile(mod, target, relax_pipeline=None, tir_pipeline=TIR_PIPELINE)

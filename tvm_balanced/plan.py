@@ -23,6 +23,7 @@ from tvm_balanced.selection import per_layer, select
 from tvm_balanced.targets import TargetSpec, resolve
 
 POLICIES = ("auto", "always", "never")
+DENSE_KERNELS = ("dlight", "cublas")
 
 # predicted gain from which a layer is worth the accuracy that pruning it costs
 MIN_GAIN = 1.05
@@ -47,16 +48,25 @@ def make_plan(
     ignore: Iterable[str] = (),
     policy: str | Mapping[str, str] = "auto",
     rows: Iterable[int] | None = None,
+    encoding: str = "auto",
+    dense: str = "dlight",
 ) -> Plan:
     """Decide for every dense layer; see :meth:`tvm_balanced.model.Model.plan` for the parameters.
 
     Raises
     ------
     InputError
-        For an unknown policy, pattern, target or name, a bucket that is no size, or NaN or Inf in a
-        weight.
+        For an unknown policy, pattern, encoding, target, dense kernel or name, a bucket that is no size,
+        or NaN or Inf in a weight.
     """
     spec = target if isinstance(target, TargetSpec) else resolve(target)
+    if dense not in DENSE_KERNELS:
+        raise InputError(f'dense "{dense}" is not known; choose {" or ".join(DENSE_KERNELS)}')
+    if dense == "cublas" and spec.kind != "cuda":
+        raise InputError(
+            f'dense "cublas" was given for target {spec.name}, and cuBLAS runs on NVIDIA GPUs only; leave '
+            "it out, or compile for one"
+        )
     layers = model.dense_layers()
     names = [layer.name for layer in layers]
     ignored = select(ignore, names)
@@ -77,12 +87,26 @@ def make_plan(
     decided: list[LayerRow] = []
     formats: dict[str, PackedFormat] = {}
     for layer in layers:
-        row, fmt = _decide(model, layer, spec, asked, layer.name in ignored, policies, buckets)
+        row, fmt = _decide(
+            model, layer, spec, asked, layer.name in ignored, policies, buckets, encoding, dense
+        )
         decided.append(row)
         if row.decision == "sparse" and fmt is not None:
             formats[layer.name] = fmt
-    title = f"{model.name} on {spec.name} (times are predicted, uncalibrated)"
+    compared = _dense_text(decided, spec, dense)
+    title = f"{model.name} on {spec.name} (times are predicted, uncalibrated{compared})"
     return Plan(Report(decided, title), formats, spec)
+
+
+def _dense_text(rows: list[LayerRow], spec: TargetSpec, dense: str) -> str:
+    """Whose dense kernel the times are of, and how far DLight's are behind cuBLAS."""
+    if spec.kind != "cuda":
+        return ""
+    if dense == "cublas":
+        return "; dense by cuBLAS"
+    both = [(row.dense_us, row.cublas_us) for row in rows if row.dense_us and row.cublas_us]
+    gap = sum(d for d, _ in both) / sum(c for _, c in both) if both else None
+    return "; dense by DLight" + (f", cuBLAS {gap:.2f}x faster" if gap is not None else "")
 
 
 def _bucket_sizes(rows: Iterable[int] | None) -> list[int]:
@@ -115,6 +139,8 @@ def _decide(
     ignored: bool,
     policies: Mapping[str, str],
     buckets: list[int],
+    encoding: str,
+    dense_by: str,
 ) -> tuple[LayerRow, PackedFormat | None]:
     """The report's row of one layer and the format it would have."""
     batches, assumed = _batches(layer, buckets)
@@ -135,6 +161,7 @@ def _decide(
             "bytes_sparse": bytes_dense,
             "dense_us": None,
             "sparse_us": None,
+            "cublas_us": None,
             **more,
         }
         return LayerRow(**fields, **row, decision="dense", reason=reason)
@@ -159,16 +186,21 @@ def _decide(
         min(batches) if batches else None,
         layer.dtype,
         spec.target,
+        encoding,
     )
     n, k = layer.out_features, layer.in_features
-    time_dense = sum(dense_us(spec, m, n, k, layer.dtype) for m in batches)
+    time_dense = sum(dense_us(spec, m, n, k, layer.dtype, dense_by) for m in batches)
     time_sparse = sum(sparse_us(spec, m, fmt, layer.dtype) for m in batches)
     shared: dict[str, Any] = {
         "pattern": str(pattern),
         "density": pattern.density,
         "dense_us": round(time_dense, 2),
         "sparse_us": round(time_sparse, 2),
+        "cublas_us": None,
     }
+    if spec.kind == "cuda":
+        time_cublas = sum(dense_us(spec, m, n, k, layer.dtype, "cublas") for m in batches)
+        shared["cublas_us"] = round(time_cublas, 2)
     gain = time_dense / time_sparse
     note = f"; M assumed {ASSUMED_ROWS}" if assumed else ""
     if policies[layer.name] == "auto" and gain < MIN_GAIN:

@@ -36,11 +36,14 @@ class LayerRow:
     bytes_dense, bytes_sparse : int
         Size of the weight as it was and as it would be held packed (equal when it stays dense).
     dense_us, sparse_us : float or None
-        Predicted microseconds of all uses together, None where nothing was predicted.
+        Predicted microseconds of all uses together, None where nothing was predicted; the dense ones of
+        the dense kernel that would run.
     decision : str
         ``"sparse"`` or ``"dense"``.
     reason : str
         Why.
+    cublas_us : float or None
+        What cuBLAS would take, predicted; None off CUDA.
     """
 
     name: str
@@ -56,6 +59,7 @@ class LayerRow:
     sparse_us: float | None
     decision: str
     reason: str
+    cublas_us: float | None = None
 
 
 class Report(Sequence[LayerRow]):
@@ -85,6 +89,8 @@ class Report(Sequence[LayerRow]):
     @staticmethod
     def from_json(rows: Sequence[dict[str, Any]], title: str = "") -> Report:
         """Inverse of :meth:`to_json`."""
+        # libraries compiled before cuBLAS was predicted do not have it
+        rows = [{"cublas_us": None, **row} for row in rows]
         names = [f.name for f in fields(LayerRow)]
         return Report(
             [

@@ -12,6 +12,7 @@ from tvm import tirx
 from tvm_balanced.model import Array, Model
 from tvm_balanced.packing import PackedFormat
 from tvm_balanced.relay_passes.accumulate_float32 import accumulate_float32
+from tvm_balanced.relay_passes.dense_cublas import dense_cublas
 from tvm_balanced.relay_passes.find_dense import DenseLayer
 from tvm_balanced.relay_passes.fold_weights import fold_weights
 from tvm_balanced.relay_passes.merge_dense import merge_dense
@@ -34,6 +35,7 @@ def rewrite_model(
     formats: Mapping[str, PackedFormat],
     target: TargetSpec,
     progress: Callable[[str], None] | None = None,
+    dense: str = "dlight",
 ) -> tuple[tvm.IRModule, dict[str, Array]]:
     """Apply the passes of ``relay_passes`` to a model.
 
@@ -47,6 +49,9 @@ def rewrite_model(
         Where the result will run.
     progress : callable, optional
         Told the name of each weight before it is packed.
+    dense : str
+        What computes the matrix products that stay dense: ``"cublas"``, or ``"dlight"`` for the target's
+        own schedules.
 
     Returns
     -------
@@ -66,6 +71,8 @@ def rewrite_model(
     params = pack_weights(mod, names, model.params, layers, progress)
     likes_rows = {layer.name for layer in layers.values() if _likes_rows(layer, target)}
     mod, params = fold_weights(mod, params, likes_rows)
+    if dense == "cublas":
+        mod = dense_cublas(mod)
     return accumulate_float32(mod), params
 
 

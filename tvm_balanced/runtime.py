@@ -6,7 +6,7 @@ import contextlib
 import platform
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,45 @@ def load(path: str | Path, device: str | None = None) -> Library:
     library.check()
     library.prepare()
     return library
+
+
+class _Calls:
+    """Who is calling: any number of threads together, or one alone, who waits and is not passed by."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._together = 0
+        self._waiting = 0
+        self._alone = False
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not (self._alone or self._waiting))
+            self._together += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._together -= 1
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._waiting += 1
+            self._changed.wait_for(lambda: not (self._alone or self._together))
+            self._waiting -= 1
+            self._alone = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._alone = False
+                self._changed.notify_all()
+
+
+_CUDA_CALLS = _Calls()  # of all libraries: a capture concerns the whole process
 
 
 class Library:
@@ -211,7 +250,8 @@ class Library:
                             f"{self.path / PARAMETERS} lacks {name}, which {entry.name} needs; "
                             "copy or build it again"
                         )
-            self._params = {name: _place(array, device) for name, array in stored.items()}
+            with _CUDA_CALLS.shared():
+                self._params = {name: _place(array, device) for name, array in stored.items()}
             try:
                 self._module = tvm.runtime.load_module(str(self.path / LIBRARY))
             except Exception as error:
@@ -286,6 +326,21 @@ class Library:
         values = _bind_arguments(entries[0], inputs, named)
         entry = choose_function(entries, [_shape(value) for value in values])
         self.prepare()
+        if self.manifest.target.kind != "cuda":
+            return self._run(entry, values)
+        if not hasattr(self._local, "ran"):
+            self._local.ran = set()
+        if entry.name in self._local.ran:
+            with _CUDA_CALLS.shared():
+                return self._run(entry, values)
+        # a function's first call on a machine captures its CUDA graphs, and CUDA ends a capture with an
+        # error when another thread allocates device memory meanwhile
+        with _CUDA_CALLS.alone():
+            answer = self._run(entry, values)
+        self._local.ran.add(entry.name)
+        return answer
+
+    def _run(self, entry: FunctionEntry, values: Sequence[Any]) -> Any:
         tensors = [_place(value, self._device) for value in values]
         tensors.extend(self._params[name] for name in entry.params)
         with self._stream(values):

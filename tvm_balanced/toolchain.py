@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ from tvm_balanced.nvrtc import missing_cuda_packages as missing_cuda_packages
 from tvm_balanced.targets import TargetSpec
 
 DEFAULT_BUILD = "tvm_balanced.pipeline:build"
+# the function that relay_passes/dense_cublas.py makes modules call
+CUBLAS_SOURCE = Path(__file__).with_name("cublas_matmul.cpp")
 
 _INSTALL = "pip install 'tvm-balanced[cuda]'"
 _TVM_OPTIONS = "TVM_CUDA_NVRTC_EXTRA_OPTS"
@@ -157,10 +159,17 @@ def load_cuda_runtime() -> None:
     Raises
     ------
     ToolchainError
-        If the driver, the CUDA runtime library or TVM's own does not load.
+        If the driver, the CUDA runtime library or TVM's own does not load, or the emulated device stands
+        in for them in this process.
     """
     import tvm
 
+    from tvm_balanced.cudaemu.device import installed
+
+    if installed() is not None:
+        raise ToolchainError(
+            "this process uses the emulated CUDA device; run on a GPU in a process of its own"
+        )
     if tvm.get_global_func("ffi.Module.load_from_bytes.cuda", allow_missing=True) is not None:
         return
     for library, remedy in (
@@ -274,6 +283,7 @@ def build_and_export(
     build: str,
     options: Mapping[str, Any],
     compiler: str,
+    sources: Sequence[str] = (),
 ) -> tuple[str, bytes]:
     """Bind, build and export in this process, whatever its CUDA runtime is.
 
@@ -289,6 +299,8 @@ def build_and_export(
         The library to write.
     compiler : str
         The C++ compiler to link with.
+    sources : sequence of str
+        C++ files to compile into the library.
 
     Returns
     -------
@@ -309,10 +321,36 @@ def build_and_export(
         executable = function(bind_parameters(mod, params), target, **options)
         source = _cuda_source(executable.mod)
         try:
-            executable.export_library(str(path), fcompile=cc.create_shared, cc=compiler)
+            executable.export_library(
+                str(path), fcompile=cc.create_shared, cc=compiler, **cxx_arguments(sources)
+            )
         except RuntimeError as error:
             raise ToolchainError(f"{compiler} did not link the library: {error}") from error
     return source, _reference(fused[0]) if fused else b""
+
+
+def cxx_arguments(sources: Sequence[str]) -> dict[str, Any]:
+    """Arguments of TVM's exports that compile C++ files into the library.
+
+    Parameters
+    ----------
+    sources : sequence of str
+        Files that use tvm-ffi by its C functions.
+
+    Returns
+    -------
+    dict
+        ``addons``, files to compile and link, and ``options`` of the compiler; empty without sources.
+    """
+    if not sources:
+        return {}
+    from tvm_ffi import libinfo
+
+    return {
+        # behind the files that need it; in a process it is the one that TVM has loaded
+        "addons": [*sources, libinfo.find_libtvm_ffi()],
+        "options": ["-std=c++17", "-O2", *(f"-I{path}" for path in libinfo.include_paths())],
+    }
 
 
 def _reference(mod: Any) -> bytes:
@@ -354,6 +392,7 @@ def export_library(
     params: Mapping[str, npt.NDArray[Any]] | None = None,
     build: str = DEFAULT_BUILD,
     options: Mapping[str, Any] | None = None,
+    sources: Sequence[Path] = (),
 ) -> ExportedLibrary:
     """Build a module and export it as one shared library, CUDA kernels as cubins.
 
@@ -372,6 +411,9 @@ def export_library(
         ``relax.VMExecutable``; for CUDA in a worker process with this process's ``sys.path``.
     options : mapping, optional
         Further arguments of that function; JSON values, so that they reach the worker.
+    sources : sequence of Path
+        C++ files to compile into the library, for functions that the module calls by name. Each exports
+        ``__tvm_ffi_NAME`` with the calling convention of ``tvm/ffi/c_api.h``.
 
     Returns
     -------
@@ -394,10 +436,11 @@ def export_library(
             build=build,
             options=options or {},
             compiler=compiler,
+            sources=[str(source) for source in sources],
         )
         return ExportedLibrary(path, source, (), reference=reference)
     source, reference, made_by = _export_in_worker(
-        mod, spec, path, params or {}, build, options or {}, compiler
+        mod, spec, path, params or {}, build, options or {}, compiler, sources
     )
     images = tuple(cubin_images(path))
     expected = spec.arch.rstrip("af")
@@ -419,6 +462,7 @@ def _export_in_worker(
     build: str,
     options: Mapping[str, Any],
     compiler: str,
+    sources: Sequence[Path],
 ) -> tuple[str, bytes, dict[str, Any]]:
     import tvm
 
@@ -439,7 +483,13 @@ def _export_in_worker(
         # a driver that is there but has no GPU serves as well: only its functions' names matter
         if not _driver_library_loads():
             preload.insert(0, str(_driver_stand_in(folder, compiler)))
-        job = {"preload": preload, "build": build, "options": dict(options), "compiler": compiler}
+        job = {
+            "preload": preload,
+            "build": build,
+            "options": dict(options),
+            "compiler": compiler,
+            "sources": [str(source) for source in sources],
+        }
         (folder / "job.json").write_text(json.dumps(job))
         (folder / "module.json").write_text(tvm.ir.save_json(mod))
         (folder / "target.json").write_text(tvm.ir.save_json(spec.target))

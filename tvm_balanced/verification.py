@@ -364,6 +364,7 @@ def _check_kernels(
     if emulated is not None:
         device = tvm.cuda(0)
         emulated.reset()
+        emulated.forget()
         emulated.mode(check=True, order="random", seed=seed + 1, max_blocks=blocks)
         if not wanted:
             tell("compile for the emulated device")

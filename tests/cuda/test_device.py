@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -115,17 +114,6 @@ class Cuda:
 
 def _span(array: Any) -> tuple[ctypes.c_void_p, ctypes.c_size_t]:
     return ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)
-
-
-@pytest.fixture
-def emulated() -> Iterator[device.Device]:
-    found = device.install("sm_90")
-    found.reset()
-    found.mode()
-    found.forget()
-    yield found
-    found.reset()
-    found.mode()
 
 
 @pytest.fixture

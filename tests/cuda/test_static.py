@@ -69,3 +69,18 @@ def test_the_sparse_stream_comes_in_wide_loads(case: Case, arch: str) -> None:
     runs, rest = divmod(counts.ffma, fmt.layout.vector * tile.rows)
     assert runs >= tile.unroll and rest == 0
     assert counts.global_loads.get(128, 0) >= runs
+
+
+@pytest.mark.parametrize(("rows", "most"), [(1, 9), (2, 10), (8, 25), (16, 45)])
+def test_main_loop_has_few_instructions_for_each_non_zero(rows: int, most: int) -> None:
+    """Decoding included, and staging where it takes several chunks (8 and 16 rows)."""
+    try:
+        find_nvdisasm()
+    except ToolchainError as error:
+        pytest.skip(str(error))
+    row = _report(Case((rows,), 4096, 4096, "4:16"), "sm_90")
+    assert row.counts is not None and row.counts.loop is not None
+    loop = row.counts.loop
+    assert loop.instructions <= most * loop.ffma / rows
+    # activations, values and indices; the bias is read once, after the loop
+    assert loop.global_loads.get(16, 0) == 0 and row.counts.global_loads.get(16, 0) <= 1

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 
 from tvm_balanced import cudaemu
-from tvm_balanced.packing import Layout, PackedFormat
+from tvm_balanced.packing import ENCODINGS, Layout, PackedFormat
 from tvm_balanced.pattern import BalancedPattern
 from tvm_balanced.schedules import cuda_fallback
 
 from .conftest import Case, arguments, check_close, fused_kernel, gather_kernel, target
 from .covering import Chosen, all_pairs, pairs_of, possible_pairs
 
-_GATHER_LAYOUTS = ("r32v8", "r32v4", "r32v2")
-_FALLBACK_LAYOUTS = ("r1v1", "r16v1", "r1v8", "r32v8")
+_GATHER_LAYOUTS = ("r32v8", "r32v4", "r32v2", "r32v8s16", "r32v4s8")
+_FALLBACK_LAYOUTS = ("r1v1", "r16v1", "r1v8", "r32v8", "r32v8s16")
 
 _AXES: dict[str, list[Any]] = {
     "schedule": ["gather", "fallback"],
@@ -31,13 +31,13 @@ _AXES: dict[str, list[Any]] = {
     # no multiple of 16 or 32, the heights of tiles
     "n": [1, 20, 45],
     "pattern": [
-        *("1:4", "2:4", "4:16", "2:16", "3:16", "8:16", "8:32", "4:64", "16:256"),
+        *("1:4", "2:4", "3:8", "4:16", "2:16", "3:16", "8:16", "8:32", "4:64", "16:256"),
         *("5:10", "255:256", "7:7"),
     ],
     "dtype": ["float16", "bfloat16", "float32"],
     "result": ["same", "float32"],
-    "encoding": ["u8", "u4"],
-    "layout": ["r32v8", "r32v4", "r32v2", "r1v1", "r16v1", "r1v8"],
+    "encoding": ["u8", "u4", "u3", "u2"],
+    "layout": ["r32v8", "r32v4", "r32v2", "r32v8s16", "r32v4s8", "r1v1", "r16v1", "r1v8"],
     "epilogue": [
         *("none", "bias", "bias+relu", "bias+gelu", "bias+silu", "residual"),
         "bias+gelu+residual",
@@ -51,13 +51,19 @@ def _allowed(chosen: Chosen) -> bool:
     if layout is not None and schedule is not None:
         layouts = _GATHER_LAYOUTS if schedule == "gather" else _FALLBACK_LAYOUTS
         # a lane loads at most 16 bytes of values
-        wide = layout == "r32v8" and chosen.get("dtype") == "float32"
+        wide = layout.startswith("r32v8") and chosen.get("dtype") == "float32"
         if layout not in layouts or (schedule == "gather" and wide):
             return False
     if chosen.get("dtype") == "float32" and chosen.get("result") == "float32":
         return False
+    encoding = chosen.get("encoding", "u8")
+    if schedule == "gather" and layout is not None:
+        # a lane's indices are whole bytes
+        unit = {"u8": 1, "u4": 2, "u2": 4, "u3": 8}[encoding]
+        if Layout.parse(layout).vector % unit:
+            return False
     block = BalancedPattern(chosen.get("pattern", "1:4")).block
-    return chosen.get("encoding") != "u4" or block <= 16
+    return block <= 1 << ENCODINGS[encoding]
 
 
 _SELECTED = all_pairs(_AXES, _allowed)

@@ -8,6 +8,7 @@ from tvm.ir import assert_structural_equal
 from tvm.script import ir as I
 from tvm.script import relax as R
 
+from tvm_balanced import pipeline
 from tvm_balanced.errors import InputError
 from tvm_balanced.ops import OP_NAME, balanced_sparse_dense
 from tvm_balanced.packing import Layout, PackedFormat
@@ -329,6 +330,26 @@ def test_bucket_functions(well_formed):
         np.testing.assert_allclose(got, x @ w, rtol=1e-4, atol=1e-4)
 
 
+def test_buckets_of_a_model_with_constants_can_be_fused(well_formed):
+    from tvm import tirx
+
+    x = relax.Var("x", relax.TensorType((tirx.Var("batch", "int64"), 32), "float32"))
+    bb = relax.BlockBuilder()
+    with bb.function("main", [x], attrs={"num_input": 1}):
+        with bb.dataflow():
+            one = bb.emit(relax.const(1.0, "float32"))
+            out = bb.emit_output(relax.op.add(relax.op.exp(x), one))
+        bb.emit_func_output(out)
+    mod, _ = bucket_functions(bb.get(), None, [4])
+    well_formed(mod)
+    target = tvm.target.Target({"kind": "llvm"})
+    vm = relax.VirtualMachine(pipeline.build(mod, target), tvm.cpu())
+    data = np.arange(128, dtype="float32").reshape(4, 32) / 64
+    for name in ("main", "main_batch_4"):
+        got = vm[name](tvm.runtime.tensor(data)).numpy()
+        np.testing.assert_allclose(got, np.exp(data) + 1, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("module", "dim", "sizes", "says"),
     [
@@ -367,6 +388,38 @@ def test_groups_over_the_same_weights_share_the_joined_parameters(well_formed):
     well_formed(merged)
     assert names == ["a + b.values", "a + b.indices"]
     assert op_names(merged).count(OP_NAME) == 3
+
+
+def test_equal_reshapes_of_the_activations_are_the_same(well_formed):
+    """As torch.export leaves query, key and value; another shape of the same values is not."""
+    x = relax.Var("x", relax.TensorType((2, 3, 32), "float32"))
+    a, b, c = (relax.Var(name, relax.TensorType((32, 32), "float32")) for name in "abc")
+    bb = relax.BlockBuilder()
+    with bb.function("main", [x, a, b, c], attrs={"num_input": 1}):
+        with bb.dataflow():
+            left, right = (
+                bb.emit(relax.op.matmul(bb.emit(relax.op.reshape(x, (6, 32))), w)) for w in (a, b)
+            )
+            other = bb.emit(relax.op.matmul(bb.emit(relax.op.reshape(x, (3, 2, 32))), c))
+            total = bb.emit(relax.op.add(left, right))
+            out = bb.emit_output(relax.op.add(total, relax.op.reshape(other, (6, 32))))
+        bb.emit_func_output(out)
+    rng = np.random.default_rng(0)
+    weights = {
+        name: prune_weight(rng.standard_normal((32, 32)).astype("f4"), BalancedPattern("2:16")).T
+        for name in "abc"
+    }
+    formats = dict.fromkeys("abc", fmt_of(32, 32))
+    layers = {layer.name: layer for layer in find_dense(bb.get(), list("abc"))}
+    mod, names = rewrite_dense(bb.get(), list("abc"), formats)
+    merged, names = merge_dense(mod, names, lambda data, n: True)
+    well_formed(merged)
+    assert op_names(merged).count(OP_NAME) == 2
+    assert "a + b.values" in names and "c.values" in names
+    data = rng.standard_normal((2, 3, 32)).astype("f4")
+    got = run(merged, [data], pack_weights(merged, names, weights, layers))
+    expected = sum(data.reshape(6, 32) @ weight for weight in weights.values())
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_weight_used_apart_is_not_merged():

@@ -9,22 +9,12 @@ import pytest
 import torch
 
 import tvm_balanced as tb
-from tests.models.test_compile import assert_close, eligible, load_weights
+from tests.models.test_compile import WHOLE, assert_close, eligible, load_weights
 from tests.models.zoo import ZOO, Built, _bert
-from tvm_balanced.cudaemu import device
 from tvm_balanced.errors import InputError, ToolchainError
+from tvm_balanced.toolchain import load_cuda_runtime
 
-
-@pytest.fixture(autouse=True)
-def emulated():
-    """The device, in its plain mode whatever a test before left."""
-    found = device.install("sm_90")
-    found.reset()
-    found.mode()
-    found.forget()
-    yield found
-    found.reset()
-    found.mode()
+pytestmark = pytest.mark.usefixtures("emulated")
 
 
 def build(name, built, policy="always", **options):
@@ -42,10 +32,7 @@ def build(name, built, policy="always", **options):
 
 
 # in float32 to the 1e-4 of PyTorch's result that the zoo asks for, in half precision to its rounding
-@pytest.mark.parametrize(
-    "name",
-    ["lstm", "llama_decode", "llama_decode_bf16", "gpt2_prefill", "vgg16", "mlp_fp16"],
-)
+@pytest.mark.parametrize("name", WHOLE)
 def test_small_model_agrees_with_pytorch(name, emulated):
     built = ZOO[name].build("small")
     lib, expected = build(name, built)
@@ -64,7 +51,11 @@ def test_whole_minilm_agrees_with_pytorch(emulated):
     lib, expected = build("minilm", built)
     assert_close(lib(ids, mask), expected, 1e-4)
     sparse = [x for x in emulated.launches() if "balanced_sparse_dense" in x.kernel]
-    assert len(sparse) == 36  # six dense layers in each of six
+    assert len(sparse) == 24  # six dense layers in each of six, query, key and value in one launch
+    emulated.forget()
+    assert_close(lib(ids, mask), expected, 1e-4)
+    launches = emulated.launches()
+    assert sum(x.graph for x in launches) > 0.9 * len(launches), "the second call replays a graph"
 
 
 def test_symbolic_batch_and_buckets():
@@ -116,6 +107,8 @@ def test_emulated_device_is_never_a_silent_replacement(tmp_path):
     path = tb.compile(model, "cuda-sm_90").save(tmp_path / "model.tvmb")
     with pytest.raises(ToolchainError, match="was compiled for an NVIDIA GPU"):
         tb.load(path)
+    with pytest.raises(ToolchainError, match="this process uses the emulated CUDA device"):
+        load_cuda_runtime()
     with pytest.raises(InputError, match='device "gpu" is not known'):
         tb.load(path, "gpu")
     with pytest.raises(InputError, match="compiled for llvm, and only CUDA code is emulated"):

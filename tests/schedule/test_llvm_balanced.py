@@ -233,6 +233,18 @@ def test_fallback_takes_what_has_other_layouts() -> None:
     assert _error(case, llvm_fallback.apply, _target("generic")) < TOLERANCE["float32"]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "layout", "encoding"),
+    [("2:8", "r16v1", "u3"), ("1:4", "r16v4", "u2"), ("4:16", "r32v2s8", "u4")],
+)
+def test_only_the_fallback_takes_formats_of_cuda(pattern: str, layout: str, encoding: str) -> None:
+    case = Case(_format(pattern, 17, 70, layout, encoding), (3,), "relu")
+    _, func = _kernel(_module(case))
+    for rule in (llvm_permute, llvm_batch_lanes):
+        assert rule.apply(func, tvm.target.Target(TARGETS["avx512"])) is None
+    assert _error(case, llvm_fallback.apply, _target("generic")) < TOLERANCE["float32"]
+
+
 def test_permute_leaves_other_targets_and_layouts_alone() -> None:
     _, func = _kernel(_module(Case(_format("4:16", 32, 64, "r1v8"), (4,))))
     assert llvm_permute.apply(func, tvm.target.Target(TARGETS["avx512"])) is None

@@ -50,11 +50,11 @@ def test_bytes_and_memory_time_by_hand():
 def test_thread_blocks_and_occupancy_by_hand():
     told = predict(layer(11008, 4096), 8, (4, 2, 16, 4, 128))
     assert told.thread_blocks == 11008 // 32
-    # 128 blocks of 16 activations in 8 rows of two bytes; the partial sums take less
-    assert told.shared_bytes == 128 * 16 * 8 * 2
-    # 40 registers: 12 warps in each quarter of an SM, three times 16 in all
-    assert (told.registers, told.resident) == (40, 3)
-    assert told.waves == pytest.approx(344 / (3 * 132))
+    # 128 windows of 16 elements and one that is left out, of 8 rows of two bytes; partial sums take less
+    assert told.shared_bytes == 128 * 17 * 8 * 2
+    # 56 registers: 9 warps in each quarter of an SM, two times 16 in all
+    assert (told.registers, told.resident) == (56, 2)
+    assert told.waves == pytest.approx(344 / (2 * 132))
     # 344 thread blocks on 132 multiprocessors: the busiest have three
     assert told.idle_share == pytest.approx(1 - 344 / 396)
 
@@ -69,26 +69,24 @@ def test_little_asks_for_18_kilobytes_on_an_h100():
 @pytest.mark.parametrize(
     ("dtype", "knobs", "counted"),
     [
-        ("float16", (1, 1, 8, 4, 256), 7.6),
-        ("float16", (2, 1, 8, 4, 256), 9.8),
+        ("float16", (1, 1, 8, 4, 256), 6.6),
+        ("float16", (2, 1, 8, 4, 256), 7.6),
         ("float16", (4, 1, 8, 4, 256), 13.8),
         ("float16", (4, 2, 8, 4, 128), 24.5),
-        ("float16", (4, 3, 8, 4, 64), 34.6),
-        ("float16", (4, 4, 8, 1, 64), 42.1),
+        ("float16", (4, 3, 8, 4, 64), 34.8),
+        ("float16", (4, 4, 8, 1, 64), 41.4),
         ("float32", (1, 1, 8, 4, 256), 6.6),
-        ("float32", (2, 1, 8, 4, 256), 7.3),
-        ("float32", (2, 4, 8, 4, 64), 17.5),
-        ("bfloat16", (1, 1, 8, 4, 256), 8.1),
-        ("bfloat16", (4, 1, 8, 4, 256), 16.3),
+        ("float32", (2, 4, 8, 4, 64), 18.6),
+        ("bfloat16", (1, 1, 8, 4, 256), 7.1),
         ("bfloat16", (4, 2, 8, 4, 128), 29.0),
-        ("bfloat16", (4, 4, 8, 4, 64), 53.8),
+        ("bfloat16", (4, 4, 8, 4, 64), 52.3),
     ],
 )
 def test_instructions_are_those_of_the_machine_code(dtype, knobs, counted):
     """Against the loop of the kernel for sm_90, N = K = 4096 at 4:16, counted by static_report."""
     rows = knobs[0] * knobs[1]
     told = predict(layer(4096, 4096, dtype=dtype), rows, knobs, dtype=dtype)
-    assert told.instructions_per_slot == pytest.approx(counted, rel=0.16)
+    assert told.instructions_per_slot == pytest.approx(counted, rel=0.12)
 
 
 def test_wavefronts_of_gathers_by_hand():
@@ -183,10 +181,13 @@ def test_choice_is_near_the_fastest_and_reads_least_among_those():
             timed = [
                 model.bounds(knobs) for knobs in kernel_model.candidates(fmt, rows, "float16", ROOM)
             ]
-            best = min(total for total, _ in timed)
-            total, memory = model.bounds(kernel_model.choose(fmt, rows, "float16", ROOM, H100))
+            best = min(bounds[0] for bounds in timed)
+            total, memory, stream, _ = model.bounds(
+                kernel_model.choose(fmt, rows, "float16", ROOM, H100)
+            )
             assert total <= 1.1 * best
-            assert memory == min(m for t, m in timed if t <= 1.1 * best)
+            near = [bounds[1:3] for bounds in timed if bounds[0] <= 1.1 * best]
+            assert (memory, stream) == min(near)
 
 
 def test_large_weights_are_read_once():

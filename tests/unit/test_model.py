@@ -119,6 +119,31 @@ def test_plan_policies_and_reasons():
         model.plan("h100", "4:16", policy="maybe")
 
 
+def test_plan_takes_the_smallest_indices_unless_told_otherwise():
+    model = build({"a.weight": (64, 512)}, dtype="float16")
+    chosen = {
+        e: model.plan("h100", "1:4", policy="always", encoding=e)[0].bytes_sparse
+        for e in ("auto", "u2", "u3", "u4", "u8")
+    }
+    slots = 64 * 512 // 4
+    assert chosen == {
+        "auto": slots * 2 + slots // 4,
+        "u2": slots * 2 + slots // 4,
+        "u3": slots * 2 + slots * 3 // 8,
+        "u4": slots * 2 + slots // 2,
+        "u8": slots * 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("encoding", "says"), [("u2", "does not fit encoding u2"), ("u5", "choose one of u8, u4")]
+)
+def test_an_encoding_that_cannot_be_is_refused(encoding, says):
+    model = build({"a.weight": (64, 512)})
+    with pytest.raises(InputError, match=says):
+        model.plan("h100", "4:16", policy="always", encoding=encoding)
+
+
 def test_plan_without_pattern_reads_the_weights():
     model = build({"a.weight": (64, 64), "b.weight": (64, 64)})
     assert "follows no balanced pattern" in model.plan("h100")[0].reason

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.packing import (
+    ENCODINGS,
     BalancedTensor,
     Layout,
     PackedFormat,
@@ -33,9 +34,11 @@ def cases(draw):
     pattern = BalancedPattern(draw(st.integers(1, block)), block)
     n = draw(st.integers(1, 40))
     k = draw(st.integers(block, 4 * block + 3))
-    encoding = draw(st.sampled_from(["u8", "u4"] if block <= 16 else ["u8"]))
-    runs = [1, 2, 4, 8] if encoding == "u4" else [1, 2, 3, 4, 8]
-    layout = Layout(draw(st.sampled_from([1, 2, 8, 16, 32])), draw(st.sampled_from(runs)))
+    encoding = draw(st.sampled_from([e for e, bits in ENCODINGS.items() if block <= 1 << bits]))
+    runs = [1, 2, 3, 4, 8] if encoding == "u8" else [1, 2, 4, 8]
+    rows = draw(st.sampled_from([1, 2, 8, 16, 32]))
+    skew = draw(st.sampled_from([s for s in (1, 2, 8) if s <= rows]))
+    layout = Layout(rows, draw(st.sampled_from(runs)), skew)
     return n, k, pattern, layout, encoding, draw(st.sampled_from(DTYPES)), draw(st.integers(0, 99))
 
 
@@ -107,8 +110,16 @@ def test_more_non_zeros_than_the_pattern_are_refused():
     ("build", "says"),
     [
         (lambda: PackedFormat(4, 64, BalancedPattern("4:32"), Layout(1, 1), "u4"), "use u8"),
-        (lambda: PackedFormat(4, 64, BalancedPattern("4:32"), Layout(1, 1), "u2"), "choose one of"),
-        (lambda: PackedFormat(4, 64, BalancedPattern("4:16"), Layout(1, 3), "u4"), "odd run"),
+        (lambda: PackedFormat(4, 64, BalancedPattern("4:32"), Layout(1, 1), "u5"), "choose one of"),
+        (lambda: PackedFormat(4, 64, BalancedPattern("1:5"), Layout(1, 1), "u2"), "blocks up to 4"),
+        (lambda: PackedFormat(4, 64, BalancedPattern("1:9"), Layout(1, 8), "u3"), "blocks up to 8"),
+        (
+            lambda: PackedFormat(4, 64, BalancedPattern("4:16"), Layout(1, 3), "u4"),
+            "runs of 3 slots",
+        ),
+        (lambda: Layout.parse("r32v8s3"), "power of two"),
+        (lambda: Layout.parse("r8v8s16"), "divides its 8 rows"),
+        (lambda: Layout.parse("r8v8s0"), "power of two"),
         (
             lambda: PackedFormat(0, 64, BalancedPattern("4:32"), Layout(1, 1), "u8"),
             "nothing to pack",
@@ -120,6 +131,33 @@ def test_more_non_zeros_than_the_pattern_are_refused():
 def test_impossible_formats_are_refused(build, says):
     with pytest.raises(InputError, match=says):
         build()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "block", "stored"),
+    [("u4", 16, [0x21, 0x43, 0x65, 0x87]), ("u2", 4, [0x39, 0x39]), ("u3", 8, [0xD1, 0x58, 0x1F])],
+)
+def test_bits_of_an_encoding_rise_with_the_slots(encoding, block, stored):
+    """Eight blocks of one non-zero each, at 1, 2, ..., 8 (modulo the block)."""
+    positions = np.arange(1, 9) % block
+    weight = np.zeros((1, 8, block), "float32")
+    weight[0, np.arange(8), positions] = 1
+    packed = pack(weight.reshape(1, -1), BalancedPattern(1, block), "r1v8", encoding)
+    assert list(packed.indices.reshape(-1)) == stored
+
+
+def test_skewed_rows_hold_other_blocks_in_a_place():
+    weight = np.zeros((4, 8, 2), "float32")
+    weight[:, :, 1] = np.arange(1, 9)
+    packed = pack(weight.reshape(4, -1), BalancedPattern("1:2"), "r4v1s4", "u8")
+    held = packed.values[0, :, :, 0]
+    assert [list(held[:4, row]) for row in range(4)] == [
+        [1, 2, 3, 4],
+        [2, 1, 4, 3],
+        [3, 4, 1, 2],
+        [4, 3, 2, 1],
+    ]
+    assert list(held[4:, 1]) == [6, 5, 8, 7]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -463,7 +463,8 @@ def library(tmp_path: Path, cubins: Any) -> Path:
     """A ``.tvmb`` for CUDA whose host code is missing; whoever looks at it runs nothing."""
     (tmp_path / "lib.so").write_bytes(b"\x7fELF\x02\x01 host code" + cubins["sm_90"][0] + b"more")
     (image,) = toolchain.cubin_images(tmp_path / "lib.so")
-    exported = toolchain.ExportedLibrary(tmp_path / "lib.so", SOURCE, (image,))
+    compiler = {"name": "nvrtc", "version": "13.5.37", "options": []}
+    exported = toolchain.ExportedLibrary(tmp_path / "lib.so", SOURCE, (image,), compiler)
     return artifact.save(tmp_path / "m.tvmb", exported, targets.resolve("h100"), (FUNCTION,))
 
 

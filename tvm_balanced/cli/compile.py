@@ -10,6 +10,8 @@ import click
 
 from tvm_balanced.cli.options import (
     buckets_option,
+    dense_option,
+    encoding_option,
     layer_options,
     model_argument,
     parse_buckets,
@@ -29,6 +31,14 @@ from tvm_balanced.log import Output, summary
 @pattern_option(False, "Prune on the way, once and without retraining.")
 @layer_options
 @buckets_option
+@encoding_option
+@dense_option
+@click.option(
+    "--cuda-graph/--no-cuda-graph",
+    default=True,
+    show_default=True,
+    help="Replay kernels of static shapes as CUDA graphs.",
+)
 @click.option("-o", "--output", "destination", metavar="PATH", help="Folder to write (.tvmb).")
 @click.option("--overwrite", is_flag=True, help="Replace the .tvmb if it exists.")
 @with_output
@@ -42,6 +52,9 @@ def command(
     ignore: tuple[str, ...],
     policies: tuple[str, ...],
     buckets: str | None,
+    encoding: str,
+    dense: str,
+    cuda_graph: bool,
     destination: str | None,
     overwrite: bool,
 ) -> None:
@@ -65,6 +78,9 @@ def command(
             "ignore": ignore,
             "policy": policy,
             "buckets": sizes,
+            "encoding": encoding,
+            "dense": dense,
+            "cuda-graph": cuda_graph,
             "output": path,
             "overwrite": overwrite,
         },
@@ -89,7 +105,15 @@ def command(
         if form is not None:
             ready = ready.prune(form, ignore, lambda name: tell(f"prune {name}"))
         library = compile_model(
-            ready, spec, policy=policy, ignore=ignore, buckets=sizes, progress=tell
+            ready,
+            spec,
+            policy=policy,
+            ignore=ignore,
+            buckets=sizes,
+            encoding=encoding,
+            dense=dense,
+            cuda_graph=cuda_graph,
+            progress=tell,
         )
         tell("write")
         library.save(path, overwrite=overwrite)

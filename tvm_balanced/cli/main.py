@@ -21,6 +21,7 @@ COMMANDS = {
     "prune": "Prune the dense layers of a model to a balanced pattern.",
     "compile": "Compile a model into a library to deploy.",
     "run": "Run a compiled library.",
+    "bench": "Time the operator against cuBLAS, int4, cuSPARSE, 2:4, Triton, TVM's dense.",
     "verify": "Is a library what its manifest says, and is every kernel right?",
     "inspect": "What is in a library, a model or a checkpoint.",
 }

@@ -16,6 +16,8 @@ from tvm_balanced.log import Output, set_up_logging
 F = TypeVar("F", bound=Callable[..., Any])
 
 POLICIES = ("auto", "always", "never")
+ENCODINGS = ("auto", "u8", "u4", "u3", "u2")
+DENSE_KERNELS = ("dlight", "cublas")
 
 
 def with_output(function: Callable[..., None]) -> Callable[..., None]:
@@ -96,6 +98,28 @@ def buckets_option(function: F) -> F:
         "--buckets",
         metavar="1,8,16",
         help="Sizes of the symbolic dimension that get functions of their own.",
+    )(function)
+
+
+def encoding_option(function: F) -> F:
+    """``--encoding``."""
+    return click.option(
+        "--encoding",
+        default="auto",
+        show_default=True,
+        type=click.Choice(ENCODINGS),
+        help="How indices are stored; auto takes the fewest bits that the target likes.",
+    )(function)
+
+
+def dense_option(function: F) -> F:
+    """``--dense``."""
+    return click.option(
+        "--dense",
+        type=click.Choice(DENSE_KERNELS),
+        default="dlight",
+        show_default=True,
+        help="What runs dense matrix products on a GPU; cublas must be installed where the library runs.",
     )(function)
 
 

@@ -8,6 +8,8 @@ import click
 
 from tvm_balanced.cli.options import (
     buckets_option,
+    dense_option,
+    encoding_option,
     layer_options,
     model_argument,
     parse_buckets,
@@ -27,6 +29,8 @@ from tvm_balanced.log import Output
 @pattern_option(False, "What layers would be pruned to; what they follow now where not given.")
 @layer_options
 @buckets_option
+@encoding_option
+@dense_option
 @with_output
 def command(
     output: Output,
@@ -37,6 +41,8 @@ def command(
     ignore: tuple[str, ...],
     policies: tuple[str, ...],
     buckets: str | None,
+    encoding: str,
+    dense: str,
 ) -> None:
     """Which layers of MODEL (.onnx or .pt2) would run sparse; nothing is changed or written.
 
@@ -56,6 +62,8 @@ def command(
             "ignore": ignore,
             "policy": policy,
             "buckets": sizes,
+            "encoding": encoding,
+            "dense": dense,
         },
     )
     from tvm_balanced.frontend import load_model
@@ -68,7 +76,7 @@ def command(
         tell("import the model")
         imported = load_model(model, shapes)
         tell("decide layer by layer")
-        report = imported.plan(spec, form, ignore, policy, sizes)
+        report = imported.plan(spec, form, ignore, policy, sizes, encoding, dense)
     sparse = sum(row.decision == "sparse" for row in report)
     output.document(
         {
@@ -84,8 +92,9 @@ def command(
     )
     output.show(report)
     name = shlex.quote(model) + repeated("--input-shape", input_shapes)
+    by = "" if dense == "dlight" else f" --dense {dense}"
     if pattern is None:
-        output.next(f"tvm-balanced compile {name} --target {target} -o model.tvmb")
+        output.next(f"tvm-balanced compile {name} --target {target}{by} -o model.tvmb")
     else:
         ignored = repeated("--ignore", ignore)
         output.next(f"tvm-balanced prune {name} --pattern {pattern}{ignored} --dry-run")

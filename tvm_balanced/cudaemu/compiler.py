@@ -169,9 +169,9 @@ def runtime() -> ctypes.CDLL:
 
 @functools.cache
 def device_libraries() -> ctypes.CDLL:
-    """The stand-ins for ``libcuda.so.1`` and ``libcudart.so.13``, loaded so that others find them.
+    """The stand-ins for ``libcuda.so.1``, ``libcudart.so.13`` and ``libcublas.so.13``, loaded for others.
 
-    Both live in one library; the other is empty and only has the name, which is all the loader looks for.
+    All live in one library; the others are empty and only have the name, which is all the loader looks for.
     """
     source = HERE / "device.cpp"
     folder = cache_dir() / f"device_{digest(source.read_bytes())}"
@@ -183,7 +183,7 @@ def device_libraries() -> ctypes.CDLL:
         temporary.write_text("libcudart.so.13 { global: cu*; emu_device_*; local: *; };\n")
         os.replace(temporary, versions)
     shared = ["-std=c++17", "-O2", "-fPIC", "-shared", "-w"]
-    both = _compile(
+    every = _compile(
         folder / "libcudart.so.13",
         [
             *shared,
@@ -191,13 +191,21 @@ def device_libraries() -> ctypes.CDLL:
             str(source),
         ],
     )
-    name = _compile(
-        folder / "libcuda.so.1",
-        [*shared, "-Wl,-soname,libcuda.so.1", "-x", "c++", os.devnull],
-    )
+    # needing the first, so that a symbol looked up in one of these is found there
+    names = [
+        _compile(
+            folder / name,
+            [
+                *(*shared, f"-Wl,-soname,{name}", "-x", "c++", os.devnull),
+                *("-x", "none", "-Wl,--no-as-needed", str(every)),
+            ],
+        )
+        for name in ("libcuda.so.1", "libcublas.so.13")
+    ]
     runtime()  # whose functions it calls
-    loaded = ctypes.CDLL(str(both), mode=ctypes.RTLD_GLOBAL)
-    ctypes.CDLL(str(name), mode=ctypes.RTLD_GLOBAL)
+    loaded = ctypes.CDLL(str(every), mode=ctypes.RTLD_GLOBAL)
+    for name in names:
+        ctypes.CDLL(str(name), mode=ctypes.RTLD_GLOBAL)
     loaded.emu_device_records.restype = ctypes.c_long
     loaded.emu_device_used.restype = ctypes.c_long
     return loaded

@@ -1,5 +1,6 @@
 // An emulated CUDA device: the functions of libcuda.so.1 and libcudart.so.13 that TVM's CUDA runtime imports, over
-// the engine of runtime.cpp. device.py builds it, loads it in front of TVM and tells it what to do.
+// the engine of runtime.cpp, and those of libcublas.so.13 that cublas_matmul.cpp calls. device.py builds it, loads it
+// in front of TVM and tells it what to do.
 //
 // * Device memory is host memory, each allocation between two unmapped pages and filled with NaN: what runs over
 //   its end faults, and the fault becomes the error a GPU would report.
@@ -10,6 +11,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <csignal>
 #include <cstdint>
 #include <cstdio>
@@ -107,6 +109,7 @@ struct Record {
   double seconds;
   std::string arrays;  // for every range the engine saw, the first parameter that lies in it
   double scale;
+  int graph;  // run by the replay of a CUDA graph
 };
 
 // reports failures of Python's half in words
@@ -130,6 +133,7 @@ int g_max_blocks = 0;
 LoadCallback g_load = nullptr;
 CompileCallback g_compile = nullptr;
 std::string g_fault_kernel;
+int g_replaying = 0;
 
 typedef std::lock_guard<std::recursive_mutex> Lock;
 const size_t kPage = 4096, kAlign = 256;
@@ -291,7 +295,7 @@ void execute(const Launch& launch) {
     failed = emu_launch(f.thunk[instrumented], args.data(), launch.dims, f.static_shared + launch.dynamic_shared, &o);
     emu_set_device_memory(nullptr);
   }
-  Record r = {f.name, instrumented ? emu_report() : "", failed ? emu_error() : "", {}, launch.dynamic_shared, f.module, instrumented, now() - begin, arrays, launch.blocks.empty() ? 1.0 : grid / (double)launch.blocks.size()};
+  Record r = {f.name, instrumented ? emu_report() : "", failed ? emu_error() : "", {}, launch.dynamic_shared, f.module, instrumented, now() - begin, arrays, launch.blocks.empty() ? 1.0 : grid / (double)launch.blocks.size(), g_replaying};
   memcpy(r.dims, launch.dims, sizeof r.dims);
   if (failed) {
     g_detail = "kernel " + f.name + ": " + r.error;
@@ -353,11 +357,11 @@ API void emu_device_compiled(long module, const char* name, int instrumented, vo
 API void emu_device_detail(const char* text) { Lock lock(g_mutex); g_detail = text; }
 API long emu_device_records() { Lock lock(g_mutex); return (long)g_records.size(); }
 API void emu_device_forget() { Lock lock(g_mutex); g_records.clear(); }
-struct RecordView { const char *kernel, *report, *error, *arrays; unsigned dims[6]; long dynamic_shared, module; int instrumented; double seconds, scale; };
+struct RecordView { const char *kernel, *report, *error, *arrays; unsigned dims[6]; long dynamic_shared, module; int instrumented; double seconds, scale; int graph; };
 API void emu_device_record(long i, RecordView* out) {  // valid until records are forgotten or another launch runs
   Lock lock(g_mutex);
   const Record& r = g_records.at(i);
-  *out = {r.kernel.c_str(), r.report.c_str(), r.error.c_str(), r.arrays.c_str(), {}, r.dynamic_shared, r.module, r.instrumented, r.seconds, r.scale};
+  *out = {r.kernel.c_str(), r.report.c_str(), r.error.c_str(), r.arrays.c_str(), {}, r.dynamic_shared, r.module, r.instrumented, r.seconds, r.scale, r.graph};
   memcpy(out->dims, r.dims, sizeof r.dims);
 }
 API int emu_device_synchronize() { Lock lock(g_mutex); run_all(); return g_sticky; }
@@ -620,7 +624,11 @@ API int cudaGraphLaunch(Graph* exec, void* handle) {
   auto stream = find_stream(handle);
   if (!exec || !stream) return fail(kInvalidHandle);
   auto ops = exec->ops;
-  return enqueue(stream, [ops] { for (auto& op : ops) if (!g_sticky) op(); });
+  return enqueue(stream, [ops] {
+    g_replaying = 1;
+    for (auto& op : ops) if (!g_sticky) op();
+    g_replaying = 0;
+  });
 }
 API int cudaGraphDestroy(Graph* graph) { delete graph; return kOk; }
 API int cudaGraphExecDestroy(Graph* exec) { delete exec; return kOk; }
@@ -651,4 +659,185 @@ API int cudaEventElapsedTime(float* milliseconds, Event* begin, Event* end) {
   if (begin->stream->done < begin->ticket || end->stream->done < end->ticket) return fail(kNotReady);
   *milliseconds = (float)((*end->seconds - *begin->seconds) * 1e3);  // of this CPU: says nothing about a GPU
   return kOk;
+}
+
+// ------------------------------------------------------------------------------------------------ libcublas.so.13
+// Matrix products are computed in double and rounded once. They run in their stream's order, may be captured, and
+// end the device as a kernel does when an operand is not all inside one allocation.
+namespace {
+
+enum BlasStatus { kBlasOk = 0, kBlasNotInitialized = 1, kBlasAllocFailed = 3, kBlasInvalidValue = 7, kBlasExecutionFailed = 13, kBlasNotSupported = 15 };
+enum BlasType { kF32 = 0, kF16 = 2, kBF16 = 14 };
+struct Blas { std::shared_ptr<Stream> stream; };
+std::map<Blas*, std::unique_ptr<Blas>> g_blas;
+
+int blas_fail(int status, const std::string& detail) { g_detail = detail; return status; }
+size_t bytes_of(int type) { return type == kF32 ? 4 : 2; }
+bool known(int type) { return type == kF32 || type == kF16 || type == kBF16; }
+
+double load(const char* p, int type) {
+  if (type == kF32) { float f; memcpy(&f, p, 4); return f; }
+  uint16_t bits;
+  memcpy(&bits, p, 2);
+  if (type == kBF16) { uint32_t wide = (uint32_t)bits << 16; float f; memcpy(&f, &wide, 4); return f; }
+  int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  double v = exponent == 31 ? (fraction ? NAN : INFINITY) : exponent ? ldexp(1024 + fraction, exponent - 25) : ldexp(fraction, -24);
+  return bits & 0x8000 ? -v : v;
+}
+// the nearest value with so many significant bits whose last place is not below 2 to the power of `least`
+double rounded(double v, int digits, int least) {
+  if (v == 0 || !std::isfinite(v)) return v;
+  int exponent;
+  frexp(v, &exponent);
+  int unit = std::max(exponent - digits, least);
+  return ldexp(nearbyint(ldexp(v, -unit)), unit);
+}
+void store(char* p, double v, int type) {
+  if (type != kF16) {
+    float f = (float)(type == kBF16 ? rounded(v, 8, -133) : v);  // what bfloat16 holds is exact in float32
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    if (type == kF32) { memcpy(p, &bits, 4); return; }
+    uint16_t high = std::isnan(v) ? 0x7fff : bits >> 16;
+    memcpy(p, &high, 2);
+    return;
+  }
+  double a = std::fabs(rounded(v, 11, -24));
+  uint16_t bits;
+  if (std::isnan(v)) bits = 0x7fff;
+  else if (a >= 65520) bits = 0x7c00;
+  else if (a < ldexp(1, -14)) bits = (uint16_t)ldexp(a, 24);  // zero and subnormals
+  else { int exponent; double f = frexp(a, &exponent); bits = (uint16_t)((exponent + 14) << 10 | ((int)ldexp(f, 11) & 1023)); }
+  if (std::signbit(v)) bits |= 0x8000;
+  memcpy(p, &bits, 2);
+}
+
+struct Matrix {  // as cuBLAS sees it: columns one after another
+  const char* name;
+  char* data;
+  int type, ld;
+  long long stride;
+  int rows, columns;
+  long long end(int batch) const { return rows && columns ? stride * (batch - 1) + (long long)(columns - 1) * ld + rows : 0; }  // elements
+  char* at(int row, int column, int batch) const { return data + (stride * batch + (long long)column * ld + row) * (long long)bytes_of(type); }
+};
+struct Product { const char* function; int op_a, op_b, m, n, k, batch; float alpha, beta; Matrix a, b, c; };
+
+// why an operand cannot be read or written, empty when it can
+std::string misplaced(const Matrix& x, int batch) {
+  long long bytes = x.end(batch) * (long long)bytes_of(x.type);
+  if (!bytes) return "";
+  Allocation* a = holding(x.data);
+  if (!a || a->host || x.data + bytes > a->base + a->bytes) return std::string("access outside of device memory: ") + x.name + " has " + std::to_string(bytes) + " bytes from " + describe(x.data);
+  if ((uintptr_t)x.data % bytes_of(x.type)) return std::string("misaligned access: ") + x.name + " at " + describe(x.data);
+  return "";
+}
+bool overlap(const Matrix& x, const Matrix& y, int batch) {
+  const char *x_end = x.data + x.end(batch) * (long long)bytes_of(x.type), *y_end = y.data + y.end(batch) * (long long)bytes_of(y.type);
+  return x.data < y_end && y.data < x_end;
+}
+
+void multiply(const Product& p) {
+  double begin = now();
+  std::string error;
+  for (const Matrix* x : {&p.a, &p.b, &p.c}) if (error.empty()) error = misplaced(*x, p.batch);
+  for (const Matrix* x : {&p.a, &p.b}) if (error.empty() && overlap(*x, p.c, p.batch)) error = std::string("C overlaps ") + x->name;
+  if (error.empty()) {
+    std::vector<double> b((size_t)p.n * p.k), row(p.k);
+    for (int s = 0; s < p.batch; s++) {
+      if (!s || p.b.stride)
+        for (int j = 0; j < p.n; j++) for (int l = 0; l < p.k; l++) b[(size_t)j * p.k + l] = load(p.op_b ? p.b.at(j, l, s) : p.b.at(l, j, s), p.b.type);
+      for (int i = 0; i < p.m; i++) {
+        for (int l = 0; l < p.k; l++) row[l] = load(p.op_a ? p.a.at(l, i, s) : p.a.at(i, l, s), p.a.type);
+        for (int j = 0; j < p.n; j++) {
+          double sums[4] = {0, 0, 0, 0};
+          const double* column = &b[(size_t)j * p.k];
+          int l = 0;
+          for (; l + 4 <= p.k; l += 4) for (int u = 0; u < 4; u++) sums[u] += row[l + u] * column[l + u];
+          for (; l < p.k; l++) sums[0] += row[l] * column[l];
+          double v = p.alpha * (sums[0] + sums[1] + sums[2] + sums[3]);
+          char* to = p.c.at(i, j, s);
+          if (p.beta != 0) v += p.beta * load(to, p.c.type);  // C is not read where beta is 0
+          store(to, v, p.c.type);
+        }
+      }
+    }
+  }
+  Record r = {p.function, "", error, {(unsigned)p.m, (unsigned)p.n, (unsigned)p.batch, 1, 1, 1}, 0, 0, 0, now() - begin, "", 1.0, g_replaying};
+  if (!error.empty()) {
+    g_detail = std::string(p.function) + ": " + error;
+    g_sticky = error.find("access") != std::string::npos ? kIllegalAddress : kLaunchFailure;
+  }
+  g_records.push_back(std::move(r));
+}
+
+int product(Blas* handle, const Product& p, int compute, int pointers) {
+  Lock lock(g_mutex);
+  if (g_sticky) return blas_fail(kBlasExecutionFailed, g_detail);
+  if (!g_blas.count(handle)) return blas_fail(kBlasNotInitialized, "the handle is not one of cublasCreate");
+  std::string at = std::string(p.function) + ": ";
+  if (!pointers) return blas_fail(kBlasInvalidValue, at + "alpha or beta is missing");
+  if (p.m < 0 || p.n < 0 || p.k < 0 || p.batch < 0) return blas_fail(kBlasInvalidValue, at + "a negative extent");
+  if ((p.op_a | p.op_b) & ~1) return blas_fail(kBlasNotSupported, at + "an operation other than N and T is not emulated");
+  for (const Matrix* x : {&p.a, &p.b, &p.c}) {
+    if (!known(x->type)) return blas_fail(kBlasNotSupported, at + x->name + " of type " + std::to_string(x->type) + " is not emulated");
+    if (x->ld < std::max(1, x->rows)) return blas_fail(kBlasInvalidValue, at + "the leading dimension " + std::to_string(x->ld) + " of " + x->name + " is less than its " + std::to_string(x->rows) + " rows");
+  }
+  // the table of cublasGemmEx for sums in float32
+  if (compute != 68) return blas_fail(kBlasNotSupported, at + "compute type " + std::to_string(compute) + " is not emulated");
+  if (p.a.type != p.b.type || (p.c.type != p.a.type && p.c.type != kF32)) return blas_fail(kBlasNotSupported, at + "no kernel for these types together");
+  if (!p.m || !p.n || !p.batch) return kBlasOk;
+  Product held = p;
+  return enqueue(g_blas.at(handle)->stream, [held] { multiply(held); }) ? blas_fail(kBlasExecutionFailed, g_detail) : (int)kBlasOk;
+}
+
+}  // namespace
+
+API const char* cublasGetStatusString(int status) {
+  static const std::map<int, const char*> names = {{kBlasOk, "success"}, {kBlasNotInitialized, "the library was not initialized"}, {kBlasAllocFailed, "the resource allocation failed"}, {kBlasInvalidValue, "an invalid value"}, {kBlasExecutionFailed, "the execution failed"}, {kBlasNotSupported, "not supported"}};
+  static std::map<std::string, bool> texts;  // kept for the process's life: callers hold the pointer
+  Lock lock(g_mutex);
+  auto found = names.find(status);
+  std::string text = found == names.end() ? "a status the emulated device does not know" : found->second;
+  if (status && !g_detail.empty()) text += " (emulated device: " + g_detail + ")";
+  return texts.emplace(text, true).first->first.c_str();
+}
+API int cublasCreate_v2(Blas** out) {
+  Lock lock(g_mutex);
+  if (!out) return kBlasInvalidValue;
+  if (g_sticky) return blas_fail(kBlasNotInitialized, g_detail);
+  // it allocates device memory
+  if (refuse_while_capturing("cublasCreate")) return kBlasAllocFailed;
+  auto made = std::make_unique<Blas>();
+  made->stream = g_default;
+  *out = made.get();
+  g_blas[made.get()] = std::move(made);
+  return kBlasOk;
+}
+API int cublasDestroy_v2(Blas* handle) {
+  Lock lock(g_mutex);
+  if (!g_blas.count(handle)) return kBlasNotInitialized;
+  run_all();  // as it frees memory
+  g_blas.erase(handle);
+  return kBlasOk;
+}
+API int cublasSetStream_v2(Blas* handle, void* stream) {
+  Lock lock(g_mutex);
+  if (!g_blas.count(handle)) return kBlasNotInitialized;
+  auto found = find_stream(stream);
+  if (!found) return blas_fail(kBlasInvalidValue, "cublasSetStream: the stream is not one of this device");
+  g_blas[handle]->stream = found;
+  return kBlasOk;
+}
+API int cublasGemmStridedBatchedEx(Blas* handle, int op_a, int op_b, int m, int n, int k, const float* alpha, const void* a, int type_a, int lda, long long stride_a,
+                                   const void* b, int type_b, int ldb, long long stride_b, const float* beta, void* c, int type_c, int ldc, long long stride_c, int batch, int compute, int) {
+  Product p = {"cublasGemmStridedBatchedEx", op_a, op_b, m, n, k, batch, alpha ? *alpha : 0, beta ? *beta : 0,
+               {"A", (char*)a, type_a, lda, stride_a, op_a ? k : m, op_a ? m : k}, {"B", (char*)b, type_b, ldb, stride_b, op_b ? n : k, op_b ? k : n}, {"C", (char*)c, type_c, ldc, stride_c, m, n}};
+  return product(handle, p, compute, alpha && beta);
+}
+API int cublasGemmEx(Blas* handle, int op_a, int op_b, int m, int n, int k, const float* alpha, const void* a, int type_a, int lda,
+                     const void* b, int type_b, int ldb, const float* beta, void* c, int type_c, int ldc, int compute, int) {
+  Product p = {"cublasGemmEx", op_a, op_b, m, n, k, 1, alpha ? *alpha : 0, beta ? *beta : 0,
+               {"A", (char*)a, type_a, lda, 0, op_a ? k : m, op_a ? m : k}, {"B", (char*)b, type_b, ldb, 0, op_b ? n : k, op_b ? k : n}, {"C", (char*)c, type_c, ldc, 0, m, n}};
+  return product(handle, p, compute, alpha && beta);
 }

@@ -1,10 +1,10 @@
 """An emulated CUDA device: ``tvm.cuda(0)`` on a machine without a GPU.
 
-:func:`install` puts stand-ins for ``libcuda.so.1`` and ``libcudart.so.13`` (``device.cpp``) in front
-of TVM's CUDA runtime, so that whole compiled models run: memory, streams, events, CUDA graphs and
-every kernel, on the CPU, with g++ as the only compiler. It is asked for by name, says so in the log,
-and is refused in a process that has loaded a real driver. It is a device for tests and for
-``verify``: what its clock says has nothing to do with the speed of a GPU.
+:func:`install` puts stand-ins for ``libcuda.so.1``, ``libcudart.so.13`` and ``libcublas.so.13``
+(``device.cpp``) in front of TVM's CUDA runtime, so that whole compiled models run: memory, streams,
+events, CUDA graphs and every kernel, on the CPU, with g++ as the only compiler. It is asked for by name,
+says so in the log, and is refused in a process that has loaded a real driver. It is a device for tests
+and for ``verify``: what its clock says has nothing to do with the speed of a GPU.
 
 What ``cuModuleLoadData`` gets is CUDA source (:meth:`Device.compiler` makes TVM produce that), or a
 cubin whose source was made known before (:meth:`Device.know`), as a saved library's is.
@@ -29,22 +29,12 @@ from tvm_balanced.cudaemu.compiler import EmulatorError, device_libraries, runti
 from tvm_balanced.cudaemu.module import ORDERS, SCALARS, Module
 from tvm_balanced.cudaemu.report import Report
 from tvm_balanced.errors import InputError, ToolchainError
+from tvm_balanced.static_report import SM_LIMITS
 from tvm_balanced.targets import GPUS, REPRESENTATIVE, core_count
 
 log = logging.getLogger(__name__)
 
 MEMORY_BYTES = 16 << 30  # of the emulated device; pages cost nothing until they are used
-
-# per architecture: shared memory of a multiprocessor in KiB, and its most threads and blocks. Source:
-# CUDA C++ Programming Guide, table of technical specifications per compute capability
-_MULTIPROCESSOR = {
-    "sm_80": (164, 2048, 32),
-    "sm_86": (100, 1536, 16),
-    "sm_89": (100, 1536, 24),
-    "sm_90": (228, 2048, 32),
-    "sm_100": (228, 2048, 32),
-    "sm_120": (100, 1536, 24),
-}
 
 _BOUNDS = re.compile(r"__launch_bounds__\(\s*(\d+)")
 
@@ -61,6 +51,7 @@ class _Record(ctypes.Structure):
         ("instrumented", ctypes.c_int),
         ("seconds", ctypes.c_double),
         ("scale", ctypes.c_double),
+        ("graph", ctypes.c_int),
     ]
 
 
@@ -75,17 +66,19 @@ class DeviceLaunch:
     Parameters
     ----------
     kernel : str
-        Its name.
+        Its name, or that of the cuBLAS function.
     grid, block : tuple of int
-        Extents.
+        Extents; of a cuBLAS function m, n and the batch, and ones.
     dynamic_shared : int
         Bytes.
     report : Report or None
-        What an instrumented launch saw; None of a plain one.
+        What an instrumented launch saw; None of a plain one and of cuBLAS.
     error : str
         Why it failed; empty when it did not.
     seconds : float
         It took on this CPU.
+    graph : bool
+        Whether the replay of a CUDA graph launched it.
     """
 
     kernel: str
@@ -95,6 +88,7 @@ class DeviceLaunch:
     report: Report | None
     error: str
     seconds: float
+    graph: bool = False
 
 
 class _Unit:
@@ -155,8 +149,8 @@ class Device:
             For an architecture whose limits are not known.
         """
         plain = arch.rstrip("af")
-        if plain not in _MULTIPROCESSOR:
-            known = ", ".join(_MULTIPROCESSOR)
+        if plain not in SM_LIMITS:
+            known = ", ".join(SM_LIMITS)
             raise InputError(f'the emulated device knows no architecture "{arch}"; choose {known}')
         self.arch = plain
         attributes = _attributes(plain)
@@ -276,6 +270,7 @@ class Device:
             report,
             record.error.decode(),
             float(record.seconds),
+            bool(record.graph),
         )
 
     # exceptions must not leave a callback: they become words in the error that TVM raises
@@ -395,7 +390,7 @@ _ATTRIBUTES = {
 def _attributes(arch: str) -> dict[int, int]:
     """``cudaDeviceAttr`` to value."""
     gpu = GPUS[REPRESENTATIVE[arch]]
-    shared, threads, blocks = _MULTIPROCESSOR[arch]
+    limits = SM_LIMITS[arch]
     major, minor = divmod(int(arch.removeprefix("sm_")), 10)
     values = {
         "MaxThreadsPerBlock": 1024,
@@ -413,16 +408,16 @@ def _attributes(arch: str) -> dict[int, int]:
         "MultiProcessorCount": gpu.sm_count,
         "ConcurrentKernels": 1,
         "L2CacheSize": gpu.l2_bytes,
-        "MaxThreadsPerMultiProcessor": threads,
+        "MaxThreadsPerMultiProcessor": 32 * limits.warps,
         "AsyncEngineCount": 1,
         "UnifiedAddressing": 1,
         "ComputeCapabilityMajor": major,
         "ComputeCapabilityMinor": minor,
-        "MaxSharedMemoryPerMultiprocessor": shared << 10,
+        "MaxSharedMemoryPerMultiprocessor": limits.shared_bytes,
         "MaxRegistersPerMultiprocessor": 65536,
         "CooperativeLaunch": 0,
         "MaxSharedMemoryPerBlockOptin": gpu.shared_bytes,
-        "MaxBlocksPerMultiprocessor": blocks,
+        "MaxBlocksPerMultiprocessor": limits.blocks,
         "ReservedSharedMemoryPerBlock": 1 << 10,
         "ClusterLaunch": 0,
     }
@@ -486,7 +481,9 @@ def _refuse_real_driver() -> None:
     with open("/proc/self/maps") as maps:
         loaded = {Path(line.split(maxsplit=5)[-1].strip()).name for line in maps}
     real = sorted(
-        name for name in loaded if re.match(r"(libcuda|libcudart|libtvm_runtime_cuda)\.so", name)
+        name
+        for name in loaded
+        if re.match(r"(libcuda|libcudart|libcublas|libtvm_runtime_cuda)\.so", name)
     )
     if real:
         raise ToolchainError(

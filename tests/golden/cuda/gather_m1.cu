@@ -1,41 +1,54 @@
 extern "C" __global__ void __launch_bounds__(512) main_kernel(half* __restrict__ T_add_intermediate_ptr, half* __restrict__ bias_ptr, uchar* __restrict__ indices_ptr, half* __restrict__ values_ptr, half* __restrict__ x_ptr) {
   alignas(64) float balanced_partial_local_ptr[1];
-  __shared__ alignas(64) half balanced_data_shared_ptr[512];
+  alignas(64) half balanced_rows_local_ptr[8];
+  __shared__ alignas(64) float balanced_data_shared_ptr[512];
   alignas(64) half balanced_values_local_ptr[8];
   alignas(64) uchar balanced_indices_local_ptr[4];
-  __shared__ alignas(64) float balanced_partial_shared_ptr[512];
   alignas(64) float balanced_sparse_dense_local_ptr[1];
   balanced_partial_local_ptr[0] = 0x0p+0f/*0.000000e+00*/;
   int cse_v1 = (((int)threadIdx.y) * 256);
   int cse_v2 = (((int)threadIdx.x) * 8);
+  int cse_v5 = ((((int)threadIdx.y) * 256) + (((int)threadIdx.x) * 8));
   if (((int)threadIdx.y) < 2) {
-    int cse_v4 = ((((int)threadIdx.y) * 256) + (((int)threadIdx.x) * 8));
-    *(uint4*)(balanced_data_shared_ptr + ((((int)threadIdx.y) * 256) + (((int)threadIdx.x) * 8))) = *(uint4*)(x_ptr + ((((int)threadIdx.y) * 256) + (((int)threadIdx.x) * 8)));
+    *(uint4*)(balanced_rows_local_ptr + 0) = *(uint4*)(x_ptr + ((((int)threadIdx.y) * 256) + (((int)threadIdx.x) * 8)));
+  }
+  for (int ax3_2_0 = 0; ax3_2_0 < 2; ++ax3_2_0) {
+    if (((int)threadIdx.y) < 2) {
+      int cse_v3 = (ax3_2_0 * 4);
+      float4 __1;
+      half4 v_ = *(half4*)(balanced_rows_local_ptr + (ax3_2_0 * 4));
+      __1.x = (float)(v_.x);
+      __1.y = (float)(v_.y);
+      __1.z = (float)(v_.z);
+      __1.w = (float)(v_.w);
+      *(float4*)(balanced_data_shared_ptr + (((((int)threadIdx.y) * 256) + (((int)threadIdx.x) * 8)) + (ax3_2_0 * 4))) = __1;
+    }
   }
   *(uint4*)(balanced_values_local_ptr + 0) = *(uint4*)(values_ptr + (((((int)blockIdx.x) * 4096) + (((int)threadIdx.y) * 256)) + (((int)threadIdx.x) * 8)));
   *(uint*)(balanced_indices_local_ptr + 0) = *(uint*)(indices_ptr + (((((int)blockIdx.x) * 2048) + (((int)threadIdx.y) * 128)) + (((int)threadIdx.x) * 4)));
-  int cse_v3 = (((int)threadIdx.y) * 32);
+  int cse_v4 = (((int)threadIdx.y) * 32);
   __syncthreads();
-  balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (((float)balanced_data_shared_ptr[((((int)threadIdx.y) * 32) + ((int)((balanced_indices_local_ptr[0] >> (uchar)0) & (uchar)15)))]) * ((float)balanced_values_local_ptr[0])));
-  balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (((float)balanced_data_shared_ptr[((((int)threadIdx.y) * 32) + ((int)((balanced_indices_local_ptr[0] >> (uchar)4) & (uchar)15)))]) * ((float)balanced_values_local_ptr[1])));
-  balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (((float)balanced_data_shared_ptr[((((int)threadIdx.y) * 32) + ((int)((balanced_indices_local_ptr[1] >> (uchar)0) & (uchar)15)))]) * ((float)balanced_values_local_ptr[2])));
-  balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (((float)balanced_data_shared_ptr[((((int)threadIdx.y) * 32) + ((int)((balanced_indices_local_ptr[1] >> (uchar)4) & (uchar)15)))]) * ((float)balanced_values_local_ptr[3])));
-  balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (((float)balanced_data_shared_ptr[(((((int)threadIdx.y) * 32) + ((int)((balanced_indices_local_ptr[2] >> (uchar)0) & (uchar)15))) + 16)]) * ((float)balanced_values_local_ptr[4])));
-  balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (((float)balanced_data_shared_ptr[(((((int)threadIdx.y) * 32) + ((int)((balanced_indices_local_ptr[2] >> (uchar)4) & (uchar)15))) + 16)]) * ((float)balanced_values_local_ptr[5])));
-  balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (((float)balanced_data_shared_ptr[(((((int)threadIdx.y) * 32) + ((int)((balanced_indices_local_ptr[3] >> (uchar)0) & (uchar)15))) + 16)]) * ((float)balanced_values_local_ptr[6])));
-  balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (((float)balanced_data_shared_ptr[(((((int)threadIdx.y) * 32) + ((int)((balanced_indices_local_ptr[3] >> (uchar)4) & (uchar)15))) + 16)]) * ((float)balanced_values_local_ptr[7])));
-  balanced_partial_shared_ptr[((((int)threadIdx.y) * 32) + ((int)threadIdx.x))] = balanced_partial_local_ptr[0];
+  balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (balanced_data_shared_ptr[((((int)threadIdx.y) * 32) + (((int)(balanced_indices_local_ptr[0] >> (uchar)0)) & 15))] * ((float)balanced_values_local_ptr[0])));
+  balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (balanced_data_shared_ptr[((((int)threadIdx.y) * 32) + (((int)(balanced_indices_local_ptr[0] >> (uchar)4)) & 15))] * ((float)balanced_values_local_ptr[1])));
+  balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (balanced_data_shared_ptr[((((int)threadIdx.y) * 32) + (((int)(balanced_indices_local_ptr[1] >> (uchar)0)) & 15))] * ((float)balanced_values_local_ptr[2])));
+  balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (balanced_data_shared_ptr[((((int)threadIdx.y) * 32) + (((int)(balanced_indices_local_ptr[1] >> (uchar)4)) & 15))] * ((float)balanced_values_local_ptr[3])));
+  balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (balanced_data_shared_ptr[(((((int)threadIdx.y) * 32) + (((int)(balanced_indices_local_ptr[2] >> (uchar)0)) & 15)) + 16)] * ((float)balanced_values_local_ptr[4])));
+  balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (balanced_data_shared_ptr[(((((int)threadIdx.y) * 32) + (((int)(balanced_indices_local_ptr[2] >> (uchar)4)) & 15)) + 16)] * ((float)balanced_values_local_ptr[5])));
+  balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (balanced_data_shared_ptr[(((((int)threadIdx.y) * 32) + (((int)(balanced_indices_local_ptr[3] >> (uchar)0)) & 15)) + 16)] * ((float)balanced_values_local_ptr[6])));
+  balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (balanced_data_shared_ptr[(((((int)threadIdx.y) * 32) + (((int)(balanced_indices_local_ptr[3] >> (uchar)4)) & 15)) + 16)] * ((float)balanced_values_local_ptr[7])));
+  __syncthreads();
+  balanced_data_shared_ptr[((((int)threadIdx.y) * 32) + ((int)threadIdx.x))] = balanced_partial_local_ptr[0];
   __syncthreads();
   for (int ax5 = 0; ax5 < 16; ++ax5) {
     if (((int)threadIdx.y) < 1) {
       if (ax5 == 0) {
         balanced_sparse_dense_local_ptr[0] = 0x0p+0f/*0.000000e+00*/;
       }
-      balanced_sparse_dense_local_ptr[0] = (balanced_sparse_dense_local_ptr[0] + balanced_partial_shared_ptr[((ax5 * 32) + ((int)threadIdx.x))]);
+      balanced_sparse_dense_local_ptr[0] = (balanced_sparse_dense_local_ptr[0] + balanced_data_shared_ptr[((ax5 * 32) + ((int)threadIdx.x))]);
     }
   }
   if (((int)threadIdx.y) < 1) {
-    int cse_v5 = ((((int)blockIdx.x) * 32) + ((int)threadIdx.x));
+    int cse_v6 = ((((int)blockIdx.x) * 32) + ((int)threadIdx.x));
     T_add_intermediate_ptr[((((int)blockIdx.x) * 32) + ((int)threadIdx.x))] = (((half)balanced_sparse_dense_local_ptr[0]) + bias_ptr[((((int)blockIdx.x) * 32) + ((int)threadIdx.x))]);
   }
 }

@@ -1,0 +1,134 @@
+"""Contenders and the gate before them: what is right is timed, what is wrong or missing says so."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tvm_balanced import benchmark_peers as peers
+from tvm_balanced.benchmark_shapes import LayerShape, Problem
+from tvm_balanced.benchmarking import make_machine
+from tvm_balanced.packing import is_balanced
+from tvm_balanced.pattern import BalancedPattern
+from tvm_balanced.pruning import prune_weight
+
+BY_NAME = {peer.name: peer for peer in (peers.OWN, *peers.PEERS)}
+
+
+@pytest.fixture(scope="module")
+def machine():
+    before = torch.get_num_threads()
+    # more threads only wait for each other on a busy machine
+    yield make_machine("llvm", 1)
+    torch.set_num_threads(before)
+
+
+def prepared(machine, name, m=3, n=64, k=256, pattern="4:16", dtype="float32"):
+    problem = Problem("test", LayerShape("layer", n, k), m, pattern, dtype)
+    weights = peers.Weights.make(problem, machine.device)
+    generator = torch.Generator().manual_seed(1)
+    data = torch.randn(m, k, generator=generator).to(getattr(torch, dtype))
+    with torch.inference_mode():
+        return BY_NAME[name].prepare(machine, problem, weights, data)
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        ("csr", "float32"),  # in PyTorch on a CPU the only dtype of CSR
+        *itertools.product(
+            ("balanced", "dense", "int4", "tvm_dense"), ("float32", "float16", "bfloat16")
+        ),
+    ],
+)
+def test_contender_agrees_with_float64(machine, name, dtype):
+    contender = prepared(machine, name, dtype=dtype)
+    first, second = contender.calls(2)
+    limit = peers.TOLERANCE["bfloat16" if name == "int4" else dtype]
+    assert peers.relative_error(contender, first) <= limit
+    # a copy has memory of its own and the same values
+    assert torch.equal(contender.result(first()), contender.result(second()))
+
+
+@pytest.mark.parametrize("m, n, k", [(1, 40, 100), (17, 33, 260)], ids=["M1", "M17"])
+def test_operator_takes_what_the_block_does_not_divide(machine, m, n, k):
+    contender = prepared(machine, "balanced", m, n, k)
+    assert peers.relative_error(contender, contender.make()) <= 1e-5
+
+
+def test_operator_says_what_it_runs(machine):
+    contender = prepared(machine, "balanced")
+    assert contender.about["encoding"] in ("u4", "u8")
+    assert contender.about["predicted_us"] > 0
+    # the packed weight is smaller than the dense one
+    assert contender.num_bytes < 64 * 256 * 4
+
+
+@pytest.mark.parametrize("name", ["semi_structured", "triton"])
+def test_peer_that_needs_a_gpu_says_so(machine, name):
+    with pytest.raises(peers.PeerMissing, match="needs a GPU"):
+        prepared(machine, name)
+
+
+def test_int4_says_which_shapes_it_does_not_take(machine):
+    with pytest.raises(peers.PeerMissing, match="takes no 64x200"):
+        prepared(machine, "int4", k=200)
+
+
+def test_int4_is_held_against_its_rounded_weight(machine):
+    contender = prepared(machine, "int4")
+    codes = torch.unique(contender.weight.view(64, -1, 128)[0, 0])
+    assert len(codes) <= 16
+    assert contender.num_bytes < 64 * 256 * 4 / 6
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda out: out * 1.01, lambda out: out * math.nan, lambda out: out[:, :-1], torch.zeros_like],
+    ids=["off", "nan", "shape", "zeros"],
+)
+def test_gate_sees_a_wrong_result(machine, spoil):
+    contender = prepared(machine, "dense")
+    call = contender.make()
+    assert peers.relative_error(contender, lambda: spoil(call())) > peers.TOLERANCE["float32"]
+
+
+def test_gate_sees_one_wrong_element(machine):
+    contender = prepared(machine, "dense", n=4100)
+    call = contender.make()
+
+    def spoilt():
+        out = call().clone()
+        out[2, 4099] += 0.01 * out.abs().max()
+        return out
+
+    assert peers.relative_error(contender, spoilt) > 5e-3
+
+
+@pytest.mark.parametrize("pattern", ["4:16", "1:4", "16:256"])
+def test_pruning_on_the_device_is_the_packages_own(pattern):
+    weight = torch.randn(20, 300, generator=torch.Generator().manual_seed(0))
+    pruned = peers.prune(weight, BalancedPattern(pattern)).numpy()
+    assert is_balanced(pruned, BalancedPattern(pattern))
+    # magnitudes of random weights are all different, so that there is one answer
+    assert np.array_equal(pruned, prune_weight(weight.numpy(), pattern))
+
+
+def test_bfloat16_goes_to_numpy_and_back():
+    tensor = torch.randn(5, 7).to(torch.bfloat16)
+    array = peers.to_numpy(tensor)
+    assert array.dtype.name == "bfloat16"
+    assert torch.equal(peers.from_numpy(array, torch.device("cpu")), tensor)
+
+
+def test_weights_are_packed_once(machine):
+    contender = prepared(machine, "balanced")
+    assert peers._bytes(contender.weight) == 64 * 256 * 4
+    problem = Problem("test", LayerShape("layer", 64, 256), 1, "4:16", "float32")
+    weights = peers.Weights.make(problem, machine.device)
+    from tvm_balanced.schedules.dispatch import preferred_format
+
+    fmt = preferred_format(weights.pattern, 64, 256, 1, "float32", machine.spec.target)
+    assert weights.packed(fmt) is weights.packed(fmt)
