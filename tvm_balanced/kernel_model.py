@@ -603,7 +603,9 @@ class Model:
         )
 
 
-def candidates(fmt: PackedFormat, rows: int, dtype: str, shared_bytes: int) -> Iterator[Knobs]:
+def candidates(
+    fmt: PackedFormat, rows: int, dtype: str, shared_bytes: int, multiprocessors: int | None = None
+) -> Iterator[Knobs]:
     """Every tile worth asking the model about, a few hundred at most.
 
     Rows of activations are cut into even tiles of up to 16; what is staged and the partial sums fit
@@ -620,10 +622,12 @@ def candidates(fmt: PackedFormat, rows: int, dtype: str, shared_bytes: int) -> I
         Of the activations.
     shared_bytes : int
         Shared memory that a thread block may take.
+    multiprocessors : int, optional
+        Lower tiles only where half of them would stand idle with taller ones; all heights when left out.
     """
     unit = chunk_unit(fmt)
     seen = set()
-    for tile_rows in _row_tiles(rows):
+    for tile_rows in _row_tiles(rows, fmt.padded_rows // _LANES, multiprocessors):
         for vector in (1, 2, 4):
             itemsize = staged_itemsize(dtype, vector * _ceil(tile_rows, vector))
             if vector * itemsize > _STAGED_BYTES or vector >= 2 * tile_rows:
@@ -652,11 +656,16 @@ def candidates(fmt: PackedFormat, rows: int, dtype: str, shared_bytes: int) -> I
                     yield Knobs(vector, groups, warps, unroll, chunk)
 
 
-def _row_tiles(rows: int) -> list[int]:
-    """Heights of tiles of activations, tallest first: even shares of M."""
-    tallest = _ceil(rows, _ceil(rows, _MAX_ROWS))
-    heights = [tallest]
+def _row_tiles(rows: int, column_tiles: int, multiprocessors: int | None) -> list[int]:
+    """Heights of tiles of activations, tallest first: even shares of M.
+
+    A lower tile executes more instructions for each non-zero and reads the stream again.
+    """
+    heights = [_ceil(rows, _ceil(rows, _MAX_ROWS))]
     while heights[-1] > 1:
+        thread_blocks = column_tiles * _ceil(rows, heights[-1])
+        if multiprocessors is not None and 2 * thread_blocks > multiprocessors:
+            break
         heights.append(_ceil(heights[-1], 2))
     return heights
 
@@ -713,7 +722,10 @@ def _choose(fmt: PackedFormat, rows: int, dtype: str, shared_bytes: int, gpu: Ma
     model = Model(gpu, fmt, rows, dtype)
     # of those that are nearly as fast, the one that reads least, from memory and then from any cache: bytes
     # are certain, the rest of the model less so. Instructions that are hidden count a little too.
-    timed = [(model.bounds(knobs), knobs) for knobs in candidates(fmt, rows, dtype, shared_bytes)]
+    timed = [
+        (model.bounds(knobs), knobs)
+        for knobs in candidates(fmt, rows, dtype, shared_bytes, gpu.sm_count)
+    ]
     best_us = min((bounds[0] for bounds, _ in timed), default=math.inf)
     near = [
         (memory, stream, total + _HIDDEN * issue, i)

@@ -146,7 +146,7 @@ def test_default_tile_fits(rows: int | None, pattern: str, dtype: str) -> None:
 def _check_tile(case: Case, rows: int | None) -> None:
     fmt = packed_format(case)
     tile = cuda_gather.default_tile(fmt, rows, case.dtype, 48 << 10, multiprocessors=1)
-    itemsize = 4 if case.dtype == "float32" or tile.rows <= 4 else 2
+    itemsize = 4 if case.dtype == "float32" or tile.rows <= 2 else 2
     staged = tile.chunk * fmt.pattern.block * tile.rows * itemsize
     assert staged + tile.warps * tile.rows * 32 * 4 <= 48 << 10
     assert tile.chunk * fmt.pattern.nnz % fmt.layout.vector == 0
