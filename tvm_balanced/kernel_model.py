@@ -626,8 +626,11 @@ def candidates(
         Lower tiles only where half of them would stand idle with taller ones; all heights when left out.
     """
     unit = chunk_unit(fmt)
-    seen = set()
-    for tile_rows in _row_tiles(rows, fmt.padded_rows // _LANES, multiprocessors):
+    seen: set[tuple[int, int]] = set()
+    thread_blocks = 0
+    for tile_rows in _row_tiles(rows):
+        if seen and multiprocessors is not None and 2 * thread_blocks > multiprocessors:
+            return
         for vector in (1, 2, 4):
             itemsize = staged_itemsize(dtype, vector * _ceil(tile_rows, vector))
             if vector * itemsize > _STAGED_BYTES or vector >= 2 * tile_rows:
@@ -641,12 +644,13 @@ def candidates(
                 or (groups > 4 and itemsize * vector < 8)
             ):
                 continue
-            seen.add((vector, groups))
             max_warps = _MAX_WARPS if held <= 8 else _MAX_WARPS // 2
             room = shared_bytes - max_warps * held * _LANES * _PARTIAL_BYTES
             most = room // (fmt.pattern.block * held * itemsize) // unit * unit
             if most < unit:
                 continue
+            seen.add((vector, groups))
+            thread_blocks = fmt.padded_rows // _LANES * _ceil(rows, held)
             fewest = _ceil(fmt.blocks, most)
             for chunk in {
                 _ceil(_ceil(fmt.blocks, chunks), unit) * unit for chunks in (fewest, 2 * fewest)
@@ -656,16 +660,13 @@ def candidates(
                     yield Knobs(vector, groups, warps, unroll, chunk)
 
 
-def _row_tiles(rows: int, column_tiles: int, multiprocessors: int | None) -> list[int]:
+def _row_tiles(rows: int) -> list[int]:
     """Heights of tiles of activations, tallest first: even shares of M.
 
     A lower tile executes more instructions for each non-zero and reads the stream again.
     """
     heights = [_ceil(rows, _ceil(rows, _MAX_ROWS))]
     while heights[-1] > 1:
-        thread_blocks = column_tiles * _ceil(rows, heights[-1])
-        if multiprocessors is not None and 2 * thread_blocks > multiprocessors:
-            break
         heights.append(_ceil(heights[-1], 2))
     return heights
 
