@@ -38,16 +38,18 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import tvm
 import tvm_ffi
 from tvm import s_tir, te, tirx
 
+from tvm_balanced import kernel_model
 from tvm_balanced.ops import BLOCK_DATA, BLOCK_MAIN, BLOCK_OUT, skewed
 from tvm_balanced.packing import ENCODINGS, PackedFormat
 from tvm_balanced.schedules.balanced_block import BalancedBlock, find
+from tvm_balanced.targets import GPUS, GpuFigures, gpu_figures
 
 BLOCK_ROWS = "balanced_rows"
 BLOCK_VALUES = "balanced_values"
@@ -58,12 +60,11 @@ BLOCK_SPLIT = "balanced_split"
 _LANES = 32
 _LOAD_BYTES = 16  # of the widest load
 _SECTOR_BYTES = 32  # that memory moves at least
+_WINDOW = kernel_model.WINDOW
 _STATIC_SHARED_BYTES = 48 << 10
 _STAGED_BYTES = 8  # of one staged element: two words, so a window of 16 elements fills the 32 banks
-_WINDOW = 16  # elements staged side by side, at least
 _MAX_ROWS = 16  # of activations in a tile
 _MAX_WARPS = 16
-_MULTIPROCESSORS = 132  # of an H100; an A100 has 108, which makes no other choice for common shapes
 _MAX_UNROLL = 4
 _SPLIT_SLOTS = 1024  # of a row, the fewest that a thread block of its own is worth
 _SPARE = 1.07  # share of slots that may be padding when warps and unrolling are chosen
@@ -111,21 +112,15 @@ def default_tile(
     rows: int | None,
     data_dtype: str,
     shared_bytes: int,
-    multiprocessors: int = _MULTIPROCESSORS,
+    gpu: GpuFigures | None = None,
+    multiprocessors: int | None = None,
     split: bool = True,
 ) -> Tile:
-    """Knobs from shapes alone.
+    """Knobs by :func:`tvm_balanced.kernel_model.choose`: what is predicted to be fastest on a GPU.
 
-    Rows of activations are taken 1, 2, 4, 8, 12 or 16 at a time (8 where M is symbolic): each sum costs a
-    register, and reading the sparse stream again costs more than idle rows. More rows make even tiles
-    (17 rows two of 9, held in 12). Where N is so small that multiprocessors would stand idle, several
-    thread blocks share K, if each still has 1024 slots of a row: adding their sums takes a second kernel.
-    Where half the multiprocessors would stand idle even so, tiles are halved: the stream is then small and
-    its second reading comes from L2, while the work of a thread block, which is what takes the time,
-    shrinks (instructions per slot for 16, 8 and 1 rows: 44, 25 and 8 on sm_90). As many warps share K as
-    there are whole steps for, up to 16, and the steps are unrolled up to four times, as long as little of
-    the work is padding. The chunk is the largest that fits beside the partial sums, which in fact take the
-    same memory afterwards: what is left out between windows finds its room there.
+    Where N is so small that multiprocessors would stand idle, several thread blocks share K, if each
+    still has 1024 slots of a row: adding their sums takes a second kernel. The model knows no such tiles;
+    these come from shapes alone (:func:`_split_tile`).
 
     Parameters
     ----------
@@ -137,28 +132,48 @@ def default_tile(
         Of the activations.
     shared_bytes : int
         Shared memory a thread block may take.
-    multiprocessors : int
-        That thread blocks are to be spread over.
+    gpu : GpuFigures, optional
+        Where the kernel is to run; an H100 when left out.
+    multiprocessors : int, optional
+        Of the GPU, instead of its own number; its bandwidths are reduced in proportion.
     split : bool
         Whether thread blocks may share K.
     """
-    most = 8 if rows is None else _ceil(rows, _ceil(rows, _MAX_ROWS))
-    splits = 1
-    while rows is not None:
-        thread_blocks = fmt.padded_rows // _LANES * _ceil(rows, most)
-        if split:
-            splits = max(1, min(multiprocessors // thread_blocks, fmt.slots // _SPLIT_SLOTS))
-        if most == 1 or 2 * thread_blocks * splits > multiprocessors:
-            break
-        most = _ceil(most, 2)
-    itemsize = _staged_itemsize(data_dtype, most)
+    figures = GPUS["h100"] if gpu is None else gpu
+    if split and rows is not None:
+        shared_tile = _split_tile(
+            fmt, rows, data_dtype, shared_bytes, multiprocessors or figures.sm_count
+        )
+        if shared_tile is not None:
+            return shared_tile
+    chosen = kernel_model.choose(
+        fmt, rows, data_dtype, shared_bytes, kernel_model.machine(figures, multiprocessors)
+    )
+    return Tile(**asdict(chosen))
+
+
+def _split_tile(
+    fmt: PackedFormat, rows: int, data_dtype: str, shared_bytes: int, multiprocessors: int
+) -> Tile | None:
+    """A tile whose thread blocks share K, as many of them as multiprocessors are left; else None.
+
+    As many rows of activations as fit; as many warps share K as there are whole steps for, up to 16, and
+    the steps are unrolled up to four times, as long as little of the work is padding. The chunk is the
+    largest that fits beside the partial sums.
+    """
+    most = _ceil(rows, _ceil(rows, _MAX_ROWS))
+    thread_blocks = fmt.padded_rows // _LANES * _ceil(rows, most)
+    splits = min(multiprocessors // thread_blocks, fmt.slots // _SPLIT_SLOTS)
+    if splits < 2:
+        return None
+    itemsize = kernel_model.staged_itemsize(data_dtype, most)
     vector = min(_STAGED_BYTES // itemsize, 1 << (most - 1).bit_length())
     groups = _ceil(most, vector)
-    unit = _chunk_unit(fmt)
+    unit = kernel_model.chunk_unit(fmt)
     while True:
         max_warps = _MAX_WARPS if vector * groups <= 8 else _MAX_WARPS // 2
         room = shared_bytes - max_warps * vector * groups * _LANES * 4
-        itemsize = _staged_itemsize(data_dtype, vector * groups)
+        itemsize = kernel_model.staged_itemsize(data_dtype, vector * groups)
         per_block = fmt.pattern.block * vector * groups * itemsize
         if unit * per_block <= room or vector * groups == 1:
             break
@@ -180,21 +195,10 @@ def default_tile(
     return Tile(vector, groups, best[1], best[2], chunk, splits)
 
 
-def _staged_itemsize(data_dtype: str, rows: int) -> int:
-    """Bytes of a staged activation: one or two rows are widened once, not at each of their uses."""
-    return 4 if data_dtype == "float32" or rows <= 2 else 2
-
-
-def _chunk_unit(fmt: PackedFormat) -> int:
-    """Fewest blocks whose slots fill whole vectors of values and indices, and whole windows."""
-    unit = fmt.index_vector // math.gcd(fmt.index_vector, fmt.pattern.nnz)
-    return math.lcm(unit, _window_blocks(fmt), fmt.layout.skew)
-
-
-def _window_blocks(fmt: PackedFormat) -> int:
-    """Blocks staged one after the other; after each window of them one element is left out."""
-    alone = _WINDOW % fmt.pattern.block or fmt.layout.skew > 1
-    return 1 if alone else _WINDOW // fmt.pattern.block
+def shared_limit(target: tvm.target.Target) -> int:
+    """Bytes of shared memory that a thread block of this schedule may take."""
+    limit = int(target.attrs.get("max_shared_memory_per_block", _STATIC_SHARED_BYTES))
+    return min(limit, _STATIC_SHARED_BYTES)
 
 
 def apply(
@@ -214,11 +218,14 @@ def apply(
     found = find(func)
     if found is None or not _takes(found):
         return None
-    limit = int(target.attrs.get("max_shared_memory_per_block", _STATIC_SHARED_BYTES))
-    limit = min(limit, _STATIC_SHARED_BYTES)
     if tile is None:
         tile = default_tile(
-            found.fmt, found.rows, found.data_dtype, limit, split=not _captures_graphs()
+            found.fmt,
+            found.rows,
+            found.data_dtype,
+            shared_limit(target),
+            gpu_figures(target),
+            split=not _captures_graphs(),
         )
     canonical = _canonical(func, found, tile)
     return None if canonical is None else _schedule(canonical, found, tile)
@@ -404,7 +411,7 @@ def _core(
     exact = steps * tile.unroll * tile.warps == runs and chunks * runs == all_runs
     static = rows if isinstance(rows, int) else None
 
-    held, skew, bits = _window_blocks(fmt), fmt.layout.skew, ENCODINGS[fmt.encoding]
+    held, skew, bits = kernel_model.window_blocks(fmt), fmt.layout.skew, ENCODINGS[fmt.encoding]
     width = _stage_width(fmt, x.dtype)
 
     tx = te.placeholder(x.shape, x.dtype, name="x")
@@ -432,7 +439,7 @@ def _core(
     staged = te.compute(
         _shape(row_tiles, tile.groups, windows, length, skew, tile.vector),
         lambda mo, mg, kw, e, s, mv: tirx.Cast(
-            "float32" if _staged_itemsize(x.dtype, tile.rows) == 4 else x.dtype,
+            "float32" if kernel_model.staged_itemsize(x.dtype, tile.rows) == 4 else x.dtype,
             loaded_rows(mo, mg, mv, kw, s, e // width, e % width),
         ),
         name=BLOCK_DATA,
@@ -581,8 +588,7 @@ def _point(buffer: Any, at: Any) -> Any:
 
 def _stage_width(fmt: PackedFormat, dtype: str) -> int:
     """Elements along K that a thread loads at once: 16 bytes, or what K and the window divide by."""
-    width = _LOAD_BYTES // (4 if dtype == "float32" else 2)
-    return math.gcd(width, fmt.pattern.block * _window_blocks(fmt), fmt.in_features)
+    return kernel_model.staged_at_once(fmt, dtype)
 
 
 def _schedule(func: tirx.PrimFunc, found: BalancedBlock, tile: Tile) -> s_tir.Schedule:

@@ -1,25 +1,32 @@
 """Predicted time of a dense layer, dense and balanced-sparse, from bytes, arithmetic and launches.
 
-A roofline with one efficiency per kernel kind. It ranks; it does not replace measuring, and reports
-print it as a prediction. Sources: the byte and instruction budgets of the H100 are derived from its data
-sheet (3352 GB/s, 132 SM x 128 lanes); the llvm figures are ratios seen with ``benchmarks/operator_cpu.py``.
+A roofline with one efficiency per kernel kind, and on CUDA the kernel model
+(:mod:`tvm_balanced.kernel_model`) for the sparse kernel, with the knobs that the compiler will choose. It
+ranks; it does not replace measuring, and reports print it as a prediction. The llvm figures are ratios
+seen with ``benchmarks/operator_cpu.py``.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from tvm_balanced import kernel_model
 from tvm_balanced.packing import PackedFormat, numpy_dtype
+from tvm_balanced.schedules import cuda_gather
+from tvm_balanced.targets import gpu_figures
 
 if TYPE_CHECKING:
     from tvm_balanced.targets import TargetSpec
 
 # share of peak bandwidth and arithmetic a kernel reaches
-_CUDA_GATHER_BANDWIDTH = 0.75
 # DLight's fp16 GEMV touches 16 sectors a request where 4 would do; its matmul has no async copies
 _CUDA_DENSE_BANDWIDTH = 0.5
 _CUDA_DENSE_TENSOR = 0.3
 _CUDA_DENSE_FP32 = 0.5
+# a kernel waits for its first loads, meets at a barrier and ends: what the kernel model gives a layer of
+# no size, of which a dense kernel has as much
+_CUDA_DENSE_LATENCY_US = 1.4
 # assumed of cuBLAS, on matrices that fill the GPU; not measured here
 _CUBLAS_BANDWIDTH = 0.8
 _CUBLAS_TENSOR = 0.7
@@ -31,12 +38,6 @@ _LLVM_DENSE_ARITHMETIC = 0.9
 _LLVM_SPARSE_ARITHMETIC = 0.6
 # with 256-bit registers a block of 16 takes two permutes and a blend (1640 us for the same layer)
 _AVX2_SPARSE_ARITHMETIC = 0.4
-
-# lane-instructions per non-zero of the gather kernel: loads and index decoding, and per row of
-# activations a share of a shared-memory read, conversion and multiply-add; counted in the SASS of the fp16
-# kernel for sm_90: 9.2 at M = 1, 25.8 at M = 8, 45.3 at M = 16
-_GATHER_DECODE = 6.7
-_GATHER_PER_ROW = 2.4
 
 
 def dense_us(
@@ -74,6 +75,7 @@ def dense_us(
             arithmetic = flops / (spec.tensor_tflops * 1e6 * share)
         share = _CUBLAS_BANDWIDTH if cublas else _CUDA_DENSE_BANDWIDTH
         memory = moved / (spec.bandwidth_gbps * 1e3 * share)
+        return spec.launch_us + _CUDA_DENSE_LATENCY_US + max(arithmetic, memory)
     else:
         arithmetic = flops / (spec.fp32_tflops * 1e6 * _LLVM_DENSE_ARITHMETIC)
         memory = moved / (spec.bandwidth_gbps * 1e3 * _LLVM_BANDWIDTH)
@@ -82,16 +84,34 @@ def dense_us(
 
 def sparse_us(spec: TargetSpec, rows: int, fmt: PackedFormat, dtype: str) -> float:
     """Microseconds of the balanced-sparse operator on this target."""
+    if spec.kind == "cuda":
+        return predicted(spec, rows, fmt, dtype).total_us
     itemsize = numpy_dtype(dtype).itemsize
     moved = fmt.nbytes(dtype) + itemsize * rows * (fmt.out_features + fmt.in_features)
     slots = float(fmt.padded_rows) * fmt.slots
-    if spec.kind == "cuda":
-        per_slot = _GATHER_DECODE + _GATHER_PER_ROW * rows
-        # fp32 peak counts a multiply-add as two operations: half of it is lane-instructions a second
-        arithmetic = slots * per_slot / (spec.fp32_tflops * 1e6 / 2)
-        memory = moved / (spec.bandwidth_gbps * 1e3 * _CUDA_GATHER_BANDWIDTH)
-    else:
-        share = _LLVM_SPARSE_ARITHMETIC if spec.vector_bits >= 512 else _AVX2_SPARSE_ARITHMETIC
-        arithmetic = 2.0 * rows * slots / (spec.fp32_tflops * 1e6 * share)
-        memory = moved / (spec.bandwidth_gbps * 1e3 * _LLVM_BANDWIDTH)
+    share = _LLVM_SPARSE_ARITHMETIC if spec.vector_bits >= 512 else _AVX2_SPARSE_ARITHMETIC
+    arithmetic = 2.0 * rows * slots / (spec.fp32_tflops * 1e6 * share)
+    memory = moved / (spec.bandwidth_gbps * 1e3 * _LLVM_BANDWIDTH)
     return spec.launch_us + max(arithmetic, memory)
+
+
+def predicted(
+    spec: TargetSpec, rows: int, fmt: PackedFormat, dtype: str
+) -> kernel_model.Prediction:
+    """The kernel model's prediction for a layer, with the knobs that the compiler will choose.
+
+    Parameters
+    ----------
+    spec : TargetSpec
+        A CUDA target.
+    rows : int
+        M.
+    fmt : PackedFormat
+        Layout ``r32vV``.
+    dtype : str
+        Of values and activations.
+    """
+    gpu = kernel_model.machine(gpu_figures(spec.target))
+    knobs = kernel_model.choose(fmt, rows, dtype, cuda_gather.shared_limit(spec.target), gpu)
+    gpu = replace(gpu, launch_us=spec.launch_us)
+    return kernel_model.Model(gpu, fmt, rows, dtype).predict(knobs)

@@ -330,7 +330,8 @@ def cuda_target(arch: str, figures: GpuFigures | DetectedGpu) -> tvm.target.Targ
     """The TVM target of a GPU.
 
     TVM's own tags are not used: ``nvidia/nvidia-h100`` caps shared memory at 48 KiB, of which the
-    chip gives 227, and names ``sm_90a``, whose code runs on no other GPU of the family.
+    chip gives 227, and names ``sm_90a``, whose code runs on no other GPU of the family. The attribute
+    ``model`` says which GPU it is, for :func:`gpu_figures`.
     """
     from tvm.target import Target
 
@@ -338,6 +339,7 @@ def cuda_target(arch: str, figures: GpuFigures | DetectedGpu) -> tvm.target.Targ
         {
             "kind": "cuda",
             "arch": arch,
+            "model": _model_text(figures),
             "max_shared_memory_per_block": figures.shared_bytes,
             "max_threads_per_block": 1024,
             "max_num_threads": 1024,
@@ -345,6 +347,52 @@ def cuda_target(arch: str, figures: GpuFigures | DetectedGpu) -> tvm.target.Targ
             "registers_per_block": 65536,
             "l2_cache_size_bytes": figures.l2_bytes,
         }
+    )
+
+
+def _model_text(figures: GpuFigures | DetectedGpu) -> str:
+    """A GPU's name in :data:`GPUS`, or the figures that its target does not hold."""
+    if isinstance(figures, DetectedGpu):
+        figures = detected_figures(figures)
+    for name, known in GPUS.items():
+        if known == figures:
+            return name
+    return f"{figures.sm_count} SM, {figures.bandwidth_gbps:g} GB/s, {figures.clock_ghz:g} GHz"
+
+
+def gpu_figures(target: tvm.target.Target) -> GpuFigures:
+    """The figures of a CUDA target's GPU.
+
+    Parameters
+    ----------
+    target : tvm.target.Target
+        Made by :func:`cuda_target`, or another of a supported architecture, which its representative
+        stands for.
+
+    Raises
+    ------
+    InputError
+        For an architecture that is not supported.
+    """
+    model = str(target.attrs.get("model", ""))
+    if model in GPUS:
+        return GPUS[model]
+    arch = re.sub(r"[af]$", "", str(target.attrs.get("arch", "")))
+    if arch not in REPRESENTATIVE:
+        raise InputError(
+            f'the TVM target {target} has arch "{target.attrs.get("arch", "")}"; supported are '
+            f"{', '.join(REPRESENTATIVE)}"
+        )
+    told = re.fullmatch(r"(\d+) SM, (\S+) GB/s, (\S+) GHz", model)
+    if told is None:
+        return GPUS[REPRESENTATIVE[arch]]
+    return _derived_figures(
+        arch,
+        int(told[1]),
+        float(told[2]),
+        float(told[3]),
+        int(target.attrs["l2_cache_size_bytes"]),
+        int(target.attrs["max_shared_memory_per_block"]),
     )
 
 
@@ -402,6 +450,24 @@ def detected_figures(gpu: DetectedGpu) -> GpuFigures:
         # "RTX 4090 Laptop GPU", "H100 PCIe", "MIG 1g.10gb" share a name with a different chip
         if spelt and figures.arch == gpu.arch and figures.sm_count == gpu.sm_count:
             return figures
+    return _derived_figures(
+        gpu.arch,
+        gpu.sm_count,
+        gpu.bandwidth_gbps,
+        gpu.clock_ghz,
+        gpu.l2_bytes,
+        gpu.shared_bytes,
+    )
+
+
+def _derived_figures(
+    arch: str,
+    sm_count: int,
+    bandwidth_gbps: float,
+    clock_ghz: float,
+    l2_bytes: int,
+    shared_bytes: int,
+) -> GpuFigures:
     # FLOP per clock and multiprocessor, architecture by architecture: CUDA cores, tensor cores
     cuda_rate, tensor_rate = {
         "sm_80": (128, 2048),
@@ -410,17 +476,17 @@ def detected_figures(gpu: DetectedGpu) -> GpuFigures:
         "sm_90": (256, 4096),
         "sm_100": (256, 8192),
         "sm_120": (256, 512),
-    }[gpu.arch]
-    per_clock = gpu.sm_count * gpu.clock_ghz / 1e3
+    }[arch]
+    per_clock = sm_count * clock_ghz / 1e3
     return GpuFigures(
-        gpu.arch,
-        gpu.bandwidth_gbps,
+        arch,
+        bandwidth_gbps,
         per_clock * cuda_rate,
         per_clock * tensor_rate,
-        gpu.sm_count,
-        gpu.clock_ghz,
-        gpu.l2_bytes,
-        gpu.shared_bytes,
+        sm_count,
+        clock_ghz,
+        l2_bytes,
+        shared_bytes,
     )
 
 
@@ -514,13 +580,7 @@ def _from_tvm(target: Any) -> TargetSpec:
     if kind == "llvm":
         return _llvm_spec(str(target), target)
     if kind == "cuda":
-        arch = str(target.attrs.get("arch", ""))
-        family = re.sub(r"[af]$", "", arch)
-        if family not in REPRESENTATIVE:
-            raise InputError(
-                f'the TVM target {target} has arch "{arch}"; supported are '
-                f"{', '.join(REPRESENTATIVE)}"
-            )
-        gpu = REPRESENTATIVE[family]
-        return _cuda(str(target), gpu, GPUS[gpu], target)
+        figures = gpu_figures(target)
+        gpu = str(target.attrs.get("model", REPRESENTATIVE[figures.arch]))
+        return _cuda(str(target), gpu, figures, target)
     raise InputError(f"a TVM target of kind {kind} was given; only cuda and llvm are supported")

@@ -153,19 +153,11 @@ def _check_tile(case: Case, rows: int | None) -> None:
     assert tile.warps * 32 <= 1024
 
 
-@pytest.mark.parametrize(
-    ("n", "rows", "tile_rows"),
-    [
-        (4096, 8, 8),
-        (4096, 16, 16),
-        (4096, 33, 12),
-        (4096, 32, 16),
-        (2048, 16, 8),
-        (768, 8, 2),
-        (64, 16, 1),
-    ],
-)
-def test_default_tile_keeps_the_device_busy(n: int, rows: int, tile_rows: int) -> None:
-    """Tiles are as large as they can be while there is a thread block for most multiprocessors."""
+@pytest.mark.parametrize("n", [64, 768, 2048, 4096])
+@pytest.mark.parametrize("rows", [8, 16, 32, 33])
+def test_default_tile_keeps_the_device_busy(n: int, rows: int) -> None:
+    """There is a thread block for most multiprocessors, or tiles have a few rows."""
     fmt = packed_format(Case((rows,), n, 1024, "4:16"))
-    assert cuda_gather.default_tile(fmt, rows, "float16", 48 << 10).rows == tile_rows
+    tile = cuda_gather.default_tile(fmt, rows, "float16", 48 << 10)
+    thread_blocks = n // 32 * -(-rows // tile.rows)
+    assert 2 * thread_blocks >= 132 or tile.rows <= 4

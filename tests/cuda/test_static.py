@@ -12,6 +12,7 @@ from tvm_balanced.packing import ENCODINGS
 from tvm_balanced.pipeline import TIR_PIPELINE
 from tvm_balanced.schedules import cuda_gather
 from tvm_balanced.static_report import KernelReport, StaticReport, find_nvdisasm
+from tvm_balanced.targets import gpu_figures
 
 from .conftest import Case, fused_kernel, packed_format, target
 from .cubins import compile_cubin
@@ -66,7 +67,9 @@ def test_the_sparse_stream_comes_in_wide_loads(case: Case, arch: str) -> None:
     assert counts.local_accesses == 0
     # each 16 bytes of values are multiplied by every row of the tile
     fmt = packed_format(case)
-    tile = cuda_gather.default_tile(fmt, case.shapes[0][0], case.dtype, 48 << 10)
+    tile = cuda_gather.default_tile(
+        fmt, case.shapes[0][0], case.dtype, 48 << 10, gpu_figures(target(arch))
+    )
     runs, rest = divmod(counts.ffma, fmt.layout.vector * tile.rows)
     assert runs >= tile.unroll and rest == 0
     assert counts.global_loads.get(128, 0) >= runs

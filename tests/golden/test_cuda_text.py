@@ -18,6 +18,7 @@ from tvm_balanced.packing import Layout, PackedFormat
 from tvm_balanced.pattern import BalancedPattern
 from tvm_balanced.pipeline import TIR_PIPELINE
 from tvm_balanced.schedules import cuda_fallback, cuda_gather
+from tvm_balanced.schedules.balanced_block import find
 
 from .conftest import FOLDER
 
@@ -43,7 +44,15 @@ def _text(rule: Any, case: Case, layout: str, arch: str) -> str:
     fmt = PackedFormat(
         case.n, case.k, BalancedPattern(case.pattern), Layout.parse(layout), preferred.encoding
     )
-    sch = rule.apply(fused_kernel(case, fmt), target(arch))
+    func = fused_kernel(case, fmt)
+    if rule is cuda_gather:
+        # that of one GPU, as each has its own
+        found = find(func)
+        assert found is not None
+        tile = cuda_gather.default_tile(fmt, found.rows, case.dtype, 48 << 10)
+        sch = cuda_gather.apply(func, target(arch), tile)
+    else:
+        sch = rule.apply(func, target(arch))
     assert sch is not None
     source = cudaemu.from_tvm(sch.mod, target(arch), pipeline=TIR_PIPELINE).source
     (kernel,) = split_kernels(source).values()

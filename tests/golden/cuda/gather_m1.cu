@@ -1,9 +1,9 @@
-extern "C" __global__ void __launch_bounds__(512) main_kernel(half* __restrict__ T_add_intermediate_ptr, half* __restrict__ bias_ptr, uchar* __restrict__ indices_ptr, half* __restrict__ values_ptr, half* __restrict__ x_ptr) {
+extern "C" __global__ void __launch_bounds__(256) main_kernel(half* __restrict__ T_add_intermediate_ptr, half* __restrict__ bias_ptr, uchar* __restrict__ indices_ptr, half* __restrict__ values_ptr, half* __restrict__ x_ptr) {
   alignas(64) float balanced_partial_local_ptr[1];
   alignas(64) half balanced_rows_local_ptr[8];
   __shared__ alignas(64) float balanced_data_shared_ptr[512];
-  alignas(64) half balanced_values_local_ptr[8];
-  alignas(64) uchar balanced_indices_local_ptr[4];
+  alignas(64) half balanced_values_local_ptr[16];
+  alignas(64) uchar balanced_indices_local_ptr[8];
   alignas(64) float balanced_sparse_dense_local_ptr[1];
   balanced_partial_local_ptr[0] = 0x0p+0f/*0.000000e+00*/;
   int cse_v1 = (((int)threadIdx.y) * 256);
@@ -24,8 +24,12 @@ extern "C" __global__ void __launch_bounds__(512) main_kernel(half* __restrict__
       *(float4*)(balanced_data_shared_ptr + (((((int)threadIdx.y) * 256) + (((int)threadIdx.x) * 8)) + (ax3_2_0 * 4))) = __1;
     }
   }
-  *(uint4*)(balanced_values_local_ptr + 0) = *(uint4*)(values_ptr + (((((int)blockIdx.x) * 4096) + (((int)threadIdx.y) * 256)) + (((int)threadIdx.x) * 8)));
-  *(uint*)(balanced_indices_local_ptr + 0) = *(uint*)(indices_ptr + (((((int)blockIdx.x) * 2048) + (((int)threadIdx.y) * 128)) + (((int)threadIdx.x) * 4)));
+  for (int ax2 = 0; ax2 < 2; ++ax2) {
+    *(uint4*)(balanced_values_local_ptr + (ax2 * 8)) = *(uint4*)(values_ptr + ((((((int)blockIdx.x) * 4096) + (ax2 * 2048)) + (((int)threadIdx.y) * 256)) + (((int)threadIdx.x) * 8)));
+  }
+  for (int ax2_1 = 0; ax2_1 < 2; ++ax2_1) {
+    *(uint*)(balanced_indices_local_ptr + (ax2_1 * 4)) = *(uint*)(indices_ptr + ((((((int)blockIdx.x) * 2048) + (ax2_1 * 1024)) + (((int)threadIdx.y) * 128)) + (((int)threadIdx.x) * 4)));
+  }
   int cse_v4 = (((int)threadIdx.y) * 32);
   __syncthreads();
   balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (balanced_data_shared_ptr[((((int)threadIdx.y) * 32) + (((int)(balanced_indices_local_ptr[0] >> (uchar)0)) & 15))] * ((float)balanced_values_local_ptr[0])));
@@ -36,10 +40,18 @@ extern "C" __global__ void __launch_bounds__(512) main_kernel(half* __restrict__
   balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (balanced_data_shared_ptr[(((((int)threadIdx.y) * 32) + (((int)(balanced_indices_local_ptr[2] >> (uchar)4)) & 15)) + 16)] * ((float)balanced_values_local_ptr[5])));
   balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (balanced_data_shared_ptr[(((((int)threadIdx.y) * 32) + (((int)(balanced_indices_local_ptr[3] >> (uchar)0)) & 15)) + 16)] * ((float)balanced_values_local_ptr[6])));
   balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (balanced_data_shared_ptr[(((((int)threadIdx.y) * 32) + (((int)(balanced_indices_local_ptr[3] >> (uchar)4)) & 15)) + 16)] * ((float)balanced_values_local_ptr[7])));
+  balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (balanced_data_shared_ptr[(((((int)threadIdx.y) * 32) + (((int)(balanced_indices_local_ptr[4] >> (uchar)0)) & 15)) + 256)] * ((float)balanced_values_local_ptr[8])));
+  balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (balanced_data_shared_ptr[(((((int)threadIdx.y) * 32) + (((int)(balanced_indices_local_ptr[4] >> (uchar)4)) & 15)) + 256)] * ((float)balanced_values_local_ptr[9])));
+  balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (balanced_data_shared_ptr[(((((int)threadIdx.y) * 32) + (((int)(balanced_indices_local_ptr[5] >> (uchar)0)) & 15)) + 256)] * ((float)balanced_values_local_ptr[10])));
+  balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (balanced_data_shared_ptr[(((((int)threadIdx.y) * 32) + (((int)(balanced_indices_local_ptr[5] >> (uchar)4)) & 15)) + 256)] * ((float)balanced_values_local_ptr[11])));
+  balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (balanced_data_shared_ptr[(((((int)threadIdx.y) * 32) + (((int)(balanced_indices_local_ptr[6] >> (uchar)0)) & 15)) + 272)] * ((float)balanced_values_local_ptr[12])));
+  balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (balanced_data_shared_ptr[(((((int)threadIdx.y) * 32) + (((int)(balanced_indices_local_ptr[6] >> (uchar)4)) & 15)) + 272)] * ((float)balanced_values_local_ptr[13])));
+  balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (balanced_data_shared_ptr[(((((int)threadIdx.y) * 32) + (((int)(balanced_indices_local_ptr[7] >> (uchar)0)) & 15)) + 272)] * ((float)balanced_values_local_ptr[14])));
+  balanced_partial_local_ptr[0] = (balanced_partial_local_ptr[0] + (balanced_data_shared_ptr[(((((int)threadIdx.y) * 32) + (((int)(balanced_indices_local_ptr[7] >> (uchar)4)) & 15)) + 272)] * ((float)balanced_values_local_ptr[15])));
   __syncthreads();
   balanced_data_shared_ptr[((((int)threadIdx.y) * 32) + ((int)threadIdx.x))] = balanced_partial_local_ptr[0];
   __syncthreads();
-  for (int ax5 = 0; ax5 < 16; ++ax5) {
+  for (int ax5 = 0; ax5 < 8; ++ax5) {
     if (((int)threadIdx.y) < 1) {
       if (ax5 == 0) {
         balanced_sparse_dense_local_ptr[0] = 0x0p+0f/*0.000000e+00*/;

@@ -1,10 +1,10 @@
-extern "C" __global__ void __launch_bounds__(320) main_kernel(half* __restrict__ balanced_out_ptr, uchar* __restrict__ indices_ptr, half* __restrict__ values_ptr, half* __restrict__ x_ptr, int64_t m) {
+extern "C" __global__ void __launch_bounds__(160) main_kernel(half* __restrict__ balanced_out_ptr, uchar* __restrict__ indices_ptr, half* __restrict__ values_ptr, half* __restrict__ x_ptr, int64_t m) {
   alignas(64) float balanced_partial_local_ptr[8];
   alignas(64) half balanced_rows_local_ptr[8];
   __shared__ alignas(64) half balanced_data_shared_ptr[680];
-  alignas(64) half balanced_values_local_ptr[2];
-  alignas(64) uchar balanced_indices_local_ptr[1];
-  __shared__ alignas(64) float balanced_partial_shared_ptr[2560];
+  alignas(64) half balanced_values_local_ptr[4];
+  alignas(64) uchar balanced_indices_local_ptr[2];
+  __shared__ alignas(64) float balanced_partial_shared_ptr[1280];
   alignas(64) float balanced_sparse_dense_local_ptr[1];
   *(float4*)(balanced_partial_local_ptr + 0) = make_float4(0x0p+0f/*0.000000e+00*/, 0x0p+0f/*0.000000e+00*/, 0x0p+0f/*0.000000e+00*/, 0x0p+0f/*0.000000e+00*/);
   *(float4*)(balanced_partial_local_ptr + 4) = make_float4(0x0p+0f/*0.000000e+00*/, 0x0p+0f/*0.000000e+00*/, 0x0p+0f/*0.000000e+00*/, 0x0p+0f/*0.000000e+00*/);
@@ -12,13 +12,13 @@ extern "C" __global__ void __launch_bounds__(320) main_kernel(half* __restrict__
   int64_t cse_v2 = (((int64_t)threadIdx.x) & (int64_t)7);
   int64_t cse_v3 = (((int64_t)blockIdx.y) * (int64_t)8);
   int64_t cse_v4 = (m - (int64_t)1);
-  int64_t cse_v6 = ((((int64_t)threadIdx.y) * (int64_t)2) + (((int64_t)threadIdx.x) >> (int64_t)4));
-  int64_t cse_v7 = ((((int64_t)threadIdx.y) * (int64_t)4) + (((int64_t)threadIdx.x) >> (int64_t)3));
-  int64_t cse_v8 = ((((int64_t)threadIdx.x) & (int64_t)7) * (int64_t)2);
-  int64_t cse_v10 = (((((int64_t)threadIdx.y) * (int64_t)4) + (((int64_t)threadIdx.x) >> (int64_t)3)) % (int64_t)5);
-  int64_t cse_v11 = ((((((int64_t)threadIdx.y) * (int64_t)4) + (((int64_t)threadIdx.x) >> (int64_t)3)) % (int64_t)5) * (int64_t)16);
-  int64_t cse_v13 = (((((((int64_t)threadIdx.y) * (int64_t)4) + (((int64_t)threadIdx.x) >> (int64_t)3)) % (int64_t)5) * (int64_t)8) + (((int64_t)threadIdx.x) & (int64_t)7));
-  int64_t cse_v14 = ((((int64_t)blockIdx.y) * (int64_t)8) + ((((((int64_t)threadIdx.y) * (int64_t)4) + (((int64_t)threadIdx.x) >> (int64_t)3)) / (int64_t)5) * (int64_t)4));
+  int64_t cse_v7 = ((((int64_t)threadIdx.y) * (int64_t)2) + (((int64_t)threadIdx.x) >> (int64_t)4));
+  int64_t cse_v8 = ((((int64_t)threadIdx.y) * (int64_t)4) + (((int64_t)threadIdx.x) >> (int64_t)3));
+  int64_t cse_v9 = ((((int64_t)threadIdx.x) & (int64_t)7) * (int64_t)2);
+  int64_t cse_v12 = (((((int64_t)threadIdx.y) * (int64_t)4) + (((int64_t)threadIdx.x) >> (int64_t)3)) % (int64_t)5);
+  int64_t cse_v14 = ((((((int64_t)threadIdx.y) * (int64_t)4) + (((int64_t)threadIdx.x) >> (int64_t)3)) % (int64_t)5) * (int64_t)16);
+  int64_t cse_v16 = (((((((int64_t)threadIdx.y) * (int64_t)4) + (((int64_t)threadIdx.x) >> (int64_t)3)) % (int64_t)5) * (int64_t)8) + (((int64_t)threadIdx.x) & (int64_t)7));
+  int64_t cse_v17 = ((((int64_t)blockIdx.y) * (int64_t)8) + ((((((int64_t)threadIdx.y) * (int64_t)4) + (((int64_t)threadIdx.x) >> (int64_t)3)) / (int64_t)5) * (int64_t)4));
   if (((((int64_t)threadIdx.y) * (int64_t)2) + (((int64_t)threadIdx.x) >> (int64_t)4)) < (int64_t)5) {
     half2 condval;
     if ((((((((int64_t)threadIdx.y) * (int64_t)4) + (((int64_t)threadIdx.x) >> (int64_t)3)) % (int64_t)5) * (int64_t)8) + (((int64_t)threadIdx.x) & (int64_t)7)) < (int64_t)35) {
@@ -55,7 +55,7 @@ extern "C" __global__ void __launch_bounds__(320) main_kernel(half* __restrict__
     }
     *(half2*)(balanced_rows_local_ptr + (int64_t)6) = condval_3;
   }
-  int64_t cse_v12 = (((((int64_t)threadIdx.y) * (int64_t)272) + ((((int64_t)threadIdx.x) >> (int64_t)3) * (int64_t)68)) + ((((int64_t)threadIdx.x) & (int64_t)7) * (int64_t)8));
+  int64_t cse_v15 = (((((int64_t)threadIdx.y) * (int64_t)272) + ((((int64_t)threadIdx.x) >> (int64_t)3) * (int64_t)68)) + ((((int64_t)threadIdx.x) & (int64_t)7) * (int64_t)8));
   if (((((int64_t)threadIdx.y) * (int64_t)2) + (((int64_t)threadIdx.x) >> (int64_t)4)) < (int64_t)5) {
     int4 v_ = make_int4((0)+(2*0), (0)+(2*1), (0)+(2*2), (0)+(2*3));
     *(half4*)(balanced_data_shared_ptr + (((((int64_t)threadIdx.y) * (int64_t)272) + ((((int64_t)threadIdx.x) >> (int64_t)3) * (int64_t)68)) + ((((int64_t)threadIdx.x) & (int64_t)7) * (int64_t)8))) = make_half4(balanced_rows_local_ptr[v_.x],balanced_rows_local_ptr[v_.y],balanced_rows_local_ptr[v_.z],balanced_rows_local_ptr[v_.w]);
@@ -64,10 +64,14 @@ extern "C" __global__ void __launch_bounds__(320) main_kernel(half* __restrict__
     int4 v__1 = make_int4((1)+(2*0), (1)+(2*1), (1)+(2*2), (1)+(2*3));
     *(half4*)(balanced_data_shared_ptr + ((((((int64_t)threadIdx.y) * (int64_t)272) + ((((int64_t)threadIdx.x) >> (int64_t)3) * (int64_t)68)) + ((((int64_t)threadIdx.x) & (int64_t)7) * (int64_t)8)) + (int64_t)4)) = make_half4(balanced_rows_local_ptr[v__1.x],balanced_rows_local_ptr[v__1.y],balanced_rows_local_ptr[v__1.z],balanced_rows_local_ptr[v__1.w]);
   }
-  *(half2*)(balanced_values_local_ptr + 0) = *(half2*)(values_ptr + (((((int64_t)blockIdx.x) * (int64_t)640) + (((int64_t)threadIdx.y) * (int64_t)64)) + (((int64_t)threadIdx.x) * (int64_t)2)));
+  for (int ax2 = 0; ax2 < 2; ++ax2) {
+    *(half2*)(balanced_values_local_ptr + (ax2 * 2)) = *(half2*)(values_ptr + ((((((int64_t)blockIdx.x) * (int64_t)640) + (((int64_t)ax2) * (int64_t)320)) + (((int64_t)threadIdx.y) * (int64_t)64)) + (((int64_t)threadIdx.x) * (int64_t)2)));
+  }
   int64_t cse_v5 = (((int64_t)threadIdx.y) * (int64_t)32);
-  balanced_indices_local_ptr[0] = indices_ptr[(((((int64_t)blockIdx.x) * (int64_t)320) + (((int64_t)threadIdx.y) * (int64_t)32)) + ((int64_t)threadIdx.x))];
-  int64_t cse_v9 = ((((int64_t)threadIdx.y) >> (int64_t)1) * (int64_t)68);
+  for (int ax2_1 = 0; ax2_1 < 2; ++ax2_1) {
+    balanced_indices_local_ptr[ax2_1] = indices_ptr[((((((int64_t)blockIdx.x) * (int64_t)320) + (((int64_t)ax2_1) * (int64_t)160)) + (((int64_t)threadIdx.y) * (int64_t)32)) + ((int64_t)threadIdx.x))];
+  }
+  int64_t cse_v10 = ((((int64_t)threadIdx.y) >> (int64_t)1) * (int64_t)68);
   __syncthreads();
   float4 __1;
     float4 __2;
@@ -165,23 +169,124 @@ extern "C" __global__ void __launch_bounds__(320) main_kernel(half* __restrict__
     __13.z = (__14.z+v__13.z);
     __13.w = (__14.w+v__13.w);
   *(float4*)(balanced_partial_local_ptr + 4) = __13;
-  for (int ax2 = 0; ax2 < 2; ++ax2) {
+  int64_t cse_v13 = (((((int64_t)threadIdx.y) + (int64_t)5) >> (int64_t)1) * (int64_t)68);
+  float4 __17;
+    float4 __18;
+      float4 __19;
+      half4 v__14 = *(half4*)(balanced_data_shared_ptr + ((((((int64_t)threadIdx.y) + (int64_t)5) >> (int64_t)1) * (int64_t)68) + (((int64_t)(((int)(balanced_indices_local_ptr[1] >> (uchar)0)) & 15)) * (int64_t)4)));
+      __19.x = (float)(v__14.x);
+      __19.y = (float)(v__14.y);
+      __19.z = (float)(v__14.z);
+      __19.w = (float)(v__14.w);
+      float4 __20;
+      half4 v__15 = make_half4(balanced_values_local_ptr[2], balanced_values_local_ptr[2], balanced_values_local_ptr[2], balanced_values_local_ptr[2]);
+      __20.x = (float)(v__15.x);
+      __20.y = (float)(v__15.y);
+      __20.z = (float)(v__15.z);
+      __20.w = (float)(v__15.w);
+      __18.x = (__19.x*__20.x);
+      __18.y = (__19.y*__20.y);
+      __18.z = (__19.z*__20.z);
+      __18.w = (__19.w*__20.w);
+    float4 v__16 = *(float4*)(balanced_partial_local_ptr + 0);
+    __17.x = (__18.x+v__16.x);
+    __17.y = (__18.y+v__16.y);
+    __17.z = (__18.z+v__16.z);
+    __17.w = (__18.w+v__16.w);
+  *(float4*)(balanced_partial_local_ptr + 0) = __17;
+  float4 __21;
+    float4 __22;
+      float4 __23;
+      half4 v__17 = *(half4*)(balanced_data_shared_ptr + (((((((int64_t)threadIdx.y) + (int64_t)5) >> (int64_t)1) * (int64_t)68) + (((int64_t)(((int)(balanced_indices_local_ptr[1] >> (uchar)0)) & 15)) * (int64_t)4)) + (int64_t)340));
+      __23.x = (float)(v__17.x);
+      __23.y = (float)(v__17.y);
+      __23.z = (float)(v__17.z);
+      __23.w = (float)(v__17.w);
+      float4 __24;
+      half4 v__18 = make_half4(balanced_values_local_ptr[2], balanced_values_local_ptr[2], balanced_values_local_ptr[2], balanced_values_local_ptr[2]);
+      __24.x = (float)(v__18.x);
+      __24.y = (float)(v__18.y);
+      __24.z = (float)(v__18.z);
+      __24.w = (float)(v__18.w);
+      __22.x = (__23.x*__24.x);
+      __22.y = (__23.y*__24.y);
+      __22.z = (__23.z*__24.z);
+      __22.w = (__23.w*__24.w);
+    float4 v__19 = *(float4*)(balanced_partial_local_ptr + 4);
+    __21.x = (__22.x+v__19.x);
+    __21.y = (__22.y+v__19.y);
+    __21.z = (__22.z+v__19.z);
+    __21.w = (__22.w+v__19.w);
+  *(float4*)(balanced_partial_local_ptr + 4) = __21;
+  float4 __25;
+    float4 __26;
+      float4 __27;
+      half4 v__20 = *(half4*)(balanced_data_shared_ptr + ((((((int64_t)threadIdx.y) + (int64_t)5) >> (int64_t)1) * (int64_t)68) + (((int64_t)(((int)(balanced_indices_local_ptr[1] >> (uchar)4)) & 15)) * (int64_t)4)));
+      __27.x = (float)(v__20.x);
+      __27.y = (float)(v__20.y);
+      __27.z = (float)(v__20.z);
+      __27.w = (float)(v__20.w);
+      float4 __28;
+      half4 v__21 = make_half4(balanced_values_local_ptr[3], balanced_values_local_ptr[3], balanced_values_local_ptr[3], balanced_values_local_ptr[3]);
+      __28.x = (float)(v__21.x);
+      __28.y = (float)(v__21.y);
+      __28.z = (float)(v__21.z);
+      __28.w = (float)(v__21.w);
+      __26.x = (__27.x*__28.x);
+      __26.y = (__27.y*__28.y);
+      __26.z = (__27.z*__28.z);
+      __26.w = (__27.w*__28.w);
+    float4 v__22 = *(float4*)(balanced_partial_local_ptr + 0);
+    __25.x = (__26.x+v__22.x);
+    __25.y = (__26.y+v__22.y);
+    __25.z = (__26.z+v__22.z);
+    __25.w = (__26.w+v__22.w);
+  *(float4*)(balanced_partial_local_ptr + 0) = __25;
+  float4 __29;
+    float4 __30;
+      float4 __31;
+      half4 v__23 = *(half4*)(balanced_data_shared_ptr + (((((((int64_t)threadIdx.y) + (int64_t)5) >> (int64_t)1) * (int64_t)68) + (((int64_t)(((int)(balanced_indices_local_ptr[1] >> (uchar)4)) & 15)) * (int64_t)4)) + (int64_t)340));
+      __31.x = (float)(v__23.x);
+      __31.y = (float)(v__23.y);
+      __31.z = (float)(v__23.z);
+      __31.w = (float)(v__23.w);
+      float4 __32;
+      half4 v__24 = make_half4(balanced_values_local_ptr[3], balanced_values_local_ptr[3], balanced_values_local_ptr[3], balanced_values_local_ptr[3]);
+      __32.x = (float)(v__24.x);
+      __32.y = (float)(v__24.y);
+      __32.z = (float)(v__24.z);
+      __32.w = (float)(v__24.w);
+      __30.x = (__31.x*__32.x);
+      __30.y = (__31.y*__32.y);
+      __30.z = (__31.z*__32.z);
+      __30.w = (__31.w*__32.w);
+    float4 v__25 = *(float4*)(balanced_partial_local_ptr + 4);
+    __29.x = (__30.x+v__25.x);
+    __29.y = (__30.y+v__25.y);
+    __29.z = (__30.z+v__25.z);
+    __29.w = (__30.w+v__25.w);
+  *(float4*)(balanced_partial_local_ptr + 4) = __29;
+  for (int ax2_2 = 0; ax2_2 < 2; ++ax2_2) {
     for (int ax3 = 0; ax3 < 4; ++ax3) {
-      balanced_partial_shared_ptr[((((((int64_t)threadIdx.y) * (int64_t)256) + (((int64_t)ax2) * (int64_t)128)) + (((int64_t)ax3) * (int64_t)32)) + ((int64_t)threadIdx.x))] = balanced_partial_local_ptr[((ax2 * 4) + ax3)];
+      balanced_partial_shared_ptr[((((((int64_t)threadIdx.y) * (int64_t)256) + (((int64_t)ax2_2) * (int64_t)128)) + (((int64_t)ax3) * (int64_t)32)) + ((int64_t)threadIdx.x))] = balanced_partial_local_ptr[((ax2_2 * 4) + ax3)];
     }
   }
   __syncthreads();
-  for (int ax5 = 0; ax5 < 10; ++ax5) {
-    if (((int64_t)threadIdx.y) < (int64_t)8) {
-      if (ax5 == 0) {
-        balanced_sparse_dense_local_ptr[0] = 0x0p+0f/*0.000000e+00*/;
+  for (int64_t ax1_ax2_fused_0 = (int64_t)0; ax1_ax2_fused_0 < (int64_t)2; ++ax1_ax2_fused_0) {
+    int64_t cse_v6 = (ax1_ax2_fused_0 * (int64_t)5);
+    int64_t cse_v11 = ((ax1_ax2_fused_0 * (int64_t)5) + ((int64_t)threadIdx.y));
+    for (int ax5 = 0; ax5 < 5; ++ax5) {
+      if (((ax1_ax2_fused_0 * (int64_t)5) + ((int64_t)threadIdx.y)) < (int64_t)8) {
+        if (ax5 == 0) {
+          balanced_sparse_dense_local_ptr[0] = 0x0p+0f/*0.000000e+00*/;
+        }
+        balanced_sparse_dense_local_ptr[0] = (balanced_sparse_dense_local_ptr[0] + balanced_partial_shared_ptr[((((((int64_t)ax5) * (int64_t)256) + (ax1_ax2_fused_0 * (int64_t)160)) + (((int64_t)threadIdx.y) * (int64_t)32)) + ((int64_t)threadIdx.x))]);
       }
-      balanced_sparse_dense_local_ptr[0] = (balanced_sparse_dense_local_ptr[0] + balanced_partial_shared_ptr[(((((int64_t)ax5) * (int64_t)256) + (((int64_t)threadIdx.y) * (int64_t)32)) + ((int64_t)threadIdx.x))]);
     }
-  }
-  if (((int64_t)threadIdx.y) < (int64_t)8) {
-    if ((((((int64_t)blockIdx.y) * (int64_t)8) + ((int64_t)threadIdx.y)) < m) && (((((int64_t)blockIdx.x) * (int64_t)16) + (((int64_t)threadIdx.x) >> (int64_t)1)) < (int64_t)25)) {
-      balanced_out_ptr[((((((int64_t)blockIdx.y) * (int64_t)400) + (((int64_t)threadIdx.y) * (int64_t)50)) + (((int64_t)blockIdx.x) * (int64_t)32)) + ((int64_t)threadIdx.x))] = ((half)balanced_sparse_dense_local_ptr[0]);
+    if (((ax1_ax2_fused_0 * (int64_t)5) + ((int64_t)threadIdx.y)) < (int64_t)8) {
+      if (((((((int64_t)blockIdx.y) * (int64_t)8) + (ax1_ax2_fused_0 * (int64_t)5)) + ((int64_t)threadIdx.y)) < m) && (((((int64_t)blockIdx.x) * (int64_t)16) + (((int64_t)threadIdx.x) >> (int64_t)1)) < (int64_t)25)) {
+        balanced_out_ptr[(((((((int64_t)blockIdx.y) * (int64_t)400) + (ax1_ax2_fused_0 * (int64_t)250)) + (((int64_t)threadIdx.y) * (int64_t)50)) + (((int64_t)blockIdx.x) * (int64_t)32)) + ((int64_t)threadIdx.x))] = ((half)balanced_sparse_dense_local_ptr[0]);
+      }
     }
   }
 }

@@ -1,0 +1,265 @@
+"""The analytic model of the gather kernel: cases computed by hand, monotonicity, and what it chooses."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from tvm_balanced import cost, kernel_model, targets
+from tvm_balanced.errors import InputError
+from tvm_balanced.kernel_model import Knobs, Model
+from tvm_balanced.packing import Layout, PackedFormat
+from tvm_balanced.pattern import BalancedPattern
+
+H100 = kernel_model.machine(targets.GPUS["h100"])
+ROOM = 48 << 10
+
+# LLM layers, MiniLM's, the LSTM's and the paper's own
+SHAPES = [
+    *((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192), (8192, 28672)),
+    *((384, 384), (1536, 384), (384, 1536), (6000, 1500), (16384, 8196)),
+]
+
+
+def layer(n, k, pattern="4:16", dtype="float16"):
+    parsed = BalancedPattern(pattern)
+    vector = 4 if dtype == "float32" else 8
+    encoding = "u4" if parsed.block <= 16 else "u8"
+    return PackedFormat(n, k, parsed, Layout(32, vector), encoding)
+
+
+def predict(fmt, rows, knobs, gpu=H100, dtype="float16"):
+    return Model(gpu, fmt, rows, dtype).predict(Knobs(*knobs))
+
+
+def fastest(fmt, rows, gpu=H100, dtype="float16"):
+    model = Model(gpu, fmt, rows, dtype)
+    return min(model.bounds(k)[0] for k in kernel_model.candidates(fmt, rows, dtype, ROOM))
+
+
+def test_bytes_and_memory_time_by_hand():
+    told = predict(layer(4096, 4096), 1, (1, 1, 16, 4, 256))
+    # 1024 slots a row, two bytes of value and half a byte of index
+    assert told.stream_bytes == 4096 * 1024 * 5 // 2
+    # 128 thread blocks stage 4096 activations of two bytes
+    assert told.staged_bytes == 128 * 4096 * 2
+    moved = told.stream_bytes + 2 * 4096 + 2 * 4096
+    assert told.memory_us == pytest.approx(moved / (3350e3 * 0.92))
+
+
+def test_thread_blocks_and_occupancy_by_hand():
+    told = predict(layer(11008, 4096), 8, (4, 2, 16, 4, 128))
+    assert told.thread_blocks == 11008 // 32
+    # 128 windows of 16 elements and one that is left out, of 8 rows of two bytes; partial sums take less
+    assert told.shared_bytes == 128 * 17 * 8 * 2
+    # 56 registers: 9 warps in each quarter of an SM, two times 16 in all
+    assert (told.registers, told.resident) == (56, 2)
+    assert told.waves == pytest.approx(344 / (2 * 132))
+    # 344 thread blocks on 132 multiprocessors: the busiest have three
+    assert told.idle_share == pytest.approx(1 - 344 / 396)
+
+
+def test_little_asks_for_18_kilobytes_on_an_h100():
+    told = predict(layer(4096, 4096), 1, (1, 1, 16, 4, 256))
+    assert told.needed_bytes_in_flight == pytest.approx(18e3 * 0.92, rel=0.02)
+    # 16 warps with two loads each of 16 bytes of values and 4 of indices in every lane
+    assert told.bytes_in_flight == 16 * 2 * 32 * 20
+
+
+@pytest.mark.parametrize(
+    ("dtype", "knobs", "counted"),
+    [
+        ("float16", (1, 1, 8, 4, 256), 6.6),
+        ("float16", (2, 1, 8, 4, 256), 7.6),
+        ("float16", (4, 1, 8, 4, 256), 13.8),
+        ("float16", (4, 2, 8, 4, 128), 24.5),
+        ("float16", (4, 3, 8, 4, 64), 34.8),
+        ("float16", (4, 4, 8, 1, 64), 41.4),
+        ("float32", (1, 1, 8, 4, 256), 6.6),
+        ("float32", (2, 4, 8, 4, 64), 18.6),
+        ("bfloat16", (1, 1, 8, 4, 256), 7.1),
+        ("bfloat16", (4, 2, 8, 4, 128), 29.0),
+        ("bfloat16", (4, 4, 8, 4, 64), 52.3),
+    ],
+)
+def test_instructions_are_those_of_the_machine_code(dtype, knobs, counted):
+    """Against the loop of the kernel for sm_90, N = K = 4096 at 4:16, counted by static_report."""
+    rows = knobs[0] * knobs[1]
+    told = predict(layer(4096, 4096, dtype=dtype), rows, knobs, dtype=dtype)
+    assert told.instructions_per_slot == pytest.approx(counted, rel=0.12)
+
+
+def test_wavefronts_of_gathers_by_hand():
+    # eight bytes a lane are two wavefronts, and a tile of 8 rows has two such elements
+    told = predict(layer(4096, 4096), 8, (4, 2, 16, 4, 128))
+    assert told.wavefronts_per_slot == 4
+    # a window of 64 elements of eight bytes is four times the banks
+    assert predict(layer(4096, 4096, "4:64"), 8, (4, 2, 16, 4, 32)).wavefronts_per_slot > 6
+
+
+def test_a_kernel_that_fits_nowhere_takes_forever():
+    knobs = Knobs(4, 4, 16, 4, 4096)
+    assert Model(H100, layer(4096, 65536), 16, "float16").bounds(knobs)[0] == float("inf")
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_more_bytes_are_not_faster(rows):
+    dense = fastest(layer(8192, 8192, "8:16"), rows)
+    assert fastest(layer(8192, 8192, "4:16"), rows) < dense
+    assert fastest(layer(8192, 8192, "2:16"), rows) < fastest(layer(8192, 8192, "4:16"), rows)
+    assert fastest(layer(16384, 8192, "4:16"), rows) > fastest(layer(8192, 8192, "4:16"), rows)
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_more_rows_of_activations_are_not_faster(n, k):
+    fmt = layer(n, k)
+    times = [fastest(fmt, rows) for rows in (1, 2, 4, 8, 16, 32)]
+    assert all(later >= before * 0.999 for before, later in pairwise(times))
+
+
+@pytest.mark.parametrize(
+    "better",
+    [
+        {"bandwidth_gbps": 6000.0},
+        {"memory_ns": 350.0},
+        {"clock_ghz": 3.0},
+        {"launch_us": 1.0},
+        {"l2_bytes_per_clock": 9000.0},
+    ],
+    ids=lambda better: next(iter(better)),
+)
+@pytest.mark.parametrize("rows", [1, 16])
+def test_a_better_gpu_is_not_slower(better, rows):
+    fmt = layer(11008, 4096)
+    for knobs in kernel_model.candidates(fmt, rows, "float16", ROOM):
+        before = Model(H100, fmt, rows, "float16").bounds(knobs)[0]
+        after = Model(replace(H100, **better), fmt, rows, "float16").bounds(knobs)[0]
+        assert after <= before * (1 + 1e-9), knobs
+
+
+def test_never_faster_than_memory_and_launch():
+    for n, k in SHAPES:
+        fmt = layer(n, k)
+        for knobs in kernel_model.candidates(fmt, 8, "float16", ROOM):
+            told = Model(H100, fmt, 8, "float16").predict(knobs)
+            assert told.total_us >= told.memory_us + H100.launch_us
+
+
+@pytest.mark.parametrize("gpu", ["h100", "a100", "rtx-4090", "a10", "b200", "rtx-5090"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_candidates_and_choice_are_legal(gpu, dtype):
+    itemsize = 4 if dtype == "float32" else 2
+    machine = kernel_model.machine(targets.GPUS[gpu])
+    for n, k in SHAPES:
+        for pattern in ("4:16", "16:256", "3:16"):
+            fmt = layer(n, k, pattern, dtype)
+            for rows in (1, 8, 13):
+                found = list(kernel_model.candidates(fmt, rows, dtype, ROOM))
+                assert len(found) == len(set(found)) < 500
+                assert kernel_model.choose(fmt, rows, dtype, ROOM, machine) in found
+                for one in found:
+                    held = one.vector * one.groups
+                    staged = one.chunk * fmt.pattern.block * held * itemsize
+                    assert staged + one.warps * held * 32 * 4 <= ROOM
+                    assert one.chunk * fmt.pattern.nnz % fmt.index_vector == 0
+                    assert one.vector * itemsize <= 8
+                    assert one.warps * 32 <= 1024
+
+
+def test_choice_is_the_same_every_time():
+    fmt = layer(6000, 1500)
+    first = kernel_model.choose(fmt, 8, "float16", ROOM, H100)
+    kernel_model._choose.cache_clear()
+    assert kernel_model.choose(fmt, 8, "float16", ROOM, H100) == first
+
+
+def test_choice_is_near_the_fastest_and_reads_least_among_those():
+    for rows in (1, 8, 16):
+        for n, k in SHAPES:
+            fmt = layer(n, k)
+            model = Model(H100, fmt, rows, "float16")
+            timed = [
+                model.bounds(knobs)
+                for knobs in kernel_model.candidates(fmt, rows, "float16", ROOM, H100.sm_count)
+            ]
+            best = min(bounds[0] for bounds in timed)
+            total, memory, stream, _ = model.bounds(
+                kernel_model.choose(fmt, rows, "float16", ROOM, H100)
+            )
+            assert total <= 1.1 * best
+            near = [bounds[1:3] for bounds in timed if bounds[0] <= 1.1 * best]
+            assert (memory, stream) == min(near)
+
+
+def test_large_weights_are_read_once():
+    """Where the stream does not fit the level-2 cache, all rows of activations are in one tile."""
+    for rows in (1, 2, 4, 8):
+        chosen = kernel_model.choose(layer(28672, 8192), rows, "float16", ROOM, H100)
+        assert chosen.vector * chosen.groups >= rows
+
+
+def test_few_outputs_are_spread_over_tiles_of_activations():
+    fmt = layer(384, 384)
+    chosen = kernel_model.choose(fmt, 16, "float16", ROOM, H100)
+    assert chosen.vector * chosen.groups < 16
+
+
+def test_choice_depends_on_the_gpu():
+    fmt = layer(2048, 4096)
+    chosen = {
+        kernel_model.choose(fmt, 16, "float16", ROOM, kernel_model.machine(figures))
+        for figures in targets.GPUS.values()
+    }
+    assert len(chosen) > 1
+
+
+def test_symbolic_rows_are_taken_for_eight():
+    fmt = layer(4096, 4096)
+    assert kernel_model.choose(fmt, None, "float16", ROOM, H100) == kernel_model.choose(
+        fmt, 8, "float16", ROOM, H100
+    )
+
+
+def test_prediction_prints_its_parts_and_that_it_is_uncalibrated():
+    text = str(predict(layer(4096, 4096), 1, (1, 1, 16, 4, 256)))
+    assert kernel_model.CALIBRATION == "uncalibrated"
+    assert "us (uncalibrated), bound by" in text.splitlines()[0]
+    assert "bytes_in_flight" in text
+
+
+def test_other_layouts_and_architectures_are_refused():
+    fmt = PackedFormat(64, 64, BalancedPattern("4:16"), Layout(1, 8), "u8")
+    with pytest.raises(InputError, match="r1v8 is not of the gather kernel"):
+        Model(H100, fmt, 1, "float16")
+    with pytest.raises(InputError, match=r'"sm_61".*known are sm_80'):
+        kernel_model.machine(replace(targets.GPUS["h100"], arch="sm_61"))
+
+
+def test_plan_and_compiler_speak_of_the_same_prediction():
+    from tvm_balanced.schedules import cuda_gather
+
+    spec = targets.resolve("rtx-4090")
+    fmt = layer(4096, 4096)
+    tile = cuda_gather.default_tile(
+        fmt, 8, "float16", cuda_gather.shared_limit(spec.target), targets.GPUS["rtx-4090"]
+    )
+    machine = kernel_model.machine(targets.gpu_figures(spec.target))
+    knobs = Knobs(tile.vector, tile.groups, tile.warps, tile.unroll, tile.chunk)
+    told = Model(machine, fmt, 8, "float16").predict(knobs)
+    assert cost.sparse_us(spec, 8, fmt, "float16") == pytest.approx(told.total_us)
+
+
+@pytest.mark.parametrize("name", sorted(targets.GPUS))
+def test_a_target_names_its_gpu(name):
+    assert targets.gpu_figures(targets.resolve(name).target) == targets.GPUS[name]
+
+
+def test_a_detected_gpu_is_told_by_its_target():
+    gpu = targets.DetectedGpu(
+        "NVIDIA GeForce RTX 4070", "sm_89", 12 << 30, 504.0, 46, 2.475, 36 << 20, 99 << 10
+    )
+    target = targets.cuda_target("sm_89", gpu)
+    assert str(target.attrs["model"]) == "46 SM, 504 GB/s, 2.475 GHz"
+    assert targets.gpu_figures(target) == targets.detected_figures(gpu)
+    spec = targets.resolve(target)
+    assert (spec.cores, spec.bandwidth_gbps) == (46, 504.0)

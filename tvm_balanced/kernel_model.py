@@ -1,0 +1,740 @@
+"""What a gather kernel costs on a GPU, from first principles: an analytic model that ranks its knobs.
+
+Nothing is measured here and nothing is fitted to times: bytes, sectors, wavefronts and instructions are
+counted from the format and the knobs, and divided by what the GPU's data sheet allows. The model is of
+the kernel that ``schedules/cuda_gather.py`` makes. Where its constants come from, and how its ranking
+did against simulated cycles, is in ``docs/kernel-model.md``. It has seen no time of a real GPU, so
+what it predicts is called uncalibrated.
+
+The time of a launch is that of the busiest multiprocessor. Its thread blocks start together: they stage
+activations, wait for the first loads of the sparse stream, and go on step by step, each step as
+long as the slowest of what it needs: memory, issue slots, the pipes for multiply-adds and integers, shared
+memory; or, where too few warps are there to hide it, the latency of memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from tvm_balanced.errors import InputError
+from tvm_balanced.packing import ENCODINGS, PackedFormat
+from tvm_balanced.static_report import SM_LIMITS, KernelResources, occupancy
+from tvm_balanced.targets import GpuFigures
+
+CALIBRATION = "uncalibrated"
+
+_LANES = 32
+WINDOW = 16  # elements staged side by side, at least
+_WAVEFRONT_BYTES = 128  # of shared memory, in a clock
+_BANK_WORDS = 32
+_PARTIAL_BYTES = 4  # of a sum in float32
+_STAGED_BYTES = 8  # of the widest staged element
+_LOAD_BYTES = 16  # of the widest load
+_MAX_ROWS = 16  # of activations in a tile
+_MAX_WARPS = 16
+_MAX_UNROLL = 4
+# rows of activations that a symbolic M is taken for
+_SYMBOLIC_ROWS = 8
+# warps that are always tried; others only where they pad less than one more, as with 1 or 3 loads
+_EVEN_WARPS = (2, 4, 8, 12, 16)
+# predictions that are taken for equal
+_NEAR = 1.1
+# weight of the issue slots' time among those
+_HIDDEN = 0.1
+# padding of slots that is accepted without looking for fewer
+_SPARE = 1.07
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """Instructions of a warp, counted in its code.
+
+    Parameters
+    ----------
+    decode : float
+        For each slot: take its index out of a word and make an address of it.
+    straddle : float
+        For each slot more, where a vector of slots does not hold whole blocks and no block whole vectors.
+    group : float
+        For each slot and staged element beyond the first, whose address has to be made again.
+    float16, bfloat16 : float
+        For each value or activation: the conversion to float32.
+    load : float
+        For each vector load of the sparse stream, addresses included.
+    loop : float
+        For each pass through the loop.
+    stage : float
+        For each store of a staged element, addresses and bounds included.
+    kernel : float
+        Once: what does not depend on K.
+    """
+
+    decode: float = 3.1
+    straddle: float = 2.7
+    group: float = 1.3
+    float16: float = 1.0
+    bfloat16: float = 1.5
+    load: float = 1.0
+    loop: float = 6.0
+    stage: float = 4.0
+    kernel: float = 60.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU as the model sees it; rates are of one multiprocessor and clock.
+
+    Parameters
+    ----------
+    arch : str
+        Key of :data:`tvm_balanced.static_report.SM_LIMITS`.
+    sm_count : int
+        Streaming multiprocessors.
+    clock_ghz : float
+        Their clock.
+    bandwidth_gbps : float
+        Of device memory, as it can be sustained.
+    l2_bytes : int
+        Level-2 cache.
+    l2_bytes_per_clock, port_bytes_per_clock : float
+        From the level-2 cache to all multiprocessors, and into one.
+    fma_lanes, int_lanes : float
+        Multiply-adds in float32, and integer operations.
+    schedulers : int
+        Warp-wide instructions issued.
+    memory_ns : float
+        Until a load from device memory is there, under load.
+    stage_ns : float
+        Until a load of activations is there, which the kernel before has left in the level-2 cache.
+    shared_clocks, issue_clocks, barrier_clocks : float
+        Until a load from shared memory is there; from one instruction of a warp to its next, as they
+        depend on each other; and of a barrier.
+    loads_in_flight, shared_in_flight : int
+        Vector loads of the sparse stream, and gathers, that the compiler lets a warp wait for at a time.
+    stage_words : int
+        Registers that loads of activations are gathered in before they are stored.
+    unrolled : int
+        Instructions up to which the compiler unrolls the loop by itself and moves the loads to the front.
+    launch_us : float
+        From the end of the kernel before to the first instruction of this one.
+    instructions : Instructions
+        What its compiler makes of the kernel.
+    """
+
+    arch: str
+    sm_count: int
+    clock_ghz: float
+    bandwidth_gbps: float
+    l2_bytes: int
+    l2_bytes_per_clock: float
+    port_bytes_per_clock: float
+    fma_lanes: float
+    int_lanes: float = 64
+    schedulers: int = 4
+    memory_ns: float = 700
+    stage_ns: float = 270
+    shared_clocks: float = 30
+    issue_clocks: float = 2
+    barrier_clocks: float = 30
+    loads_in_flight: int = 2
+    shared_in_flight: int = 8
+    stage_words: int = 16
+    unrolled: int = 128
+    launch_us: float = 2.5
+    instructions: Instructions = Instructions()
+
+    @property
+    def needed_bytes_in_flight(self) -> float:
+        """Bytes that one multiprocessor must have asked for, for full bandwidth (Little's law)."""
+        return self.bandwidth_gbps * self.memory_ns / self.sm_count
+
+
+# share of the data sheet's bandwidth that a plain copy reaches
+_SUSTAINED = 0.92
+
+# bytes a clock from the level-2 cache: 5120 on GA100 by its white paper, taken for its successors too; the
+# others have 32 bytes for each of 64 slices or so
+_L2_BYTES_PER_CLOCK = {
+    "sm_80": 5120.0,
+    "sm_86": 1536.0,
+    "sm_89": 2048.0,
+    "sm_90": 5120.0,
+    "sm_100": 5120.0,
+    "sm_120": 2560.0,
+}
+_PORT_BYTES_PER_CLOCK = 64.0
+
+
+def machine(gpu: GpuFigures, multiprocessors: int | None = None) -> Machine:
+    """The model's view of a GPU.
+
+    Parameters
+    ----------
+    gpu : GpuFigures
+        Of an architecture in :data:`tvm_balanced.static_report.SM_LIMITS`.
+    multiprocessors : int, optional
+        Instead of all; bandwidths and the level-2 cache are reduced in proportion.
+
+    Raises
+    ------
+    InputError
+        For another architecture.
+    """
+    whole = _machine(gpu)
+    if multiprocessors is None:
+        return whole
+    share = multiprocessors / gpu.sm_count
+    return replace(
+        whole,
+        sm_count=multiprocessors,
+        bandwidth_gbps=whole.bandwidth_gbps * share,
+        l2_bytes=int(whole.l2_bytes * share),
+        l2_bytes_per_clock=whole.l2_bytes_per_clock * share,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _machine(gpu: GpuFigures) -> Machine:
+    if gpu.arch not in _L2_BYTES_PER_CLOCK:
+        raise InputError(
+            f'a kernel cannot be modelled for architecture "{gpu.arch}": its limits are not known; known '
+            f"are {', '.join(_L2_BYTES_PER_CLOCK)}"
+        )
+    return Machine(
+        arch=gpu.arch,
+        sm_count=gpu.sm_count,
+        clock_ghz=gpu.clock_ghz,
+        bandwidth_gbps=gpu.bandwidth_gbps * _SUSTAINED,
+        l2_bytes=gpu.l2_bytes,
+        l2_bytes_per_clock=_L2_BYTES_PER_CLOCK[gpu.arch],
+        port_bytes_per_clock=_PORT_BYTES_PER_CLOCK,
+        # a multiply-add counts as two operations
+        fma_lanes=gpu.fp32_tflops * 1e3 / (2 * gpu.sm_count * gpu.clock_ghz),
+    )
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """Those of :class:`tvm_balanced.schedules.cuda_gather.Tile`, which see."""
+
+    vector: int
+    groups: int
+    warps: int
+    unroll: int
+    chunk: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model makes of one launch.
+
+    Parameters
+    ----------
+    total_us : float
+        From the end of the kernel before to the end of this one.
+    memory_us, l2_us, issue_us, arithmetic_us, shared_us : float
+        What device memory, the level-2 cache, the issue slots, the multiply-add and integer pipes and
+        shared memory would take if each had only its own work to do, spread as the thread blocks are.
+    latency_us : float
+        What the longest chain of loads, barriers and dependent instructions takes if nothing is shared.
+    launch_us : float
+        Of that, what passes before the first instruction.
+    stream_bytes, staged_bytes : int
+        Of the sparse stream, as often as it is read, and of activations staged by all thread blocks.
+    instructions_per_slot : float
+        Warp instructions of the loop for each slot of a row, for all rows of a tile.
+    wavefronts_per_slot : float
+        Of shared memory, gathers alone.
+    registers, shared_bytes : int
+        Of a thread and of a thread block, estimated.
+    thread_blocks, resident : int
+        In all, and on one multiprocessor at a time.
+    waves : float
+        Thread blocks over what the GPU holds at a time.
+    idle_share : float
+        Of the multiprocessors' time, because thread blocks do not divide among them.
+    bytes_in_flight, needed_bytes_in_flight : float
+        Of the sparse stream, for one multiprocessor: what its warps ask for at a time, and what Little's
+        law asks for.
+    """
+
+    total_us: float
+    memory_us: float
+    l2_us: float
+    issue_us: float
+    arithmetic_us: float
+    shared_us: float
+    latency_us: float
+    launch_us: float
+    stream_bytes: int
+    staged_bytes: int
+    instructions_per_slot: float
+    wavefronts_per_slot: float
+    registers: int
+    shared_bytes: int
+    thread_blocks: int
+    resident: int
+    waves: float
+    idle_share: float
+    bytes_in_flight: float
+    needed_bytes_in_flight: float
+
+    @property
+    def bound(self) -> str:
+        """The part that takes longest."""
+        parts = ("memory", "l2", "issue", "arithmetic", "shared", "latency")
+        return max(parts, key=lambda part: float(getattr(self, f"{part}_us")))
+
+    def __str__(self) -> str:
+        lines = [f"predicted {self.total_us:.2f} us ({CALIBRATION}), bound by {self.bound}"]
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            lines.append(
+                f"  {field.name:24}{value:12.2f}"
+                if isinstance(value, float)
+                else f"  {field.name:24}{value:9d}"
+            )
+        return "\n".join(lines)
+
+
+def staged_itemsize(dtype: str, rows: int) -> int:
+    """Bytes of a staged activation: one or two rows are widened once, not at each of their uses."""
+    return 4 if dtype == "float32" or rows <= 2 else 2
+
+
+def window_blocks(fmt: PackedFormat) -> int:
+    """Blocks staged one after the other; after each window of them one element is left out."""
+    alone = WINDOW % fmt.pattern.block or fmt.layout.skew > 1
+    return 1 if alone else WINDOW // fmt.pattern.block
+
+
+def staged_at_once(fmt: PackedFormat, dtype: str) -> int:
+    """Elements along K that a thread loads at once: 16 bytes, or what K and the window divide by."""
+    width = _LOAD_BYTES // _itemsize(dtype)
+    return math.gcd(width, fmt.pattern.block * window_blocks(fmt), fmt.in_features)
+
+
+def chunk_unit(fmt: PackedFormat) -> int:
+    """Fewest blocks whose slots fill whole vectors of values and indices, and whole windows."""
+    unit = fmt.index_vector // math.gcd(fmt.index_vector, fmt.pattern.nnz)
+    return math.lcm(unit, window_blocks(fmt), fmt.layout.skew)
+
+
+def _itemsize(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def _ceil(value: int, by: int) -> int:
+    return -(-value // by)
+
+
+def conflicts(window_words: int, dense: bool = False, skew: int = 1) -> float:
+    """Wavefronts of a gather for each that is needed, for lanes that read anywhere in a window.
+
+    A window of up to 32 words cannot conflict, nor can lanes that read from different blocks of a skewed
+    group. In larger windows the fullest bank decides: packing orders slots so that about 1.7 remain, and
+    of two windows' worth at most two words share a bank.
+
+    Parameters
+    ----------
+    window_words : int
+        Four-byte words that the lanes of one request choose from.
+    dense : bool
+        More than a quarter of the block is kept, where lanes mostly read the same words.
+    skew : int
+        Of the layout: 16 never conflicts, 8 at most twice.
+    """
+    if window_words <= _BANK_WORDS or skew >= 16:
+        return 1.0
+    if skew == 1 and dense:
+        return 1.9
+    return 1.5 if window_words <= 2 * _BANK_WORDS or skew > 1 else 1.7
+
+
+def estimated_registers(knobs: Knobs) -> int:
+    """Registers of a thread, as ptxas was seen to take them for sm_90: within 8 of its own figure."""
+    rows = knobs.vector * knobs.groups
+    needed = 30 + 5 * min(rows, 8) // 2 + max(0, rows - 8)
+    return max(32, 8 * _ceil(needed, 8))
+
+
+def _index_bytes(fmt: PackedFormat) -> float:
+    """Bytes of the indices of one vector of slots."""
+    return fmt.layout.vector * ENCODINGS[fmt.encoding] / 8
+
+
+@functools.lru_cache(maxsize=4096)
+def _resident(arch: str, registers: int, shared_bytes: int, threads: int) -> int:
+    kernel = KernelResources("", registers, 0, shared_bytes, threads)
+    return occupancy(kernel, arch, threads).blocks
+
+
+class Model:
+    """A layer on a GPU: what does not depend on the knobs, computed once.
+
+    Parameters
+    ----------
+    gpu : Machine
+        Where it runs.
+    fmt : PackedFormat
+        Layout ``r32vV``.
+    rows : int
+        M, rows of activations.
+    dtype : str
+        Of values and activations.
+    """
+
+    def __init__(self, gpu: Machine, fmt: PackedFormat, rows: int, dtype: str) -> None:
+        if gpu.arch not in SM_LIMITS:
+            raise InputError(
+                f'the limits of architecture "{gpu.arch}" are not known; known are '
+                f"{', '.join(SM_LIMITS)}"
+            )
+        if fmt.layout.rows != _LANES:
+            raise InputError(
+                f"layout {fmt.layout} is not of the gather kernel, which takes 32 rows; give r32v8 or r32v4"
+            )
+        self.gpu, self.fmt, self.rows, self.dtype = gpu, fmt, rows, dtype
+        self.itemsize = _itemsize(dtype)
+        count = gpu.instructions
+        converts = {"float16": count.float16, "bfloat16": count.bfloat16}
+        self._convert = converts.get(dtype, 0.0)
+        self._vector = fmt.layout.vector
+        nnz = fmt.pattern.nnz
+        self._decode = count.decode
+        if self._vector % nnz and nnz % self._vector:
+            self._decode += count.straddle
+        self._vector_bytes = self._vector * self.itemsize + _index_bytes(fmt)
+        self._row_bytes = fmt.slots / self._vector * self._vector_bytes
+        self._index_loads = fmt.indices_shape[2] if fmt.index_planes else 1
+        self._width = staged_at_once(fmt, dtype)
+
+    def bounds(self, knobs: Knobs) -> tuple[float, float, float, float]:
+        """What :func:`choose` goes by.
+
+        Returns
+        -------
+        tuple of float
+            Predicted microseconds of a launch and of memory alone, bytes of the stream as often as it is
+            read, and microseconds of issue slots alone.
+        """
+        told = self._evaluate(knobs)
+        return told[0], told[1], told[8], told[3]
+
+    def predict(self, knobs: Knobs) -> Prediction:
+        """Predicted time of a launch, with its parts."""
+        told: tuple[Any, ...] = self._evaluate(knobs)
+        return Prediction(*told)
+
+    def _evaluate(self, knobs: Knobs) -> tuple[float, ...]:
+        gpu, fmt, count = self.gpu, self.fmt, self.gpu.instructions
+        vector, groups, warps, unroll, chunk = (
+            knobs.vector,
+            knobs.groups,
+            knobs.warps,
+            knobs.unroll,
+            knobs.chunk,
+        )
+        tile_rows = vector * groups
+        row_tiles = _ceil(self.rows, tile_rows)
+        column_tiles = fmt.padded_rows // _LANES
+        thread_blocks = row_tiles * column_tiles
+
+        # one warp and step of the loop: ``unroll`` vectors of slots a lane
+        chunks = _ceil(fmt.blocks, chunk)
+        runs = chunk * fmt.pattern.nnz // self._vector
+        per_chunk = _ceil(runs, warps * unroll)
+        steps = chunks * per_chunk
+        slots = unroll * self._vector
+        fma = slots * tile_rows
+        integer = slots * (self._decode + (groups - 1) * count.group) + count.loop
+        itemsize = staged_itemsize(self.dtype, tile_rows)
+        widened = itemsize > self.itemsize
+        converts = slots * self._convert * (1 if widened else 1 + tile_rows)
+        loads = unroll * (1 + self._index_loads) * count.load
+        loop_instructions = fma + integer + converts + loads + slots * groups
+        # short loops are unrolled by the compiler, whole numbers of times
+        passes = 1
+        while passes * unroll < _MAX_UNROLL and per_chunk % (2 * passes) == 0:
+            if 2 * passes * loop_instructions > gpu.unrolled:
+                break
+            passes *= 2
+        element_words = vector * itemsize / 4
+        window = int(fmt.pattern.block * element_words)
+        dense = fmt.pattern.nnz * 4 > fmt.pattern.block
+        gathers = groups * max(1.0, element_words) * conflicts(window, dense, fmt.layout.skew)
+        step_bytes = unroll * self._vector_bytes * _LANES
+        step_wavefronts = slots * gathers + step_bytes / _WAVEFRONT_BYTES
+
+        # staging, by all warps of a thread block: in a turn each thread loads ``width`` elements of each of
+        # ``vector`` rows, and stores as many elements of ``vector`` rows
+        elements = chunks * chunk * fmt.pattern.block
+        width = self._width
+        turns = groups * _ceil(chunk * fmt.pattern.block, warps * _LANES * width)
+        all_turns = float(chunks * turns * warps)
+        stores = (
+            width if vector > 1 or fmt.layout.skew > 1 else _ceil(width * itemsize, _LOAD_BYTES)
+        )
+        stage_instructions = count.stage + 1.5 * vector + 2 * stores
+        stage_instructions += width * vector * self._convert if widened else 0
+        stage_instructions *= all_turns
+        stage_wavefronts = vector * max(1.0, width * self.itemsize / 4)
+        stage_wavefronts += stores * max(1.0, width * vector * itemsize / 4 / stores)
+        stage_wavefronts *= all_turns
+        staged_rows = min(tile_rows, self.rows)
+        staged_bytes = fmt.in_features * staged_rows * self.itemsize
+        # a request of 32 lanes brings whole sectors
+        l2_bytes = elements * tile_rows * self.itemsize
+
+        # partial sums of the warps: stored, and added row by row
+        end_wavefronts = 2 * warps * tile_rows
+        end_instructions = 2 * warps * tile_rows + 4 * tile_rows + count.kernel * warps
+
+        registers = estimated_registers(knobs)
+        left_out = 0
+        if vector > 1 and fmt.layout.skew == 1:
+            left_out = chunk // window_blocks(fmt) * tile_rows * itemsize
+        shared_bytes = max(
+            chunk * fmt.pattern.block * tile_rows * itemsize + left_out,
+            warps * tile_rows * _LANES * _PARTIAL_BYTES,
+        )
+        fits = _resident(gpu.arch, registers, shared_bytes, warps * _LANES)
+        if fits == 0:
+            # cannot be launched
+            return (math.inf, *(0.0,) * 19)
+        busiest = _ceil(thread_blocks, gpu.sm_count)
+        # as many multiprocessors, all as busy as the busiest, share what is common to them
+        active = thread_blocks / busiest
+        resident = min(fits, busiest)
+
+        # the stream is read once for each tile of rows: again from memory where the cache cannot hold it
+        stream = self._row_bytes * fmt.padded_rows
+        again = row_tiles - 1
+        from_memory = stream * (1 + (again if stream > gpu.l2_bytes / 2 else 0))
+        share = from_memory / (stream * row_tiles)
+        output_bytes = self.rows * fmt.out_features * self.itemsize
+        memory_bytes = from_memory + self.rows * fmt.in_features * self.itemsize + output_bytes
+
+        # clocks of one multiprocessor for a thread block, each resource by itself
+        clock = gpu.clock_ghz * 1e3  # clocks in a microsecond
+        memory_rate = gpu.bandwidth_gbps * 1e3 / clock / active  # bytes a clock
+        memory_rate = min(memory_rate, gpu.port_bytes_per_clock)
+        l2_rate = min(gpu.l2_bytes_per_clock / active, gpu.port_bytes_per_clock)
+        step_memory = max(step_bytes * share / memory_rate, step_bytes / l2_rate)
+        step_issue = loop_instructions / gpu.schedulers
+        step_arithmetic = max(
+            (fma + converts) * _LANES / gpu.fma_lanes, integer * _LANES / gpu.int_lanes
+        )
+        step = max(step_memory, step_issue, step_arithmetic, step_wavefronts)
+        stage = max(l2_bytes / l2_rate, stage_instructions / gpu.schedulers, stage_wavefronts)
+        end = max(end_wavefronts, end_instructions / gpu.schedulers)
+
+        # the chain of one warp when nothing is shared
+        in_flight = min(gpu.loads_in_flight, passes * unroll)
+        memory_clocks = gpu.memory_ns * gpu.clock_ghz
+        alone = loop_instructions * gpu.issue_clocks
+        alone += slots * groups * gpu.shared_clocks / gpu.shared_in_flight
+        alone /= unroll
+        load_alone = memory_clocks / in_flight + alone
+        words = max(1, width * self.itemsize // 4) * vector
+        turns_at_once = max(1, gpu.stage_words // words)
+        stage_alone = _ceil(turns, turns_at_once) * gpu.stage_ns * gpu.clock_ghz
+        stage_alone += 2 * gpu.barrier_clocks
+        stage_alone = chunks * stage_alone + stage_instructions / warps * gpu.issue_clocks
+        sums = _ceil(tile_rows, warps) * warps / gpu.shared_in_flight + 2
+        end_alone = 2 * gpu.barrier_clocks + sums * gpu.shared_clocks
+        end_alone += (count.kernel + 4 * tile_rows) * gpu.issue_clocks
+        latency = stage_alone + steps * unroll * load_alone + end_alone
+        later = per_chunk * unroll - in_flight  # loads that find others on their way
+
+        def together(blocks: int) -> float:
+            """Clocks of so many thread blocks that start together on a multiprocessor."""
+            work = blocks * warps * step / unroll
+            # when a chunk begins, all warps wait for their first loads
+            stream = memory_clocks + in_flight * max(work, alone) + later * max(work, load_alone)
+            return stage_alone + blocks * stage + chunks * stream + end_alone + blocks * end
+
+        rounds, rest = divmod(busiest, resident)
+        clocks = rounds * together(resident) + (together(rest) if rest else 0.0)
+        if rounds + (rest > 0) > 1:
+            # later thread blocks start as others end, so that the phases of several overlap
+            each = max(
+                warps * steps * step_memory,
+                (warps * steps * loop_instructions + stage_instructions + end_instructions)
+                / gpu.schedulers,
+                warps * steps * step_arithmetic,
+                warps * steps * step_wavefronts + stage_wavefronts + end_wavefronts,
+            )
+            overlapped = together(resident) + (busiest - resident) * each
+            alone = rounds * latency + (latency if rest else 0.0)
+            clocks = min(clocks, max(overlapped, alone))
+        memory_us = memory_bytes / (gpu.bandwidth_gbps * 1e3)
+        total = gpu.launch_us + max(clocks / clock, memory_us)
+
+        work = busiest / clock
+        sum_steps = warps * steps
+        return (
+            total,
+            memory_us,
+            thread_blocks * (l2_bytes + self._row_bytes * _LANES) / (l2_rate * active * clock),
+            work
+            * (sum_steps * loop_instructions + stage_instructions + end_instructions)
+            / gpu.schedulers,
+            work * sum_steps * step_arithmetic,
+            work * (sum_steps * step_wavefronts + stage_wavefronts + end_wavefronts),
+            latency * _ceil(busiest, resident) / clock,
+            gpu.launch_us,
+            int(stream * row_tiles),
+            int(staged_bytes * thread_blocks),
+            loop_instructions / slots,
+            gathers,
+            registers,
+            shared_bytes,
+            thread_blocks,
+            resident,
+            thread_blocks / (fits * gpu.sm_count),
+            1 - thread_blocks / (busiest * gpu.sm_count),
+            resident * warps * in_flight * self._vector_bytes * _LANES,
+            gpu.needed_bytes_in_flight,
+        )
+
+
+def candidates(
+    fmt: PackedFormat, rows: int, dtype: str, shared_bytes: int, multiprocessors: int | None = None
+) -> Iterator[Knobs]:
+    """Every tile worth asking the model about, a few hundred at most.
+
+    Rows of activations are cut into even tiles of up to 16; what is staged and the partial sums fit
+    the shared memory; K is staged at once, in the fewest chunks that fit, or in twice as many; of the
+    warps and loads in flight those are left out that add more than a little padding to the work.
+
+    Parameters
+    ----------
+    fmt : PackedFormat
+        Layout ``r32vV``.
+    rows : int
+        M.
+    dtype : str
+        Of the activations.
+    shared_bytes : int
+        Shared memory that a thread block may take.
+    multiprocessors : int, optional
+        Lower tiles only where half of them would stand idle with taller ones; all heights when left out.
+    """
+    unit = chunk_unit(fmt)
+    seen: set[tuple[int, int]] = set()
+    thread_blocks = 0
+    for tile_rows in _row_tiles(rows):
+        if seen and multiprocessors is not None and 2 * thread_blocks > multiprocessors:
+            return
+        for vector in (1, 2, 4):
+            itemsize = staged_itemsize(dtype, vector * _ceil(tile_rows, vector))
+            if vector * itemsize > _STAGED_BYTES or vector >= 2 * tile_rows:
+                continue
+            groups = _ceil(tile_rows, vector)
+            held = vector * groups
+            # a staged element narrower than it could be costs a load a row more
+            if (
+                (vector, groups) in seen
+                or held > _MAX_ROWS
+                or (groups > 4 and itemsize * vector < 8)
+            ):
+                continue
+            max_warps = _MAX_WARPS if held <= 8 else _MAX_WARPS // 2
+            room = shared_bytes - max_warps * held * _LANES * _PARTIAL_BYTES
+            most = room // (fmt.pattern.block * held * itemsize) // unit * unit
+            if most < unit:
+                continue
+            seen.add((vector, groups))
+            thread_blocks = fmt.padded_rows // _LANES * _ceil(rows, held)
+            fewest = _ceil(fmt.blocks, most)
+            for chunk in {
+                _ceil(_ceil(fmt.blocks, chunks), unit) * unit for chunks in (fewest, 2 * fewest)
+            }:
+                runs = chunk * fmt.pattern.nnz // fmt.layout.vector
+                for warps, unroll in _shares(runs, max_warps):
+                    yield Knobs(vector, groups, warps, unroll, chunk)
+
+
+def _row_tiles(rows: int) -> list[int]:
+    """Heights of tiles of activations, tallest first: even shares of M.
+
+    A lower tile executes more instructions for each non-zero and reads the stream again.
+    """
+    heights = [_ceil(rows, _ceil(rows, _MAX_ROWS))]
+    while heights[-1] > 1:
+        heights.append(_ceil(heights[-1], 2))
+    return heights
+
+
+@functools.lru_cache(maxsize=1024)
+def _shares(runs: int, max_warps: int) -> tuple[tuple[int, int], ...]:
+    """Warps and loads in flight that share ``runs`` vectors of slots with little padding, most first."""
+    padding = {
+        (warps, unroll): _ceil(runs, warps * unroll) * warps * unroll / runs
+        for unroll in range(_MAX_UNROLL, 0, -1)
+        for warps in range(max_warps, 0, -1)
+    }
+    # shares that leave most lanes without work are the least of evils where there is little work
+    least = max(_SPARE, min(padding.values()))
+    return tuple(
+        (warps, unroll)
+        for (warps, unroll), padded in padding.items()
+        if padded <= least
+        and (warps in _EVEN_WARPS or padded < padding[warps + 1, unroll])
+        and (unroll in (2, 4) or padded < padding[warps, unroll + 1])
+    )
+
+
+def choose(
+    fmt: PackedFormat, rows: int | None, dtype: str, shared_bytes: int, gpu: Machine
+) -> Knobs:
+    """The tile that the model predicts to be fastest, or nearly so; the same for the same arguments.
+
+    Of tiles within a tenth of the fastest it is the one that reads the sparse stream least often.
+
+    Parameters
+    ----------
+    fmt : PackedFormat
+        Layout ``r32vV``.
+    rows : int or None
+        M; None when symbolic, which is taken for 8.
+    dtype : str
+        Of values and activations.
+    shared_bytes : int
+        Shared memory that a thread block may take.
+    gpu : Machine
+        Where the kernel is to run.
+
+    Raises
+    ------
+    InputError
+        When not even one block of the pattern fits the shared memory.
+    """
+    return _choose(fmt, _SYMBOLIC_ROWS if rows is None else rows, dtype, shared_bytes, gpu)
+
+
+@functools.lru_cache(maxsize=1024)
+def _choose(fmt: PackedFormat, rows: int, dtype: str, shared_bytes: int, gpu: Machine) -> Knobs:
+    model = Model(gpu, fmt, rows, dtype)
+    # of those that are nearly as fast, the one that reads least, from memory and then from any cache: bytes
+    # are certain, the rest of the model less so. Instructions that are hidden count a little too.
+    timed = [
+        (model.bounds(knobs), knobs)
+        for knobs in candidates(fmt, rows, dtype, shared_bytes, gpu.sm_count)
+    ]
+    best_us = min((bounds[0] for bounds, _ in timed), default=math.inf)
+    near = [
+        (memory, stream, total + _HIDDEN * issue, i)
+        for i, ((total, memory, stream, issue), _) in enumerate(timed)
+        if total <= best_us * _NEAR
+    ]
+    if not near or best_us == math.inf:
+        raise InputError(
+            f"no tile of {fmt.pattern} fits {shared_bytes} bytes of shared memory; take smaller blocks"
+        )
+    return timed[min(near)[3]][1]
