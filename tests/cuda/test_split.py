@@ -41,6 +41,8 @@ def test_split_sums_equal_the_reference(case: Case) -> None:
     for report in kernel(*args, check=True, order="random"):
         assert not report.issues, report.table()
     check_close(case, args[-1], expected)
+    # bit by bit the same in any order of threads; the instrumented build rounds elsewhere
+    kernel(*args, order="random", seed=5)
     before = args[-1].tobytes()
     kernel(*args, order="reverse")
     assert args[-1].tobytes() == before
@@ -85,7 +87,7 @@ def test_a_library_with_split_kernels_runs_and_verifies(tmp_path: Path) -> None:
     with torch.no_grad():
         module.weight.copy_(torch.from_numpy(model.params["weight"]))
         expected = module(x)
-    lib = tb.compile(model, "cuda-sm_90", policy="always")
+    lib = tb.compile(model, "cuda-sm_90", policy="always", cuda_graph=False)
     emulated.forget()
     torch.testing.assert_close(lib.load("emulated")(x), expected, rtol=1e-4, atol=1e-4)
     sparse = [x for x in emulated.launches() if "balanced_sparse_dense" in x.kernel]
