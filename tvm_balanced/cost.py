@@ -28,7 +28,7 @@ _CUDA_DENSE_FP32 = 0.5
 # no size, of which a dense kernel has as much
 _CUDA_DENSE_LATENCY_US = 1.4
 # assumed of cuBLAS, on matrices that fill the GPU; not measured here
-_CUBLAS_BANDWIDTH = 0.8
+_CUBLAS_BANDWIDTH = kernel_model.SUSTAINED_BANDWIDTH  # as much as is granted to our own kernel
 _CUBLAS_TENSOR = 0.7
 _CUBLAS_FP32 = 0.8
 _LLVM_BANDWIDTH = 0.8

@@ -154,7 +154,7 @@ class Machine:
 
 
 # share of the data sheet's bandwidth that a plain copy reaches
-_SUSTAINED = 0.92
+SUSTAINED_BANDWIDTH = 0.92
 
 # bytes a clock from the level-2 cache: 5120 on GA100 by its white paper, taken for its successors too; the
 # others have 32 bytes for each of 64 slices or so
@@ -208,7 +208,7 @@ def _machine(gpu: GpuFigures) -> Machine:
         arch=gpu.arch,
         sm_count=gpu.sm_count,
         clock_ghz=gpu.clock_ghz,
-        bandwidth_gbps=gpu.bandwidth_gbps * _SUSTAINED,
+        bandwidth_gbps=gpu.bandwidth_gbps * SUSTAINED_BANDWIDTH,
         l2_bytes=gpu.l2_bytes,
         l2_bytes_per_clock=_L2_BYTES_PER_CLOCK[gpu.arch],
         port_bytes_per_clock=_PORT_BYTES_PER_CLOCK,
