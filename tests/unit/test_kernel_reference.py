@@ -609,14 +609,12 @@ def test_difference(got, expected, largest):
 @pytest.mark.parametrize(
     "name",
     [
-        "mlp",
         "mlp_fp16",
         "minilm_dynamic",
         "lstm",
         "vgg16",
-        "gpt2_prefill",
-        "llama_prefill_fp16",
         "llama_decode_bf16",
+        *(pytest.param(n, marks=pytest.mark.large) for n in ("gpt2_prefill", "llama_prefill_fp16")),
     ],
 )
 def test_every_kernel_of_a_model_agrees_with_llvm(name):
