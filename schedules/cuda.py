@@ -16,7 +16,8 @@ _LANES = 32
 _LOAD_BYTES = 16
 
 
-# of one row of activations in a skewed group, 32 KiB for 16 rows; twice that where little else helps
+# of one row of activations in a skewed group, 32 KiB for 16 rows; two or four times that where little else
+# helps: tiles are then lower, and more of them read the stream
 _SKEWED_BYTES = 2048
 _FEW_SLOTS = 1 / 32  # of a block, too few to order
 _WINDOW = 32  # blocks up to this many elements conflict at most twice as they are
@@ -74,7 +75,8 @@ def _skew(pattern: BalancedPattern, in_features: int, itemsize: int) -> int:
     unit = _LOAD_BYTES // itemsize // math.gcd(_LOAD_BYTES // itemsize, nnz)
     few = pattern.density <= _FEW_SLOTS
     for skew in (16, 8) if few else (16,):
-        takes = block * skew * itemsize <= (2 * _SKEWED_BYTES if few else _SKEWED_BYTES)
+        room = _SKEWED_BYTES * (1 if not few else 2 if skew == 16 else 4)
+        takes = block * skew * itemsize <= room
         group = math.lcm(unit, skew)
         if takes and -(-blocks // group) * group <= _SPARE * blocks:
             return skew
