@@ -62,12 +62,7 @@ _LOAD_BYTES = 16  # of the widest load
 _SECTOR_BYTES = 32  # that memory moves at least
 _WINDOW = kernel_model.WINDOW
 _STATIC_SHARED_BYTES = 48 << 10
-_STAGED_BYTES = 8  # of one staged element: two words, so a window of 16 elements fills the 32 banks
-_MAX_ROWS = 16  # of activations in a tile
-_MAX_WARPS = 16
-_MAX_UNROLL = 4
 _SPLIT_SLOTS = 1024  # of a row, the fewest that a thread block of its own is worth
-_SPARE = 1.07  # share of slots that may be padding when warps and unrolling are chosen
 
 
 @dataclass(frozen=True)
@@ -161,17 +156,17 @@ def _split_tile(
     the steps are unrolled up to four times, as long as little of the work is padding. The chunk is the
     largest that fits beside the partial sums.
     """
-    most = _ceil(rows, _ceil(rows, _MAX_ROWS))
+    most = _ceil(rows, _ceil(rows, kernel_model.MAX_ROWS))
     thread_blocks = fmt.padded_rows // _LANES * _ceil(rows, most)
     splits = min(multiprocessors // thread_blocks, fmt.slots // _SPLIT_SLOTS)
     if splits < 2:
         return None
     itemsize = kernel_model.staged_itemsize(data_dtype, most)
-    vector = min(_STAGED_BYTES // itemsize, 1 << (most - 1).bit_length())
+    vector = min(kernel_model.STAGED_BYTES // itemsize, 1 << (most - 1).bit_length())
     groups = _ceil(most, vector)
     unit = kernel_model.chunk_unit(fmt)
     while True:
-        max_warps = _MAX_WARPS if vector * groups <= 8 else _MAX_WARPS // 2
+        max_warps = kernel_model.MAX_WARPS if vector * groups <= 8 else kernel_model.MAX_WARPS // 2
         room = shared_bytes - max_warps * vector * groups * _LANES * 4
         itemsize = kernel_model.staged_itemsize(data_dtype, vector * groups)
         per_block = fmt.pattern.block * vector * groups * itemsize
@@ -186,9 +181,12 @@ def _split_tile(
     runs = chunk * fmt.pattern.nnz // fmt.layout.vector
     best = None
     for warps in range(max_warps, 0, -1):
-        for unroll in range(_MAX_UNROLL, 0, -1):
+        for unroll in range(kernel_model.MAX_UNROLL, 0, -1):
             padded = _ceil(runs, warps * unroll) * warps * unroll
-            cost = (padded > runs * _SPARE, padded if padded > runs * _SPARE else 0)
+            cost = (
+                padded > runs * kernel_model.SPARE,
+                padded if padded > runs * kernel_model.SPARE else 0,
+            )
             if best is None or cost < best[0]:
                 best = (cost, warps, unroll)
     assert best is not None

@@ -32,11 +32,11 @@ WINDOW = 16  # elements staged side by side, at least
 _WAVEFRONT_BYTES = 128  # of shared memory, in a clock
 _BANK_WORDS = 32
 _PARTIAL_BYTES = 4  # of a sum in float32
-_STAGED_BYTES = 8  # of the widest staged element
+STAGED_BYTES = 8  # of the widest staged element
 _LOAD_BYTES = 16  # of the widest load
-_MAX_ROWS = 16  # of activations in a tile
-_MAX_WARPS = 16
-_MAX_UNROLL = 4
+MAX_ROWS = 16  # of activations in a tile
+MAX_WARPS = 16
+MAX_UNROLL = 4
 # rows of activations that a symbolic M is taken for
 _SYMBOLIC_ROWS = 8
 # warps that are always tried; others only where they pad less than one more, as with 1 or 3 loads
@@ -46,7 +46,7 @@ _NEAR = 1.1
 # weight of the issue slots' time among those
 _HIDDEN = 0.1
 # padding of slots that is accepted without looking for fewer
-_SPARE = 1.07
+SPARE = 1.07
 
 
 @dataclass(frozen=True)
@@ -459,7 +459,7 @@ class Model:
         loop_instructions = fma + integer + converts + loads + slots * groups
         # short loops are unrolled by the compiler, whole numbers of times
         passes = 1
-        while passes * unroll < _MAX_UNROLL and per_chunk % (2 * passes) == 0:
+        while passes * unroll < MAX_UNROLL and per_chunk % (2 * passes) == 0:
             if 2 * passes * loop_instructions > gpu.unrolled:
                 break
             passes *= 2
@@ -633,18 +633,18 @@ def candidates(
             return
         for vector in (1, 2, 4):
             itemsize = staged_itemsize(dtype, vector * _ceil(tile_rows, vector))
-            if vector * itemsize > _STAGED_BYTES or vector >= 2 * tile_rows:
+            if vector * itemsize > STAGED_BYTES or vector >= 2 * tile_rows:
                 continue
             groups = _ceil(tile_rows, vector)
             held = vector * groups
             # a staged element narrower than it could be costs a load a row more
             if (
                 (vector, groups) in seen
-                or held > _MAX_ROWS
+                or held > MAX_ROWS
                 or (groups > 4 and itemsize * vector < 8)
             ):
                 continue
-            max_warps = _MAX_WARPS if held <= 8 else _MAX_WARPS // 2
+            max_warps = MAX_WARPS if held <= 8 else MAX_WARPS // 2
             room = shared_bytes - max_warps * held * _LANES * _PARTIAL_BYTES
             most = room // (fmt.pattern.block * held * itemsize) // unit * unit
             if most < unit:
@@ -665,7 +665,7 @@ def _row_tiles(rows: int) -> list[int]:
 
     A lower tile executes more instructions for each non-zero and reads the stream again.
     """
-    heights = [_ceil(rows, _ceil(rows, _MAX_ROWS))]
+    heights = [_ceil(rows, _ceil(rows, MAX_ROWS))]
     while heights[-1] > 1:
         heights.append(_ceil(heights[-1], 2))
     return heights
@@ -676,11 +676,11 @@ def _shares(runs: int, max_warps: int) -> tuple[tuple[int, int], ...]:
     """Warps and loads in flight that share ``runs`` vectors of slots with little padding, most first."""
     padding = {
         (warps, unroll): _ceil(runs, warps * unroll) * warps * unroll / runs
-        for unroll in range(_MAX_UNROLL, 0, -1)
+        for unroll in range(MAX_UNROLL, 0, -1)
         for warps in range(max_warps, 0, -1)
     }
     # shares that leave most lanes without work are the least of evils where there is little work
-    least = max(_SPARE, min(padding.values()))
+    least = max(SPARE, min(padding.values()))
     return tuple(
         (warps, unroll)
         for (warps, unroll), padded in padding.items()

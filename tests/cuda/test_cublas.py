@@ -28,16 +28,6 @@ OK, NOT_INITIALIZED, ALLOC_FAILED, INVALID_VALUE, NOT_SUPPORTED = 0, 1, 3, 7, 15
 COMPUTE_32F = 68
 
 
-@pytest.fixture
-def emulated() -> Iterator[device.Device]:
-    found = device.install("sm_90")
-    found.reset()
-    found.mode()
-    found.forget()
-    yield found
-    found.reset()
-
-
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The C++ function alone, compiled as exports compile it."""
