@@ -218,25 +218,10 @@ def apply(
         return None
     if tile is None:
         tile = default_tile(
-            found.fmt,
-            found.rows,
-            found.data_dtype,
-            shared_limit(target),
-            gpu_figures(target),
-            split=not _captures_graphs(),
+            found.fmt, found.rows, found.data_dtype, shared_limit(target), gpu_figures(target)
         )
     canonical = _canonical(func, found, tile)
     return None if canonical is None else _schedule(canonical, found, tile)
-
-
-def _captures_graphs() -> bool:
-    """Whether launches will be captured into CUDA graphs, which keep the addresses of what kernels use.
-
-    The sums of thread blocks that share K lie in a workspace of TVM's pool, whose pages move when a kernel
-    asks for a larger one.
-    """
-    config = tvm.transform.PassContext.current().config
-    return bool(config.get("relax.backend.use_cuda_graph", False))
 
 
 def _takes(found: BalancedBlock) -> bool:

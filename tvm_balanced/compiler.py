@@ -14,7 +14,7 @@ from tvm_balanced.errors import InputError, OutputError
 from tvm_balanced.model import Array, Model
 from tvm_balanced.plan import make_plan
 from tvm_balanced.relay_passes.bucket_functions import bucket_functions
-from tvm_balanced.relay_passes.dense_cublas import calls_cublas
+from tvm_balanced.relay_passes.dense_cublas import cublas_calls
 from tvm_balanced.relay_passes.find_dense import split_params
 from tvm_balanced.report import Report
 from tvm_balanced.rewrite import rewrite_model
@@ -49,6 +49,8 @@ class CompiledLibrary:
         target: TargetSpec,
         functions: Sequence[FunctionEntry],
         beside: Mapping[str, Array],
+        dense: str = "dlight",
+        cublas: Sequence[Mapping[str, str]] = (),
     ) -> None:
         self.report = report
         self.target = target
@@ -56,6 +58,7 @@ class CompiledLibrary:
         self._folder = folder  # the exported file lives as long as this object
         self._functions = functions
         self._beside = beside
+        self._dense, self._cublas = dense, cublas
         self._loaded: dict[str | None, Library] = {}
 
     def __repr__(self) -> str:
@@ -93,6 +96,8 @@ class CompiledLibrary:
             params=self._beside,
             layers=self.report.to_json(),
             report=self.report.text(),
+            dense=self._dense,
+            cublas=self._cublas,
             overwrite=overwrite,
         )
 
@@ -180,6 +185,8 @@ def compile(
     _, weights = split_params(mod)
     # the library knows its weights by their variables' names, which are unique
     by_var = {var.name: array for var, array in zip(weights, params.values(), strict=True)}
+    names = {var.name: name for var, name in zip(weights, params, strict=True)}
+    calls = cublas_calls(mod, names)
     if len(by_var) != len(weights):
         raise InputError(f"{model.name} has several weights of one name; rename them")
     embedded, beside = split_parameters(by_var)
@@ -192,9 +199,11 @@ def compile(
         Path(folder.name) / "lib.so",
         params=embedded,
         options={"cuda_graph": cuda_graph},
-        sources=[CUBLAS_SOURCE] if calls_cublas(mod) else [],
+        sources=[CUBLAS_SOURCE] if calls else [],
     )
-    return CompiledLibrary(exported, folder, plan.report, plan.target, functions, beside)
+    return CompiledLibrary(
+        exported, folder, plan.report, plan.target, functions, beside, dense, calls
+    )
 
 
 def _temporary_folder(num_bytes: int) -> tempfile.TemporaryDirectory[str]:

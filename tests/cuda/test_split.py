@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import tvm
 
 import tvm_balanced as tb
 from tvm_balanced import cudaemu
@@ -68,29 +67,57 @@ def test_default_tile_splits_long_rows_of_small_layers(
     assert (splits - 1) * -(-fmt.blocks // tile.chunk // splits) * tile.chunk < fmt.blocks
 
 
-def test_nothing_is_split_where_graphs_are_captured() -> None:
-    """They would keep the address of the workspace, which TVM may move."""
-    with tvm.transform.PassContext(config={"relax.backend.use_cuda_graph": True}):
-        kernel = _kernel(CASES[0])
-    args, _ = arguments(CASES[0], packed_format(CASES[0]), CASES[0].shapes[0])
-    assert len(kernel.plan(args)) == 1
-
-
-def test_a_library_with_split_kernels_runs_and_verifies(tmp_path: Path) -> None:
-    """The workspace between the two kernels is TVM's, on the device and in the reference of ``verify``."""
-    emulated = device.install("sm_90")
-    emulated.reset()
-    emulated.mode()
-    module = torch.nn.Linear(16384, 40).eval()
-    x = torch.randn(2, 16384)
-    model = tb.from_torch(module, (x,)).prune("4:16")
+@pytest.fixture(scope="module")
+def library() -> tuple[torch.nn.Module, tb.CompiledLibrary]:
+    """A split layer amid a model, for two rows of activations and for any number of them."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(
+        torch.nn.Linear(32, 8192),
+        torch.nn.ReLU(),
+        torch.nn.Linear(8192, 40),
+        torch.nn.LayerNorm(40),
+    ).eval()
+    batch = torch.export.Dim("batch", min=1, max=8)
+    model = tb.from_torch(module, (torch.zeros(2, 32),), dynamic_shapes=({0: batch},))
+    model = model.prune("4:16", ignore=["0.weight"])
     with torch.no_grad():
-        module.weight.copy_(torch.from_numpy(model.params["weight"]))
-        expected = module(x)
-    lib = tb.compile(model, "cuda-sm_90", policy="always", cuda_graph=False)
-    emulated.forget()
-    torch.testing.assert_close(lib.load("emulated")(x), expected, rtol=1e-4, atol=1e-4)
+        module[2].weight.copy_(torch.from_numpy(model.params["2.weight"]))
+    return module, tb.compile(
+        model, "cuda-sm_90", policy="always", ignore=["0.weight"], buckets=[2]
+    )
+
+
+def test_split_kernels_are_captured_and_replayed(
+    library: tuple[torch.nn.Module, tb.CompiledLibrary], emulated: device.Device
+) -> None:
+    """Their workspace is the library's, so that a graph finds it where it was."""
+    module, compiled = library
+    lib = compiled.load("emulated")
+    for call in range(3):
+        x = torch.randn(2, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(lib(x), module(x), rtol=1e-4, atol=1e-4)
+        sparse = [x for x in emulated.launches() if "balanced_sparse_dense" in x.kernel]
+        emulated.forget()
+        assert [launch.grid[2] for launch in sparse] == [2, 1]
+        assert sparse[0].graph == (call > 0)
+
+
+def test_a_symbolic_batch_is_not_split(
+    library: tuple[torch.nn.Module, tb.CompiledLibrary], emulated: device.Device
+) -> None:
+    module, compiled = library
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.load("emulated")(x), module(x), rtol=1e-4, atol=1e-4)
     sparse = [x for x in emulated.launches() if "balanced_sparse_dense" in x.kernel]
-    assert len(sparse) == 2
-    checked = verify(lib.save(tmp_path / "model.tvmb"))
+    assert [launch.grid[2] for launch in sparse] == [1]
+
+
+def test_verify_judges_split_kernels(
+    library: tuple[torch.nn.Module, tb.CompiledLibrary], tmp_path: Path
+) -> None:
+    checked = verify(library[1].save(tmp_path / "model.tvmb"))
     assert checked.passed, str(checked)
+    split = [row for row in checked.kernels if len(row.kernels) == 2]
+    assert [row.result for row in split] == ["pass"]

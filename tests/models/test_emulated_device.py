@@ -40,6 +40,10 @@ def test_small_model_agrees_with_pytorch(name, emulated):
     kernels = {launch.kernel for launch in emulated.launches()}
     assert any("balanced_sparse_dense" in kernel for kernel in kernels)
     assert len(kernels) > 2, "the layers between run on the device too"
+    if name.startswith("llama"):
+        sparse = [x for x in emulated.launches() if "balanced_sparse_dense" in x.kernel]
+        # two layers: query, key and value; output; gate and up; down; and the head
+        assert len(sparse) == 2 * 4 + 1
 
 
 def test_whole_minilm_agrees_with_pytorch(emulated):
