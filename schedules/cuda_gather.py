@@ -413,7 +413,7 @@ def _core(
     held, skew, bits = kernel_model.window_blocks(fmt), fmt.layout.skew, ENCODINGS[fmt.encoding]
     width = _stage_width(fmt, x.dtype)
 
-    # bfloat16 of several rows is staged as words of two rows, from which float32 takes one instruction each
+    # two bytes of several rows are staged as words of two rows
     pairs = row_pairs(x.dtype, tile)
     tx = te.placeholder(x.shape, x.dtype, name="x")
 
@@ -446,7 +446,7 @@ def _core(
             low, high = (tirx.Cast("uint32", row(mv * 2 + half)) for half in (0, 1))
             return low | (high << tirx.const(16, "uint32"))
         wide = kernel_model.staged_itemsize(x.dtype, tile.rows) == 4
-        return _widened(row(mv)) if wide else row(mv)
+        return _widened(row(mv), x.dtype) if wide else row(mv)
 
     staged = te.compute(
         _shape(row_tiles, tile.groups, windows, length, skew, tile.vector // pairs),
@@ -486,15 +486,15 @@ def _core(
         run = c * runs + within
         return tirx.min(run, all_runs - 1), tirx.all(within < runs, run < all_runs)
 
-    def block_of(o: Any, u: Any, w: Any, v: Any) -> Any:
-        """Block of the chunk that a slot is of, one that is staged."""
+    def blocks_of(o: Any, u: Any, w: Any, v: Any) -> tuple[Any, Any]:
+        """Block of the chunk that a slot is of, one that is staged: the first of its unit, and how many later."""
         unit = o * tile.warps + w
         padded = steps * tile.unroll * tile.warps != runs
         if tile.unroll * vector % nnz == 0 and whole:
             unit = tirx.min(unit, units - 1) if padded else unit
-            return unit * (tile.unroll * vector // nnz) + (u * vector + v) // nnz
+            return unit * (tile.unroll * vector // nnz), (u * vector + v) // nnz
         kb = ((unit * tile.unroll + u) * vector + v) // nnz
-        return tirx.min(kb, tile.chunk - 1) if padded else kb
+        return (tirx.min(kb, tile.chunk - 1) if padded else kb), 0
 
     def load_values(at: list[Any]) -> Any:
         *within, no, lane = at
@@ -526,11 +526,20 @@ def _core(
     v = _reduce(vector, "v")
 
     per_chunk = tile.chunk // (held * skew)
-    pitch = _pitch(length) if tile.vector > 1 and skew == 1 else length
+    pitch = kernel_model.pitch(fmt, x.dtype, tile.vector, tile.rows)
 
-    def place_of(kb: Any, lane: Any, stored: Callable[[Any], Any]) -> Any:
+    def place_of(first: Any, later: Any, lane: Any, stored: Callable[[Any], Any]) -> Any:
         """Where slot ``v`` finds its element, in elements from the first of the chunk."""
-        start = (kb // (held * skew) * pitch + kb % held * block) * skew + skewed(kb, lane, skew)
+
+        def window_start(kb: Any) -> Any:
+            return kb // (held * skew) * pitch + kb % held * block
+
+        if skew == 1 and tile.unroll * vector // nnz % held == 0:
+            # a constant is added by the load itself
+            start, known = window_start(first), window_start(later)
+        else:
+            kb = first + later
+            start, known = window_start(kb) * skew + skewed(kb, lane, skew), 0
         # a word of indices becomes words of bytes, of which one instruction takes a byte, by a product with a
         # word that is zero elsewhere, and adds where its window begins
         bit, mask = v * bits, ((1 << bits) - 1) * 0x01010101
@@ -546,17 +555,20 @@ def _core(
         taken = tirx.call_pure_extern(
             "uint16", "__dp4a", spread, factor, tirx.Cast("uint32", start)
         )
-        return tirx.Cast("int32", taken)
+        return tirx.Cast("int32", taken) + known
 
     def multiply_add(w: Any, *at: Any) -> Any:
         *z, mo, mg, mv, no, lane = at
         c = z[0] * parts + part if z else part
         place = place_of(
-            block_of(o, u, w, v), lane, lambda word: ti(c, o, u, w, no, lane, word)
+            *blocks_of(o, u, w, v), lane, lambda word: ti(c, o, u, w, no, lane, word)
         )
         activation = staged(mo, mg // pairs, c * per_chunk, 0, place, mv)
         weight = tv(c, o, u, w, no, lane, v // per_word)
-        product = _widened(activation, mg % pairs) * _widened(weight, v % per_word)
+        product = (
+            _widened(activation, x.dtype, mg % pairs)
+            * _widened(weight, values.dtype, v % per_word)
+        )
         return te.sum(product, axis=[part, o, u, v])
 
     out_axes = _shape(row_tiles, tile.groups * pairs, tile.vector // pairs, col_tiles, _LANES)
@@ -606,33 +618,32 @@ def _of_whole_chunk(stmt: Any, windows: int) -> Any:
     return tvm_ffi.structural_map(stmt, (s_tir.SBlock, widen))
 
 
-def _pitch(length: int) -> int:
-    """Elements from one window to the next, so that windows begin in different banks."""
-    return length + (1 - length) % _WINDOW
-
-
 def row_pairs(dtype: str, tile: Tile) -> int:
-    """Rows of activations in a word that is staged: two where they are bfloat16 and not widened."""
+    """Rows of activations in a word that is staged: two where they are of two bytes and not widened."""
     narrow = kernel_model.staged_itemsize(dtype, tile.rows) == 2
-    return 2 if dtype == "bfloat16" and narrow and tile.vector % 2 == 0 else 1
+    return 2 if narrow and tile.vector % 2 == 0 else 1
 
 
 def _bits(value: Any) -> Any:
-    """A bfloat16 as its bits, as integers take fewer instructions; others as they are."""
-    return tirx.reinterpret("uint16", value) if str(value.ty.dtype) == "bfloat16" else value
+    """A float of two bytes as its bits; others as they are."""
+    two_bytes = str(value.ty.dtype) in ("float16", "bfloat16")
+    return tirx.reinterpret("uint16", value) if two_bytes else value
 
 
-def _widened(value: Any, half: Any = 0) -> Any:
-    """As float32, exactly: a float, the bits of a bfloat16, or those in one half of a word."""
-    dtype = str(value.ty.dtype)
-    if dtype == "uint16":
-        value, dtype, half = tirx.Cast("uint32", value), "uint32", 0
-    if dtype != "uint32":
+def _widened(value: Any, dtype: str, half: Any = 0) -> Any:
+    """As float32, exactly: a float, its bits, or those in one half of a word."""
+    stored = str(value.ty.dtype)
+    if stored in ("float32", "float16"):
         return tirx.Cast("float32", value)
-    # they are the upper bits of a float32
-    shift = tirx.Cast("uint32", 16 - 16 * half) if isinstance(half, tirx.Expr) else 16 - 16 * half
-    upper = (value << shift) & tirx.const(0xFFFF0000, "uint32")
-    return tirx.reinterpret("float32", upper)
+    if dtype == "float16":
+        if stored == "uint32":
+            value = tirx.Cast("uint16", value >> tirx.Cast("uint32", half * 16))
+        return tirx.Cast("float32", tirx.reinterpret("float16", value))
+    # the bits of a bfloat16 are the upper ones of a float32: one instruction, where they stand in a word
+    if stored == "uint16":
+        value, half = tirx.Cast("uint32", value), 0
+    shift = tirx.Cast("uint32", 16 - half * 16) if isinstance(half, tirx.Expr) else 16 - 16 * half
+    return tirx.reinterpret("float32", (value << shift) & tirx.const(0xFFFF0000, "uint32"))
 
 
 def _ramp(lanes: int) -> Any:
@@ -803,7 +814,7 @@ def _schedule(func: tirx.PrimFunc, found: BalancedBlock, tile: Tile) -> s_tir.Sc
         sch.set_scope(load, 0, "local")
         sch.compute_at(load, o, preserve_unit_loops=True)
     sector = _SECTOR_BYTES // (4 if found.data_dtype == "float32" else 2)
-    _stage(sch, c, tile, _stage_width(found.fmt, found.data_dtype), sector)
+    _stage(sch, c, tile, found, sector)
 
     sums = sch.get_sblock(BLOCK_SPLIT if split else BLOCK_MAIN)
     sch.reverse_compute_at(sums, split[0] if split else mo, preserve_unit_loops=True)
@@ -836,22 +847,28 @@ def _add_splits(sch: s_tir.Schedule, out: Any) -> None:
     sch.set_scope(total, 0, "local")
 
 
-def _stage(sch: s_tir.Schedule, chunk: Any, tile: Tile, width: int, sector: int) -> None:
+def _stage(
+    sch: s_tir.Schedule, chunk: Any, tile: Tile, found: BalancedBlock, sector: int
+) -> None:
     """Copy a chunk of activations to shared memory.
 
-    A thread loads ``width`` elements along K of each of ``vector`` rows, then stores as many staged
-    elements. Threads that store together take the runs of one ``sector`` from each of several windows, or
+    A thread loads as many elements along K of each of ``vector`` rows as 16 bytes hold, then stores as many
+    staged elements, 16 bytes of them at a time. Threads that store together take the runs of one ``sector`` from each of several windows, or
     of several blocks of a skewed group; the element left out after each window puts their starts into
     different banks.
     """
+    width = _stage_width(found.fmt, found.data_dtype)
+    knobs = (found.fmt, found.data_dtype, tile.vector, tile.rows)
+    pitch, together = kernel_model.pitch(*knobs), kernel_model.stored_at_once(*knobs)
     data, rows = sch.get_sblock(BLOCK_DATA), sch.get_sblock(BLOCK_ROWS)
     sch.set_scope(data, 0, "shared")
     sch.compute_at(data, chunk, preserve_unit_loops=True)
     *_, group, window, element, place, row = sch.get_loops(data)
     skew = int(sch.get(place).extent)
-    words = int(sch.get(row).extent)  # of an element
-    if tile.vector > 1 and skew == 1:
-        sch.storage_align(data, 0, axis=2, factor=_WINDOW * words, offset=words)
+    words, length = (int(sch.get(loop).extent) for loop in (row, element))
+    if pitch > length:
+        factor = _WINDOW * words
+        sch.storage_align(data, 0, axis=2, factor=factor, offset=pitch * words % factor)
     near = math.gcd(sector, int(sch.get(element).extent)) // width
     if skew > 1:
         near = math.gcd(near, 2)  # places of a group are side by side, runs of a block are not
@@ -865,7 +882,11 @@ def _stage(sch: s_tir.Schedule, chunk: Any, tile: Tile, width: int, sector: int)
     _, warp, lane = sch.split(start, [None, tile.warps, _LANES])
     sch.bind(warp, "threadIdx.y")
     sch.bind(lane, "threadIdx.x")
-    if tile.vector > 1:
+    if tile.vector > 1 and skew == 1:
+        runs, run = sch.split(run, [None, together])
+        sch.unroll(runs)
+        sch.vectorize(sch.fuse(run, row))
+    elif tile.vector > 1:
         sch.unroll(run)
         if words > 1:
             sch.vectorize(row)
