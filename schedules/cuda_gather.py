@@ -423,13 +423,11 @@ def _core(
             # rows past the end repeat the last one, so that nothing has to be tested; they are not stored
             row = tirx.min(row, rows - 1)
         start = (kw * skew + s) * length + run * width
-        loaded = _bits(tx(*_unravel(row, lead), start + e))
-        if chunks * tile.chunk * block == fmt.in_features:
-            return loaded
-        # the same for all that a thread loads at once, as the width divides K
-        return tirx.if_then_else(
-            start < fmt.in_features, loaded, tirx.const(0, str(loaded.ty.dtype))
-        )
+        loaded = tx(*_unravel(row, lead), start + e)
+        if chunks * tile.chunk * block != fmt.in_features:
+            # the same for all that a thread loads at once, as the width divides K
+            loaded = tirx.if_then_else(start < fmt.in_features, loaded, tirx.const(0, x.dtype))
+        return _bits(loaded)
 
     windows, length = chunks * tile.chunk // (held * skew), held * block
     loaded_rows = te.compute(
@@ -510,7 +508,9 @@ def _core(
         run, _ = run_of(*within)
         if fmt.index_planes:
             word = [
-                tirx.Cast("uint32", tirx.BufferLoad(indices, [no, run, tirx.const(byte, "int64"), lane]))
+                tirx.Cast(
+                    "uint32", tirx.BufferLoad(indices, [no, run, tirx.const(byte, "int64"), lane])
+                )
                 << tirx.const(8 * byte, "uint32")
                 for byte in range(of_run)
             ]
@@ -544,7 +544,9 @@ def _core(
         # word that is zero elsewhere, and adds where its window begins
         bit, mask = v * bits, ((1 << bits) - 1) * 0x01010101
         if fmt.index_planes:
-            twelve = (stored(0) >> tirx.Cast("uint32", bit // 12 * 12)) & tirx.const(0xFFF, "uint32")
+            twelve = (stored(0) >> tirx.Cast("uint32", bit // 12 * 12)) & tirx.const(
+                0xFFF, "uint32"
+            )
             six = (twelve | (twelve << tirx.const(10, "uint32"))) & tirx.const(0x3F003F, "uint32")
             spread, byte = six | (six << tirx.const(5, "uint32")), v % 4
         else:
@@ -560,14 +562,11 @@ def _core(
     def multiply_add(w: Any, *at: Any) -> Any:
         *z, mo, mg, mv, no, lane = at
         c = z[0] * parts + part if z else part
-        place = place_of(
-            *blocks_of(o, u, w, v), lane, lambda word: ti(c, o, u, w, no, lane, word)
-        )
+        place = place_of(*blocks_of(o, u, w, v), lane, lambda word: ti(c, o, u, w, no, lane, word))
         activation = staged(mo, mg // pairs, c * per_chunk, 0, place, mv)
         weight = tv(c, o, u, w, no, lane, v // per_word)
-        product = (
-            _widened(activation, x.dtype, mg % pairs)
-            * _widened(weight, values.dtype, v % per_word)
+        product = _widened(activation, x.dtype, mg % pairs) * _widened(
+            weight, values.dtype, v % per_word
         )
         return te.sum(product, axis=[part, o, u, v])
 
@@ -847,9 +846,7 @@ def _add_splits(sch: s_tir.Schedule, out: Any) -> None:
     sch.set_scope(total, 0, "local")
 
 
-def _stage(
-    sch: s_tir.Schedule, chunk: Any, tile: Tile, found: BalancedBlock, sector: int
-) -> None:
+def _stage(sch: s_tir.Schedule, chunk: Any, tile: Tile, found: BalancedBlock, sector: int) -> None:
     """Copy a chunk of activations to shared memory.
 
     A thread loads as many elements along K of each of ``vector`` rows as 16 bytes hold, then stores as many
