@@ -38,6 +38,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -397,9 +398,9 @@ def _core(
     held, skew, bits = kernel_model.window_blocks(fmt), fmt.layout.skew, ENCODINGS[fmt.encoding]
     width = _stage_width(fmt, x.dtype)
 
+    # two bytes of several rows are staged as words of two rows
+    pairs = row_pairs(x.dtype, tile)
     tx = te.placeholder(x.shape, x.dtype, name="x")
-    tv = te.placeholder(values.shape, values.dtype, name="values")
-    ti = te.placeholder(indices.shape, indices.dtype, name="indices")
 
     def load_rows(mo: Any, mg: Any, mv: Any, kw: Any, s: Any, run: Any, e: Any) -> Any:
         row = (mo * tile.groups + mg) * tile.vector + mv
@@ -408,10 +409,10 @@ def _core(
             row = tirx.min(row, rows - 1)
         start = (kw * skew + s) * length + run * width
         loaded = tx(*_unravel(row, lead), start + e)
-        if chunks * tile.chunk * block == fmt.in_features:
-            return loaded
-        # the same for all that a thread loads at once, as the width divides K
-        return tirx.if_then_else(start < fmt.in_features, loaded, tirx.const(0, x.dtype))
+        if chunks * tile.chunk * block != fmt.in_features:
+            # the same for all that a thread loads at once, as the width divides K
+            loaded = tirx.if_then_else(start < fmt.in_features, loaded, tirx.const(0, x.dtype))
+        return _bits(loaded)
 
     windows, length = chunks * tile.chunk // (held * skew), held * block
     loaded_rows = te.compute(
@@ -419,67 +420,142 @@ def _core(
         load_rows,
         name=BLOCK_ROWS,
     )
+
+    def stage(mo: Any, mg: Any, kw: Any, e: Any, s: Any, mv: Any) -> Any:
+        def row(at: Any) -> Any:
+            return loaded_rows(mo, mg, at, kw, s, e // width, e % width)
+
+        if pairs == 2:
+            low, high = (tirx.Cast("uint32", row(mv * 2 + half)) for half in (0, 1))
+            return low | (high << tirx.const(16, "uint32"))
+        wide = kernel_model.staged_itemsize(x.dtype, tile.rows) == 4
+        return _widened(row(mv), x.dtype) if wide else row(mv)
+
     staged = te.compute(
-        _shape(row_tiles, tile.groups, windows, length, skew, tile.vector),
-        lambda mo, mg, kw, e, s, mv: tirx.Cast(
-            "float32" if kernel_model.staged_itemsize(x.dtype, tile.rows) == 4 else x.dtype,
-            loaded_rows(mo, mg, mv, kw, s, e // width, e % width),
-        ),
+        _shape(row_tiles, tile.groups, windows, length, skew, tile.vector // pairs),
+        stage,
         name=BLOCK_DATA,
     )
 
+    stream = [chunks, steps, tile.unroll, tile.warps, col_tiles, _LANES]
+    per_word = 2 if values.dtype == "bfloat16" else 1
+    tv = te.placeholder(
+        _shape(*stream, vector // per_word),
+        "uint32" if per_word == 2 else values.dtype,
+        name=BLOCK_VALUES,
+    )
+    of_run = fmt.indices_shape[2] if fmt.index_planes else fmt.indices_shape[3]
+    word_bytes = min(4, of_run)
+    ti = te.placeholder(
+        _shape(*stream, _ceil(of_run, 4)),
+        "uint32" if fmt.index_planes else f"uint{8 * word_bytes}",
+        name=BLOCK_INDICES,
+    )
+
+    # a lane's unrolled loads follow each other, and hold whole blocks where the tile is chosen so: which block a
+    # slot is of is then known when the kernel is compiled
+    units, whole = runs // tile.unroll, runs % tile.unroll == 0 == all_runs % tile.unroll
+
     def run_of(c: Any, o: Any, u: Any, w: Any) -> tuple[Any, Any]:
-        within = (o * tile.unroll + u) * tile.warps + w
+        """Of the stream, one that is there; and whether it is the one asked for, None where always."""
+        unit = o * tile.warps + w
+        if exact:
+            return c * runs + unit * tile.unroll + u, None
+        if whole:
+            at, count = c * units + unit, all_runs // tile.unroll
+            valid = tirx.all(unit < units, at < count)
+            return tirx.min(at, count - 1) * tile.unroll + u, valid
+        within = unit * tile.unroll + u
         run = c * runs + within
-        return run, None if exact else tirx.all(within < runs, run < all_runs)
+        return tirx.min(run, all_runs - 1), tirx.all(within < runs, run < all_runs)
 
-    def load_values(c: Any, o: Any, u: Any, w: Any, no: Any, lane: Any, v: Any) -> Any:
-        run, valid = run_of(c, o, u, w)
-        value = tv(no, run, lane, v)
-        return value if valid is None else tirx.if_then_else(valid, value, tirx.const(0, tv.dtype))
+    def blocks_of(o: Any, u: Any, w: Any, v: Any) -> tuple[Any, Any]:
+        """Block of the chunk that a slot is of, one that is staged: the first of its unit, and how many later."""
+        unit = o * tile.warps + w
+        padded = steps * tile.unroll * tile.warps != runs
+        if tile.unroll * vector % nnz == 0 and whole:
+            unit = tirx.min(unit, units - 1) if padded else unit
+            return unit * (tile.unroll * vector // nnz), (u * vector + v) // nnz
+        kb = ((unit * tile.unroll + u) * vector + v) // nnz
+        return (tirx.min(kb, tile.chunk - 1) if padded else kb), 0
 
-    def load_indices(c: Any, o: Any, u: Any, w: Any, no: Any, lane: Any, v: Any) -> Any:
-        run, valid = run_of(c, o, u, w)
-        # any index will do where the value is zero, so it is enough to stay inside the array
-        run = run if valid is None else tirx.min(run, all_runs - 1)
-        if not fmt.index_planes:
-            return ti(no, run, lane, v)
-        word = [
-            tirx.Cast("uint32", ti(no, run, byte, lane)) << tirx.const(8 * byte, "uint32")
-            for byte in range(fmt.indices_shape[2])
-        ]
-        return functools.reduce(operator.or_, word)
+    def load_values(at: list[Any]) -> Any:
+        *within, no, lane = at
+        run, valid = run_of(*within)
+        dtype = f"uint32x{vector // 2}" if per_word == 2 else f"{values.dtype}x{vector}"
+        loaded = tirx.BufferLoad(values, [no, run, lane, _ramp(vector)])
+        loaded = tirx.reinterpret(dtype, loaded) if per_word == 2 else loaded
+        return loaded if valid is None else tirx.if_then_else(valid, loaded, _zero(dtype))
 
-    stream = _shape(chunks, steps, tile.unroll, tile.warps, col_tiles, _LANES)
-    loaded_values = te.compute([*stream, *_shape(vector)], load_values, name=BLOCK_VALUES)
-    held_indices = 1 if fmt.index_planes else fmt.indices_shape[-1]
-    loaded_indices = te.compute([*stream, *_shape(held_indices)], load_indices, name=BLOCK_INDICES)
+    def load_indices(at: list[Any]) -> Any:
+        *within, no, lane = at
+        # any index will do where the value is zero
+        run, _ = run_of(*within)
+        if fmt.index_planes:
+            word = [
+                tirx.Cast(
+                    "uint32", tirx.BufferLoad(indices, [no, run, tirx.const(byte, "int64"), lane])
+                )
+                << tirx.const(8 * byte, "uint32")
+                for byte in range(of_run)
+            ]
+            return functools.reduce(operator.or_, word)
+        loaded = tirx.BufferLoad(indices, [no, run, lane, _ramp(of_run)])
+        words = _ceil(of_run, 4)
+        dtype = f"uint{8 * word_bytes}" + (f"x{words}" if words > 1 else "")
+        return tirx.reinterpret(dtype, loaded) if of_run > 1 else loaded
+
     part = _reduce(parts, "c")
     o = _reduce(steps, "o")
     u = _reduce(tile.unroll, "u")
     v = _reduce(vector, "v")
 
+    per_chunk = tile.chunk // (held * skew)
+    pitch = kernel_model.pitch(fmt, x.dtype, tile.vector, tile.rows)
+
+    def place_of(first: Any, later: Any, lane: Any, stored: Callable[[Any], Any]) -> Any:
+        """Where slot ``v`` finds its element, in elements from the first of the chunk."""
+
+        def window_start(kb: Any) -> Any:
+            return kb // (held * skew) * pitch + kb % held * block
+
+        if skew == 1 and tile.unroll * vector // nnz % held == 0:
+            # a constant is added by the load itself
+            start, known = window_start(first), window_start(later)
+        else:
+            kb = first + later
+            start, known = window_start(kb) * skew + skewed(kb, lane, skew), 0
+        # a word of indices becomes words of bytes, of which one instruction takes a byte, by a product with a
+        # word that is zero elsewhere, and adds where its window begins
+        bit, mask = v * bits, ((1 << bits) - 1) * 0x01010101
+        if fmt.index_planes:
+            twelve = (stored(0) >> tirx.Cast("uint32", bit // 12 * 12)) & tirx.const(
+                0xFFF, "uint32"
+            )
+            six = (twelve | (twelve << tirx.const(10, "uint32"))) & tirx.const(0x3F003F, "uint32")
+            spread, byte = six | (six << tirx.const(5, "uint32")), v % 4
+        else:
+            spread = tirx.Cast("uint32", stored(bit // 32)) >> tirx.Cast("uint32", bit % 8)
+            byte = bit // 8 % 4
+        factor = tirx.const(skew, "uint32") << tirx.Cast("uint32", byte * 8)
+        spread = spread & tirx.const(mask, "uint32")
+        taken = tirx.call_pure_extern(
+            "uint16", "__dp4a", spread, factor, tirx.Cast("uint32", start)
+        )
+        return tirx.Cast("int32", taken) + known
+
     def multiply_add(w: Any, *at: Any) -> Any:
         *z, mo, mg, mv, no, lane = at
         c = z[0] * parts + part if z else part
-        slot = ((o * tile.unroll + u) * tile.warps + w) * vector + v
-        kb = slot // nnz
-        if steps * tile.unroll * tile.warps != runs:
-            kb = tirx.min(kb, tile.chunk - 1)
-        per_load = vector // held_indices
-        stored = loaded_indices(c, o, u, w, no, lane, v // per_load)
-        shift = tirx.Cast(loaded_indices.dtype, v % per_load * bits)
-        # of a whole byte the mask changes nothing; it is the bound that the staged region is derived from
-        index = tirx.Cast("int32", stored >> shift) & tirx.const((1 << bits) - 1, "int32")
-        window = c * (tile.chunk // (held * skew)) + kb // (held * skew)
-        element = kb % held * block + index
-        activation = staged(mo, mg, window, element, skewed(kb, lane, skew), mv)
-        weight = loaded_values(c, o, u, w, no, lane, v)
-        return te.sum(
-            tirx.Cast("float32", activation) * tirx.Cast("float32", weight), axis=[part, o, u, v]
+        place = place_of(*blocks_of(o, u, w, v), lane, lambda word: ti(c, o, u, w, no, lane, word))
+        activation = staged(mo, mg // pairs, c * per_chunk, 0, place, mv)
+        weight = tv(c, o, u, w, no, lane, v // per_word)
+        product = _widened(activation, x.dtype, mg % pairs) * _widened(
+            weight, values.dtype, v % per_word
         )
+        return te.sum(product, axis=[part, o, u, v])
 
-    out_axes = _shape(row_tiles, tile.groups, tile.vector, col_tiles, _LANES)
+    out_axes = _shape(row_tiles, tile.groups * pairs, tile.vector // pairs, col_tiles, _LANES)
     split_axes = [*(_shape(tile.splits) if tile.splits > 1 else []), *out_axes]
     partial = te.compute([*_shape(tile.warps), *split_axes], multiply_add, name=BLOCK_PARTIAL)
     w = _reduce(tile.warps, "w")
@@ -492,9 +568,131 @@ def _core(
         of_block, z = sums, _reduce(tile.splits, "z")
         sums = te.compute(out_axes, lambda *at: te.sum(of_block(z, *at), axis=z), name=BLOCK_MAIN)
     core = te.create_prim_func([tx, tv, ti, sums])
-    given = dict(zip(core.params[:3], (x, values, indices), strict=True))
     root = core.body.block
-    return list(_substitute(root.body, given).seq), [*root.alloc_buffers, core.params[3]]
+    body = _substitute(_of_whole_chunk(root.body, per_chunk), {core.params[0]: x})
+    loads = [
+        _loading(name, buffer, source, stream, load)
+        for name, buffer, source, load in (
+            (BLOCK_VALUES, core.params[1], values, load_values),
+            (BLOCK_INDICES, core.params[2], indices, load_indices),
+        )
+    ]
+    return [*loads, *body.seq], [*root.alloc_buffers, *core.params[1:]]
+
+
+def _of_whole_chunk(stmt: Any, windows: int) -> Any:
+    """Declare that gathers read all of a chunk of staged elements, as their places count from its first."""
+
+    def widen(block: Any) -> Any:
+        if block.name_hint != BLOCK_PARTIAL:
+            return block
+        reads = []
+        for region in block.reads:
+            ranges = list(region.region)
+            if str(region.source.name).startswith(BLOCK_DATA):
+                ranges[2] = tvm.ir.Range.from_min_extent(ranges[2].min, windows)
+                for axis in (3, 4):
+                    whole = region.source.shape[axis]
+                    ranges[axis] = tvm.ir.Range.from_min_extent(tirx.const(0, "int64"), whole)
+            reads.append(tirx.BufferRegion(region.source, ranges))
+        return s_tir.SBlock(
+            block.iter_vars, reads, block.writes, block.name_hint, block.body, block.init
+        )
+
+    return tvm_ffi.structural_map(stmt, (s_tir.SBlock, widen))
+
+
+def row_pairs(dtype: str, tile: Tile) -> int:
+    """Rows of activations in a word that is staged: two where they are of two bytes and not widened."""
+    narrow = kernel_model.staged_itemsize(dtype, tile.rows) == 2
+    return 2 if narrow and tile.vector % 2 == 0 else 1
+
+
+def _bits(value: Any) -> Any:
+    """A float of two bytes as its bits; others as they are."""
+    two_bytes = str(value.ty.dtype) in ("float16", "bfloat16")
+    return tirx.reinterpret("uint16", value) if two_bytes else value
+
+
+def _widened(value: Any, dtype: str, half: Any = 0) -> Any:
+    """As float32, exactly: a float, its bits, or those in one half of a word."""
+    stored = str(value.ty.dtype)
+    if stored in ("float32", "float16"):
+        return tirx.Cast("float32", value)
+    if dtype == "float16":
+        if stored == "uint32":
+            value = tirx.Cast("uint16", value >> tirx.Cast("uint32", half * 16))
+        return tirx.Cast("float32", tirx.reinterpret("float16", value))
+    # the bits of a bfloat16 are the upper ones of a float32: one instruction, where they stand in a word
+    if stored == "uint16":
+        value, half = tirx.Cast("uint32", value), 0
+    shift = tirx.Cast("uint32", 16 - half * 16) if isinstance(half, tirx.Expr) else 16 - 16 * half
+    return tirx.reinterpret("float32", (value << shift) & tirx.const(0xFFFF0000, "uint32"))
+
+
+def _ramp(lanes: int) -> Any:
+    zero = tirx.const(0, "int64")
+    return tirx.Ramp(zero, tirx.const(1, "int64"), lanes) if lanes > 1 else zero
+
+
+def _zero(dtype: str) -> Any:
+    scalar, _, lanes = dtype.partition("x")
+    zero = tirx.const(0, scalar)
+    return tirx.Broadcast(zero, int(lanes)) if lanes and int(lanes) > 1 else zero
+
+
+def _loading(
+    name: str,
+    buffer: Any,
+    source: Any,
+    extents: list[Any],
+    load: Callable[[list[Any]], Any],
+) -> Any:
+    """A block that fills the last axis of ``buffer`` with one vector load of ``source``.
+
+    Made by hand, as words of another dtype than the source's are more than a schedule's vectors can say.
+    """
+    words = int(buffer.shape[-1])
+    # the axis of extent 1 is what compute_at finds the last axis of the buffer by
+    ranges = [tvm.ir.Range(tirx.const(0, "int64"), extent) for extent in _shape(*extents, 1)]
+    names = ("c", "o", "u", "w", "no", "lane", "vector")
+    iters = [
+        tirx.IterVar(bounds, tirx.Var(f"v_{axis}", "int64"), 0)
+        for axis, bounds in zip(names, ranges, strict=True)
+    ]
+    loops = [tirx.Var(axis, "int64") for axis in names]
+    *at, one = (axis.var for axis in iters)
+    value = load(at)
+    (read, *_) = _loads(value)
+    start = one * words
+    place = start if words == 1 else tirx.Ramp(start, tirx.const(1, "int64"), words)
+    store = tirx.BufferStore(buffer, value, [*at, place])
+    reads = [_whole(source, read.indices[:2])]
+    writes = [
+        tirx.BufferRegion(
+            buffer,
+            [
+                *(tvm.ir.Range.from_min_extent(index, 1) for index in at),
+                tvm.ir.Range.from_min_extent(start, words),
+            ],
+        )
+    ]
+    stmt: Any = s_tir.SBlockRealize(loops, True, s_tir.SBlock(iters, reads, writes, name, store))
+    for loop, bounds in zip(reversed(loops), reversed(ranges), strict=True):
+        stmt = tirx.For(loop, bounds.min, bounds.extent, tirx.ForKind.SERIAL, stmt)
+    return stmt
+
+
+def _whole(buffer: Any, at: Any) -> Any:
+    """Region of a buffer: points on its first axes, all of the others."""
+    zero = tirx.const(0, "int64")
+    return tirx.BufferRegion(
+        buffer,
+        [
+            *(tvm.ir.Range.from_min_extent(index, 1) for index in at),
+            *(tvm.ir.Range.from_min_extent(zero, extent) for extent in buffer.shape[len(at) :]),
+        ],
+    )
 
 
 def _shape(*extents: Any) -> list[Any]:
@@ -535,7 +733,8 @@ def _assemble(
     ]
     loops = [tirx.Var(name, "int64") for name in names]
     mo, mg, mv, no, lane = (axis.var for axis in iters)
-    row = (mo * tile.groups + mg) * tile.vector + mv
+    pairs = tile.vector // int(extents[2])  # see row_pairs
+    row = (mo * tile.groups + mg // pairs) * tile.vector + mv * pairs + mg % pairs
     at = [*_unravel(row, lead), no * _LANES + lane]
     total = tirx.BufferLoad(sums, [mo, mg, mv, no, lane])
 
@@ -590,7 +789,7 @@ def _schedule(func: tirx.PrimFunc, found: BalancedBlock, tile: Tile) -> s_tir.Sc
     sch.unroll(u)
     sch.unroll(v)
     sch.unroll(mg)
-    if tile.vector > 1:
+    if int(sch.get(mv).extent) > 1:
         sch.vectorize(mv)
 
     sch.reverse_compute_at(shared, lane, preserve_unit_loops=True)
@@ -598,11 +797,8 @@ def _schedule(func: tirx.PrimFunc, found: BalancedBlock, tile: Tile) -> s_tir.Sc
         load = sch.get_sblock(name)
         sch.set_scope(load, 0, "local")
         sch.compute_at(load, o, preserve_unit_loops=True)
-        last = sch.get_loops(load)[-1]
-        if int(sch.get(last).extent) > 1:
-            sch.vectorize(last)
     sector = _SECTOR_BYTES // (4 if found.data_dtype == "float32" else 2)
-    _stage(sch, c, tile, _stage_width(found.fmt, found.data_dtype), sector)
+    _stage(sch, c, tile, found, sector)
 
     sums = sch.get_sblock(BLOCK_SPLIT if split else BLOCK_MAIN)
     sch.reverse_compute_at(sums, split[0] if split else mo, preserve_unit_loops=True)
@@ -635,21 +831,26 @@ def _add_splits(sch: s_tir.Schedule, out: Any) -> None:
     sch.set_scope(total, 0, "local")
 
 
-def _stage(sch: s_tir.Schedule, chunk: Any, tile: Tile, width: int, sector: int) -> None:
+def _stage(sch: s_tir.Schedule, chunk: Any, tile: Tile, found: BalancedBlock, sector: int) -> None:
     """Copy a chunk of activations to shared memory.
 
-    A thread loads ``width`` elements along K of each of ``vector`` rows, then stores as many staged
-    elements. Threads that store together take the runs of one ``sector`` from each of several windows, or
+    A thread loads as many elements along K of each of ``vector`` rows as 16 bytes hold, then stores as many
+    staged elements, 16 bytes of them at a time. Threads that store together take the runs of one ``sector`` from each of several windows, or
     of several blocks of a skewed group; the element left out after each window puts their starts into
     different banks.
     """
+    width = _stage_width(found.fmt, found.data_dtype)
+    knobs = (found.fmt, found.data_dtype, tile.vector, tile.rows)
+    pitch, together = kernel_model.pitch(*knobs), kernel_model.stored_at_once(*knobs)
     data, rows = sch.get_sblock(BLOCK_DATA), sch.get_sblock(BLOCK_ROWS)
     sch.set_scope(data, 0, "shared")
     sch.compute_at(data, chunk, preserve_unit_loops=True)
     *_, group, window, element, place, row = sch.get_loops(data)
     skew = int(sch.get(place).extent)
-    if tile.vector > 1 and skew == 1:
-        sch.storage_align(data, 0, axis=2, factor=_WINDOW * tile.vector, offset=tile.vector)
+    words, length = (int(sch.get(loop).extent) for loop in (row, element))
+    if pitch > length:
+        factor = _WINDOW * words
+        sch.storage_align(data, 0, axis=2, factor=factor, offset=pitch * words % factor)
     near = math.gcd(sector, int(sch.get(element).extent)) // width
     if skew > 1:
         near = math.gcd(near, 2)  # places of a group are side by side, runs of a block are not
@@ -663,9 +864,14 @@ def _stage(sch: s_tir.Schedule, chunk: Any, tile: Tile, width: int, sector: int)
     _, warp, lane = sch.split(start, [None, tile.warps, _LANES])
     sch.bind(warp, "threadIdx.y")
     sch.bind(lane, "threadIdx.x")
-    if tile.vector > 1:
+    if tile.vector > 1 and skew == 1:
+        runs, run = sch.split(run, [None, together])
+        sch.unroll(runs)
+        sch.vectorize(sch.fuse(run, row))
+    elif tile.vector > 1:
         sch.unroll(run)
-        sch.vectorize(row)
+        if words > 1:
+            sch.vectorize(row)
     elif skew > 1:
         sch.unroll(run)
     else:

@@ -37,6 +37,7 @@ _LOAD_BYTES = 16  # of the widest load
 MAX_ROWS = 16  # of activations in a tile
 MAX_WARPS = 16
 MAX_UNROLL = 4
+MAX_WHOLE_RUNS = 8  # vectors of slots that are unrolled so that they hold whole blocks
 # rows of activations that a symbolic M is taken for
 _SYMBOLIC_ROWS = 8
 # warps that are always tried; others only where they pad less than one more, as with 1 or 3 loads
@@ -73,11 +74,11 @@ class Instructions:
         Once: what does not depend on K.
     """
 
-    decode: float = 3.1
-    straddle: float = 2.7
-    group: float = 1.3
+    decode: float = 2.6
+    straddle: float = 3.4
+    group: float = 0.0
     float16: float = 1.0
-    bfloat16: float = 1.5
+    bfloat16: float = 1.0
     load: float = 1.0
     loop: float = 6.0
     stage: float = 4.0
@@ -318,6 +319,27 @@ def staged_at_once(fmt: PackedFormat, dtype: str) -> int:
     return math.gcd(width, fmt.pattern.block * window_blocks(fmt), fmt.in_features)
 
 
+def stored_at_once(fmt: PackedFormat, dtype: str, vector: int, rows: int) -> int:
+    """Staged elements of ``vector`` rows that a thread stores at once: 16 bytes, or what it has loaded."""
+    element = vector * staged_itemsize(dtype, rows)
+    return math.gcd(staged_at_once(fmt, dtype), max(1, _LOAD_BYTES // element))
+
+
+def pitch(fmt: PackedFormat, dtype: str, vector: int, rows: int) -> int:
+    """Staged elements from one window to the next: some are left out, so that stores meet in few banks."""
+    length = fmt.pattern.block * window_blocks(fmt)
+    if vector == 1 or fmt.layout.skew > 1:
+        return length
+    return length + (stored_at_once(fmt, dtype, vector, rows) - length) % WINDOW
+
+
+def whole_runs(fmt: PackedFormat) -> int:
+    """Fewest vectors of slots that begin with a block and end with one; 1 where blocks are larger."""
+    vector, nnz = fmt.layout.vector, fmt.pattern.nnz
+    runs = nnz // math.gcd(nnz, vector)
+    return runs if nnz % vector and runs <= MAX_WHOLE_RUNS else 1
+
+
 def chunk_unit(fmt: PackedFormat) -> int:
     """Fewest blocks whose slots fill whole vectors of values and indices, and whole windows."""
     unit = fmt.index_vector // math.gcd(fmt.index_vector, fmt.pattern.nnz)
@@ -406,7 +428,7 @@ class Model:
         self._vector = fmt.layout.vector
         nnz = fmt.pattern.nnz
         self._decode = count.decode
-        if self._vector % nnz and nnz % self._vector:
+        if self._vector % nnz and nnz % self._vector and whole_runs(fmt) == 1:
             self._decode += count.straddle
         self._vector_bytes = self._vector * self.itemsize + _index_bytes(fmt)
         self._row_bytes = fmt.slots / self._vector * self._vector_bytes
@@ -495,9 +517,9 @@ class Model:
         end_instructions = 2 * warps * tile_rows + 4 * tile_rows + count.kernel * warps
 
         registers = estimated_registers(knobs)
-        left_out = 0
-        if vector > 1 and fmt.layout.skew == 1:
-            left_out = chunk // window_blocks(fmt) * tile_rows * itemsize
+        window_length = fmt.pattern.block * window_blocks(fmt)
+        left_out = pitch(fmt, self.dtype, vector, tile_rows) - window_length
+        left_out *= chunk // window_blocks(fmt) * tile_rows * itemsize
         shared_bytes = max(
             chunk * fmt.pattern.block * tile_rows * itemsize + left_out,
             warps * tile_rows * _LANES * _PARTIAL_BYTES,
@@ -656,7 +678,7 @@ def candidates(
                 _ceil(_ceil(fmt.blocks, chunks), unit) * unit for chunks in (fewest, 2 * fewest)
             }:
                 runs = chunk * fmt.pattern.nnz // fmt.layout.vector
-                for warps, unroll in _shares(runs, max_warps):
+                for warps, unroll in _shares(runs, max_warps, whole_runs(fmt)):
                     yield Knobs(vector, groups, warps, unroll, chunk)
 
 
@@ -672,21 +694,24 @@ def _row_tiles(rows: int) -> list[int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _shares(runs: int, max_warps: int) -> tuple[tuple[int, int], ...]:
-    """Warps and loads in flight that share ``runs`` vectors of slots with little padding, most first."""
+def _shares(runs: int, max_warps: int, unit: int) -> tuple[tuple[int, int], ...]:
+    """Warps and loads in flight that share ``runs`` vectors of slots with little padding, most first.
+
+    Loads are in flight ``unit`` at a time.
+    """
     padding = {
-        (warps, unroll): _ceil(runs, warps * unroll) * warps * unroll / runs
-        for unroll in range(MAX_UNROLL, 0, -1)
+        (warps, units): _ceil(runs, warps * units * unit) * warps * units * unit / runs
+        for units in range(max(1, MAX_UNROLL // unit), 0, -1)
         for warps in range(max_warps, 0, -1)
     }
     # shares that leave most lanes without work are the least of evils where there is little work
     least = max(SPARE, min(padding.values()))
     return tuple(
-        (warps, unroll)
-        for (warps, unroll), padded in padding.items()
+        (warps, units * unit)
+        for (warps, units), padded in padding.items()
         if padded <= least
-        and (warps in _EVEN_WARPS or padded < padding[warps + 1, unroll])
-        and (unroll in (2, 4) or padded < padding[warps, unroll + 1])
+        and (warps in _EVEN_WARPS or padded < padding[warps + 1, units])
+        and (units * unit in (2, 4) or padded < padding.get((warps, units + 1), math.inf))
     )
 
 

@@ -50,8 +50,8 @@ def test_bytes_and_memory_time_by_hand():
 def test_thread_blocks_and_occupancy_by_hand():
     told = predict(layer(11008, 4096), 8, (4, 2, 16, 4, 128))
     assert told.thread_blocks == 11008 // 32
-    # 128 windows of 16 elements and one that is left out, of 8 rows of two bytes; partial sums take less
-    assert told.shared_bytes == 128 * 17 * 8 * 2
+    # 128 windows of 16 elements and two that are left out, of 8 rows of two bytes; partial sums take less
+    assert told.shared_bytes == 128 * 18 * 8 * 2
     # 56 registers: 9 warps in each quarter of an SM, two times 16 in all
     assert (told.registers, told.resident) == (56, 2)
     assert told.waves == pytest.approx(344 / (2 * 132))
@@ -69,17 +69,17 @@ def test_little_asks_for_18_kilobytes_on_an_h100():
 @pytest.mark.parametrize(
     ("dtype", "knobs", "counted"),
     [
-        ("float16", (1, 1, 8, 4, 256), 6.6),
-        ("float16", (2, 1, 8, 4, 256), 7.6),
-        ("float16", (4, 1, 8, 4, 256), 13.8),
-        ("float16", (4, 2, 8, 4, 128), 24.5),
-        ("float16", (4, 3, 8, 4, 64), 34.8),
-        ("float16", (4, 4, 8, 1, 64), 41.4),
-        ("float32", (1, 1, 8, 4, 256), 6.6),
-        ("float32", (2, 4, 8, 4, 64), 18.6),
-        ("bfloat16", (1, 1, 8, 4, 256), 7.1),
-        ("bfloat16", (4, 2, 8, 4, 128), 29.0),
-        ("bfloat16", (4, 4, 8, 4, 64), 52.3),
+        ("float16", (1, 1, 8, 4, 256), 6.1),
+        ("float16", (2, 1, 8, 4, 256), 7.1),
+        ("float16", (4, 1, 8, 4, 256), 13.2),
+        ("float16", (4, 2, 8, 4, 128), 22.2),
+        ("float16", (4, 3, 8, 4, 64), 33.0),
+        ("float16", (4, 4, 8, 1, 64), 41.6),
+        ("float32", (1, 1, 8, 4, 256), 6.1),
+        ("float32", (2, 4, 8, 4, 64), 16.1),
+        ("bfloat16", (1, 1, 8, 4, 256), 6.1),
+        ("bfloat16", (4, 2, 8, 4, 128), 22.2),
+        ("bfloat16", (4, 4, 8, 4, 64), 41.8),
     ],
 )
 def test_instructions_are_those_of_the_machine_code(dtype, knobs, counted):
