@@ -364,7 +364,7 @@ def stage(parts: Parts, target: Any, pitch: int, parallel: bool) -> Any:
     return loop(parts.rows, row, kind, name="m")
 
 
-def store_rows(parts: Parts, m: Any, n: Any, lanes: int, totals: Any, first: int) -> Any:
+def store_rows(parts: Parts, m: Any, n: Any, lanes: int, totals: Any, first: Any) -> Any:
     """Store the result of rows ``n .. n + lanes`` of the weight for one row of activations.
 
     Parameters
@@ -377,20 +377,21 @@ def store_rows(parts: Parts, m: Any, n: Any, lanes: int, totals: Any, first: int
         Outputs.
     totals : flat float32 buffer
         The sums, at ``first .. first + lanes``.
-    first : int
+    first : int or expression
         Where they begin.
     """
     lead = parts.coordinates(m)
     count = parts.fmt.out_features
+    begin = tirx.const(first, INDEX) if isinstance(first, int) else first
 
     def write(width: int) -> Any:
         def element(e: Any) -> Any:
-            value = parts.out_at(lead, n + e, totals[tirx.const(first, INDEX) + e])
+            value = parts.out_at(lead, n + e, totals[begin + e])
             return tirx.BufferStore(parts.out, value, [*lead, n + e])
 
         return loop(width, element, tirx.ForKind.VECTORIZED, name="e")
 
-    if parts.fmt.padded_rows == count:
+    if parts.fmt.padded_rows == count and count % lanes == 0:
         return write(lanes)
     rest = count % lanes
     part = tirx.IfThenElse(n < count, write(rest), None) if rest else None
