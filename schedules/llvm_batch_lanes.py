@@ -268,7 +268,11 @@ class _Kernel:
                 index = self._index(n, t, unit)
                 place = index * nest.splat(tirx.const(scale, "int32"), unit)
                 place = place + nest.splat(origin, unit)
-                return tirx.BufferStore(places, place, [nest.ramp(at, unit)])
+                # the next rows lie elsewhere, where the CPU does not expect them
+                fetch = nest.prefetch(self.values, self._at(n + unit, t))
+                return nest.sequence(
+                    [fetch, tirx.BufferStore(places, place, [nest.ramp(at, unit)])]
+                )
             return nest.loop(
                 unit,
                 lambda r: tirx.BufferStore(
@@ -331,9 +335,10 @@ class _Kernel:
                 place = tirx.Var(f"place_{r}", nest.INDEX)
                 weight = tirx.Var(f"weight_{r}", "float32")
                 stored = places[t * self.unit + sub + r]
+                value = nest.load_float(self.values, self._at(n + sub + r, start * nnz + t), 1)
                 statements += [
                     tirx.Bind(place, base + tirx.Cast(nest.INDEX, stored)),
-                    tirx.Bind(weight, self._value(n + sub + r, start * nnz + t)),
+                    tirx.Bind(weight, value),
                 ]
                 for w in range(width):
                     x = self.data[nest.ramp(place + w * lanes, lanes)]
@@ -380,10 +385,11 @@ class _Kernel:
 
         return nest.loop((count + lanes - 1) // lanes, block, name="i")
 
-    def _value(self, n: Any, t: Any) -> Any:
+    def _at(self, n: Any, t: Any) -> Any:
+        """Where the value of slot ``t`` of row ``n`` lies."""
         rows, vector = self.fmt.layout.rows, self.fmt.layout.vector
         run = (n // rows * (self.fmt.slots // vector) + t // vector) * rows + n % rows
-        return nest.load_float(self.values, run * vector + t % vector, 1)
+        return run * vector + t % vector
 
     def _index(self, n: Any, t: Any, lanes: int) -> Any:
         """Indices of ``lanes`` rows from ``n`` as int32; several only where they lie side by side."""

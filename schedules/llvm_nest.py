@@ -286,6 +286,15 @@ def load_float(view: Any, base: Any, lanes: int) -> Any:
     return tirx.reinterpret(vector("float32", lanes), upper)
 
 
+def prefetch(view: Any, at: Any) -> Any:
+    """Ask for the cache line of an element of a flat view, which may lie behind its end."""
+    read, keep, data = (tirx.const(i, "int32") for i in (0, 3, 1))
+    address = tirx.address_of(view[at])
+    return tirx.Evaluate(
+        tirx.call_llvm_intrin("void", "llvm.prefetch.p0", address, read, keep, data)
+    )
+
+
 def local(size: int, name: str, dtype: str = "float32") -> Any:
     """A buffer that LLVM keeps in registers."""
     return tirx.decl_buffer((size,), dtype, name=name, scope="local", layout=None)
