@@ -696,7 +696,7 @@ def _chunks(fmt: PackedFormat, unit: int, fewest: int, spare: int) -> list[tuple
     """Blocks staged at a time and thread blocks that share K, by twos up to ``spare`` of them."""
     most = min(spare, fmt.slots // _SPLIT_SLOTS)
     counts = {1, *(1 << i for i in range(1, max(1, most).bit_length())), max(1, most)}
-    found = {}
+    found: dict[tuple[int, int], None] = {}
     for splits in sorted(counts):
         for chunks in (fewest, 2 * fewest):
             chunk = _ceil(_ceil(fmt.blocks, _ceil(chunks, splits) * splits), unit) * unit
