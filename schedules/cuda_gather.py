@@ -63,7 +63,6 @@ _LOAD_BYTES = 16  # of the widest load
 _SECTOR_BYTES = 32  # that memory moves at least
 _WINDOW = kernel_model.WINDOW
 _STATIC_SHARED_BYTES = 48 << 10
-_SPLIT_SLOTS = 1024  # of a row, the fewest that a thread block of its own is worth
 
 
 @dataclass(frozen=True)
@@ -110,13 +109,12 @@ def default_tile(
     shared_bytes: int,
     gpu: GpuFigures | None = None,
     multiprocessors: int | None = None,
-    split: bool = True,
 ) -> Tile:
     """Knobs by :func:`tvm_balanced.kernel_model.choose`: what is predicted to be fastest on a GPU.
 
-    Where N is so small that multiprocessors would stand idle, several thread blocks share K, if each
-    still has 1024 slots of a row: adding their sums takes a second kernel. The model knows no such tiles;
-    these come from shapes alone (:func:`_split_tile`).
+    Where N is so small that multiprocessors would stand idle, several thread blocks share K, if that is
+    worth the second kernel that adds their sums; never for a symbolic M, whose sums would need memory of
+    unknown size.
 
     Parameters
     ----------
@@ -132,66 +130,12 @@ def default_tile(
         Where the kernel is to run; an H100 when left out.
     multiprocessors : int, optional
         Of the GPU, instead of its own number; its bandwidths are reduced in proportion.
-    split : bool
-        Whether thread blocks may share K.
     """
     figures = GPUS["h100"] if gpu is None else gpu
-    if split and rows is not None:
-        shared_tile = _split_tile(
-            fmt, rows, data_dtype, shared_bytes, multiprocessors or figures.sm_count
-        )
-        if shared_tile is not None:
-            return shared_tile
     chosen = kernel_model.choose(
         fmt, rows, data_dtype, shared_bytes, kernel_model.machine(figures, multiprocessors)
     )
     return Tile(**asdict(chosen))
-
-
-def _split_tile(
-    fmt: PackedFormat, rows: int, data_dtype: str, shared_bytes: int, multiprocessors: int
-) -> Tile | None:
-    """A tile whose thread blocks share K, as many of them as multiprocessors are left; else None.
-
-    As many rows of activations as fit; as many warps share K as there are whole steps for, up to 16, and
-    the steps are unrolled up to four times, as long as little of the work is padding. The chunk is the
-    largest that fits beside the partial sums.
-    """
-    most = _ceil(rows, _ceil(rows, kernel_model.MAX_ROWS))
-    thread_blocks = fmt.padded_rows // _LANES * _ceil(rows, most)
-    splits = min(multiprocessors // thread_blocks, fmt.slots // _SPLIT_SLOTS)
-    if splits < 2:
-        return None
-    itemsize = kernel_model.staged_itemsize(data_dtype, most)
-    vector = min(kernel_model.STAGED_BYTES // itemsize, 1 << (most - 1).bit_length())
-    groups = _ceil(most, vector)
-    unit = kernel_model.chunk_unit(fmt)
-    while True:
-        max_warps = kernel_model.MAX_WARPS if vector * groups <= 8 else kernel_model.MAX_WARPS // 2
-        room = shared_bytes - max_warps * vector * groups * _LANES * 4
-        itemsize = kernel_model.staged_itemsize(data_dtype, vector * groups)
-        per_block = fmt.pattern.block * vector * groups * itemsize
-        if unit * per_block <= room or vector * groups == 1:
-            break
-        if groups > 1:
-            groups = _ceil(groups, 2)
-        else:
-            vector //= 2
-    chunks = _ceil(_ceil(fmt.blocks, room // per_block // unit * unit), splits) * splits
-    chunk = _ceil(_ceil(fmt.blocks, chunks), unit) * unit
-    runs = chunk * fmt.pattern.nnz // fmt.layout.vector
-    best = None
-    for warps in range(max_warps, 0, -1):
-        for unroll in range(kernel_model.MAX_UNROLL, 0, -1):
-            padded = _ceil(runs, warps * unroll) * warps * unroll
-            cost = (
-                padded > runs * kernel_model.SPARE,
-                padded if padded > runs * kernel_model.SPARE else 0,
-            )
-            if best is None or cost < best[0]:
-                best = (cost, warps, unroll)
-    assert best is not None
-    return Tile(vector, groups, best[1], best[2], chunk, splits)
 
 
 def shared_limit(target: tvm.target.Target) -> int:

@@ -48,6 +48,8 @@ _NEAR = 1.1
 _HIDDEN = 0.1
 # padding of slots that is accepted without looking for fewer
 SPARE = 1.07
+# slots of a row, the fewest that a thread block of its own is asked about for
+_SPLIT_SLOTS = 1024
 
 
 @dataclass(frozen=True)
@@ -227,11 +229,12 @@ class Knobs:
     warps: int
     unroll: int
     chunk: int
+    splits: int = 1
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model makes of one launch.
+    """What the model makes of one launch, or of two where thread blocks share K.
 
     Parameters
     ----------
@@ -464,10 +467,11 @@ class Model:
         tile_rows = vector * groups
         row_tiles = _ceil(self.rows, tile_rows)
         column_tiles = fmt.padded_rows // _LANES
-        thread_blocks = row_tiles * column_tiles
+        splits = knobs.splits
+        thread_blocks = row_tiles * column_tiles * splits
 
         # one warp and step of the loop: ``unroll`` vectors of slots a lane
-        chunks = _ceil(fmt.blocks, chunk)
+        chunks = _ceil(_ceil(fmt.blocks, chunk), splits)  # of one thread block
         runs = chunk * fmt.pattern.nnz // self._vector
         per_chunk = _ceil(runs, warps * unroll)
         steps = chunks * per_chunk
@@ -596,13 +600,17 @@ class Model:
             clocks = min(clocks, max(overlapped, alone))
         memory_us = memory_bytes / (gpu.bandwidth_gbps * 1e3)
         total = gpu.launch_us + max(clocks / clock, memory_us)
+        if splits > 1:
+            total += self._sum_us(knobs)
 
         work = busiest / clock
         sum_steps = warps * steps
         return (
             total,
             memory_us,
-            thread_blocks * (l2_bytes + self._row_bytes * _LANES) / (l2_rate * active * clock),
+            thread_blocks
+            * (l2_bytes + self._row_bytes * _LANES / splits)
+            / (l2_rate * active * clock),
             work
             * (sum_steps * loop_instructions + stage_instructions + end_instructions)
             / gpu.schedulers,
@@ -611,7 +619,7 @@ class Model:
             latency * _ceil(busiest, resident) / clock,
             gpu.launch_us,
             int(stream * row_tiles),
-            int(staged_bytes * thread_blocks),
+            int(staged_bytes * thread_blocks / splits),
             loop_instructions / slots,
             gathers,
             registers,
@@ -624,15 +632,38 @@ class Model:
             gpu.needed_bytes_in_flight,
         )
 
+    def _sum_us(self, knobs: Knobs) -> float:
+        """Microseconds of the second kernel, in which a thread adds the sums of one output.
+
+        Its launch, the sums read from the level-2 cache, where the kernel before has just left them, and a
+        thread's chain: so many loads at a time as it takes gathers, then the result.
+        """
+        gpu, held = self.gpu, knobs.vector * knobs.groups
+        outputs = self.fmt.padded_rows * _ceil(self.rows, held) * held
+        # written by one kernel and read by the other
+        moved = 2 * knobs.splits * outputs * _PARTIAL_BYTES
+        clock = gpu.clock_ghz * 1e3
+        chain = _ceil(knobs.splits, gpu.shared_in_flight) * gpu.stage_ns * gpu.clock_ghz
+        chain += (knobs.splits + gpu.instructions.kernel) * gpu.issue_clocks
+        active = min(gpu.sm_count, outputs // (held * _LANES))
+        rate = min(gpu.l2_bytes_per_clock, gpu.port_bytes_per_clock * active)
+        return gpu.launch_us + (chain + moved / rate) / clock
+
 
 def candidates(
-    fmt: PackedFormat, rows: int, dtype: str, shared_bytes: int, multiprocessors: int | None = None
+    fmt: PackedFormat,
+    rows: int,
+    dtype: str,
+    shared_bytes: int,
+    multiprocessors: int | None = None,
+    split: bool = False,
 ) -> Iterator[Knobs]:
     """Every tile worth asking the model about, a few hundred at most.
 
     Rows of activations are cut into even tiles of up to 16; what is staged and the partial sums fit
     the shared memory; K is staged at once, in the fewest chunks that fit, or in twice as many; of the
-    warps and loads in flight those are left out that add more than a little padding to the work.
+    warps and loads in flight those are left out that add more than a little padding to the work. Thread
+    blocks share K, if at all, where that gives work to multiprocessors that have none.
 
     Parameters
     ----------
@@ -646,6 +677,8 @@ def candidates(
         Shared memory that a thread block may take.
     multiprocessors : int, optional
         Lower tiles only where half of them would stand idle with taller ones; all heights when left out.
+    split : bool
+        Also with several thread blocks for K, as many as ``multiprocessors`` are left.
     """
     unit = chunk_unit(fmt)
     seen: set[tuple[int, int]] = set()
@@ -674,12 +707,26 @@ def candidates(
             seen.add((vector, groups))
             thread_blocks = fmt.padded_rows // _LANES * _ceil(rows, held)
             fewest = _ceil(fmt.blocks, most)
-            for chunk in {
-                _ceil(_ceil(fmt.blocks, chunks), unit) * unit for chunks in (fewest, 2 * fewest)
-            }:
+            spare = multiprocessors // thread_blocks if split and multiprocessors else 1
+            for chunk, splits in _chunks(fmt, unit, fewest, spare):
                 runs = chunk * fmt.pattern.nnz // fmt.layout.vector
                 for warps, unroll in _shares(runs, max_warps, whole_runs(fmt)):
-                    yield Knobs(vector, groups, warps, unroll, chunk)
+                    yield Knobs(vector, groups, warps, unroll, chunk, splits)
+
+
+def _chunks(fmt: PackedFormat, unit: int, fewest: int, spare: int) -> list[tuple[int, int]]:
+    """Blocks staged at a time and thread blocks that share K, by twos up to ``spare`` of them."""
+    most = min(spare, fmt.slots // _SPLIT_SLOTS)
+    counts = {1, *(1 << i for i in range(1, max(1, most).bit_length())), max(1, most)}
+    found: dict[tuple[int, int], None] = {}
+    for splits in sorted(counts):
+        for chunks in (fewest, 2 * fewest):
+            chunk = _ceil(_ceil(fmt.blocks, _ceil(chunks, splits) * splits), unit) * unit
+            # every one of them has work
+            parts = _ceil(_ceil(fmt.blocks, chunk), splits)
+            if (splits - 1) * parts * chunk < fmt.blocks:
+                found[chunk, splits] = None
+    return list(found)
 
 
 def _row_tiles(rows: int) -> list[int]:
@@ -720,14 +767,15 @@ def choose(
 ) -> Knobs:
     """The tile that the model predicts to be fastest, or nearly so; the same for the same arguments.
 
-    Of tiles within a tenth of the fastest it is the one that reads the sparse stream least often.
+    Of tiles within a tenth of the fastest it is the one that reads the sparse stream least often, and of
+    these one without a second launch.
 
     Parameters
     ----------
     fmt : PackedFormat
         Layout ``r32vV``.
     rows : int or None
-        M; None when symbolic, which is taken for 8.
+        M; None when symbolic, which is taken for 8, with one thread block for all of K.
     dtype : str
         Of values and activations.
     shared_bytes : int
@@ -740,26 +788,29 @@ def choose(
     InputError
         When not even one block of the pattern fits the shared memory.
     """
-    return _choose(fmt, _SYMBOLIC_ROWS if rows is None else rows, dtype, shared_bytes, gpu)
+    known = rows is not None
+    return _choose(fmt, rows if known else _SYMBOLIC_ROWS, dtype, shared_bytes, gpu, known)
 
 
 @functools.lru_cache(maxsize=1024)
-def _choose(fmt: PackedFormat, rows: int, dtype: str, shared_bytes: int, gpu: Machine) -> Knobs:
+def _choose(
+    fmt: PackedFormat, rows: int, dtype: str, shared_bytes: int, gpu: Machine, split: bool
+) -> Knobs:
     model = Model(gpu, fmt, rows, dtype)
-    # of those that are nearly as fast, the one that reads least, from memory and then from any cache: bytes
-    # are certain, the rest of the model less so. Instructions that are hidden count a little too.
+    # of those that are nearly as fast, the one that reads least, from memory and then from any cache, in one
+    # launch: bytes are certain, the rest of the model less so. Instructions that are hidden count a little.
     timed = [
         (model.bounds(knobs), knobs)
-        for knobs in candidates(fmt, rows, dtype, shared_bytes, gpu.sm_count)
+        for knobs in candidates(fmt, rows, dtype, shared_bytes, gpu.sm_count, split)
     ]
     best_us = min((bounds[0] for bounds, _ in timed), default=math.inf)
     near = [
-        (memory, stream, total + _HIDDEN * issue, i)
-        for i, ((total, memory, stream, issue), _) in enumerate(timed)
+        (memory, stream, knobs.splits > 1, total + _HIDDEN * issue, i)
+        for i, ((total, memory, stream, issue), knobs) in enumerate(timed)
         if total <= best_us * _NEAR
     ]
     if not near or best_us == math.inf:
         raise InputError(
             f"no tile of {fmt.pattern} fits {shared_bytes} bytes of shared memory; take smaller blocks"
         )
-    return timed[min(near)[3]][1]
+    return timed[min(near)[4]][1]

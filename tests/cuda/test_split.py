@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
 import tvm_balanced as tb
-from tvm_balanced import cudaemu
+from tvm_balanced import cudaemu, kernel_model
 from tvm_balanced.cudaemu import device
 from tvm_balanced.pipeline import TIR_PIPELINE
 from tvm_balanced.schedules import cuda_gather
+from tvm_balanced.targets import GPUS
 from tvm_balanced.verification import verify
 
 from .conftest import Case, arguments, check_close, fused_kernel, packed_format, target
@@ -26,7 +28,13 @@ CASES = [
 
 
 def _kernel(case: Case) -> cudaemu.TVMKernel:
-    sch = cuda_gather.apply(fused_kernel(case, packed_format(case)), target())
+    """With the fastest tile that is split, whether or not that is worth a second launch."""
+    fmt, gpu = packed_format(case), kernel_model.machine(GPUS["h100"])
+    (rows,) = case.shapes[0]
+    model = kernel_model.Model(gpu, fmt, rows, case.dtype)
+    every = kernel_model.candidates(fmt, rows, case.dtype, 48 << 10, gpu.sm_count, split=True)
+    knobs = min((one for one in every if one.splits > 1), key=lambda one: model.bounds(one)[0])
+    sch = cuda_gather.apply(fused_kernel(case, fmt), target(), cuda_gather.Tile(**asdict(knobs)))
     assert sch is not None
     return cudaemu.from_tvm(sch.mod, target(), pipeline=TIR_PIPELINE)
 
@@ -53,7 +61,9 @@ def test_split_sums_equal_the_reference(case: Case) -> None:
         (1024, 28672, "4:16", 1, 4),
         (4096, 28672, "4:16", 1, 1),  # a thread block for nearly every multiprocessor
         (1024, 4096, "4:16", 1, 1),  # 1024 slots of a row
-        (64, 8192, "4:16", 1, 2),
+        (64, 8192, "4:16", 1, 1),  # not worth the second launch
+        (64, 16384, "4:16", 1, 4),
+        (64, 65536, "4:16", 1, 16),
         (1024, 28672, "4:16", None, 1),
     ],
 )
@@ -72,9 +82,9 @@ def library() -> tuple[torch.nn.Module, tb.CompiledLibrary]:
     """A split layer amid a model, for two rows of activations and for any number of them."""
     torch.manual_seed(0)
     module = torch.nn.Sequential(
-        torch.nn.Linear(32, 8192),
+        torch.nn.Linear(32, 16384),
         torch.nn.ReLU(),
-        torch.nn.Linear(8192, 40),
+        torch.nn.Linear(16384, 40),
         torch.nn.LayerNorm(40),
     ).eval()
     batch = torch.export.Dim("batch", min=1, max=8)
@@ -99,7 +109,7 @@ def test_split_kernels_are_captured_and_replayed(
             torch.testing.assert_close(lib(x), module(x), rtol=1e-4, atol=1e-4)
         sparse = [x for x in emulated.launches() if "balanced_sparse_dense" in x.kernel]
         emulated.forget()
-        assert [launch.grid[2] for launch in sparse] == [2, 1]
+        assert [launch.grid[2] for launch in sparse] == [4, 1]
         assert sparse[0].graph == (call > 0)
 
 
