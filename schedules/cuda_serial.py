@@ -1,8 +1,8 @@
 """CUDA schedule of kernels that DLight's rules leave alone, such as uneven adaptive pooling.
 
-Thread map: the spatial loops around each of the kernel's blocks, fused; element ``i`` -> thread ``i % 256`` of
-block ``i // 256``. What is inside a block, and its reductions, are done by one thread. A kernel that no rule
-took would be compiled as host code that writes the device's memory.
+Thread map: the spatial loops around each of the kernel's blocks, fused; element ``i`` -> thread
+``i % 256`` of block ``i // 256``. What is inside a block, and its reductions, are done by one thread. A
+kernel that no rule took would be compiled as host code that writes the device's memory.
 """
 
 from __future__ import annotations
