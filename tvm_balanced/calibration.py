@@ -432,6 +432,32 @@ def distill(
     return sum(last) / len(last)
 
 
+def agreement(module: torch.nn.Module, teacher: torch.nn.Module, batches: Sequence[Batch]) -> float:
+    """Mean cosine, sample by sample, of a model's first output to a teacher's.
+
+    Raises
+    ------
+    InputError
+        When the first output of the teacher is no floating-point tensor.
+    """
+    import torch
+
+    cosines = []
+    with _eval(module), _eval(teacher), torch.no_grad():
+        for batch in batches:
+            found, expected = (
+                torch.utils._pytree.tree_leaves(_call(part, batch))[0] for part in (module, teacher)
+            )
+            if not (isinstance(expected, torch.Tensor) and expected.is_floating_point()):
+                raise InputError(
+                    "the model's first output is no floating-point tensor, so no loss can be told; let "
+                    "the model return its logits or embeddings first"
+                )
+            a, b = (x.flatten(1).double() if x.ndim > 1 else x[:, None] for x in (found, expected))
+            cosines.append(torch.nn.functional.cosine_similarity(a, b, dim=1))
+    return float(torch.cat(cosines).mean())
+
+
 def copy_of(module: torch.nn.Module) -> torch.nn.Module:
     """A copy to distil from, taken before the module is pruned."""
     return copy.deepcopy(module)

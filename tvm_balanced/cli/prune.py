@@ -25,11 +25,33 @@ from tvm_balanced.log import Output
 if TYPE_CHECKING:
     from tvm_balanced.model import PrunedLayer
 
+# those of calibration.METHODS, which --help must not import
+METHODS = ("magnitude", "wanda", "sparsegpt")
+
 
 @click.command(name="prune")
 @model_argument
 @pattern_option(True, 'What to keep: "4:16" keeps 4 of every 16 weights of a row.')
 @ignore_option
+@click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    default="magnitude",
+    show_default=True,
+    help="How weights are chosen; wanda and sparsegpt need --calibration and a .pt2.",
+)
+@click.option(
+    "--calibration",
+    metavar="FILE",
+    help="Unlabelled inputs, .safetensors or .npz: an array per input, samples along the first dimension.",
+)
+@click.option(
+    "--distill",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="STEPS",
+    help="Steps of distillation from the dense model on the calibration inputs.",
+)
 @click.option("-o", "--output", "destination", metavar="PATH", help="File to write.")
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 @click.option("--dry-run", is_flag=True, help="Write nothing.")
@@ -40,14 +62,18 @@ def command(
     input_shapes: tuple[str, ...],
     pattern: str,
     ignore: tuple[str, ...],
+    method: str,
+    calibration: str | None,
+    distill: int,
     destination: str | None,
     overwrite: bool,
     dry_run: bool,
 ) -> None:
-    """Prune the dense layers of MODEL once, by magnitude, to a balanced pattern.
+    """Prune the dense layers of MODEL once to a balanced pattern.
 
     An .onnx file becomes an .onnx file with other weights; of a .pt2 or a .safetensors checkpoint the
-    weights are written as .safetensors. Without retraining a model loses accuracy: check it.
+    weights are written as .safetensors. Without retraining a model loses accuracy: check it. A few hundred
+    inputs (--calibration) save much of it, and distillation on them (--distill) more; both take a .pt2.
 
     \b
     Example:
@@ -64,11 +90,15 @@ def command(
             "input-shape": shapes,
             "pattern": pattern,
             "ignore": ignore,
+            "method": method,
+            "calibration": calibration,
+            "distill": distill,
             "output": "none (dry run)" if dry_run else path,
             "overwrite": overwrite,
         },
     )
     from tvm_balanced import checkpoint
+    from tvm_balanced.calibration_inputs import prune_program
     from tvm_balanced.pattern import BalancedPattern
 
     form = BalancedPattern(pattern)
@@ -77,9 +107,34 @@ def command(
             f"the pruned weights of {model} are written as {suffix}, but the output is {path}; "
             f"name it {path.with_suffix(suffix)}"
         )
+    calibrated = method != "magnitude" or distill > 0
+    if calibrated and calibration is None:
+        raise InputError(
+            f"--method {method} --distill {distill} needs inputs to look at; give --calibration FILE"
+        )
+    if calibration is not None and not calibrated:
+        raise InputError(
+            "--calibration was given, but pruning by magnitude without --distill looks at no input; "
+            "add --method sparsegpt, or leave it out"
+        )
+    if calibrated and source.suffix in (".onnx", ".safetensors"):
+        raise InputError(
+            f"calibration runs the model in PyTorch, and {model} is no .pt2; export it with torch.export, "
+            "or prune it by magnitude"
+        )
     if not dry_run:
         checkpoint.check_output(path, overwrite)
-    if source.suffix == ".safetensors":
+    cosine: float | None = None
+    if calibrated:
+        assert calibration is not None
+        with output.progress("prune") as tell:
+            pruned, cosine = prune_program(
+                source, form, Path(calibration), method, ignore, distill, tell
+            )
+        rows = list(pruned.pruned)
+        if not dry_run:
+            checkpoint.write_checkpoint(path, pruned.params, {}, pruned.patterns, overwrite)
+    elif source.suffix == ".safetensors":
         tensors, metadata = checkpoint.read_checkpoint(source)
         with output.progress("prune") as tell:
             changed, patterns, rows = checkpoint.prune_tensors(tensors, pattern, ignore, tell)
@@ -107,12 +162,22 @@ def command(
             "pattern": str(form),
             "output": None if dry_run else str(path),
             "layers": [{**asdict(row), "shape": list(row.shape)} for row in rows],
+            "method": method,
+            "cosine": cosine,
             "pruned_layers": sum(row.skipped is None for row in rows),
         }
     )
     output.show(_table(rows, "nothing written (dry run)" if dry_run else f"written: {path}"))
+    if cosine is not None:
+        output.show(
+            f"mean cosine of the first output to the dense model's: {cosine:.4f}, on the calibration inputs "
+            "themselves; expect less on others"
+        )
     if dry_run:
         again = repeated("--input-shape", input_shapes) + repeated("--ignore", ignore)
+        if calibrated:
+            again += f" --method {method} --calibration {shlex.quote(str(calibration))}"
+            again += f" --distill {distill}" if distill else ""
         output.next(
             f"tvm-balanced prune {shlex.quote(model)} --pattern {form}{again} "
             f"-o {shlex.quote(str(path))}"
