@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ from tvm_balanced.pattern import BalancedPattern
 
 if TYPE_CHECKING:
     import torch
+
+    from tvm_balanced.sensitivity import Selection
+    from tvm_balanced.targets import TargetSpec
 
 # samples a call where the program's batch is symbolic
 SYMBOLIC_BATCH = 16
@@ -132,28 +136,40 @@ def batches_for(
     ]
 
 
+@dataclass(frozen=True)
+class Goal:
+    """What to reach instead of one pattern for all: a predicted speedup, or a bound of the loss."""
+
+    target: TargetSpec
+    candidates: tuple[str, ...]
+    speedup: float | None = None
+    max_loss: float | None = None
+
+
 def prune_program(
     path: Path,
-    pattern: BalancedPattern | Mapping[str, str],
+    pattern: BalancedPattern | Goal,
     inputs: Path,
     method: str,
     ignore: Iterable[str],
     steps: int,
     progress: Callable[[str], None],
-) -> tuple[Model, float]:
+) -> tuple[Model, float, Selection | None]:
     """Prune a ``.pt2`` from calibration inputs, and distil it for ``steps`` steps.
 
     Returns
     -------
-    (Model, float)
-        The imported model with the new weights, and the mean cosine of its first output to the dense
-        model's on the calibration inputs.
+    (Model, float, Selection or None)
+        The imported model with the new weights, the mean cosine of its first output to the dense
+        model's on the calibration inputs, and what was chosen per layer where a goal was given.
 
     Raises
     ------
     InputError
-        As :func:`tvm_balanced.calibration.prune_calibrated`, and for files that cannot be used.
+        As :func:`tvm_balanced.calibration.prune_calibrated`, for files that cannot be used, and for a goal
+        that cannot be reached.
     """
+    from tvm_balanced import sensitivity
     from tvm_balanced.calibration import agreement, copy_of, distill, prune_calibrated
     from tvm_balanced.frontend import from_torch
     from tvm_balanced.frontend.archive import load_exported
@@ -167,11 +183,33 @@ def prune_program(
     module = program.module()
     teacher = copy_of(module)
     ignore = tuple(ignore)
-    rows = prune_calibrated(module, pattern, batches, method, ignore, progress)
+    selection: Selection | None = None
+    wanted: BalancedPattern | dict[str, str]
+    if isinstance(pattern, Goal):
+        scanned = sensitivity.scan(
+            module, imported, batches, pattern.target, pattern.candidates, method, ignore, progress
+        )
+        if pattern.speedup is not None:
+            selection = sensitivity.choose(scanned, pattern.speedup)
+        else:
+            assert pattern.max_loss is not None
+            selection = sensitivity.choose_by_loss(
+                scanned, module, batches, pattern.max_loss, method, progress
+            )
+        wanted = selection.patterns
+        if not wanted:
+            raise InputError(
+                "no layer can be pruned for that goal: dense is predicted faster, or the loss is too large; "
+                "ask for another, or give other candidates"
+            )
+    else:
+        wanted = pattern
+    rows = prune_calibrated(module, wanted, batches, method, ignore, progress)
     if steps:
         distill(module, teacher, batches, steps, ignore=ignore, progress=progress)
     state = module.state_dict()
     changed = {n: to_numpy(state[n]).copy() for n in imported.params if n in state}
     patterns = {row.name: BalancedPattern(row.pattern) for row in rows if row.pattern is not None}
     cosine = agreement(module, teacher, batches)
-    return imported.with_params(changed, patterns=patterns, pruned=tuple(rows)), cosine
+    pruned = imported.with_params(changed, patterns=patterns, pruned=tuple(rows))
+    return pruned, cosine, selection

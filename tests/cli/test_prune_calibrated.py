@@ -67,11 +67,32 @@ def test_sparsegpt_is_closer_than_magnitude(run, pt2_mlp, samples, tmp_path):
     assert found > float(((dense * pruned).sum(axis=1) / norms).mean()) + 0.02
 
 
+def test_goal_is_chosen_per_layer(run, pt2_mlp, samples, tmp_path):
+    """Where only one layer is fast enough, the other stays dense; the report says what each costs."""
+    out = tmp_path / "sparse.safetensors"
+    goal = ("--max-loss", "90%", "--pattern", "4:16,2:16", "--target", "llvm-x86-64-v4")
+    answer = run("prune", pt2_mlp, *goal, "--calibration", samples, "-o", out, "--json")
+    assert answer.code == 0, answer.err
+    chosen = {row["name"]: row["pattern"] for row in answer.json["choice"]}
+    assert list(chosen) == ["fc1.weight", "fc2.weight"]
+    noted = json.loads(read_checkpoint(out)[1][PATTERNS_KEY])
+    assert noted == {name: form for name, form in chosen.items() if form} and noted
+    assert answer.json["speedup"] > 1
+    assert answer.json["cosine"] >= 0.1
+    assert all(option["loss"] >= 0 for row in answer.json["choice"] for option in row["options"])
+
+
 @pytest.mark.parametrize(
     "model, options, says",
     [
         ("pt2_mlp", ["--method", "wanda"], "give --calibration FILE"),
         ("pt2_mlp", ["--calibration", "{x}"], "looks at no input"),
+        ("pt2_mlp", ["--max-loss", "much", "--calibration", "{x}"], "is no share"),
+        (
+            "pt2_mlp",
+            ["--target-speedup", "99", "--target", "llvm-x86-64-v4", "--calibration", "{x}"],
+            "predicted to reach",
+        ),
         ("onnx_mlp", ["--method", "wanda", "--calibration", "{x}"], "is no .pt2"),
         ("pt2_mlp", ["--method", "wanda", "--calibration", "{dir}/no.npz"], "is not a file"),
         (
@@ -86,7 +107,17 @@ def test_sparsegpt_is_closer_than_magnitude(run, pt2_mlp, samples, tmp_path):
             "but the model takes",
         ),
     ],
-    ids=["no inputs", "unused inputs", "onnx", "missing", "pickle", "odd count", "shape"],
+    ids=[
+        "no inputs",
+        "unused inputs",
+        "loss",
+        "speedup",
+        "onnx",
+        "missing",
+        "pickle",
+        "odd count",
+        "shape",
+    ],
 )
 def test_refuses(run, request, samples, tmp_path, model, options, says):
     np.savez(tmp_path / "pickle.npz", x=np.array([{}], object))

@@ -17,13 +17,16 @@ from tvm_balanced.cli.options import (
     parse_shapes,
     pattern_option,
     repeated,
+    target_option,
     with_output,
 )
 from tvm_balanced.errors import InputError
 from tvm_balanced.log import Output
 
 if TYPE_CHECKING:
+    from tvm_balanced.calibration_inputs import Goal
     from tvm_balanced.model import PrunedLayer
+    from tvm_balanced.sensitivity import Selection
 
 # those of calibration.METHODS, which --help must not import
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -31,7 +34,24 @@ METHODS = ("magnitude", "wanda", "sparsegpt")
 
 @click.command(name="prune")
 @model_argument
-@pattern_option(True, 'What to keep: "4:16" keeps 4 of every 16 weights of a row.')
+@pattern_option(
+    False,
+    'What to keep: "4:16" keeps 4 of every 16 weights of a row; with a goal, what to choose from: '
+    '"8:16,4:16".',
+)
+@click.option(
+    "--target-speedup",
+    "speedup",
+    type=float,
+    metavar="X",
+    help="Goal: this predicted speedup of the dense layers together, at the least loss.",
+)
+@click.option(
+    "--max-loss",
+    metavar="1%",
+    help="Goal: the most speedup with 1 - cosine of the first output within this, on the inputs.",
+)
+@target_option
 @ignore_option
 @click.option(
     "--method",
@@ -60,7 +80,10 @@ def command(
     output: Output,
     model: str,
     input_shapes: tuple[str, ...],
-    pattern: str,
+    pattern: str | None,
+    speedup: float | None,
+    max_loss: str | None,
+    target: str,
     ignore: tuple[str, ...],
     method: str,
     calibration: str | None,
@@ -89,6 +112,9 @@ def command(
             "model": model,
             "input-shape": shapes,
             "pattern": pattern,
+            "target-speedup": speedup,
+            "max-loss": max_loss,
+            "target": target,
             "ignore": ignore,
             "method": method,
             "calibration": calibration,
@@ -101,16 +127,24 @@ def command(
     from tvm_balanced.calibration_inputs import prune_program
     from tvm_balanced.pattern import BalancedPattern
 
-    form = BalancedPattern(pattern)
+    goal: Goal | None = None
+    if speedup is not None or max_loss is not None:
+        goal = _goal(speedup, max_loss, target, pattern)
+    elif pattern is None:
+        raise InputError(
+            "there is neither a pattern nor a goal; give --pattern 4:16, or --target-speedup or --max-loss"
+        )
+    form = None if goal or pattern is None else BalancedPattern(pattern)
     if path.suffix != suffix:
         raise InputError(
             f"the pruned weights of {model} are written as {suffix}, but the output is {path}; "
             f"name it {path.with_suffix(suffix)}"
         )
-    calibrated = method != "magnitude" or distill > 0
+    calibrated = method != "magnitude" or distill > 0 or goal is not None
     if calibrated and calibration is None:
         raise InputError(
-            f"--method {method} --distill {distill} needs inputs to look at; give --calibration FILE"
+            "a method other than magnitude, --distill and a goal need inputs to look at; give "
+            "--calibration FILE"
         )
     if calibration is not None and not calibrated:
         raise InputError(
@@ -125,19 +159,22 @@ def command(
     if not dry_run:
         checkpoint.check_output(path, overwrite)
     cosine: float | None = None
+    selection: Selection | None = None
+    wanted = goal or form
     if calibrated:
-        assert calibration is not None
+        assert calibration is not None and wanted is not None
         with output.progress("prune") as tell:
-            pruned, cosine = prune_program(
-                source, form, Path(calibration), method, ignore, distill, tell
+            pruned, cosine, selection = prune_program(
+                source, wanted, Path(calibration), method, ignore, distill, tell
             )
         rows = list(pruned.pruned)
         if not dry_run:
             checkpoint.write_checkpoint(path, pruned.params, {}, pruned.patterns, overwrite)
     elif source.suffix == ".safetensors":
+        assert form is not None
         tensors, metadata = checkpoint.read_checkpoint(source)
         with output.progress("prune") as tell:
-            changed, patterns, rows = checkpoint.prune_tensors(tensors, pattern, ignore, tell)
+            changed, patterns, rows = checkpoint.prune_tensors(tensors, str(form), ignore, tell)
         # what was noted before holds for the weights that stay
         patterns = {**checkpoint.read_patterns(metadata, source), **patterns}
         if not dry_run:
@@ -145,6 +182,7 @@ def command(
     else:
         from tvm_balanced.frontend import load_model
 
+        assert form is not None
         with output.progress("prune") as tell:
             tell("import the model")
             imported = load_model(source, shapes)
@@ -155,11 +193,15 @@ def command(
             checkpoint.write_onnx(source, path, new, overwrite)
         elif not dry_run:
             checkpoint.write_checkpoint(path, pruned.params, {}, pruned.patterns, overwrite)
+    if selection is not None:
+        from tvm_balanced.sensitivity import selection_json
     output.document(
         {
             "command": "prune",
             "model": model,
-            "pattern": str(form),
+            "pattern": None if form is None else str(form),
+            "choice": None if selection is None else selection_json(selection),
+            "speedup": None if selection is None else selection.speedup,
             "output": None if dry_run else str(path),
             "layers": [{**asdict(row), "shape": list(row.shape)} for row in rows],
             "method": method,
@@ -168,6 +210,8 @@ def command(
         }
     )
     output.show(_table(rows, "nothing written (dry run)" if dry_run else f"written: {path}"))
+    if selection is not None:
+        output.show(_choice(selection, target))
     if cosine is not None:
         output.show(
             f"mean cosine of the first output to the dense model's: {cosine:.4f}, on the calibration inputs "
@@ -178,8 +222,13 @@ def command(
         if calibrated:
             again += f" --method {method} --calibration {shlex.quote(str(calibration))}"
             again += f" --distill {distill}" if distill else ""
+        if goal is not None:
+            again += f" --target {shlex.quote(target)}"
+            again += f" --target-speedup {speedup:g}" if speedup is not None else ""
+            again += f" --max-loss {max_loss}" if max_loss is not None else ""
         output.next(
-            f"tvm-balanced prune {shlex.quote(model)} --pattern {form}{again} "
+            f"tvm-balanced prune {shlex.quote(model)}"
+            f"{'' if pattern is None else f' --pattern {pattern}'}{again} "
             f"-o {shlex.quote(str(path))}"
         )
     elif suffix == ".onnx":
@@ -189,6 +238,46 @@ def command(
         graph = "MODEL.pt2" if source.suffix == ".safetensors" else shlex.quote(model)
         weights = shlex.quote(str(path))
         output.next(f"tvm-balanced compile {graph} --weights {weights} -o model.tvmb")
+
+
+def _goal(speedup: float | None, max_loss: str | None, target: str, pattern: str | None) -> Goal:
+    from tvm_balanced.calibration_inputs import Goal
+    from tvm_balanced.sensitivity import CANDIDATES
+    from tvm_balanced.targets import resolve
+
+    if speedup is not None and max_loss is not None:
+        raise InputError("--target-speedup and --max-loss are two goals; give one of them")
+    bound: float | None = None
+    if max_loss is not None:
+        try:
+            bound = float(max_loss.removesuffix("%")) / (100 if max_loss.endswith("%") else 1)
+        except ValueError:
+            raise InputError(
+                f'--max-loss "{max_loss}" is no share; write for example 1% or 0.01'
+            ) from None
+    forms = CANDIDATES if pattern is None else tuple(pattern.split(","))
+    return Goal(resolve(target), forms, speedup, bound)
+
+
+def _choice(selection: Selection, target: str) -> Table:
+    """What each layer costs and gains, dense and under every candidate."""
+    table = Table(title=f"choice for {target}, times predicted", title_justify="left")
+    table.add_column("layer", overflow="fold", min_width=12)
+    for heading in ("chosen", "dense us", "us", "loss alone"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("could be (us, loss)", overflow="fold")
+    for layer in selection.layers:
+        others = [x for x in layer.options if x.pattern not in (None, layer.chosen.pattern)]
+        table.add_row(
+            layer.name,
+            layer.chosen.pattern or "dense",
+            f"{layer.dense_us:.2f}",
+            f"{layer.chosen.us:.2f}",
+            f"{layer.chosen.loss:.3%}",
+            "; ".join(f"{x.pattern} ({x.us:.2f}, {x.loss:.3%})" for x in others),
+        )
+    table.caption = f"dense layers together: {selection.speedup:.2f}x predicted"
+    return table
 
 
 def _table(rows: Sequence[PrunedLayer], caption: str) -> Table:
