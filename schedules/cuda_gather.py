@@ -13,11 +13,18 @@ windows conflicts depend on the indices: packing orders the slots of a block so 
 skews the rows (``r32vVsS``), so that S lanes work on S different blocks, staged side by side
 (``docs/format.md``).
 
-A staged element holds ``vector`` rows of activations, which one shared-memory load brings in. K is staged
-in chunks that fit the shared memory: a thread loads 16 bytes along K (8, 4 or 2 where K allows no more)
-of each of ``vector`` rows, and stores them as elements of ``vector`` rows. One element is left out after
-each window, so that neither these stores meet in a bank. Tiles of one or two rows are staged as float32,
-which saves a conversion at each use; more rows would take too much of the shared memory's bandwidth.
+A staged element holds ``vector`` rows of activations, which one shared-memory load brings in; rows of two
+bytes lie in pairs in words. K is staged in chunks that fit the shared memory: a thread loads 16 bytes along K
+(8, 4 or 2 where K allows no more) of each of ``vector`` rows, and stores them as elements of ``vector`` rows.
+Elements are left out after each window, so that neither these stores meet in a bank. Tiles of one or two rows
+are staged as float32, which saves a conversion at each use; more rows would take too much of the shared
+memory's bandwidth. Asynchronous copies are not used: staging transposes and widens on its way through
+registers, which they pass by, and the stream goes to registers, where a lane uses it. Only static shared
+memory is used, 48 KiB: all of K for 8 rows would save one barrier and the addresses of a chunk.
+
+An index takes a byte product (dp4a), which adds the start of its window, and a shift: words of indices are
+split into words of bytes first. The places of a bitmap take a count of leading zeros each, one after the
+other. A lane's unrolled loads are whole blocks, so that a slot's block is known when the kernel is compiled.
 
 Warps split K; their partial sums meet in shared memory and are added in a fixed order, so results do not
 change from run to run; so do the sums of thread blocks that share K (``Tile.splits``, ``blockIdx.z``), in
@@ -48,13 +55,14 @@ from tvm import s_tir, te, tirx
 
 from tvm_balanced import kernel_model
 from tvm_balanced.ops import BLOCK_DATA, BLOCK_MAIN, BLOCK_OUT, skewed
-from tvm_balanced.packing import ENCODINGS, PackedFormat
+from tvm_balanced.packing import BITMAP, ENCODINGS, PackedFormat
 from tvm_balanced.schedules.balanced_block import BalancedBlock, find
 from tvm_balanced.targets import GPUS, GpuFigures, gpu_figures
 
 BLOCK_ROWS = "balanced_rows"
 BLOCK_VALUES = "balanced_values"
 BLOCK_INDICES = "balanced_indices"
+BLOCK_POSITIONS = "balanced_positions"
 BLOCK_PARTIAL = "balanced_partial"
 BLOCK_SPLIT = "balanced_split"
 
@@ -138,6 +146,11 @@ def default_tile(
     return Tile(**asdict(chosen))
 
 
+def _holds_bitmaps(fmt: PackedFormat, tile: Tile) -> bool:
+    """Whether a lane's unrolled loads are of whole bitmaps, which are read from their first bit on."""
+    return fmt.encoding != BITMAP or tile.unroll % (fmt.index_vector // fmt.layout.vector) == 0
+
+
 def shared_limit(target: tvm.target.Target) -> int:
     """Bytes of shared memory that a thread block of this schedule may take."""
     limit = int(target.attrs.get("max_shared_memory_per_block", _STATIC_SHARED_BYTES))
@@ -165,6 +178,8 @@ def apply(
         tile = default_tile(
             found.fmt, found.rows, found.data_dtype, shared_limit(target), gpu_figures(target)
         )
+    if not _holds_bitmaps(found.fmt, tile):
+        return None
     canonical = _canonical(func, found, tile)
     return None if canonical is None else _schedule(canonical, found, tile)
 
@@ -177,7 +192,22 @@ def _takes(found: BalancedBlock) -> bool:
     layout = found.fmt.layout
     itemsize = 4 if found.value_dtype == "float32" else 2
     vectors = layout.vector in (2, 4, 8) and layout.vector * itemsize <= _LOAD_BYTES
-    return layout.rows == _LANES and vectors and found.fmt.index_vector == layout.vector
+    return layout.rows == _LANES and vectors and takes_indices(found.fmt)
+
+
+def takes_indices(fmt: PackedFormat) -> bool:
+    """Whether the indices of a lane's slots are one load: whole bytes, of a bitmap whole words and blocks.
+
+    Parameters
+    ----------
+    fmt : PackedFormat
+        Layout ``r32vV``.
+    """
+    if fmt.encoding != BITMAP:
+        return fmt.index_vector == fmt.layout.vector
+    size = fmt.indices_shape[3]
+    unrolled = fmt.index_vector // fmt.layout.vector <= kernel_model.MAX_WHOLE_RUNS
+    return unrolled and size <= _LOAD_BYTES and size & (size - 1) == 0
 
 
 @dataclass(frozen=True)
@@ -339,7 +369,11 @@ def _core(
     exact = steps * tile.unroll * tile.warps == runs and chunks * runs == all_runs
     static = rows if isinstance(rows, int) else None
 
-    held, skew, bits = kernel_model.window_blocks(fmt), fmt.layout.skew, ENCODINGS[fmt.encoding]
+    held, skew, bits = (
+        kernel_model.window_blocks(fmt),
+        fmt.layout.skew,
+        ENCODINGS.get(fmt.encoding, 1),
+    )
     width = _stage_width(fmt, x.dtype)
 
     # two bytes of several rows are staged as words of two rows
@@ -390,14 +424,18 @@ def _core(
     )
     of_run = fmt.indices_shape[2] if fmt.index_planes else fmt.indices_shape[3]
     word_bytes = min(4, of_run)
+    # runs that share one load of indices: several where a bitmap is of several
+    sharing = max(1, fmt.index_vector // vector)
+    of_indices = [chunks, steps, tile.unroll // sharing, *stream[3:]]
+    bitmap = fmt.encoding == BITMAP
     ti = te.placeholder(
-        _shape(*stream, _ceil(of_run, 4)),
-        "uint32" if fmt.index_planes else f"uint{8 * word_bytes}",
-        name=BLOCK_INDICES,
+        _shape(*of_indices, fmt.index_vector if bitmap else _ceil(of_run, 4)),
+        "uint32" if bitmap or fmt.index_planes else f"uint{8 * word_bytes}",
+        name=BLOCK_POSITIONS if bitmap else BLOCK_INDICES,
     )
 
-    # a lane's unrolled loads follow each other, and hold whole blocks where the tile is chosen so: which block a
-    # slot is of is then known when the kernel is compiled
+    # a lane's unrolled loads follow each other, and hold whole blocks where the tile is chosen so: which
+    # block a slot is of is then known when the kernel is compiled
     units, whole = runs // tile.unroll, runs % tile.unroll == 0 == all_runs % tile.unroll
 
     def run_of(c: Any, o: Any, u: Any, w: Any) -> tuple[Any, Any]:
@@ -414,7 +452,7 @@ def _core(
         return tirx.min(run, all_runs - 1), tirx.all(within < runs, run < all_runs)
 
     def blocks_of(o: Any, u: Any, w: Any, v: Any) -> tuple[Any, Any]:
-        """Block of the chunk that a slot is of, one that is staged: the first of its unit, and how many later."""
+        """Block of the chunk that a slot is of, and is staged: the first of its unit, how many later."""
         unit = o * tile.warps + w
         padded = steps * tile.unroll * tile.warps != runs
         if tile.unroll * vector % nnz == 0 and whole:
@@ -432,9 +470,10 @@ def _core(
         return loaded if valid is None else tirx.if_then_else(valid, loaded, _zero(dtype))
 
     def load_indices(at: list[Any]) -> Any:
-        *within, no, lane = at
+        c, o, u, w, no, lane = at
         # any index will do where the value is zero
-        run, _ = run_of(*within)
+        run, _ = run_of(c, o, u * sharing, w)
+        run = run // sharing
         if fmt.index_planes:
             word = [
                 tirx.Cast(
@@ -465,10 +504,29 @@ def _core(
 
         if skew == 1 and tile.unroll * vector // nnz % held == 0:
             # a constant is added by the load itself
-            start, known = window_start(first), window_start(later)
+            start, known, split = window_start(first), window_start(later), True
         else:
             kb = first + later
-            start, known = window_start(kb) * skew + skewed(kb, lane, skew), 0
+            start, known, split = window_start(kb) * skew + skewed(kb, lane, skew), 0, False
+        if bitmap:
+            # counted from the first block of its word
+            slot = u % sharing * vector + v
+            of_word = 8 * word_bytes // block
+            if split and pitch == length:
+                # windows follow each other as the blocks of a word do, and what is equal would not cancel
+                whole_words = tile.unroll * vector // nnz // of_word
+                known = later // of_word * of_word * block if whole_words > 1 else 0
+            else:
+                known = known - slot // nnz % of_word * block * skew
+            # the highest bit is the first element
+            taken = tirx.call_pure_extern(
+                "uint16",
+                "__dp4a",
+                tirx.Cast("int32", stored(slot)),
+                tirx.const(256 - skew, "int32"),
+                tirx.Cast("int32", start + 31 * skew),
+            )
+            return tirx.Cast("int32", taken) + known
         # a word of indices becomes words of bytes, of which one instruction takes a byte, by a product with a
         # word that is zero elsewhere, and adds where its window begins
         bit, mask = v * bits, ((1 << bits) - 1) * 0x01010101
@@ -491,7 +549,9 @@ def _core(
     def multiply_add(w: Any, *at: Any) -> Any:
         *z, mo, mg, mv, no, lane = at
         c = z[0] * parts + part if z else part
-        place = place_of(*blocks_of(o, u, w, v), lane, lambda word: ti(c, o, u, w, no, lane, word))
+        place = place_of(
+            *blocks_of(o, u, w, v), lane, lambda word: ti(c, o, u // sharing, w, no, lane, word)
+        )
         activation = staged(mo, mg // pairs, c * per_chunk, 0, place, mv)
         weight = tv(c, o, u, w, no, lane, v // per_word)
         product = _widened(activation, x.dtype, mg % pairs) * _widened(
@@ -514,14 +574,21 @@ def _core(
     core = te.create_prim_func([tx, tv, ti, sums])
     root = core.body.block
     body = _substitute(_of_whole_chunk(root.body, per_chunk), {core.params[0]: x})
+    loaded = core.params[2]
+    if bitmap:
+        words = _shape(*of_indices, of_run // word_bytes)
+        loaded = tirx.decl_buffer(words, f"uint{8 * word_bytes}", BLOCK_INDICES)
     loads = [
-        _loading(name, buffer, source, stream, load)
-        for name, buffer, source, load in (
-            (BLOCK_VALUES, core.params[1], values, load_values),
-            (BLOCK_INDICES, core.params[2], indices, load_indices),
-        )
+        _loading(BLOCK_VALUES, core.params[1], values, stream, load_values),
+        _loading(BLOCK_INDICES, loaded, indices, of_indices, load_indices),
     ]
-    return [*loads, *body.seq], [*root.alloc_buffers, *core.params[1:]]
+    held_buffers = [*root.alloc_buffers, *core.params[1:]]
+    if bitmap:
+        loads.append(
+            _positions(core.params[2], loaded, of_indices, nnz * (8 * word_bytes // block))
+        )
+        held_buffers.insert(0, loaded)
+    return [*loads, *body.seq], held_buffers
 
 
 def _of_whole_chunk(stmt: Any, windows: int) -> Any:
@@ -596,7 +663,61 @@ def _loading(
 
     Made by hand, as words of another dtype than the source's are more than a schedule's vectors can say.
     """
-    words = int(buffer.shape[-1])
+
+    def body(at: list[Any], start: Any) -> tuple[Any, Any]:
+        value, words = load(at), int(buffer.shape[-1])
+        (read, *_) = _loads(value)
+        place = start if words == 1 else tirx.Ramp(start, tirx.const(1, "int64"), words)
+        store = tirx.BufferStore(buffer, value, [*at, place])
+        return store, _whole(source, read.indices[:2])
+
+    return _by_hand(name, buffer, extents, body)
+
+
+def _positions(buffer: Any, words: Any, extents: list[Any], slots: int) -> Any:
+    """A block that fills ``buffer`` with the places of the bits set in words of bitmaps, ``slots`` of each.
+
+    The first byte of a word holds its first elements: once it is the highest, the leading zeros tell where
+    the next one kept is, whose bit is then cleared.
+    """
+    size = int(str(words.dtype).removeprefix("uint")) // 8
+    order = {4: 0x0123, 2: 0x0144, 1: 0x0444}[size]
+
+    def body(at: list[Any], start: Any) -> tuple[Any, Any]:
+        zero = tirx.const(0, "int64")
+        left = tirx.decl_buffer((1,), "uint32", "balanced_left", scope="local")
+        stores = []
+        for word in range(int(words.shape[-1])):
+            loaded = tirx.Cast("uint32", tirx.BufferLoad(words, [*at, tirx.const(word, "int64")]))
+            highest_first = tirx.call_pure_extern(
+                "uint32",
+                "__byte_perm",
+                loaded,
+                tirx.const(0, "uint32"),
+                tirx.const(order, "uint32"),
+            )
+            stores.append(tirx.BufferStore(left, highest_first, [zero]))
+            for slot in range(slots):
+                place = [*at, start + (word * slots + slot)]
+                rest = tirx.BufferLoad(left, [zero])
+                highest = tirx.Cast("uint32", 31 - tirx.clz(rest))
+                stores.append(tirx.BufferStore(buffer, highest, place))
+                bit = tirx.const(1, "uint32") << tirx.BufferLoad(buffer, place)
+                stores.append(tirx.BufferStore(left, rest ^ bit, [zero]))
+        return (tirx.SeqStmt(stores), [left]), _whole(words, at)
+
+    return _by_hand(BLOCK_POSITIONS, buffer, extents, body)
+
+
+def _by_hand(
+    name: str, buffer: Any, extents: list[Any], body: Callable[[list[Any], Any], tuple[Any, Any]]
+) -> Any:
+    """A block in its loops that writes the last axis of ``buffer`` whole.
+
+    ``body`` is told the other axes and the first place in the last, and gives the statement, if need be
+    with buffers of its own, and the region that it reads.
+    """
+    size = int(buffer.shape[-1])
     # the axis of extent 1 is what compute_at finds the last axis of the buffer by
     ranges = [tvm.ir.Range(tirx.const(0, "int64"), extent) for extent in _shape(*extents, 1)]
     names = ("c", "o", "u", "w", "no", "lane", "vector")
@@ -606,22 +727,20 @@ def _loading(
     ]
     loops = [tirx.Var(axis, "int64") for axis in names]
     *at, one = (axis.var for axis in iters)
-    value = load(at)
-    (read, *_) = _loads(value)
-    start = one * words
-    place = start if words == 1 else tirx.Ramp(start, tirx.const(1, "int64"), words)
-    store = tirx.BufferStore(buffer, value, [*at, place])
-    reads = [_whole(source, read.indices[:2])]
+    start = one * size
+    made, read = body(at, start)
+    store, own = made if isinstance(made, tuple) else (made, [])
     writes = [
         tirx.BufferRegion(
             buffer,
             [
                 *(tvm.ir.Range.from_min_extent(index, 1) for index in at),
-                tvm.ir.Range.from_min_extent(start, words),
+                tvm.ir.Range.from_min_extent(start, size),
             ],
         )
     ]
-    stmt: Any = s_tir.SBlockRealize(loops, True, s_tir.SBlock(iters, reads, writes, name, store))
+    block = s_tir.SBlock(iters, [read], writes, name, store, alloc_buffers=own)
+    stmt: Any = s_tir.SBlockRealize(loops, True, block)
     for loop, bounds in zip(reversed(loops), reversed(ranges), strict=True):
         stmt = tirx.For(loop, bounds.min, bounds.extent, tirx.ForKind.SERIAL, stmt)
     return stmt
@@ -737,7 +856,9 @@ def _schedule(func: tirx.PrimFunc, found: BalancedBlock, tile: Tile) -> s_tir.Sc
         sch.vectorize(mv)
 
     sch.reverse_compute_at(shared, lane, preserve_unit_loops=True)
-    for name in (BLOCK_VALUES, BLOCK_INDICES):
+    bitmap = found.fmt.encoding == BITMAP
+    # what reads another's buffer is moved first
+    for name in (BLOCK_VALUES, *((BLOCK_POSITIONS,) if bitmap else ()), BLOCK_INDICES):
         load = sch.get_sblock(name)
         sch.set_scope(load, 0, "local")
         sch.compute_at(load, o, preserve_unit_loops=True)
@@ -778,10 +899,10 @@ def _add_splits(sch: s_tir.Schedule, out: Any) -> None:
 def _stage(sch: s_tir.Schedule, chunk: Any, tile: Tile, found: BalancedBlock, sector: int) -> None:
     """Copy a chunk of activations to shared memory.
 
-    A thread loads as many elements along K of each of ``vector`` rows as 16 bytes hold, then stores as many
-    staged elements, 16 bytes of them at a time. Threads that store together take the runs of one ``sector`` from each of several windows, or
-    of several blocks of a skewed group; the element left out after each window puts their starts into
-    different banks.
+    A thread loads as many elements along K of each of ``vector`` rows as 16 bytes hold, then stores as
+    many staged elements, 16 bytes of them at a time. Threads that store together take the runs of one
+    ``sector`` from each of several windows, or of several blocks of a skewed group; the elements left out
+    after each window put their starts into different banks.
     """
     width = _stage_width(found.fmt, found.data_dtype)
     knobs = (found.fmt, found.data_dtype, tile.vector, tile.rows)

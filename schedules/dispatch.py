@@ -50,7 +50,7 @@ def preferred_format(
     target : tvm.target.Target
         Where the operator will run.
     encoding : str
-        Of the indices: ``"auto"`` or one of :data:`tvm_balanced.packing.ENCODINGS`.
+        Of the indices: ``"auto"``, ``"bitmap"`` or one of :data:`tvm_balanced.packing.ENCODINGS`.
 
     Raises
     ------

@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from tvm_balanced.errors import InputError
-from tvm_balanced.packing import ENCODINGS, PackedFormat
+from tvm_balanced.packing import BITMAP, PackedFormat
 from tvm_balanced.static_report import SM_LIMITS, KernelResources, occupancy
 from tvm_balanced.targets import GpuFigures
 
@@ -60,6 +60,8 @@ class Instructions:
     ----------
     decode : float
         For each slot: take its index out of a word and make an address of it.
+    bitmap : float
+        The same where it is the next bit of a bitmap.
     straddle : float
         For each slot more, where a vector of slots does not hold whole blocks and no block whole vectors.
     group : float
@@ -77,6 +79,7 @@ class Instructions:
     """
 
     decode: float = 2.6
+    bitmap: float = 5.5
     straddle: float = 3.4
     group: float = 0.0
     float16: float = 1.0
@@ -340,6 +343,8 @@ def whole_runs(fmt: PackedFormat) -> int:
     """Fewest vectors of slots that begin with a block and end with one; 1 where blocks are larger."""
     vector, nnz = fmt.layout.vector, fmt.pattern.nnz
     runs = nnz // math.gcd(nnz, vector)
+    if fmt.encoding == BITMAP:  # is read from its first bit on
+        return runs
     return runs if nnz % vector and runs <= MAX_WHOLE_RUNS else 1
 
 
@@ -389,7 +394,7 @@ def estimated_registers(knobs: Knobs) -> int:
 
 def _index_bytes(fmt: PackedFormat) -> float:
     """Bytes of the indices of one vector of slots."""
-    return fmt.layout.vector * ENCODINGS[fmt.encoding] / 8
+    return fmt.layout.vector * fmt.index_bits / 8
 
 
 @functools.lru_cache(maxsize=4096)
@@ -430,7 +435,7 @@ class Model:
         self._convert = converts.get(dtype, 0.0)
         self._vector = fmt.layout.vector
         nnz = fmt.pattern.nnz
-        self._decode = count.decode
+        self._decode = count.bitmap if fmt.encoding == BITMAP else count.decode
         if self._vector % nnz and nnz % self._vector and whole_runs(fmt) == 1:
             self._decode += count.straddle
         self._vector_bytes = self._vector * self.itemsize + _index_bytes(fmt)

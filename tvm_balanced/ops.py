@@ -132,7 +132,9 @@ def balanced_sparse_dense_te(
             word = functools.reduce(
                 operator.or_,
                 (
-                    tirx.Cast("uint32", indices(n // rows, t // index_vector, n % rows, first + byte))
+                    tirx.Cast(
+                        "uint32", indices(n // rows, t // index_vector, n % rows, first + byte)
+                    )
                     << tirx.const(24 - 8 * byte, "uint32")
                     for byte in range(size)
                 ),

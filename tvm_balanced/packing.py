@@ -15,9 +15,9 @@ rows side by side work on different blocks (slot ``t`` then belongs to block ``(
 
 The *encoding* says how an index is stored: ``u8`` one byte; ``u4`` four bits (blocks up to 16), ``u2`` two
 bits (blocks up to 4), the slots of a byte from its low bits up; ``u3`` three bits (blocks up to 8), eight
-slots in the 24 bits of three bytes, which stand in three planes. ``bitmap`` is one bit for each element of a
-block (8, 16, 24 or 32), set where it is kept: the first element in the highest bit of the first byte. Slots
-are then in the order of K, and rows that the layout adds hold leading elements.
+slots in the 24 bits of three bytes, which stand in three planes. ``bitmap`` is one bit for each element of
+a block (8, 16, 24 or 32), set where it is kept: the first element in the highest bit of the first byte.
+Slots are then in the order of K, and rows that the layout adds hold leading elements.
 
 ====================  ==========================================  =========================
 array                 shape                                       dtype
@@ -30,8 +30,9 @@ indices, ``u2``       ``(N' / R, T' / W, R, W / 4)``, W=max(V,4)  uint8
 indices, ``bitmap``   ``(N' / R, T' / W, R, W block / (8 nnz))``  uint8
 ====================  ==========================================  =========================
 
-Of a bitmap, W is the fewest slots that fill whole vectors and whole blocks. ``N'`` is N rounded up to R and ``T'`` is T rounded up to whole blocks, whole vectors and whole groups of S
-blocks; what is added holds value 0 and index 0.
+Of a bitmap, W is the fewest slots that fill whole vectors and whole blocks. ``N'`` is N rounded up to R and
+``T'`` is T rounded up to whole blocks, whole vectors and whole groups of S blocks; what is added holds value
+0 and index 0.
 """
 
 from __future__ import annotations

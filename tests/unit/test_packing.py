@@ -98,7 +98,12 @@ def test_four_bit_pairs_hold_the_even_slot_low():
 
 @pytest.mark.parametrize(
     ("pattern", "encoding", "bytes_per_weight"),
-    [("4:16", "u4", 0.625), ("1:4", "u4", 0.625), ("2:16", "u4", 0.3125), ("8:16", "bitmap", 1.125)],
+    [
+        ("4:16", "u4", 0.625),
+        ("1:4", "u4", 0.625),
+        ("2:16", "u4", 0.3125),
+        ("8:16", "bitmap", 1.125),
+    ],
 )
 def test_storage_of_fp16(pattern, encoding, bytes_per_weight):
     fmt = PackedFormat(4096, 4096, BalancedPattern(pattern), Layout(1, 8), encoding)
@@ -165,7 +170,9 @@ def test_a_bitmap_begins_in_the_highest_bit():
 
 
 def test_a_damaged_bitmap_is_refused():
-    packed = pack(prune_weight(random_weight(4, 64), "8:16"), BalancedPattern("8:16"), "r1v8", BITMAP)
+    packed = pack(
+        prune_weight(random_weight(4, 64), "8:16"), BalancedPattern("8:16"), "r1v8", BITMAP
+    )
     packed.indices[2, 1] = 0xFF
     with pytest.raises(InputError, match="block 1 of row 2 has 16 bits set"):
         unpack(packed)
