@@ -58,6 +58,8 @@ _WARPS = 8
 # Each function is one step of a warp or a lane. They are handed addresses, not buffers: TVM would put a
 # barrier between a lane's stores and loads of its own columns.
 _SOURCE = r"""
+// nothing: that both ends of an array are named keeps TVM from shortening it to what it sees used
+__device__ __forceinline__ void balanced_whole(const void*, const void*) {}
 // 16 bytes of activations to shared memory, WIDTH at a time; zeros where there are none
 template <int WIDTH>
 __device__ __forceinline__ void balanced_stage(void* to, const void* from, int bytes) {
@@ -67,11 +69,14 @@ __device__ __forceinline__ void balanced_stage(void* to, const void* from, int b
     const char* source = bytes > at ? (const char*)from + at : (const char*)from;
     int held = bytes > at ? WIDTH : 0;
     if constexpr (WIDTH == 16) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(address + at), "l"(source), "r"(held) : "memory");
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+        :: "r"(address + at), "l"(source), "r"(held) : "memory");
     } else if constexpr (WIDTH == 8) {
-      asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" :: "r"(address + at), "l"(source), "r"(held) : "memory");
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;"
+        :: "r"(address + at), "l"(source), "r"(held) : "memory");
     } else if constexpr (WIDTH == 4) {
-      asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(address + at), "l"(source), "r"(held) : "memory");
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+        :: "r"(address + at), "l"(source), "r"(held) : "memory");
     } else {
       unsigned short loaded = 0;
       if (held) loaded = *(const unsigned short*)source;
@@ -88,7 +93,8 @@ __device__ __forceinline__ void balanced_wait() {
 }
 // the slots of one run of a row: 16 bytes of values, 4 or 8 of indices; zeros past the end of the row
 template <int BITS>
-__device__ __forceinline__ void balanced_load(unsigned* values, unsigned* indices, const void* value, const void* index, bool valid) {
+__device__ __forceinline__ void balanced_load(
+    unsigned* values, unsigned* indices, const void* value, const void* index, bool valid) {
   uint4 held = make_uint4(0, 0, 0, 0);
   if (valid) held = *(const uint4*)(value);
   values[0] = held.x;
@@ -120,7 +126,8 @@ __device__ __forceinline__ void balanced_zero(void* own) {
   for (int word = 0; word < WORDS; ++word) *(unsigned*)((char*)own + word * 128) = 0;
 }
 template <int BITS, int NNZ>
-__device__ __forceinline__ void balanced_scatter(void* own, const unsigned* values, const unsigned* indices, int first) {
+__device__ __forceinline__ void balanced_scatter(
+    void* own, const unsigned* values, const unsigned* indices, int first) {
   #pragma unroll
   for (int slot = first; slot < first + NNZ; ++slot) {
     *balanced_column<BITS>((char*)own, indices, slot) = (unsigned short)(values[slot / 2] >> (slot % 2 * 16));
@@ -141,7 +148,8 @@ __device__ __forceinline__ void balanced_read(unsigned* words, const void* own) 
 }
 // 32 rows by 32 columns of the weight (8 of each t) times 8 rows of activations
 template <bool BFLOAT, int WORDS>
-__device__ __forceinline__ void balanced_multiply(float* sums, const unsigned* words, const void* activations) {
+__device__ __forceinline__ void balanced_multiply(
+    float* sums, const unsigned* words, const void* activations) {
   uint4 held = *(const uint4*)(activations);
   unsigned x[4] = {held.x, held.y, held.z, held.w};
   #pragma unroll
@@ -152,13 +160,17 @@ __device__ __forceinline__ void balanced_multiply(float* sums, const unsigned* w
       const unsigned* upper = words + 2 * tile * WORDS + step * 2;
       const unsigned* lower = upper + WORDS;
       if constexpr (BFLOAT) {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
           : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-          : "r"(upper[0]), "r"(lower[0]), "r"(upper[1]), "r"(lower[1]), "r"(x[2 * step]), "r"(x[2 * step + 1]));
+          : "r"(upper[0]), "r"(lower[0]), "r"(upper[1]), "r"(lower[1]),
+            "r"(x[2 * step]), "r"(x[2 * step + 1]));
       } else {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
           : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-          : "r"(upper[0]), "r"(lower[0]), "r"(upper[1]), "r"(lower[1]), "r"(x[2 * step]), "r"(x[2 * step + 1]));
+          : "r"(upper[0]), "r"(lower[0]), "r"(upper[1]), "r"(lower[1]),
+            "r"(x[2 * step]), "r"(x[2 * step + 1]));
       }
     }
   }
@@ -250,7 +262,7 @@ def default_tile(
     shared : int
         Bytes of shared memory that a thread block may take.
     multiprocessors : int
-        Of the GPU. As many warps stand side by side as leave a thread block for each; the others of a
+        Of the GPU. As many warps stand side by side as leave a thread block for most; the others of a
         thread block share K.
     """
     wanted = _SYMBOLIC_ROWS if rows is None else _ceil(rows, _ceil(rows, _STATIC_ROWS))
@@ -258,7 +270,8 @@ def default_tile(
     tiles = fmt.padded_rows // _LANES
     row_tiles = 1 if rows is None else _ceil(rows, height)
     columns = 1
-    while columns < _WARPS and tiles * row_tiles >= 2 * columns * multiprocessors:
+    # each doubling halves how often activations are read; a quarter of the multiprocessors may idle for it
+    while columns < _WARPS and 2 * tiles * row_tiles >= 3 * columns * multiprocessors:
         columns *= 2
     windows = _ceil(fmt.slots, _RUN * _WINDOW)
     while True:
@@ -350,7 +363,7 @@ def _call(name: str, *args: Any) -> Any:
 
 def _source(name: str) -> str:
     """All functions with one of them, as TVM prints what comes with each name that is called."""
-    return _SOURCE if name == "balanced_commit" else ""
+    return _SOURCE if name == "balanced_whole" else ""
 
 
 def _at(buffer: Any, *at: Any) -> Any:
@@ -454,11 +467,11 @@ class _Kernel:
         reads = [
             _whole(buffer)
             for buffer in params
-            if not buffer.same_as(self.epilogue.output) and getattr(buffer, "shape", None)
+            if isinstance(buffer.ty, tirx.BufferType) and not buffer.same_as(self.epilogue.output)
         ]
-        block = s_tir.SBlock(
-            [], reads, [_whole(self.epilogue.output)], BLOCK_EXPAND, body
-        )
+        # loops are unrolled by the CUDA compiler, so that the text stays short
+        body = tirx.AttrStmt(_int(0), "pragma_unroll_explicit", _int(0), body)
+        block = s_tir.SBlock([], reads, [_whole(self.epilogue.output)], BLOCK_EXPAND, body)
         stmt: Any = s_tir.SBlockRealize([], True, block)
         tile = self.tile
         row_tiles = (self.rows + (tile.rows - 1)) // tile.rows
@@ -481,7 +494,12 @@ class _Kernel:
 
     def _begin(self) -> list[Any]:
         zero = tirx.const(0.0, "float32")
+        arrays = (self.shared, self.sums, *self.held[0], *self.held[1], self.dense)
         return [
+            *(
+                _call("balanced_whole", _at(array, 0), _at(array, int(array.shape[0]) - 1))
+                for array in arrays
+            ),
             _call(f"balanced_zero<{self.words}>", self._own()),
             _loop(
                 int(self.sums.shape[0]),
@@ -544,11 +562,7 @@ class _Kernel:
             source = cuda_gather._unravel(
                 tirx.min(self.by * tile.rows + row, self.rows - 1), self.lead
             )
-            to = (
-                self.share * self.memory.share
-                + slot * self.memory.stage
-                + self._piece(row, piece)
-            )
+            to = self.share * self.memory.share + slot * self.memory.stage + self._piece(row, piece)
             call = _call(
                 f"balanced_stage<{self.width}>",
                 _at(self.shared, to),
@@ -565,7 +579,12 @@ class _Kernel:
 
     def _window(self, window: Any) -> Any:
         now, later = self.held
-        steps = [self._step(window, part) for part in range(self.blocks_of_run)]
+        steps = _loop(
+            self.blocks_of_run,
+            lambda part: tirx.SeqStmt(self._step(window, part)),
+            unroll=True,
+            name="part",
+        )
         keep = [
             _loop(
                 int(to.shape[0]),
@@ -576,9 +595,9 @@ class _Kernel:
             )
             for to, source in zip(now, later, strict=True)
         ]
-        return tirx.SeqStmt([*self._load(window + 1, later), *(s for p in steps for s in p), *keep])
+        return tirx.SeqStmt([*self._load(window + 1, later), steps, *keep])
 
-    def _step(self, window: Any, part: int) -> list[Any]:
+    def _step(self, window: Any, part: Any) -> list[Any]:
         tile, stages = self.tile, self.tile.stages
         step = window * self.blocks_of_run + part
         ahead = step + (stages - 1)
@@ -701,7 +720,4 @@ def _barrier() -> Any:
 
 
 def _whole(buffer: Any) -> Any:
-    """All of a buffer."""
-    return tirx.BufferRegion(
-        buffer, [tvm.ir.Range.from_min_extent(tirx.const(0, e.ty.dtype) if not isinstance(e, int) else 0, e) for e in buffer.shape]
-    )
+    return tirx.BufferRegion(buffer, [tvm.ir.Range(0, extent) for extent in buffer.shape])
