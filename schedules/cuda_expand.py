@@ -53,7 +53,8 @@ _COLUMNS = 8  # rows of activations in a product
 _SUM_STRIDE = 36  # floats from one row of sums to the next: rows 2t of all t are in different banks
 _STATIC_ROWS = 64  # of activations in a tile, at most: 64 sums a lane
 _SYMBOLIC_ROWS = 32
-_WARPS = 8
+# of a thread block; two times eight warps leave 128 registers, which blocks of 32 spill
+_WARPS = {16: 8, 32: 4}
 
 # Each function is one step of a warp or a lane. They are handed addresses, not buffers: TVM would put a
 # barrier between a lane's stores and loads of its own columns.
@@ -110,20 +111,24 @@ __device__ __forceinline__ void balanced_load(
     indices[1] = two.y;
   }
 }
+// stores of halves and loads of words reach the same bytes: volatile keeps them in their order
 // where a lane keeps the column that slot SLOT of a run stands in: two columns to a word, a bank to a lane
 template <int BITS>
-__device__ __forceinline__ unsigned short* balanced_column(char* own, const unsigned* indices, int slot) {
+__device__ __forceinline__ volatile unsigned short* balanced_column(
+    char* own, const unsigned* indices, int slot) {
   unsigned word = indices[slot * BITS / 32];
   int at = slot * BITS % 32;
   // (index / 2) * 128 + (index % 2) * 2
   unsigned high = at > 6 ? word >> (at - 6) : word << (6 - at);
   unsigned low = at > 1 ? word >> (at - 1) : word << (1 - at);
-  return (unsigned short*)(own + ((high & (((1u << BITS) - 2) << 6)) | (low & 2)));
+  return (volatile unsigned short*)(own + ((high & (((1u << BITS) - 2) << 6)) | (low & 2)));
 }
 template <int WORDS>
 __device__ __forceinline__ void balanced_zero(void* own) {
   #pragma unroll
-  for (int word = 0; word < WORDS; ++word) *(unsigned*)((char*)own + word * 128) = 0;
+  for (int word = 0; word < WORDS; ++word) {
+    *(volatile unsigned*)((char*)own + word * 128) = 0;
+  }
 }
 template <int BITS, int NNZ>
 __device__ __forceinline__ void balanced_scatter(
@@ -144,7 +149,9 @@ __device__ __forceinline__ void balanced_clear(void* own, const unsigned* indice
 template <int WORDS>
 __device__ __forceinline__ void balanced_read(unsigned* words, const void* own) {
   #pragma unroll
-  for (int word = 0; word < WORDS; ++word) words[word] = *(const unsigned*)((const char*)own + word * 128);
+  for (int word = 0; word < WORDS; ++word) {
+    words[word] = *(const volatile unsigned*)((const char*)own + word * 128);
+  }
 }
 // 32 rows by 32 columns of the weight (8 of each t) times 8 rows of activations
 template <bool BFLOAT, int WORDS>
@@ -267,15 +274,15 @@ def default_tile(
     """
     wanted = _SYMBOLIC_ROWS if rows is None else _ceil(rows, _ceil(rows, _STATIC_ROWS))
     height = _ceil(wanted, _COLUMNS) * _COLUMNS
-    tiles = fmt.padded_rows // _LANES
+    tiles, warps = fmt.padded_rows // _LANES, _WARPS[fmt.pattern.block]
     row_tiles = 1 if rows is None else _ceil(rows, height)
     columns = 1
     # each doubling halves how often activations are read; a quarter of the multiprocessors may idle for it
-    while columns < _WARPS and 2 * tiles * row_tiles >= 3 * columns * multiprocessors:
+    while columns < warps and 2 * tiles * row_tiles >= 3 * columns * multiprocessors:
         columns *= 2
     windows = _ceil(fmt.slots, _RUN * _WINDOW)
     while True:
-        shares = _WARPS // columns
+        shares = warps // columns
         while shares > 1 and windows < shares:
             shares //= 2
         while shares:
