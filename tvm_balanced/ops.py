@@ -140,12 +140,17 @@ def balanced_sparse_dense_te(
                 ),
             )
             # as many elements come before slot i as have at most i kept ones up to them
-            kept = [tirx.popcount(word >> tirx.const(31 - e, "uint32")) for e in range(block)]
+            bound = tirx.Var("bitmap", "uint32")
+            slot_of_block = tirx.Cast("uint32", t % nnz)
             before = [
-                tirx.Cast("int32", tirx.Cast("int32", count) <= tirx.Cast("int32", t % nnz))
-                for count in kept
+                tirx.Cast(
+                    "int32",
+                    tirx.popcount(bound >> tirx.const(31 - e, "uint32")) <= slot_of_block,
+                )
+                for e in range(block)
             ]
-            return functools.reduce(operator.add, before)
+            # bound once, as passes visit every copy of a long expression
+            return tirx.Let(bound, word, functools.reduce(operator.add, before))
         if fmt.index_planes:
             # an index may reach into the next byte; after the last one there is nothing to reach for
             last, bit = fmt.indices_shape[2] - 1, within * bits
