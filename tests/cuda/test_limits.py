@@ -35,7 +35,7 @@ def _allowed(chosen: Any) -> bool:
     if chosen.get("encoding") == "u3" and chosen.get("dtype") == "float32":
         return False  # runs of four slots are no whole bytes
     if chosen.get("encoding") == BITMAP:
-        return block in (16, 32)
+        return "pattern" not in chosen or block in (16, 32)
     return block <= 1 << ENCODINGS[chosen.get("encoding", "u8")]
 
 
