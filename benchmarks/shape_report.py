@@ -34,6 +34,8 @@ class Row:
     loop_stages : bool or None
         Whether that loop also stages activations, as it does where K takes several chunks and a chunk's
         steps are unrolled.
+    product_per_nonzero : float or None
+        The same without staging: of that loop's part between two barriers that holds the multiply-adds.
     code_per_nonzero : float
         The same of the whole code, each instruction counted once.
     local_accesses : int
@@ -64,6 +66,7 @@ class Row:
     tile: str
     loop_per_nonzero: float | None = None
     loop_stages: bool | None = None
+    product_per_nonzero: float | None = None
     code_per_nonzero: float | None = None
     registers: int | None = None
     shared_bytes: int | None = None
@@ -163,6 +166,8 @@ def report(problem: Any, arch: str, encoding: str | None, emulate: bool) -> Row:
         if loop is not None and loop.ffma:
             row.loop_per_nonzero = loop.instructions * tile.rows / loop.ffma
             row.loop_stages = loop.barriers > 0
+            part = loop.phase or loop
+            row.product_per_nonzero = part.instructions * tile.rows / part.ffma
     row.registers, row.shared_bytes = kernel.resources.registers, kernel.resources.shared_bytes
     if kernel.occupancy is not None:
         row.occupancy, row.resident_blocks = kernel.occupancy.share, kernel.occupancy.blocks
