@@ -70,6 +70,9 @@ class Instructions:
         For each value or activation: the conversion to float32.
     load : float
         For each vector load of the sparse stream, addresses included.
+    guard : float
+        For each vector load, or each unit of them, that may lie past the end of a chunk or of K: whether it
+        does, an address that is there, zeros for values.
     loop : float
         For each pass through the loop.
     stage : float
@@ -85,6 +88,7 @@ class Instructions:
     float16: float = 1.0
     bfloat16: float = 1.0
     load: float = 1.0
+    guard: float = 8.0
     loop: float = 6.0
     stage: float = 4.0
     kernel: float = 60.0
@@ -487,6 +491,10 @@ class Model:
         widened = itemsize > self.itemsize
         converts = slots * self._convert * (1 if widened else 1 + tile_rows)
         loads = unroll * (1 + self._index_loads) * count.load
+        all_runs = fmt.slots // self._vector
+        if per_chunk * warps * unroll != runs or chunks * splits * runs != all_runs:
+            guards = 1 if runs % unroll == 0 == all_runs % unroll else unroll
+            loads += guards * count.guard
         loop_instructions = fma + integer + converts + loads + slots * groups
         # short loops are unrolled by the compiler, whole numbers of times
         passes = 1
@@ -713,25 +721,47 @@ def candidates(
             thread_blocks = fmt.padded_rows // _LANES * _ceil(rows, held)
             fewest = _ceil(fmt.blocks, most)
             spare = multiprocessors // thread_blocks if split and multiprocessors else 1
-            for chunk, splits in _chunks(fmt, unit, fewest, spare):
+            for (chunk, splits), made_for in _chunks(fmt, unit, fewest, most, spare).items():
                 runs = chunk * fmt.pattern.nnz // fmt.layout.vector
                 for warps, unroll in _shares(runs, max_warps, whole_runs(fmt)):
-                    yield Knobs(vector, groups, warps, unroll, chunk, splits)
+                    if made_for is None or unroll in made_for:
+                        yield Knobs(vector, groups, warps, unroll, chunk, splits)
 
 
-def _chunks(fmt: PackedFormat, unit: int, fewest: int, spare: int) -> list[tuple[int, int]]:
-    """Blocks staged at a time and thread blocks that share K, by twos up to ``spare`` of them."""
+def _chunks(
+    fmt: PackedFormat, unit: int, fewest: int, most_blocks: int, spare: int
+) -> dict[tuple[int, int], set[int] | None]:
+    """Blocks staged at a time and thread blocks that share K, by twos up to ``spare`` of them.
+
+    They are even shares of K, for any loads in flight (None), and the next larger ones that hold whole units
+    of certain loads in flight: the ends of a unit are guarded once for all of its loads.
+    """
     most = min(spare, fmt.slots // _SPLIT_SLOTS)
     counts = {1, *(1 << i for i in range(1, max(1, most).bit_length())), max(1, most)}
-    found: dict[tuple[int, int], None] = {}
+    vector, all_runs = fmt.layout.vector, fmt.slots // fmt.layout.vector
+    whole = {
+        unroll: math.lcm(unit, unroll * vector // math.gcd(unroll * vector, fmt.pattern.nnz))
+        for unroll in range(2, MAX_UNROLL + 1)
+        if all_runs % unroll == 0
+    }
+    found: dict[tuple[int, int], set[int] | None] = {}
     for splits in sorted(counts):
         for chunks in (fewest, 2 * fewest):
-            chunk = _ceil(_ceil(fmt.blocks, _ceil(chunks, splits) * splits), unit) * unit
-            # every one of them has work
-            parts = _ceil(_ceil(fmt.blocks, chunk), splits)
-            if (splits - 1) * parts * chunk < fmt.blocks:
-                found[chunk, splits] = None
-    return list(found)
+            share = _ceil(fmt.blocks, _ceil(chunks, splits) * splits)
+            even = _ceil(share, unit) * unit
+            for unroll, multiple in ((None, unit), *whole.items()):
+                chunk = _ceil(share, multiple) * multiple
+                # every one of them has work
+                parts = _ceil(_ceil(fmt.blocks, chunk), splits)
+                if chunk > most_blocks or (splits - 1) * parts * chunk >= fmt.blocks:
+                    continue
+                if unroll is None:
+                    found[chunk, splits] = None
+                elif chunk != even:
+                    made_for = found.setdefault((chunk, splits), set())
+                    if made_for is not None:
+                        made_for.add(unroll)
+    return found
 
 
 def _row_tiles(rows: int) -> list[int]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 CANDIDATES = ("8:16", "4:16", "2:16")
 
-# of the time allowed: what the choice rounds up to
+# of the time allowed: what the choice rounds to
 _TIME_STEPS = 4000
 # halvings of the range of speedups where a loss is given
 _TRIALS = 5
@@ -174,8 +174,8 @@ def choose(scanned: Selection, speedup: float) -> Selection:
     Notes
     -----
     A knapsack with one choice a layer, by dynamic programming over time in steps of 1/4000 of what is
-    allowed, each layer rounded up: the speedup is reached for certain, the loss is the least but for that
-    rounding.
+    allowed, each layer rounded down; of the choices for every budget the largest whose true time is
+    allowed is taken. The speedup is reached for certain, the loss is the least but for that rounding.
     """
     if not 1 <= speedup < float("inf"):
         raise InputError(f"a speedup of {speedup} was asked for, expected a number of at least 1")
@@ -186,8 +186,7 @@ def choose(scanned: Selection, speedup: float) -> Selection:
             f"a speedup of {speedup:g} was asked for, but the fastest patterns are predicted to reach "
             f"{scanned.dense_us / fastest:.2f}; ask for less, or add sparser candidates"
         )
-    # rounding up a layer at a time must not make an exact fit impossible
-    room = _TIME_STEPS + len(scanned.layers)
+    room = _TIME_STEPS
     unit = allowed / _TIME_STEPS
     best = np.zeros(room + 1)
     picks: list[Any] = []
