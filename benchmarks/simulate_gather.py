@@ -364,6 +364,8 @@ def simulated_gpu() -> Any:
         l2_bytes_per_clock=1024,
         port_bytes_per_clock=32,
         fma_lanes=128,
+        # no kernel here has products for tensor cores
+        tensor_flops_per_clock=1024,
         # set by the configurations of the split "fit": from 16 to 32 steps cost 14,600 more clocks
         memory_ns=620,
         # nothing is in its level-2 cache when the kernel starts

@@ -7,11 +7,14 @@ import math
 
 import tvm
 
+from tvm_balanced import kernel_model
 from tvm_balanced.packing import BITMAP, BITMAP_BLOCKS, ENCODINGS, Layout, PackedFormat
 from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.schedules import cuda_fallback, cuda_gather
+from tvm_balanced.schedules import cuda_expand, cuda_fallback, cuda_gather
+from tvm_balanced.targets import gpu_figures
 
-BALANCED_RULES = (cuda_gather, cuda_fallback)
+# the first takes only what it is predicted faster for than the second
+BALANCED_RULES = (cuda_expand, cuda_gather, cuda_fallback)
 
 _LANES = 32
 _LOAD_BYTES = 16
@@ -23,6 +26,7 @@ _SKEWED_BYTES = 2048
 _FEW_SLOTS = 1 / 32  # of a block, too few to order
 _WINDOW = 32  # blocks up to this many elements conflict at most twice as they are
 _SPARE = 1.07  # share of blocks that may be padding
+_BUSY_ROWS = 8  # of activations, from which on instructions can take longer than bytes
 
 
 def preferred_format(
@@ -38,7 +42,8 @@ def preferred_format(
     The 32 lanes of a warp own 32 rows side by side and each loads 16 bytes of values at a time, so
     the layout is ``r32v8`` for two-byte values and ``r32v4`` for float32, skewed where blocks are large
     (:func:`_skew`). Indices take the fewest bytes: more integer instructions per slot are free as long as
-    memory is the limit. A bitmap, which takes most of them, is chosen only where it is smaller.
+    memory is the limit. A bitmap, which takes most of them and which the expand kernel does not read, is
+    chosen only where it is smaller, and for 8 rows and more only where no kernel is predicted faster without.
 
     Parameters
     ----------
@@ -47,7 +52,7 @@ def preferred_format(
     out_features, in_features : int
         N and K.
     batch : int or None
-        Rows of activations; the format does not depend on it.
+        Rows of activations, None when symbolic.
     dtype : str
         Of the values.
     target : tvm.target.Target
@@ -63,8 +68,20 @@ def preferred_format(
     if pattern.block in BITMAP_BLOCKS:
         bitmap = dataclasses.replace(fmt, encoding=BITMAP)
         if bitmap.index_bits < fmt.index_bits and cuda_gather.takes_indices(bitmap):
+            if batch is not None and batch >= _BUSY_ROWS:
+                return min((bitmap, fmt), key=lambda one: _us(one, batch, dtype, target))
             return bitmap
     return fmt
+
+
+def _us(fmt: PackedFormat, rows: int, dtype: str, target: tvm.target.Target) -> float:
+    """Predicted microseconds of the kernel that would be compiled."""
+    expands = cuda_expand.choose(fmt, rows, dtype, target)
+    if expands is not None:
+        return expands[1].total_us
+    gpu = kernel_model.machine(gpu_figures(target))
+    knobs = kernel_model.choose(fmt, rows, dtype, cuda_gather.shared_limit(target), gpu)
+    return kernel_model.Model(gpu, fmt, rows, dtype).predict(knobs).total_us
 
 
 def _skew(pattern: BalancedPattern, in_features: int, itemsize: int) -> int:

@@ -1,6 +1,6 @@
 """The CUDA expand schedule: sparse stream from memory, dense fragments on chip, tensor cores.
 
-For 16 rows of activations and more. The weight is read in the gather's layout ``r32v8`` and becomes dense
+For 9 rows of activations and more. The weight is read in the gather's layout ``r32v8`` and becomes dense
 just before it is multiplied: sparse bytes, dense arithmetic. Rows of the weight are the 16 rows of
 ``mma.sync.m16n8k16``, rows of activations its 8 columns; sums are float32.
 
@@ -31,30 +31,30 @@ functions (``_SOURCE``); shapes, predicates and everything after the operator st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 
+from tvm_balanced import expand_model, kernel_model
+from tvm_balanced.expand_model import (
+    COLUMNS,
+    LANES,
+    ROWS,
+    RUN,
+    SUM_STRIDE,
+    WINDOW,
+    Memory,
+    Tile,
+)
 from tvm_balanced.ops import BLOCK_DATA
 from tvm_balanced.packing import ENCODINGS, PackedFormat
 from tvm_balanced.schedules import cuda_gather
 from tvm_balanced.schedules.balanced_block import BalancedBlock, find
+from tvm_balanced.targets import gpu_figures
 
 BLOCK_EXPAND = "balanced_expand"
-
-_LANES = 32
-_RUN = 8  # slots that a lane loads at once
-_WINDOW = 4  # runs of a window, one for each lane of a fragment's row
-_ROWS = 4  # rows of the weight that a lane owns
-_COLUMNS = 8  # rows of activations in a product
-_SUM_STRIDE = 36  # floats from one row of sums to the next: rows 2t of all t are in different banks
-_STATIC_ROWS = 64  # of activations in a tile, at most: 64 sums a lane
-_SYMBOLIC_ROWS = 32
-# of a thread block; two times eight warps leave 128 registers, which blocks of 32 spill
-_WARPS = {16: 8, 32: 4}
 
 # Each function is one step of a warp or a lane. They are handed addresses, not buffers: TVM would put a
 # barrier between a lane's stores and loads of its own columns.
@@ -200,100 +200,38 @@ __device__ __forceinline__ float balanced_total(const void* from) {
 """
 
 
-@dataclass(frozen=True)
-class Tile:
-    """The knobs of the schedule.
-
-    Parameters
-    ----------
-    rows : int
-        Rows of activations in a tile, a multiple of 8.
-    columns : int
-        Warps side by side, 32 outputs each; they share staged activations.
-    shares : int
-        Warps that share K: 1, 2, 4 or 8.
-    stages : int
-        Steps of activations in shared memory at a time.
-    """
-
-    rows: int
-    columns: int
-    shares: int
-    stages: int
-
-    @property
-    def warps(self) -> int:
-        """Warps of a thread block."""
-        return self.columns * self.shares
-
-
-def _ceil(value: int, by: int) -> int:
-    return -(-value // by)
-
-
-def shared_bytes(fmt: PackedFormat, tile: Tile) -> int:
-    """Bytes of shared memory that a thread block takes."""
-    return _Memory(fmt, tile).total
-
-
-class _Memory:
-    """Where things lie in the shared memory of a thread block, in bytes."""
-
-    def __init__(self, fmt: PackedFormat, tile: Tile) -> None:
-        block = fmt.pattern.block
-        self.row = _WINDOW * block * 2  # one row of activations in a step
-        self.stage = tile.rows * self.row
-        self.share = tile.stages * self.stage
-        self.own = block // 2 * _LANES * 4  # a warp's block of each lane
-        self.blocks = tile.shares * self.share
-        self.sums = _COLUMNS * _SUM_STRIDE * 4  # a warp's; they lie where the activations were
-        self.total = max(self.blocks + tile.warps * self.own, tile.warps * self.sums)
-
-
 def shared_limit(target: tvm.target.Target) -> int:
     """Bytes of shared memory that a thread block of this schedule may take."""
     return int(target.attrs.get("max_shared_memory_per_block", 48 << 10))
 
 
-def default_tile(
-    fmt: PackedFormat, rows: int | None, shared: int, multiprocessors: int = 132
-) -> Tile | None:
-    """Knobs from shapes alone; None where no tile fits the shared memory.
+def choose(
+    fmt: PackedFormat,
+    rows: int | None,
+    dtype: str,
+    target: tvm.target.Target,
+) -> tuple[Tile, kernel_model.Prediction] | None:
+    """Tile and prediction where this schedule is predicted faster than the gather; None elsewhere.
 
     Parameters
     ----------
     fmt : PackedFormat
-        Layout ``r32v8``.
+        Any.
     rows : int or None
-        M; None when symbolic.
-    shared : int
-        Bytes of shared memory that a thread block may take.
-    multiprocessors : int
-        Of the GPU. As many warps stand side by side as leave a thread block for most; the others of a
-        thread block share K.
+        M; None when symbolic, which is the gather's.
+    dtype : str
+        Of values and activations.
+    target : tvm.target.Target
+        A CUDA target.
     """
-    wanted = _SYMBOLIC_ROWS if rows is None else _ceil(rows, _ceil(rows, _STATIC_ROWS))
-    height = _ceil(wanted, _COLUMNS) * _COLUMNS
-    tiles, warps = fmt.padded_rows // _LANES, _WARPS[fmt.pattern.block]
-    row_tiles = 1 if rows is None else _ceil(rows, height)
-    columns = 1
-    # each doubling halves how often activations are read; a quarter of the multiprocessors may idle for it
-    while columns < warps and 2 * tiles * row_tiles >= 3 * columns * multiprocessors:
-        columns *= 2
-    windows = _ceil(fmt.slots, _RUN * _WINDOW)
-    while True:
-        shares = warps // columns
-        while shares > 1 and windows < shares:
-            shares //= 2
-        while shares:
-            for stages in (4, 3, 2):
-                tile = Tile(height, columns, shares, stages)
-                if shared_bytes(fmt, tile) <= shared:
-                    return tile
-            shares //= 2
-        if height == _COLUMNS:
-            return None
-        height = _ceil(height // _COLUMNS, 2) * _COLUMNS
+    return expand_model.choose(
+        fmt,
+        rows,
+        dtype,
+        shared_limit(target),
+        cuda_gather.shared_limit(target),
+        kernel_model.machine(gpu_figures(target)),
+    )
 
 
 def apply(
@@ -308,15 +246,17 @@ def apply(
     target : tvm.target.Target
         A CUDA target; its shared memory bounds the tile.
     tile : Tile, optional
-        Knobs; :func:`default_tile` chooses them when left out.
+        Knobs. When left out, :func:`choose` finds them, and only kernels are taken that are predicted faster
+        than the gather.
     """
     found = find(func)
     if found is None or not takes(found):
         return None
     if tile is None:
-        tile = default_tile(found.fmt, found.rows, shared_limit(target))
-        if tile is None:
+        chosen = choose(found.fmt, found.rows, found.value_dtype, target)
+        if chosen is None:
             return None
+        tile, _ = chosen
     parts = _parts(func, found)
     if parts is None:
         return None
@@ -324,15 +264,9 @@ def apply(
 
 
 def takes(found: BalancedBlock) -> bool:
-    """Whether a lane's slots are whole blocks of 16 or 32, of a type that tensor cores multiply."""
-    fmt = found.fmt
-    return (
-        found.data_dtype == found.value_dtype
-        and found.value_dtype in ("float16", "bfloat16")
-        and (fmt.layout.rows, fmt.layout.vector, fmt.layout.skew) == (_LANES, _RUN, 1)
-        and fmt.encoding in ("u4", "u8")
-        and fmt.pattern.block in (16, 32)
-        and fmt.pattern.nnz in (1, 2, 4, 8)
+    """Whether the operator's format and types are this schedule's."""
+    return found.data_dtype == found.value_dtype and expand_model.takes_format(
+        found.fmt, found.value_dtype
     )
 
 
@@ -356,6 +290,10 @@ def _parts(func: tirx.PrimFunc, found: BalancedBlock) -> tuple[Any, Any, Any, An
     if epilogue is None or len(epilogue.axes) != len(x.shape):
         return None
     return x, values, indices, epilogue
+
+
+def _ceil(value: int, by: int) -> int:
+    return -(-value // by)
 
 
 def _int(value: Any) -> Any:
@@ -407,19 +345,19 @@ class _Kernel:
     ) -> None:
         self.func, self.fmt, self.tile = func, fmt, tile
         self.x, self.values, self.indices, self.epilogue = x, values, indices, epilogue
-        self.memory = _Memory(fmt, tile)
+        self.memory = Memory(fmt, tile)
         self.lead = list(x.shape[:-1])
         rows = cuda_gather._product(self.lead)
         self.rows = rows if isinstance(rows, int) else tirx.Cast("int32", rows)
         self.bits = ENCODINGS[fmt.encoding]
         self.block, self.nnz = fmt.pattern.block, fmt.pattern.nnz
         self.words = self.block // 2
-        self.runs = fmt.slots // _RUN
-        self.blocks_of_run = _RUN // self.nnz
-        self.windows = _ceil(_ceil(self.runs, _WINDOW), tile.shares)
+        self.runs = fmt.slots // RUN
+        self.blocks_of_run = RUN // self.nnz
+        self.windows = _ceil(_ceil(self.runs, WINDOW), tile.shares)
         self.steps = self.windows * self.blocks_of_run
-        self.tiles = fmt.padded_rows // _LANES
-        self.pieces = _WINDOW * self.block // 8  # of 16 bytes, of one row of activations in a step
+        self.tiles = fmt.padded_rows // LANES
+        self.pieces = WINDOW * self.block // 8  # of 16 bytes, of one row of activations in a step
         # widest copy that keeps the rows of activations aligned
         self.width = max(w for w in (16, 8, 4, 2) if fmt.in_features * 2 % w == 0)
         self.bx, self.by, self.warp, self.lane = (
@@ -432,17 +370,17 @@ class _Kernel:
         self.shared = tirx.decl_buffer(
             (self.memory.total,), "uint8", name="expand_shared", scope=scope
         )
-        self.sums = self._local(tile.rows // _COLUMNS * 8, "float32", "sums")
-        index_words = _RUN * self.bits // 32
+        self.sums = self._local(tile.rows // COLUMNS * 8, "float32", "sums")
+        index_words = RUN * self.bits // 32
         self.index_words = index_words
         self.held = [
             (
-                self._local(_ROWS * 4, "uint32", f"values_{name}"),
-                self._local(_ROWS * index_words, "uint32", f"indices_{name}"),
+                self._local(ROWS * 4, "uint32", f"values_{name}"),
+                self._local(ROWS * index_words, "uint32", f"indices_{name}"),
             )
             for name in ("now", "next")
         ]
-        self.dense = self._local(_ROWS * self.words, "uint32", "dense")
+        self.dense = self._local(ROWS * self.words, "uint32", "dense")
         self.total = self._local(1, "float32", "total")
 
     @staticmethod
@@ -483,7 +421,7 @@ class _Kernel:
         tile = self.tile
         row_tiles = (self.rows + (tile.rows - 1)) // tile.rows
         for var, extent, thread in (
-            (self.lane, _LANES, "threadIdx.x"),
+            (self.lane, LANES, "threadIdx.x"),
             (self.warp, tile.warps, "threadIdx.y"),
             (self.by, row_tiles, "blockIdx.y"),
             (self.bx, _ceil(self.tiles, tile.columns), "blockIdx.x"),
@@ -524,7 +462,7 @@ class _Kernel:
     def _load(self, window: Any, held: Any) -> list[Any]:
         """The slots of a window that a lane owns."""
         tile = tirx.min(self.bx * self.tile.columns + self.column, self.tiles - 1)
-        run = (self.share * self.windows + window) * _WINDOW + self.t
+        run = (self.share * self.windows + window) * WINDOW + self.t
         valid = tirx.all(window < self.windows, run < self.runs)
         run = tirx.min(run, self.runs - 1)
 
@@ -539,7 +477,7 @@ class _Kernel:
                 valid,
             )
 
-        return [_loop(_ROWS, load, unroll=True)]
+        return [_loop(ROWS, load, unroll=True)]
 
     def _piece(self, row: Any, piece: Any) -> Any:
         """Byte, from the start of a stage, of 16 bytes of a row of activations.
@@ -555,13 +493,13 @@ class _Kernel:
     def _stage(self, step: Any, slot: Any) -> list[Any]:
         """Start the copies of a step's activations, for the warps of one share of K."""
         tile, of_block = self.tile, self.block // 8
-        threads = tile.columns * _LANES
+        threads = tile.columns * LANES
         count = tile.rows * self.pieces
         window, part = step // self.blocks_of_run, step % self.blocks_of_run
-        first = (self.share * self.windows + window) * _WINDOW
+        first = (self.share * self.windows + window) * WINDOW
 
         def copy(i: Any) -> Any:
-            at = i * threads + self.column * _LANES + self.lane
+            at = i * threads + self.column * LANES + self.lane
             row, piece = at // self.pieces, at % self.pieces
             block = (first + piece // of_block) * self.blocks_of_run + part
             start = block * self.block + piece % of_block * 8
@@ -643,7 +581,7 @@ class _Kernel:
                             self.shared,
                             slot
                             + self._piece(
-                                group * _COLUMNS + self.g, self.t * (self.block // 8) + piece
+                                group * COLUMNS + self.g, self.t * (self.block // 8) + piece
                             ),
                         ),
                     )
@@ -655,18 +593,18 @@ class _Kernel:
             _call(f"balanced_wait<{stages - 2}>"),
             _barrier(),
             *self._stage(ahead, ahead % stages),
-            _loop(_ROWS, expand, unroll=True),
-            _loop(tile.rows // _COLUMNS, multiply, unroll=True),
+            _loop(ROWS, expand, unroll=True),
+            _loop(tile.rows // COLUMNS, multiply, unroll=True),
         ]
 
     def _finish(self) -> list[Any]:
         """Add the sums of the warps that share K, eight rows of activations at a time, and write."""
         tile, memory = self.tile, self.memory
-        of_warp = _COLUMNS // tile.shares
+        of_warp = COLUMNS // tile.shares
 
         def finish(group: Any) -> Any:
             put = _call(
-                f"balanced_put<{_SUM_STRIDE}>",
+                f"balanced_put<{SUM_STRIDE}>",
                 _at(self.shared, self.warp * memory.sums),
                 _at(self.sums, group * 8),
                 self.lane,
@@ -675,14 +613,14 @@ class _Kernel:
             def write(i: Any) -> Any:
                 row = self.share * of_warp + i
                 return self._write(
-                    self.by * tile.rows + group * _COLUMNS + row,
-                    (self.bx * tile.columns + self.column) * _LANES + self.lane,
-                    self.column * memory.sums + (row * _SUM_STRIDE + self.lane) * 4,
+                    self.by * tile.rows + group * COLUMNS + row,
+                    (self.bx * tile.columns + self.column) * LANES + self.lane,
+                    self.column * memory.sums + (row * SUM_STRIDE + self.lane) * 4,
                 )
 
             return tirx.SeqStmt([_barrier(), put, _barrier(), _loop(of_warp, write, unroll=True)])
 
-        return [_loop(tile.rows // _COLUMNS, finish, unroll=True)]
+        return [_loop(tile.rows // COLUMNS, finish, unroll=True)]
 
     def _write(self, row: Any, column: Any, at: Any) -> Any:
         """One output, from its sums at byte ``at``."""

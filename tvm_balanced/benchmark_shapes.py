@@ -65,6 +65,17 @@ SETS: dict[str, ShapeSet] = {
         (1, 2, 4, 8, 16),
         ("4:16", "2:16", "1:16"),
     ),
+    # the same layers with rows enough for tensor cores, up to where dense wins
+    "prefill": ShapeSet(
+        (
+            LayerShape("square-8192", 8192, 8192),
+            LayerShape("70b-up", 28672, 8192),
+            LayerShape("70b-down", 8192, 28672),
+            LayerShape("7b-attention", 4096, 4096),
+        ),
+        (16, 32, 64, 128, 256),
+        ("8:16", "4:16", "2:16", "1:16", "8:32", "4:32"),
+    ),
     # Yao et al., AAAI 2019: the kernel benchmark
     "paper": ShapeSet((LayerShape("paper", 16384, 8196),), (1, 8), _PAPER_PATTERNS),
     # the same paper: gates of the LSTM on PTB (hidden 1500), the fully connected layers of VGG-16

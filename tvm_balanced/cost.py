@@ -1,7 +1,8 @@
 """Predicted time of a dense layer, dense and balanced-sparse, from bytes, arithmetic and launches.
 
-A roofline with one efficiency per kernel kind, and on CUDA the kernel model
-(:mod:`tvm_balanced.kernel_model`) for the sparse kernel, with the knobs that the compiler will choose. It
+A roofline with one efficiency per kernel kind, and on CUDA the models of the sparse kernels
+(:mod:`tvm_balanced.kernel_model`, :mod:`tvm_balanced.expand_model`), with the knobs that the compiler will
+choose. It
 ranks; it does not replace measuring, and reports print it as a prediction. The llvm figures are ratios
 seen with ``benchmarks/operator_cpu.py``.
 """
@@ -11,9 +12,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tvm_balanced import kernel_model
+from tvm_balanced import expand_model, kernel_model
 from tvm_balanced.packing import PackedFormat, numpy_dtype
-from tvm_balanced.schedules import cuda_gather
+from tvm_balanced.schedules import cuda_expand, cuda_gather
 from tvm_balanced.targets import gpu_figures
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def sparse_us(spec: TargetSpec, rows: int, fmt: PackedFormat, dtype: str) -> flo
 def predicted(
     spec: TargetSpec, rows: int, fmt: PackedFormat, dtype: str
 ) -> kernel_model.Prediction:
-    """The kernel model's prediction for a layer, with the knobs that the compiler will choose.
+    """The prediction for a layer, with the kernel and the knobs that the compiler will choose.
 
     Parameters
     ----------
@@ -111,7 +112,10 @@ def predicted(
     dtype : str
         Of values and activations.
     """
+    expands = cuda_expand.choose(fmt, rows, dtype, spec.target)
     gpu = kernel_model.machine(gpu_figures(spec.target))
+    launched = replace(gpu, launch_us=spec.launch_us)
+    if expands is not None:
+        return expand_model.predict(launched, fmt, rows, dtype, expands[0])
     knobs = kernel_model.choose(fmt, rows, dtype, cuda_gather.shared_limit(spec.target), gpu)
-    gpu = replace(gpu, launch_us=spec.launch_us)
-    return kernel_model.Model(gpu, fmt, rows, dtype).predict(knobs)
+    return kernel_model.Model(launched, fmt, rows, dtype).predict(knobs)

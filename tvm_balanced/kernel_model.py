@@ -114,6 +114,8 @@ class Machine:
         From the level-2 cache to all multiprocessors, and into one.
     fma_lanes, int_lanes : float
         Multiply-adds in float32, and integer operations.
+    tensor_flops_per_clock : float
+        Of dense 16-bit products on tensor cores, a multiply-add counted as two.
     schedulers : int
         Warp-wide instructions issued.
     memory_ns : float
@@ -143,6 +145,7 @@ class Machine:
     l2_bytes_per_clock: float
     port_bytes_per_clock: float
     fma_lanes: float
+    tensor_flops_per_clock: float
     int_lanes: float = 64
     schedulers: int = 4
     memory_ns: float = 700
@@ -224,6 +227,7 @@ def _machine(gpu: GpuFigures) -> Machine:
         port_bytes_per_clock=_PORT_BYTES_PER_CLOCK,
         # a multiply-add counts as two operations
         fma_lanes=gpu.fp32_tflops * 1e3 / (2 * gpu.sm_count * gpu.clock_ghz),
+        tensor_flops_per_clock=gpu.tensor_tflops * 1e3 / (gpu.sm_count * gpu.clock_ghz),
     )
 
 
@@ -402,7 +406,8 @@ def _index_bytes(fmt: PackedFormat) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def _resident(arch: str, registers: int, shared_bytes: int, threads: int) -> int:
+def resident_blocks(arch: str, registers: int, shared_bytes: int, threads: int) -> int:
+    """Thread blocks that one multiprocessor holds at a time."""
     kernel = KernelResources("", registers, 0, shared_bytes, threads)
     return occupancy(kernel, arch, threads).blocks
 
@@ -541,7 +546,7 @@ class Model:
             chunk * fmt.pattern.block * tile_rows * itemsize + left_out,
             warps * tile_rows * _LANES * _PARTIAL_BYTES,
         )
-        fits = _resident(gpu.arch, registers, shared_bytes, warps * _LANES)
+        fits = resident_blocks(gpu.arch, registers, shared_bytes, warps * _LANES)
         if fits == 0:
             # cannot be launched
             return (math.inf, *(0.0,) * 19)

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from tvm_balanced import cudaemu, static_report
+from tvm_balanced import cudaemu, expand_model, static_report
 from tvm_balanced.errors import ToolchainError
+from tvm_balanced.expand_model import Tile
 from tvm_balanced.packing import Layout, PackedFormat
 from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.schedules import cuda_expand
-from tvm_balanced.schedules.cuda_expand import Tile
+from tvm_balanced.schedules import cuda, cuda_expand
+from tvm_balanced.schedules.rules import RULE, first_match
 
 from .conftest import Case, arguments, check_close, fused_kernel, packed_format, target
 from .cubins import compile_cubin
@@ -20,6 +21,7 @@ from .cubins import compile_cubin
 # shapes that fill no tile; K of rows aligned to 16, 8, 4 and 2 bytes; the tiles share K or do not
 CASES = [
     (Case((16,), 33, 70, "8:16"), None),
+    (Case((9,), 40, 264, "2:16"), None),
     (Case((17,), 96, 512, "2:16", "bfloat16", "bfloat16", ("residual",)), Tile(24, 2, 2, 3)),
     (Case((100,), 50, 300, "4:16", epilogue=("bias", "gelu")), Tile(56, 1, 2, 2)),
     (Case((32,), 40, 1032, "1:16", "bfloat16", "bfloat16"), Tile(16, 1, 4, 4)),
@@ -36,6 +38,9 @@ def _format(case: Case) -> PackedFormat:
 
 
 def _kernel(case: Case, fmt: PackedFormat, tile: Tile | None, arch: str = "sm_90") -> Any:
+    if tile is None:
+        (rows,) = case.lead
+        tile = expand_model.default_tile(fmt, int(rows), 48 << 10)
     sch = cuda_expand.apply(fused_kernel(case, fmt), target(arch), tile)
     assert sch is not None
     return cudaemu.from_tvm(sch.mod, target(arch))
@@ -90,7 +95,7 @@ def test_no_bank_conflicts(pattern: str) -> None:
 )
 def test_expand_compiles_to_tensor_cores(case: Case, arch: str) -> None:
     fmt = _format(case)
-    tile = cuda_expand.default_tile(fmt, case.lead[0], 96 << 10)
+    tile = expand_model.default_tile(fmt, case.lead[0], 96 << 10)
     cubin, log = compile_cubin(_kernel(case, fmt, tile, arch).source, arch)
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log
     registers = re.search(r"Used (\d+) registers", log)
@@ -126,19 +131,29 @@ def test_expand_leaves_what_is_not_its_own(
     assert cuda_expand.apply(fused_kernel(case, fmt), target()) is None
 
 
-@pytest.mark.parametrize("rows", [16, 17, 64, 100, 256, None])
+def test_dispatch_by_rows() -> None:
+    """Up to 8 rows, symbolic rows and small layers are the gather's; of the rest the faster one is taken."""
+    taken = {}
+    for lead in (8, 9, 64, "m"):
+        case = Case((lead,), 4096, 4096, "4:16", at=((16,),))
+        func = fused_kernel(case, _format(case))
+        taken[lead] = first_match(func, target(), cuda.BALANCED_RULES).attrs[RULE]
+    assert taken == {8: "cuda_gather", 9: "cuda_expand", 64: "cuda_expand", "m": "cuda_gather"}
+
+
+@pytest.mark.parametrize("rows", [9, 17, 64, 100, 256, None])
 @pytest.mark.parametrize("pattern", ["8:16", "1:16", "4:32"])
 @pytest.mark.parametrize("shared", [48 << 10, 99 << 10, 227 << 10])
 def test_default_tile_fits(rows: int | None, pattern: str, shared: int) -> None:
     for n, k in ((50, 70), (768, 3072), (28672, 8192)):
         fmt = _format(Case((16,), n, k, pattern))
-        tile = cuda_expand.default_tile(fmt, rows, shared)
+        tile = expand_model.default_tile(fmt, rows, shared)
         assert tile is not None
-        assert cuda_expand.shared_bytes(fmt, tile) <= shared
+        assert expand_model.shared_bytes(fmt, tile) <= shared
         assert tile.rows % 8 == 0 and tile.stages >= 2
         assert tile.warps <= 8 and 8 % tile.shares == 0
 
 
 def test_no_tile_where_nothing_fits() -> None:
     fmt = _format(Case((16,), 64, 512, "4:16"))
-    assert cuda_expand.default_tile(fmt, 16, 1024) is None
+    assert expand_model.default_tile(fmt, 16, 1024) is None

@@ -201,7 +201,7 @@ def _lstm(size: str) -> Built:
 
 def _vgg(size: str) -> Built:
     if size == "small":
-        return Built(VGG16(8, 32, 64, 10), (torch.randn(1, 3, 32, 32),))
+        return Built(VGG16(4, 32, 64, 10), (torch.randn(1, 3, 32, 32),))
     return Built(VGG16(64, 224, 4096, 1000), (torch.randn(1, 3, 224, 224),))
 
 

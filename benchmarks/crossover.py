@@ -1,0 +1,128 @@
+"""Where the gather, the expand kernel and dense cuBLAS are fastest, over rows of activations: predicted.
+
+The same models that ``plan`` decides by; nothing is timed and no GPU is needed. On a GPU,
+``tvm-balanced bench --set llm --set prefill`` measures what is compared here.
+
+    python benchmarks/crossover.py -o crossover.csv --plot crossover.png
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+_GPUS = ("h100", "a100", "rtx-4090")
+_SHAPES = ((8192, 8192), (4096, 4096), (28672, 8192))
+_PATTERNS = ("8:16", "4:16", "2:16", "1:16", "8:32", "4:32")
+_ROWS = (1, 2, 4, 8, 9, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Predicted microseconds of one multiplication; ``expand_us`` is empty up to 8 rows.
+
+    ``chosen`` is the sparse kernel that is compiled, or ``dense`` where cuBLAS is predicted faster.
+    """
+
+    gpu: str
+    n: int
+    k: int
+    pattern: str
+    m: int
+    encoding: str
+    gather_us: float
+    expand_us: float | None
+    cublas_us: float
+    chosen: str
+    ratio: float
+    calibration: str
+
+
+def predict(gpu: str, n: int, k: int, pattern: str, m: int) -> Row:
+    """All three kernels, float16."""
+    from tvm_balanced import cost, expand_model, kernel_model, targets
+    from tvm_balanced.pattern import BalancedPattern
+    from tvm_balanced.schedules import cuda, cuda_expand, cuda_gather
+
+    spec = targets.resolve(gpu)
+    machine = kernel_model.machine(targets.gpu_figures(spec.target))
+    fmt = cuda.preferred_format(BalancedPattern(pattern), n, k, m, "float16", spec.target)
+    knobs = kernel_model.choose(fmt, m, "float16", cuda_gather.shared_limit(spec.target), machine)
+    gather = kernel_model.Model(machine, fmt, m, "float16").predict(knobs).total_us
+    expand = None
+    if m >= expand_model.LEAST_ROWS and expand_model.takes_format(fmt, "float16"):
+        tiles = expand_model.candidates(fmt, m, cuda_expand.shared_limit(spec.target))
+        expand = min(
+            expand_model.predict(machine, fmt, m, "float16", tile).total_us for tile in tiles
+        )
+    dense = cost.dense_us(spec, m, n, k, "float16", "cublas")
+    times = {"gather": gather, "expand": expand, "dense": dense}
+    known = {name: time for name, time in times.items() if time is not None}
+    sparse = min(gather, expand if expand is not None else gather)
+    return Row(
+        gpu, n, k, pattern, m, fmt.encoding, gather, expand, dense,
+        min(known, key=known.__getitem__), dense / sparse, kernel_model.CALIBRATION,
+    )  # fmt: skip
+
+
+def plot(rows: list[Row], path: Path, gpu: str) -> None:
+    """Ratio to cuBLAS over rows of activations, a panel a shape, a line a pattern and kernel."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(_SHAPES), 4.5))
+    FigureCanvasAgg(figure)
+    panels: Any = figure.subplots(1, len(_SHAPES), sharey=True, squeeze=False)
+    for axes, (n, k) in zip(panels[0], _SHAPES, strict=True):
+        for i, pattern in enumerate(_PATTERNS):
+            line = [r for r in rows if (r.gpu, r.n, r.k, r.pattern) == (gpu, n, k, pattern)]
+            axes.plot(
+                [r.m for r in line], [r.cublas_us / r.gather_us for r in line], ":", c=f"C{i}"
+            )
+            expands = [r for r in line if r.expand_us is not None]
+            axes.plot(
+                [r.m for r in expands],
+                [r.cublas_us / (r.expand_us or 1) for r in expands],
+                c=f"C{i}",
+                label=pattern,
+            )
+        axes.axhline(1.0, color="0.6", linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("M, rows of activations")
+        axes.set_title(f"{n} x {k}")
+    panels[0][0].set_ylabel("times faster than dense cuBLAS")
+    panels[0][-1].legend(title="expand (dotted: gather)", fontsize=8)
+    figure.suptitle(f"{gpu}, float16: predicted, {rows[0].calibration}; not measured")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+@click.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
+@click.option("--plot", "picture", type=click.Path(path_type=Path), help="Of one GPU.")
+@click.option("--gpu", type=click.Choice(_GPUS), default=_GPUS[0], help="To plot.")
+def main(output: Path, picture: Path | None, gpu: str) -> None:
+    """Write the predictions to OUTPUT."""
+    rows = [
+        predict(name, n, k, pattern, m)
+        for name in _GPUS
+        for n, k in _SHAPES
+        for pattern in _PATTERNS
+        for m in _ROWS
+    ]
+    with output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            cells = {n: f"{v:.5g}" if isinstance(v, float) else v for n, v in asdict(row).items()}
+            writer.writerow(cells)
+    if picture is not None:
+        plot(rows, picture, gpu)
+
+
+if __name__ == "__main__":
+    main()

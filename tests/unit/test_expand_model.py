@@ -1,0 +1,100 @@
+"""What the expand kernel is predicted to take, and where it is chosen."""
+
+from dataclasses import replace
+
+import pytest
+
+from tvm_balanced import cost, expand_model, kernel_model, targets
+from tvm_balanced.pattern import BalancedPattern
+from tvm_balanced.schedules import cuda, cuda_expand
+
+H100 = targets.resolve("h100")
+
+
+def layer(pattern="4:16", n=8192, k=8192, rows=32, dtype="float16"):
+    return cuda.preferred_format(BalancedPattern(pattern), n, k, rows, dtype, H100.target)
+
+
+def chosen(fmt, rows, dtype="float16", spec=H100):
+    return cuda_expand.choose(fmt, rows, dtype, spec.target)
+
+
+@pytest.mark.parametrize("gpu", ["h100", "a100", "rtx-4090"])
+def test_chosen_only_where_faster_than_the_gather(gpu):
+    spec = targets.resolve(gpu)
+    machine = kernel_model.machine(targets.gpu_figures(spec.target))
+    taken = 0
+    for n, k in ((8192, 8192), (768, 3072), (50, 70)):
+        for pattern in ("8:16", "2:16", "4:32"):
+            for rows in (16, 33, 64, 256):
+                fmt = layer(pattern, n, k, rows)
+                knobs = kernel_model.choose(fmt, rows, "float16", 48 << 10, machine)
+                gather = kernel_model.Model(machine, fmt, rows, "float16").predict(knobs)
+                found = chosen(fmt, rows, spec=spec)
+                if found is not None:
+                    taken += 1
+                    assert found[1].total_us < gather.total_us
+    assert taken
+
+
+def test_plan_goes_by_the_kernel_that_is_chosen():
+    fmt = layer()
+    _, prediction = chosen(fmt, 32)
+    told = cost.predicted(H100, 32, fmt, "float16")
+    assert told.shared_bytes == prediction.shared_bytes
+    assert told.total_us - told.launch_us == pytest.approx(
+        prediction.total_us - prediction.launch_us
+    )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "rows", "dtype"),
+    [("4:16", 8, "float16"), ("4:16", None, "float16"), ("4:16", 32, "float32"),
+     ("3:16", 32, "float16"), ("4:64", 32, "float16")],
+)  # fmt: skip
+def test_the_rest_is_the_gathers(pattern, rows, dtype):
+    assert chosen(layer(pattern, rows=rows, dtype=dtype), rows, dtype) is None
+
+
+def test_bitmaps_only_where_they_are_gathered():
+    assert [layer("8:16", rows=rows).encoding for rows in (1, 16, 64, None)] == [
+        "bitmap",
+        "u4",
+        "u4",
+        "bitmap",
+    ]
+    # no pattern of the expand kernel; its bytes count for more than its instructions
+    assert layer("5:16", 16384, 8192, rows=8).encoding == "bitmap"
+
+
+def test_prediction_follows_work():
+    """More activations, more weights and slower memory take longer; parts are bounds from below."""
+    fmt = layer()
+    machine = kernel_model.machine(targets.GPUS["h100"])
+
+    def predict(fmt, rows, machine=machine):
+        tile = expand_model.default_tile(fmt, rows, 227 << 10, machine.sm_count)
+        return expand_model.predict(machine, fmt, rows, "float16", tile)
+
+    base = predict(fmt, 32)
+    assert predict(fmt, 64).total_us > base.total_us
+    assert predict(layer(k=16384), 32).total_us > base.total_us
+    slow = predict(fmt, 32, replace(machine, bandwidth_gbps=machine.bandwidth_gbps / 4))
+    assert slow.bound == "memory"
+    assert slow.total_us > base.total_us
+    for part in ("memory", "l2", "issue", "arithmetic", "shared"):
+        assert getattr(base, f"{part}_us") + base.launch_us <= base.total_us
+
+
+@pytest.mark.parametrize("shared", [48 << 10, 227 << 10])
+@pytest.mark.parametrize("rows", [16, 100, 256])
+def test_candidates_fit(rows, shared):
+    for pattern in ("8:16", "4:32"):
+        for n, k in ((50, 70), (28672, 8192)):
+            fmt = layer(pattern, n, k, rows)
+            tiles = expand_model.candidates(fmt, rows, shared)
+            assert tiles
+            for tile in tiles:
+                assert expand_model.shared_bytes(fmt, tile) <= shared
+                assert tile.warps <= 8
+                assert tile.rows % 8 == 0

@@ -1,0 +1,321 @@
+"""How long the CUDA expand kernel takes: its knobs, counted work, and a prediction.
+
+The counterpart of :mod:`tvm_balanced.kernel_model` for ``schedules/cuda_expand.py``, with the same view of a
+GPU and the same kind of prediction. What a warp executes for a block of weights is counted from the code and
+was compared with SASS (``docs/expand.md``). Nothing here was measured on a GPU: it ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from tvm_balanced import kernel_model
+from tvm_balanced.kernel_model import Machine, Prediction
+from tvm_balanced.packing import ENCODINGS, PackedFormat
+
+LANES = 32
+RUN = 8  # slots that a lane loads at once
+WINDOW = 4  # runs of a window, one for each lane of a fragment's row
+ROWS = 4  # rows of the weight that a lane owns
+COLUMNS = 8  # rows of activations in a product
+SUM_STRIDE = 36  # floats from one row of sums to the next: rows 2t of all t are in different banks
+
+# up to 8 rows of activations are one tile of the gather, which was laid out for them
+LEAST_ROWS = 9
+# rows of activations that a symbolic M is taken for
+_SYMBOLIC_ROWS = 32
+_STATIC_ROWS = 64  # of activations in a tile, at most: 64 sums a lane
+# of a thread block; two times eight warps leave 128 registers, which blocks of 32 spill
+_WARPS = {16: 8, 32: 4}
+
+# instructions of a warp, from the loops of 16 kernels for sm_90 and sm_80: for a slot of one of a lane's four
+# rows (store, clear), for reading a row's block back besides one load a word, for a product (with half a
+# load), for a copy of 16 bytes of activations
+_SLOT_INSTRUCTIONS = 10
+_ROW_INSTRUCTIONS = 2
+_PRODUCT_INSTRUCTIONS = 1.3
+_COPY_INSTRUCTIONS = 3
+# what a step waits for at the least: a barrier, a load from shared memory, a chain of products
+_STEP_CLOCKS = 150
+# eight rows of sums: two barriers, stores, loads, the output
+_SUMS_CLOCKS = 150
+# share of the tensor cores' rate that mma.sync reaches: all but overheads where it is their own instruction;
+# the full rate of later ones takes wgmma or tcgen05. Assumed, not measured
+_TENSOR_SHARE = {"sm_90": 0.6, "sm_100": 0.3}
+_OWN_TENSOR_SHARE = 0.85
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The knobs of the schedule.
+
+    Parameters
+    ----------
+    rows : int
+        Rows of activations in a tile, a multiple of 8.
+    columns : int
+        Warps side by side, 32 outputs each; they share staged activations.
+    shares : int
+        Warps that share K: 1, 2, 4 or 8.
+    stages : int
+        Steps of activations in shared memory at a time.
+    """
+
+    rows: int
+    columns: int
+    shares: int
+    stages: int
+
+    @property
+    def warps(self) -> int:
+        """Warps of a thread block."""
+        return self.columns * self.shares
+
+
+class Memory:
+    """Where things lie in the shared memory of a thread block, in bytes.
+
+    Parameters
+    ----------
+    fmt : PackedFormat
+        Layout ``r32v8``, blocks of 16 or 32.
+    tile : Tile
+        The knobs.
+    """
+
+    def __init__(self, fmt: PackedFormat, tile: Tile) -> None:
+        block = fmt.pattern.block
+        self.row = WINDOW * block * 2  # one row of activations in a step
+        self.stage = tile.rows * self.row
+        self.share = tile.stages * self.stage
+        self.own = block // 2 * LANES * 4  # a warp's block of each lane
+        self.blocks = tile.shares * self.share
+        self.sums = COLUMNS * SUM_STRIDE * 4  # a warp's; they lie where the activations were
+        self.total = max(self.blocks + tile.warps * self.own, tile.warps * self.sums)
+
+
+def shared_bytes(fmt: PackedFormat, tile: Tile) -> int:
+    """Bytes of shared memory that a thread block takes."""
+    return Memory(fmt, tile).total
+
+
+def takes_format(fmt: PackedFormat, dtype: str) -> bool:
+    """Whether a lane's slots are whole blocks of 16 or 32, of a type that tensor cores multiply.
+
+    Parameters
+    ----------
+    fmt : PackedFormat
+        Any.
+    dtype : str
+        Of values and activations.
+    """
+    layout = fmt.layout
+    return (
+        dtype in ("float16", "bfloat16")
+        and (layout.rows, layout.vector, layout.skew) == (LANES, RUN, 1)
+        and fmt.encoding in ("u4", "u8")
+        and fmt.pattern.block in (16, 32)
+        and fmt.pattern.nnz in (1, 2, 4, 8)
+    )
+
+
+def default_tile(
+    fmt: PackedFormat, rows: int | None, shared: int, multiprocessors: int = 132
+) -> Tile | None:
+    """Knobs from shapes alone; None where no tile fits the shared memory.
+
+    Parameters
+    ----------
+    fmt : PackedFormat
+        Layout ``r32v8``.
+    rows : int or None
+        M; None when symbolic.
+    shared : int
+        Bytes of shared memory that a thread block may take.
+    multiprocessors : int
+        Of the GPU. As many warps stand side by side as leave a thread block for most; the others of a
+        thread block share K.
+    """
+    height = _height(rows)
+    tiles, warps = fmt.padded_rows // LANES, _WARPS[fmt.pattern.block]
+    row_tiles = 1 if rows is None else _ceil(rows, height)
+    columns = 1
+    # each doubling halves how often activations are read; a quarter of the multiprocessors may idle for it
+    while columns < warps and 2 * tiles * row_tiles >= 3 * columns * multiprocessors:
+        columns *= 2
+    return _fitting(fmt, height, columns, shared)
+
+
+def _height(rows: int | None) -> int:
+    """Rows of activations in a tile: an even share, in whole products."""
+    wanted = _SYMBOLIC_ROWS if rows is None else _ceil(rows, _ceil(rows, _STATIC_ROWS))
+    return _ceil(wanted, COLUMNS) * COLUMNS
+
+
+def _fitting(fmt: PackedFormat, height: int, columns: int, shared: int) -> Tile | None:
+    """The largest tile up to ``height`` rows with ``columns`` warps side by side that fits."""
+    windows = _ceil(fmt.slots, RUN * WINDOW)
+    while True:
+        shares = _WARPS[fmt.pattern.block] // columns
+        while shares > 1 and windows < shares:
+            shares //= 2
+        while shares:
+            for stages in (4, 3, 2):
+                tile = Tile(height, columns, shares, stages)
+                if shared_bytes(fmt, tile) <= shared:
+                    return tile
+            shares //= 2
+        if height == COLUMNS:
+            return None
+        height = _ceil(height // COLUMNS, 2) * COLUMNS
+
+
+def candidates(fmt: PackedFormat, rows: int, shared: int) -> list[Tile]:
+    """Tiles worth asking the model about: every number of warps side by side, full height and half of it."""
+    full = _height(rows)
+    half = _ceil(full // COLUMNS, 2) * COLUMNS
+    found = {}
+    for height in (full, half):
+        columns = 1
+        while columns <= _WARPS[fmt.pattern.block]:
+            tile = _fitting(fmt, height, columns, shared)
+            if tile is not None:
+                found[tile] = None
+            columns *= 2
+    return list(found)
+
+
+def estimated_registers(fmt: PackedFormat, tile: Tile) -> int:
+    """Registers of a thread: ptxas, 16 kernels, within 10."""
+    return min(255, round(72 + 1.5 * fmt.pattern.block + 1.45 * tile.rows))
+
+
+def predict(gpu: Machine, fmt: PackedFormat, rows: int, dtype: str, tile: Tile) -> Prediction:
+    """Predicted time of a launch, with its parts.
+
+    Parameters
+    ----------
+    gpu : Machine
+        Where it runs.
+    fmt : PackedFormat
+        One that :func:`takes_format`.
+    rows : int
+        M.
+    dtype : str
+        Of values and activations.
+    tile : Tile
+        The knobs.
+    """
+    block, nnz = fmt.pattern.block, fmt.pattern.nnz
+    itemsize = 2
+    groups = tile.rows // COLUMNS
+    row_tiles = _ceil(rows, tile.rows)
+    tiles = fmt.padded_rows // LANES
+    thread_blocks = _ceil(tiles, tile.columns) * row_tiles
+    steps = _ceil(_ceil(fmt.slots, RUN * WINDOW), tile.shares) * (RUN // nnz)
+
+    # of a warp and step: 32 rows by four blocks, one a lane and row
+    products = 2 * WINDOW * block // 16 * groups
+    copies = tile.rows * WINDOW * block // COLUMNS / (tile.columns * LANES)
+    instructions = ROWS * (_SLOT_INSTRUCTIONS * nnz + block // 2 + _ROW_INSTRUCTIONS)
+    instructions += products * _PRODUCT_INSTRUCTIONS + copies * _COPY_INSTRUCTIONS
+    step_bytes = LANES * WINDOW * nnz * (itemsize + ENCODINGS[fmt.encoding] / 8)
+    expanding = ROWS * (2 * nnz + block // 2)
+    # a load of 16 bytes a lane is four wavefronts, and so is a copy
+    wavefronts = expanding + groups * block // COLUMNS * 4 + copies * 4 + step_bytes / 128
+    flops = 2.0 * LANES * WINDOW * block * tile.rows
+
+    shared = shared_bytes(fmt, tile)
+    registers = estimated_registers(fmt, tile)
+    fits = kernel_model.resident_blocks(gpu.arch, registers, shared, tile.warps * LANES)
+    busiest = _ceil(thread_blocks, gpu.sm_count)
+    resident = max(1, min(fits, busiest))
+    active = thread_blocks / busiest
+
+    clock = gpu.clock_ghz * 1e3  # clocks in a microsecond
+    stream = fmt.nbytes(dtype)
+    from_memory = stream * (1 + (row_tiles - 1 if stream > gpu.l2_bytes / 2 else 0))
+    share = from_memory / (stream * row_tiles)
+    memory_bytes = from_memory + rows * (fmt.in_features + fmt.out_features) * itemsize
+    memory_rate = min(gpu.bandwidth_gbps * 1e3 / clock / active, gpu.port_bytes_per_clock)
+    l2_rate = min(gpu.l2_bytes_per_clock / active, gpu.port_bytes_per_clock)
+    staged = tile.rows * fmt.in_features * itemsize  # of a thread block
+
+    # clocks of a multiprocessor for its busiest share of thread blocks
+    work = busiest * tile.warps * steps
+    memory = work * step_bytes * share / memory_rate
+    l2 = busiest * staged / l2_rate + work * step_bytes / l2_rate
+    issue = work * instructions / gpu.schedulers
+    rate = gpu.tensor_flops_per_clock * _TENSOR_SHARE.get(gpu.arch, _OWN_TENSOR_SHARE)
+    tensor = work * flops / rate
+    in_shared = work * wavefronts
+    end = groups * _SUMS_CLOCKS
+    chain = steps * max(_STEP_CLOCKS, instructions * gpu.issue_clocks)
+    waits = (gpu.memory_ns + gpu.stage_ns) * gpu.clock_ghz + end
+    latency = _ceil(busiest, resident) * (chain + waits)
+    # the first loads of a wave of thread blocks are waited for; in later waves others work meanwhile
+    clocks = max(max(memory, l2, issue, tensor, in_shared) + waits, latency)
+    memory_us = memory_bytes / (gpu.bandwidth_gbps * 1e3)
+    return Prediction(
+        total_us=gpu.launch_us + max(clocks / clock, memory_us),
+        memory_us=memory_us,
+        l2_us=l2 / clock,
+        issue_us=issue / clock,
+        arithmetic_us=tensor / clock,
+        shared_us=in_shared / clock,
+        latency_us=latency / clock,
+        launch_us=gpu.launch_us,
+        stream_bytes=int(stream * row_tiles),
+        staged_bytes=int(staged * thread_blocks),
+        instructions_per_slot=instructions / (WINDOW * nnz),
+        wavefronts_per_slot=wavefronts / (WINDOW * nnz),
+        registers=registers,
+        shared_bytes=shared,
+        thread_blocks=thread_blocks,
+        resident=resident,
+        waves=thread_blocks / (max(1, fits) * gpu.sm_count),
+        idle_share=1 - thread_blocks / (busiest * gpu.sm_count),
+        # a window is on its way while the one before is worked on
+        bytes_in_flight=resident * tile.warps * step_bytes * (RUN // nnz),
+        needed_bytes_in_flight=gpu.needed_bytes_in_flight,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def choose(
+    fmt: PackedFormat,
+    rows: int | None,
+    dtype: str,
+    shared: int,
+    static_shared: int,
+    gpu: Machine,
+) -> tuple[Tile, Prediction] | None:
+    """Tile and prediction where this kernel is predicted faster than the gather; None elsewhere.
+
+    Parameters
+    ----------
+    fmt : PackedFormat
+        Any.
+    rows : int or None
+        M; a symbolic one is left to the gather, which serves every M.
+    dtype : str
+        Of values and activations.
+    shared, static_shared : int
+        Bytes of shared memory that a thread block of this kernel, and of the gather, may take.
+    gpu : Machine
+        Where it runs.
+    """
+    if rows is None or rows < LEAST_ROWS or not takes_format(fmt, dtype):
+        return None
+    tried = [(tile, predict(gpu, fmt, rows, dtype, tile)) for tile in candidates(fmt, rows, shared)]
+    if not tried:
+        return None
+    tile, found = min(tried, key=lambda one: one[1].total_us)
+    knobs = kernel_model.choose(fmt, rows, dtype, static_shared, gpu)
+    gather = kernel_model.Model(gpu, fmt, rows, dtype).predict(knobs)
+    return (tile, found) if found.total_us < gather.total_us else None
+
+
+def _ceil(value: int, by: int) -> int:
+    return -(-value // by)
