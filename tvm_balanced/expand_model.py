@@ -44,6 +44,8 @@ _SUMS_CLOCKS = 150
 # the full rate of later ones takes wgmma or tcgen05. Assumed, not measured
 _TENSOR_SHARE = {"sm_90": 0.6, "sm_100": 0.3}
 _OWN_TENSOR_SHARE = 0.85
+# share of the time that the busiest of the multiprocessor's own resources works, with a barrier in every step
+_OVERLAP = 0.8
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,8 @@ def predict(gpu: Machine, fmt: PackedFormat, rows: int, dtype: str, tile: Tile) 
     waits = (gpu.memory_ns + gpu.stage_ns) * gpu.clock_ghz + end
     latency = _ceil(busiest, resident) * (chain + waits)
     # the first loads of a wave of thread blocks are waited for; in later waves others work meanwhile
-    clocks = max(max(memory, l2, issue, tensor, in_shared) + waits, latency)
+    busy = max(memory, l2, max(issue, tensor, in_shared) / _OVERLAP)
+    clocks = max(busy + waits, latency)
     memory_us = memory_bytes / (gpu.bandwidth_gbps * 1e3)
     return Prediction(
         total_us=gpu.launch_us + max(clocks / clock, memory_us),

@@ -99,8 +99,12 @@ def test_a_model_without_dense_layers_is_refused():
 
 
 def test_plan_before_pruning_decides_by_batch():
-    small = build({"a.weight": (8192, 8192)}, rows=1, dtype="float16").plan("h100", "2:16")
-    large = build({"a.weight": (8192, 8192)}, rows=4096, dtype="float16").plan("h100", "2:16")
+    small, large = (
+        build({"a.weight": (8192, 8192)}, rows=rows, dtype="float16").plan(
+            "h100", "2:16", dense="cublas"
+        )
+        for rows in (1, 4096)
+    )
     assert (small[0].decision, large[0].decision) == ("sparse", "dense")
     assert "predicted" in small[0].reason
     assert "dense predicted" in large[0].reason
