@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -39,6 +42,7 @@ from tvm_balanced.log import Output, summary
     show_default=True,
     help="Replay kernels of static shapes as CUDA graphs.",
 )
+@click.option("--logs", metavar="DIR", help="Tuning records to look at first.")
 @click.option("-o", "--output", "destination", metavar="PATH", help="Folder to write (.tvmb).")
 @click.option("--overwrite", is_flag=True, help="Replace the .tvmb if it exists.")
 @with_output
@@ -55,6 +59,7 @@ def command(
     encoding: str,
     dense: str,
     cuda_graph: bool,
+    logs: str | None,
     destination: str | None,
     overwrite: bool,
 ) -> None:
@@ -81,6 +86,7 @@ def command(
             "encoding": encoding,
             "dense": dense,
             "cuda-graph": cuda_graph,
+            "logs": logs,
             "output": path,
             "overwrite": overwrite,
         },
@@ -113,6 +119,7 @@ def command(
             encoding=encoding,
             dense=dense,
             cuda_graph=cuda_graph,
+            logs=logs,
             progress=tell,
         )
         tell("write")
@@ -138,6 +145,7 @@ def command(
             "kernels": library.kernels,
             "layers": library.report.to_json(),
             "sparse_layers": sparse,
+            "coverage": [dict(kernel) for kernel in library.coverage],
         }
     )
     output.show(library.report)
@@ -147,6 +155,7 @@ def command(
         "size": f"{size / 2**20:.1f} MiB",
         "sparse layers": f"{sparse} of {len(library.report)}",
         "CUDA kernels": len(library.kernels),
+        "schedules": _coverage(library.coverage),
         "took": f"{seconds:.1f} s",
     }
     output.show(summary("library", rows))
@@ -154,3 +163,10 @@ def command(
     output.next(
         f"tvm-balanced {verb} {shlex.quote(str(path))}" + (" --random" if verb == "run" else "")
     )
+
+
+def _coverage(kernels: Sequence[Mapping[str, Any]]) -> str:
+    """``of 5 kernels 3 tuned, 2 default``."""
+    counts = Counter(str(kernel["schedule"]) for kernel in kernels)
+    told = [f"{counts[kind]} {kind}" for kind in ("tuned", "estimated", "default") if counts[kind]]
+    return f"of {len(kernels)} kernels {', '.join(told) or 'none'}"
