@@ -84,6 +84,7 @@ def test_a_record_that_does_not_fit_leaves_the_default(
     assert len(scheduled.problems) == 1 and "somewhere" in scheduled.problems[0]
 
 
+@pytest.mark.large
 def test_a_run_is_resumed_and_compile_uses_it(
     model: tb.Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -479,6 +479,7 @@ def tune_tasks(
     builder = measure.ProcessBuilder(core_count(), measure.make_library)
     device = measure.local_runner(bounds, cache)
     _quiet_tvm()
+    _import_intrinsics()
     deadline = None if seconds is None else begin + seconds
     tuner = _Tuner(
         tasks, spec, folder, builder, device, trials, seed, deadline, progress or (lambda _: None)
@@ -591,6 +592,20 @@ def _quiet_tvm() -> None:
     for name in list(logging.Logger.manager.loggerDict):
         if name.startswith("tvm.s_tir.meta_schedule"):
             logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _import_intrinsics() -> None:
+    """Import what every tuning context needs, before TVM does.
+
+    Its TVMScript asks ``inspect`` for the module of each frame, which looks through all modules: minutes
+    where PyTorch is loaded. Sources are found without.
+    """
+    import importlib
+    import inspect
+    from unittest import mock
+
+    with mock.patch.object(inspect, "getmodule", lambda *_args, **_named: None):
+        importlib.import_module("tvm.s_tir.tensor_intrin")
 
 
 @contextlib.contextmanager
