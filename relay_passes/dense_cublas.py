@@ -21,6 +21,7 @@ are, and so does the whole module when it has no product: running the pass twice
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import tvm
@@ -56,14 +57,56 @@ def dense_cublas(mod: tvm.IRModule) -> tvm.IRModule:
     return out
 
 
-def calls_cublas(mod: tvm.IRModule) -> bool:
-    """Whether a function of the module calls cuBLAS, so that the library needs the C++ function."""
-    return any(
-        call_name(value) == "relax.call_dps_packed" and value.args[0].global_symbol == FUNCTION
-        for func in mod.functions.values()
-        if isinstance(func, relax.Function)
-        for _, value in main_bindings(func)
-    )
+def cublas_calls(mod: tvm.IRModule, names: Mapping[str, str] | None = None) -> list[dict[str, str]]:
+    """The calls of cuBLAS in a module's functions, so that the library needs the C++ function.
+
+    Parameters
+    ----------
+    mod : tvm.IRModule
+        After :func:`dense_cublas`.
+    names : mapping of str to str, optional
+        What to call parameters of the functions, by their variables' names.
+
+    Returns
+    -------
+    list of dict
+        ``function``; ``name`` of the weight, or ``product N`` where no parameter is multiplied with,
+        counted from the function's first call; and ``product``, what is multiplied:
+        ``float16 (8, 512) x (512, 256)``.
+    """
+    found: list[dict[str, str]] = []
+    for gvar, func in mod.functions_items():
+        if not isinstance(func, relax.Function):
+            continue
+        params = {param: (names or {}).get(param.name, param.name) for param in func.params}
+        calls = [
+            value.args[1].fields
+            for _, value in main_bindings(func)
+            if call_name(value) == "relax.call_dps_packed"
+            and value.args[0].global_symbol == FUNCTION
+        ]
+        for number, (a, b, *flags) in enumerate(calls, 1):
+            shapes = [
+                _shape(operand, bool(flag)) for operand, flag in zip((a, b), flags, strict=True)
+            ]
+            found.append(
+                {
+                    "function": str(gvar.name_hint),
+                    "name": params.get(b) or params.get(a) or f"product {number}",
+                    "product": f"{a.ty.dtype} {shapes[0]} x {shapes[1]}",
+                }
+            )
+    return found
+
+
+def _shape(operand: Any, transposed: bool) -> str:
+    extents = [
+        str(int(extent)) if isinstance(extent, tirx.IntImm) else str(extent)
+        for extent in operand.ty.shape
+    ]
+    if transposed:
+        extents[-2:] = reversed(extents[-2:])
+    return f"({', '.join(extents)})"
 
 
 @mutator

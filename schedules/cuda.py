@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import tvm
 
-from tvm_balanced.packing import ENCODINGS, Layout, PackedFormat
+from tvm_balanced.packing import BITMAP, BITMAP_BLOCKS, ENCODINGS, Layout, PackedFormat
 from tvm_balanced.pattern import BalancedPattern
 from tvm_balanced.schedules import cuda_fallback, cuda_gather
 
@@ -36,8 +37,8 @@ def preferred_format(
 
     The 32 lanes of a warp own 32 rows side by side and each loads 16 bytes of values at a time, so
     the layout is ``r32v8`` for two-byte values and ``r32v4`` for float32, skewed where blocks are large
-    (:func:`_skew`). Indices take the fewest bits that the block allows: fewer bytes, while two more
-    integer instructions per slot are free as long as memory is the limit.
+    (:func:`_skew`). Indices take the fewest bytes: more integer instructions per slot are free as long as
+    memory is the limit. A bitmap, which takes most of them, is chosen only where it is smaller.
 
     Parameters
     ----------
@@ -54,11 +55,16 @@ def preferred_format(
     """
     itemsize = 4 if dtype == "float32" else 2
     vector = _LOAD_BYTES // itemsize
+    layout = Layout(_LANES, vector, _skew(pattern, in_features, itemsize))
     # the three planes of u3 hold runs of eight slots
     fits = [e for e, bits in ENCODINGS.items() if pattern.block <= 1 << bits]
     encoding = min((e for e in fits if e != "u3" or vector == 8), key=ENCODINGS.__getitem__)
-    skew = _skew(pattern, in_features, itemsize)
-    return PackedFormat(out_features, in_features, pattern, Layout(_LANES, vector, skew), encoding)
+    fmt = PackedFormat(out_features, in_features, pattern, layout, encoding)
+    if pattern.block in BITMAP_BLOCKS:
+        bitmap = dataclasses.replace(fmt, encoding=BITMAP)
+        if bitmap.index_bits < fmt.index_bits and cuda_gather.takes_indices(bitmap):
+            return bitmap
+    return fmt
 
 
 def _skew(pattern: BalancedPattern, in_features: int, itemsize: int) -> int:

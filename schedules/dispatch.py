@@ -50,7 +50,7 @@ def preferred_format(
     target : tvm.target.Target
         Where the operator will run.
     encoding : str
-        Of the indices: ``"auto"`` or one of :data:`tvm_balanced.packing.ENCODINGS`.
+        Of the indices: ``"auto"``, ``"bitmap"`` or one of :data:`tvm_balanced.packing.ENCODINGS`.
 
     Raises
     ------
@@ -97,10 +97,12 @@ class ScheduleBalanced:
 
 
 def schedule_rest(target: tvm.target.Target) -> Any:
-    """The pass that gives every other kernel a default schedule (DLight's rules on CUDA)."""
+    """The pass that gives every other kernel a default schedule (DLight's rules first on CUDA)."""
     if target.kind.name == "llvm":
         return ScheduleForCpu()
     from tvm.s_tir import dlight
+
+    from tvm_balanced.schedules.cuda_serial import Serial
 
     return dlight.ApplyDefaultSchedule(
         dlight.gpu.Matmul(),
@@ -108,4 +110,5 @@ def schedule_rest(target: tvm.target.Target) -> Any:
         dlight.gpu.Reduction(),
         dlight.gpu.GeneralReduction(),
         dlight.gpu.Fallback(),
+        Serial(),
     )

@@ -2,15 +2,19 @@
 
 The activations are transposed once, so that a register holds one column of ``lanes`` rows of the batch;
 a slot is then an ordinary vector load at its column times a value for all lanes, and nothing is permuted.
+The registers of a tile of the batch lie side by side, so that a slot of 16 rows reads one cache line.
 A batch that does not fill the last register is padded: at batch 1 a slot costs one vector operation
 where scalar code needs one scalar operation.
 
-Thread map: groups of ``row_tile`` weight rows -> threads, in equal shares; slots of a row -> one thread,
-in the order of K. Knobs: :class:`Knobs`.
+Thread map: groups of weight rows -> threads; slots of a row -> one thread, in the order of K. A group
+goes through K in chunks whose activations stay in the first cache, where a slot would miss it else:
+its sums wait in memory between chunks. Knobs: :class:`Knobs`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +27,12 @@ from tvm_balanced.schedules.cpu_common import lanes as lanes_of
 # slots written out in the body of the innermost loop
 _UNROLL = 8
 
+# floats of a cache line
+_LINE = 16
+
+# steps of the parallel loop, where there are rows enough
+_STEPS = 16
+
 
 @dataclass(frozen=True)
 class Knobs:
@@ -30,14 +40,20 @@ class Knobs:
 
     Parameters
     ----------
-    row_tile : int
-        Weight rows in a tile.
+    sums : int
+        Registers of sums in a tile: weight rows times registers of activations.
     batch_tile : int
-        Registers of activations in a tile. ``row_tile * batch_tile`` sums stay in registers.
+        Most registers of activations in a tile, a power of two.
+    group : int
+        Most weight rows that one step of the parallel loop handles.
+    chunk : int
+        Bytes of activations that a group works on at a time.
     """
 
-    row_tile: int = 4
-    batch_tile: int = 2
+    sums: int = 8
+    batch_tile: int = 4
+    group: int = 64
+    chunk: int = 16384
 
 
 def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | None:
@@ -70,162 +86,345 @@ class _Kernel:
         self.fmt = parts.fmt
         self.lanes = lanes
         self.knobs = knobs
-        self.columns = self.fmt.padded_features
-        rows = parts.rows
-        self.registers = (rows + lanes - 1) // lanes
-        size = self.registers * self.columns * lanes
-        self.data, self.allocate = nest.workspace(size, "balanced_columns")
+        self.columns = -(-self.fmt.padded_features // _LINE) * _LINE
+        self.registers = (parts.rows + lanes - 1) // lanes
+        rows, layout = self.fmt.padded_rows, self.fmt.layout
+        self.vector_index = layout.vector == 1 and layout.rows in (8, 16, 32)
+        self.unit = layout.rows if self.vector_index else math.gcd(rows, 8)
+        # every thread has steps to take, and steps are whole registers and cache lines
+        multiple = math.lcm(_LINE, lanes, self.unit)
+        self.group = min(knobs.group, -(-rows // (_STEPS * multiple)) * multiple)
 
     def body(self) -> Any:
-        fmt, rows = self.fmt, self.parts.rows
-        self.values, declare = nest.flat_view(self.parts.values)
-        statements = [
-            declare,
-            *self.allocate,
-            nest.by_work(rows, self.columns * 8, self._transpose),
-            nest.by_work(rows, fmt.padded_rows * fmt.slots, self._groups),
+        parts, fmt = self.parts, self.fmt
+        self.values, declare_values = nest.flat_view(parts.values)
+        self.indices, declare_indices = nest.flat_view(parts.indices)
+        statements = [declare_values, declare_indices]
+        size = self.registers * self.lanes * self.columns
+        direct = parts.source is not None and fmt.in_features == self.columns
+        # one workspace: of two whose size is symbolic, TVM lets the second overwrite the first
+        self.origin = tirx.const(0, nest.INDEX) if direct else size
+        self.data, allocate = nest.workspace(size if direct else size * 2, "balanced_columns")
+        statements += allocate
+        if direct:
+            self.source, declare_source = nest.flat_source(parts)
+            statements.append(declare_source)
+        else:
+            self.source = self.data
+            statements.append(
+                nest.by_work(
+                    parts.rows,
+                    self.columns * 8,
+                    lambda parallel: nest.stage(parts, self.source, self.columns, parallel),
+                )
+            )
+        statements += [
+            nest.by_work(parts.rows, self.columns * 8, self._transpose),
+            nest.by_work(parts.rows, fmt.padded_rows * fmt.slots, self._groups),
         ]
         return nest.sequence(statements)
 
-    def _transpose(self, parallel: bool) -> Any:
-        """Columns of activations side by side: ``data[register, column, lane]``."""
-        parts, lanes, block = self.parts, self.lanes, self.fmt.pattern.block
+    def _tiles(self, build: Callable[[Any, int], Any]) -> Any:
+        """``build(register, width)`` for tiles of the batch: full ones, then the rest."""
+        tile, registers = self.knobs.batch_tile, self.registers
+        if isinstance(registers, int):
+            whole, rest = divmod(registers, tile)
+            pieces = [nest.loop(whole, lambda i: build(i * tile, tile), name="mo")] if whole else []
+            if rest:
+                pieces.append(build(tirx.const(whole * tile, nest.INDEX), rest))
+            return nest.sequence(pieces)
+        pieces = [nest.loop(registers // tile, lambda i: build(i * tile, tile), name="mo")]
+        size = tile // 2
+        while size:
+            # registers before this part of the rest: a multiple of twice its size
+            at = registers // (2 * size) * (2 * size)
+            there = registers % (2 * size) >= size
+            pieces.append(tirx.IfThenElse(there, build(at, size), None))
+            size //= 2
+        return nest.sequence(pieces)
 
-        def element(kb: Any, register: Any, lane: Any, e: Any) -> Any:
-            m = register * lanes + lane
-            inside = parts.data_at(parts.coordinates(m), kb, e)
-            zero = tirx.const(0.0, "float32")
-            value = tirx.if_then_else(m < parts.rows, tirx.Cast("float32", inside), zero)
-            at = (register * self.columns + kb * block + e) * lanes + lane
-            return tirx.BufferStore(self.data, value, [at])
+    def _place(self, register: Any, width: int, column: Any, w: int) -> Any:
+        """Where ``column`` of register ``register + w`` lies, of a tile of ``width`` from ``register``."""
+        return self.origin + (register * self.columns + column * width + w) * self.lanes
+
+    def _transpose(self, parallel: bool) -> Any:
+        """Columns of activations side by side, one cache line of each row at a time."""
+        lanes, rows = self.lanes, self.parts.rows
+
+        def square(register: Any, width: int, w: Any, column: Any) -> Any:
+            def load(i: int) -> Any:
+                m = (register + w) * lanes + i
+                if not isinstance(rows, int) or rows % lanes:
+                    # nothing is stored of the lanes behind the last row
+                    m = tirx.min(m, rows - 1)
+                return self.source[nest.ramp(m * self.columns + column, lanes)]
+
+            statements, turned = _turn([load(i) for i in range(lanes)], lanes)
+            for i, register_of in enumerate(turned):
+                at = self._place(register, width, column + i, w)
+                statements.append(tirx.BufferStore(self.data, register_of, [nest.ramp(at, lanes)]))
+            return nest.sequence(statements)
+
+        def tile(line: Any, register: Any, width: int) -> Any:
+            def squares(w: Any) -> Any:
+                return nest.loop(
+                    _LINE // lanes,
+                    lambda i: square(register, width, w, line * _LINE + i * lanes),
+                    name="i",
+                )
+
+            return nest.loop(width, squares, name="w")
 
         kind = tirx.ForKind.PARALLEL if parallel else tirx.ForKind.SERIAL
         return nest.loop(
-            self.fmt.blocks,
-            lambda kb: nest.loop(
-                self.registers,
-                lambda register: nest.loop(
-                    lanes,
-                    lambda lane: nest.loop(block, lambda e: element(kb, register, lane, e)),
-                ),
-            ),
+            self.columns // _LINE,
+            lambda line: self._tiles(lambda register, width: tile(line, register, width)),
             kind,
-            name="kb",
+            name="line",
         )
 
     def _groups(self, parallel: bool) -> Any:
-        tile = self.knobs.row_tile
-        whole, rest = divmod(self.fmt.padded_rows, tile)
+        rows = self.fmt.padded_rows
         kind = tirx.ForKind.PARALLEL if parallel else tirx.ForKind.SERIAL
-        pieces = []
-        if whole:
-            pieces.append(nest.loop(whole, lambda g: self._group(g * tile, tile), kind, name="g"))
-        if rest:
-            pieces.append(self._group(tirx.const(whole * tile, nest.INDEX), rest))
-        return nest.sequence(pieces)
 
-    def _group(self, n: Any, rows: int) -> Any:
-        """``rows`` weight rows from ``n`` by the whole batch."""
-        tile, registers = self.knobs.batch_tile, self.registers
-        static = isinstance(registers, int)
-        pieces = []
-        if not static or registers >= tile:
-            pieces.append(
-                nest.loop(
-                    registers // tile, lambda i: self._tile(n, rows, i * tile, tile), name="mo"
-                )
-            )
-        if static and registers % tile:
-            at = tirx.const(registers // tile * tile, nest.INDEX)
-            pieces.append(self._tile(n, rows, at, registers % tile))
-        elif not static:
-            pieces.append(
-                nest.loop(
-                    registers % tile,
-                    lambda i: self._tile(n, rows, registers // tile * tile + i, 1),
-                    name="mo",
-                )
-            )
-        return nest.sequence(pieces)
+        def group(g: Any) -> Any:
+            first = g * self.group
+            count: Any = self.group
+            if rows % self.group:
+                count = tirx.min(tirx.const(self.group, nest.INDEX), rows - first)
+            return self._tiles(lambda register, width: self._tile(first, count, register, width))
 
-    def _tile(self, n: Any, rows: int, register: Any, width: int) -> Any:
-        """``rows`` weight rows from ``n`` by ``width`` registers of activations from ``register``."""
+        return nest.loop(-(-rows // self.group), group, kind, name="g")
+
+    def _tile(self, first: Any, count: Any, register: Any, width: int) -> Any:
+        """``count`` weight rows from ``first`` by ``width`` registers from ``register``."""
+        fmt, lanes = self.fmt, self.lanes
+        sums, allocate = nest.workspace(self.group * width * lanes, "balanced_sums")
+        # an odd number of 4-bit slots per block ends in the middle of a byte: two blocks at a time
+        step = 2 if fmt.encoding == "u4" and fmt.pattern.nnz % 2 else 1
+        steps = fmt.blocks // step
+        bytes_of_step = step * 4 * (fmt.pattern.block * width * lanes + fmt.pattern.nnz * self.unit)
+        chunk = min(steps, max(1, self.knobs.chunk // bytes_of_step))
+        places = nest.local(chunk * step * fmt.pattern.nnz * self.unit, "balanced_places", "int32")
+        rows = 1
+        while rows * 2 * width <= self.knobs.sums and self.unit % (rows * 2) == 0:
+            rows *= 2
+        one = chunk == steps
+
+        def work(c: Any) -> Any:
+            extent: Any = chunk
+            if steps % chunk:
+                extent = tirx.min(tirx.const(chunk, nest.INDEX), steps - c * chunk)
+            start = c * (chunk * step)
+
+            def unit(u: Any) -> Any:
+                n = first + u * self.unit
+                unpack = self._unpack(places, n, width, start, extent, step)
+
+                def accumulate(i: Any) -> Any:
+                    row = u * self.unit + i * rows
+                    slots = extent * (step * fmt.pattern.nnz)
+                    return self._accumulate(
+                        sums, places, n, i * rows, row, rows, register, width, start, slots, one
+                    )
+
+                return nest.sequence([unpack, nest.loop(self.unit // rows, accumulate, name="t")])
+
+            return nest.loop(count // self.unit, unit, name="u")
+
+        pieces = [nest.loop(-(-steps // chunk), work, name="c")]
+        if not one:
+            zero = nest.splat(tirx.const(0.0, "float32"), lanes)
+            pieces.insert(
+                0,
+                nest.loop(
+                    count * width,
+                    lambda i: tirx.BufferStore(sums, zero, [nest.ramp(i * lanes, lanes)]),
+                    name="i",
+                ),
+            )
+        return nest.sequence(
+            [
+                *allocate,
+                tirx.AllocBuffer(places),
+                *pieces,
+                self._finish(sums, first, count, register, width),
+            ]
+        )
+
+    def _unpack(self, places: Any, n: Any, width: int, start: Any, extent: Any, step: int) -> Any:
+        """Write down where the slots of ``unit`` weight rows from ``n`` find their activations.
+
+        LLVM would decode the indices of a few rows in a vector register and take it apart again.
+        """
+        fmt, unit, nnz = self.fmt, self.unit, self.fmt.pattern.nnz
+        scale = width * self.lanes
+
+        def slot(b: Any, i: int, s: Any) -> Any:
+            t = ((start + b * step + i) * nnz) + s
+            at = ((b * step + i) * nnz + s) * unit
+            origin = tirx.Cast("int32", (b * step + i) * (fmt.pattern.block * scale))
+            if self.vector_index:
+                index = self._index(n, t, unit)
+                place = index * nest.splat(tirx.const(scale, "int32"), unit)
+                place = place + nest.splat(origin, unit)
+                # the next rows lie elsewhere, where the CPU does not expect them
+                fetch = nest.prefetch(self.values, self._at(n + unit, t))
+                return nest.sequence(
+                    [fetch, tirx.BufferStore(places, place, [nest.ramp(at, unit)])]
+                )
+            return nest.loop(
+                unit,
+                lambda r: tirx.BufferStore(
+                    places,
+                    self._index(n + r, t, 1) * tirx.const(scale, "int32") + origin,
+                    [at + r],
+                ),
+                name="r",
+            )
+
+        def blocks(b: Any) -> Any:
+            if step == 1 and nnz > _UNROLL:
+                # slots of a byte together
+                unit = 2 if nnz % 2 == 0 else 1
+                return nest.loop(
+                    nnz // unit,
+                    lambda s: nest.sequence([slot(b, 0, s * unit + i) for i in range(unit)]),
+                    name="s",
+                )
+            return nest.sequence([slot(b, i, s) for i in range(step) for s in range(nnz)])
+
+        return nest.loop(extent, blocks, name="b")
+
+    def _accumulate(
+        self,
+        sums: Any,
+        places: Any,
+        n: Any,
+        sub: Any,
+        row: Any,
+        rows: int,
+        register: Any,
+        width: int,
+        start: Any,
+        slots: Any,
+        clear: bool,
+    ) -> Any:
+        """One chunk of K of ``rows`` weight rows, whose sums are held in registers meanwhile."""
         fmt, lanes, nnz = self.fmt, self.lanes, self.fmt.pattern.nnz
-        sums = nest.local(rows * width * lanes, "balanced_sums")
-        # the sums are read back lane by lane, which registers do not allow
-        spill = nest.local(rows * width * lanes, "balanced_spill")
+        held = nest.local(rows * width * lanes, "balanced_held")
         cells = [(r, w) for r in range(rows) for w in range(width)]
+        zero = nest.splat(tirx.const(0.0, "float32"), lanes)
+        base = self._place(register, width, start * fmt.pattern.block, 0)
 
         def cell(r: int, w: int) -> Any:
             return nest.ramp((r * width + w) * lanes, lanes)
 
-        zero = nest.splat(tirx.const(0.0, "float32"), lanes)
-        clear = [tirx.BufferStore(sums, zero, [cell(r, w)]) for r, w in cells]
+        def waiting(r: int, w: int) -> Any:
+            return nest.ramp(((row + r) * width + w) * lanes, lanes)
 
-        def slot(kb: Any, s: Any) -> Any:
-            t = kb * nnz + s
+        load = [
+            tirx.BufferStore(held, zero if clear else sums[waiting(r, w)], [cell(r, w)])
+            for r, w in cells
+        ]
+        save = [tirx.BufferStore(sums, held[cell(r, w)], [waiting(r, w)]) for r, w in cells]
+
+        def slot(t: Any) -> Any:
             statements: list[Any] = []
             for r in range(rows):
-                column = tirx.Var(f"column_{r}", nest.INDEX)
+                place = tirx.Var(f"place_{r}", nest.INDEX)
                 weight = tirx.Var(f"weight_{r}", "float32")
-                place = kb * fmt.pattern.block + self._index(n + r, t)
+                stored = places[t * self.unit + sub + r]
+                value = nest.load_float(self.values, self._at(n + sub + r, start * nnz + t), 1)
                 statements += [
-                    tirx.Bind(column, place),
-                    tirx.Bind(weight, self._value(n + r, t)),
+                    tirx.Bind(place, base + tirx.Cast(nest.INDEX, stored)),
+                    tirx.Bind(weight, value),
                 ]
                 for w in range(width):
-                    at = ((register + w) * self.columns + column) * lanes
-                    product = self.data[nest.ramp(at, lanes)] * nest.splat(weight, lanes)
+                    x = self.data[nest.ramp(place + w * lanes, lanes)]
+                    product = x * nest.splat(weight, lanes)
                     statements.append(
-                        tirx.BufferStore(sums, sums[cell(r, w)] + product, [cell(r, w)])
+                        tirx.BufferStore(held, held[cell(r, w)] + product, [cell(r, w)])
                     )
             return nest.sequence(statements)
 
-        def block(kb: Any) -> Any:
-            if nnz > _UNROLL:
-                return nest.loop(nnz, lambda s: slot(kb, s), name="s")
-            return nest.sequence([slot(kb, tirx.const(s, nest.INDEX)) for s in range(nnz)])
-
-        accumulate = nest.loop(fmt.blocks, block, name="kb")
-        copy = [tirx.BufferStore(spill, sums[cell(r, w)], [cell(r, w)]) for r, w in cells]
-
-        def finish(lane: Any) -> Any:
-            m = register * lanes + lane
-            lead = self.parts.coordinates(m)
-
-            def element(r: Any) -> Any:
-                total = spill[r * (width * lanes) + lane]
-                store = tirx.BufferStore(
-                    self.parts.out, self.parts.out_at(lead, n + r, total), [*lead, n + r]
-                )
-                if fmt.padded_rows == fmt.out_features:
-                    return store
-                return tirx.IfThenElse(n + r < fmt.out_features, store, None)
-
-            return tirx.IfThenElse(m < self.parts.rows, nest.loop(rows, element, name="r"), None)
-
         return nest.sequence(
-            [
-                tirx.AllocBuffer(sums),
-                tirx.AllocBuffer(spill),
-                *clear,
-                accumulate,
-                *copy,
-                nest.loop(width * lanes, finish, name="lane"),
-            ]
+            [tirx.AllocBuffer(held), *load, nest.loop(slots, slot, name="slot"), *save]
         )
 
-    def _value(self, n: Any, t: Any) -> Any:
+    def _finish(self, sums: Any, first: Any, count: Any, register: Any, width: int) -> Any:
+        """Store the result of a group, ``lanes`` weight rows at a time."""
+        lanes, rows = self.lanes, self.parts.rows
+        # rows of the activations by weight rows
+        turned = nest.local(width * lanes * lanes, "balanced_turned")
+
+        def square(i: Any, w: Any) -> Any:
+            at = [((i * lanes + r) * width + w) * lanes for r in range(lanes)]
+            statements, columns = _turn([sums[nest.ramp(a, lanes)] for a in at], lanes)
+            for r, column in enumerate(columns):
+                place = nest.ramp((w * lanes + r) * lanes, lanes)
+                statements.append(tirx.BufferStore(turned, column, [place]))
+            return nest.sequence(statements)
+
+        def block(i: Any) -> Any:
+            def store(lane: Any) -> Any:
+                m = register * lanes + lane
+                n = first + i * lanes
+                stored = nest.store_rows(self.parts, m, n, lanes, turned, lane * lanes)
+                if isinstance(rows, int) and rows % lanes == 0:
+                    return stored
+                return tirx.IfThenElse(m < rows, stored, None)
+
+            return nest.sequence(
+                [
+                    tirx.AllocBuffer(turned),
+                    nest.loop(width, lambda w: square(i, w), name="w"),
+                    nest.loop(width * lanes, store, name="lane"),
+                ]
+            )
+
+        return nest.loop((count + lanes - 1) // lanes, block, name="i")
+
+    def _at(self, n: Any, t: Any) -> Any:
+        """Where the value of slot ``t`` of row ``n`` lies."""
         rows, vector = self.fmt.layout.rows, self.fmt.layout.vector
         run = (n // rows * (self.fmt.slots // vector) + t // vector) * rows + n % rows
-        return nest.load_float(self.values, run * vector + t % vector, 1)
+        return run * vector + t % vector
 
-    def _index(self, n: Any, t: Any) -> Any:
+    def _index(self, n: Any, t: Any, lanes: int) -> Any:
+        """Indices of ``lanes`` rows from ``n`` as int32; several only where they lie side by side."""
         rows, vector = self.fmt.layout.rows, self.fmt.index_vector
-        indices = self.parts.indices
-        if self.fmt.encoding == "u8":
-            stored = indices[n // rows, t // vector, n % rows, t % vector]
-        else:
-            pair = indices[n // rows, t // vector, n % rows, t % vector // 2]
-            stored = (pair >> tirx.Cast("uint8", t % 2 * 4)) & tirx.const(15, "uint8")
-        return tirx.Cast(nest.INDEX, stored)
+        run = (n // rows * (self.fmt.slots // vector) + t // vector) * rows + n % rows
+        packed = 2 if self.fmt.encoding == "u4" else 1
+        at = run * (vector // packed) + t % vector // packed
+        stored = tirx.Cast(nest.vector("int32", lanes), self.indices[nest.ramp(at, lanes)])
+        if packed == 1:
+            return stored
+        shift = tirx.Cast("int32", t % 2 * 4)
+        return (stored >> nest.splat(shift, lanes)) & nest.splat(tirx.const(15, "int32"), lanes)
+
+
+def _turn(vectors: list[Any], lanes: int) -> tuple[list[Any], list[Any]]:
+    """Transpose ``lanes`` vectors of as many lanes: statements, and the vectors they bind."""
+    dtype = nest.vector("float32", lanes)
+    statements: list[Any] = []
+
+    def bind(value: Any) -> Any:
+        var = tirx.Var("square", dtype)
+        statements.append(tirx.Bind(var, value))
+        return var
+
+    held = [bind(v) for v in vectors]
+    half = lanes // 2
+    while half:
+        for i in (i for i in range(lanes) if not i & half):
+            low, high = held[i], held[i + half]
+            # of `low` and `high` side by side
+            even = [j + lanes - half if j & half else j for j in range(lanes)]
+            odd = [j + lanes if j & half else j + half for j in range(lanes)]
+            held[i], held[i + half] = (
+                bind(tirx.Shuffle([low, high], [tirx.const(j, "int32") for j in order]))
+                for order in (even, odd)
+            )
+        half //= 2
+    return statements, held

@@ -286,6 +286,15 @@ def load_float(view: Any, base: Any, lanes: int) -> Any:
     return tirx.reinterpret(vector("float32", lanes), upper)
 
 
+def prefetch(view: Any, at: Any) -> Any:
+    """Ask for the cache line of an element of a flat view, which may lie behind its end."""
+    read, keep, data = (tirx.const(i, "int32") for i in (0, 3, 1))
+    address = tirx.address_of(view[at])
+    return tirx.Evaluate(
+        tirx.call_llvm_intrin("void", "llvm.prefetch.p0", address, read, keep, data)
+    )
+
+
 def local(size: int, name: str, dtype: str = "float32") -> Any:
     """A buffer that LLVM keeps in registers."""
     return tirx.decl_buffer((size,), dtype, name=name, scope="local", layout=None)
@@ -364,7 +373,7 @@ def stage(parts: Parts, target: Any, pitch: int, parallel: bool) -> Any:
     return loop(parts.rows, row, kind, name="m")
 
 
-def store_rows(parts: Parts, m: Any, n: Any, lanes: int, totals: Any, first: int) -> Any:
+def store_rows(parts: Parts, m: Any, n: Any, lanes: int, totals: Any, first: Any) -> Any:
     """Store the result of rows ``n .. n + lanes`` of the weight for one row of activations.
 
     Parameters
@@ -377,20 +386,21 @@ def store_rows(parts: Parts, m: Any, n: Any, lanes: int, totals: Any, first: int
         Outputs.
     totals : flat float32 buffer
         The sums, at ``first .. first + lanes``.
-    first : int
+    first : int or expression
         Where they begin.
     """
     lead = parts.coordinates(m)
     count = parts.fmt.out_features
+    begin = tirx.const(first, INDEX) if isinstance(first, int) else first
 
     def write(width: int) -> Any:
         def element(e: Any) -> Any:
-            value = parts.out_at(lead, n + e, totals[tirx.const(first, INDEX) + e])
+            value = parts.out_at(lead, n + e, totals[begin + e])
             return tirx.BufferStore(parts.out, value, [*lead, n + e])
 
         return loop(width, element, tirx.ForKind.VECTORIZED, name="e")
 
-    if parts.fmt.padded_rows == count:
+    if parts.fmt.padded_rows == count and count % lanes == 0:
         return write(lanes)
     rest = count % lanes
     part = tirx.IfThenElse(n < count, write(rest), None) if rest else None

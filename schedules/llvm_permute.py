@@ -113,8 +113,8 @@ def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | No
 def batch_limit(lanes: int, registers: int) -> int | None:
     """Rows of activations from which lanes over the batch are faster; None for never.
 
-    With AVX-512 permutes won at every batch that was tried (1 to 64). With AVX2 a lookup in two or more
-    registers costs a blend for each permute but the first.
+    With AVX-512 permutes won at every batch that was tried (1 to 64). With AVX2 a permute serves one row
+    of activations, and a lookup in two or more registers costs a blend for each permute but the first.
 
     Parameters
     ----------
@@ -123,9 +123,9 @@ def batch_limit(lanes: int, registers: int) -> int | None:
     registers : int
         Registers that hold one block of activations.
     """
-    if lanes == 16 or registers == 1:
+    if lanes == 16:
         return None
-    return 8 if registers == 2 else 4
+    return {1: 12, 2: 5}.get(registers, 3)
 
 
 def schedule(parts: nest.Parts, lanes: int, knobs: Knobs) -> s_tir.Schedule:

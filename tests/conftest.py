@@ -1,17 +1,31 @@
-"""Fixtures that several folders of tests share."""
+"""Fixtures that several folders of tests share, and the threads that all have."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tvm_balanced.cudaemu import device
+if TYPE_CHECKING:
+    from tvm_balanced.cudaemu.device import Device
+
+# read when the libraries are loaded, here and in the processes that tests start. Tests run side by side,
+# so threads of PyTorch and NumPy that spin while they wait cost more than all of their work
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+# TVM's kernels are tested on two threads, which sleep while they wait, on whatever cores are free
+os.environ.setdefault("TVM_NUM_THREADS", "2")
+os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
+os.environ.setdefault("TVM_BIND_THREADS", "0")
 
 
 @pytest.fixture
-def emulated() -> Iterator[device.Device]:
+def emulated() -> Iterator[Device]:
     """The emulated CUDA device in its plain mode, whatever a test before left."""
+    from tvm_balanced.cudaemu import device
+
     found = device.install("sm_90")
     found.reset()
     found.mode()

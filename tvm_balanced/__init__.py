@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     from tvm_balanced.pattern import BalancedPattern
     from tvm_balanced.pruning import prune_weight
     from tvm_balanced.runtime import Library, load
+    from tvm_balanced.training import GradualPruner
 
 _HOME = {
     "ArtifactError": "errors",
     "BalancedPattern": "pattern",
     "CompiledLibrary": "compiler",
+    "GradualPruner": "training",
     "InputError": "errors",
     "Library": "runtime",
     "Model": "model",
@@ -48,6 +50,7 @@ __all__ = [
     "ArtifactError",
     "BalancedPattern",
     "CompiledLibrary",
+    "GradualPruner",
     "InputError",
     "Library",
     "Model",

@@ -40,7 +40,8 @@ from tvm_balanced.targets import TargetSpec
 from tvm_balanced.toolchain import ExportedLibrary
 
 FORMAT = "tvmb"
-FORMAT_VERSION = 2
+# raised whenever what is written or read changes; a release reads its own version only
+FORMAT_VERSION = 3
 EMBED_LIMIT = 256 * 1024 * 1024
 
 LIBRARY = "lib.so"
@@ -49,6 +50,9 @@ PARAMETERS = "params.safetensors"
 REFERENCE = "reference.json.gz"
 REPORT = "report.txt"
 KERNELS = "kernels"
+
+# who computes the matrix products that stay dense: cuBLAS, kernels by DLight, or our schedules for llvm
+DENSE = ("dlight", "cublas", "llvm")
 
 _PACKAGES = ("apache-tvm", "apache-tvm-ffi", "numpy")
 
@@ -145,6 +149,11 @@ class Manifest:
         :func:`tvm_balanced.nvrtc.compiler`; empty where there are none.
     files : dict of str to str
         SHA-256 of every other file, by path relative to the folder.
+    dense : str
+        Who computes the matrix products that stay dense, one of :data:`DENSE`.
+    cublas : tuple of dict
+        Each call of cuBLAS, see :func:`tvm_balanced.relay_passes.dense_cublas.cublas_calls`. Where there is
+        any, libcublas must be there when the library runs.
     """
 
     target: TargetEntry
@@ -155,6 +164,8 @@ class Manifest:
     cubins: tuple[Mapping[str, Any], ...]
     compiler: Mapping[str, Any]
     files: Mapping[str, str]
+    dense: str
+    cublas: tuple[Mapping[str, Any], ...]
 
 
 def describe_functions(
@@ -284,6 +295,8 @@ def save(
     params: Mapping[str, npt.NDArray[Any]] | None = None,
     layers: Sequence[Mapping[str, Any]] = (),
     report: str = "",
+    dense: str = "dlight",
+    cublas: Sequence[Mapping[str, Any]] = (),
     overwrite: bool = False,
 ) -> Path:
     """Write ``model.tvmb/`` whole or not at all.
@@ -304,6 +317,10 @@ def save(
         Rows of the report, JSON values.
     report : str
         The report as text.
+    dense : str
+        Who computes the matrix products that stay dense on a GPU, ``"dlight"`` or ``"cublas"``.
+    cublas : sequence of mapping
+        The calls of cuBLAS, JSON values.
     overwrite : bool
         Replace a ``model.tvmb`` that is there; nothing else is ever replaced.
 
@@ -326,7 +343,7 @@ def save(
         raise _output_error(path, error) from error
     try:
         work.chmod(0o755)
-        _write(work, library, spec, functions, params or {}, layers, report)
+        _write(work, library, spec, functions, params or {}, layers, report, dense, cublas)
         _replace(work, path)
     except OSError as error:
         raise _output_error(path, error) from error
@@ -383,6 +400,8 @@ def _write(
     params: Mapping[str, npt.NDArray[Any]],
     layers: Sequence[Mapping[str, Any]],
     report: str,
+    dense: str,
+    cublas: Sequence[Mapping[str, Any]],
 ) -> None:
     _copy(library.path, work / LIBRARY)
     if params:
@@ -405,6 +424,8 @@ def _write(
         cubins=tuple(asdict(image) for image in library.images),
         compiler=dict(library.compiler),
         files={name: sha256(work / name) for name in _contents(work)},
+        dense=dense if spec.kind == "cuda" else spec.kind,
+        cublas=tuple(cublas),
     )
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(manifest)}
     _write_text(work / MANIFEST, json.dumps(document, indent=2) + "\n")
@@ -583,6 +604,9 @@ class _Reader:
         kind = self.text(self.get(target, "kind"), "target.kind")
         if kind not in ("cuda", "llvm"):
             self.fail("target.kind", kind, "'cuda' or 'llvm'")
+        dense = self.text(self.get(fields, "dense"), "dense")
+        if dense not in DENSE:
+            self.fail("dense", dense, " or ".join(map(repr, DENSE)))
         versions = self.mapping(self.get(fields, "versions"), "versions")
         return Manifest(
             target=TargetEntry(
@@ -599,7 +623,16 @@ class _Reader:
             cubins=self._mappings(self.get(fields, "cubins"), "cubins"),
             compiler=self._compiler(self.get(fields, "compiler"), device_code),
             files=dict(files),
+            dense=dense,
+            cublas=self._calls(self.get(fields, "cublas")),
         )
+
+    def _calls(self, value: Any) -> tuple[Mapping[str, Any], ...]:
+        calls = self._mappings(value, "cublas")
+        for i, call in enumerate(calls):
+            for key in ("function", "name", "product"):
+                self.text(self.get(call, key), f"cublas[{i}].{key}")
+        return calls
 
     def _compiler(self, value: Any, device_code: str) -> Mapping[str, Any]:
         fields = self.mapping(value, "compiler")

@@ -17,7 +17,7 @@ from tvm_balanced.errors import InputError, OutputError
 from tvm_balanced.model import Array, Model
 from tvm_balanced.plan import Plan, make_plan
 from tvm_balanced.relay_passes.bucket_functions import bucket_functions
-from tvm_balanced.relay_passes.dense_cublas import calls_cublas
+from tvm_balanced.relay_passes.dense_cublas import cublas_calls
 from tvm_balanced.relay_passes.find_dense import split_params
 from tvm_balanced.report import Report
 from tvm_balanced.rewrite import rewrite_model
@@ -54,6 +54,8 @@ class CompiledLibrary:
         target: TargetSpec,
         functions: Sequence[FunctionEntry],
         beside: Mapping[str, Array],
+        dense: str = "dlight",
+        cublas: Sequence[Mapping[str, str]] = (),
     ) -> None:
         self.report = report
         self.target = target
@@ -61,6 +63,7 @@ class CompiledLibrary:
         self._folder = folder  # the exported file lives as long as this object
         self._functions = functions
         self._beside = beside
+        self._dense, self._cublas = dense, cublas
         self._loaded: dict[str | None, Library] = {}
 
     def __repr__(self) -> str:
@@ -103,6 +106,8 @@ class CompiledLibrary:
             params=self._beside,
             layers=self.report.to_json(),
             report=self.report.text(),
+            dense=self._dense,
+            cublas=self._cublas,
             overwrite=overwrite,
         )
 
@@ -197,23 +202,29 @@ def compile(
             "cuda_graph": cuda_graph,
             "records": [asdict(choice) for choice in lookup.choices.values()],
         },
-        sources=[CUBLAS_SOURCE] if calls_cublas(mod) else [],
+        sources=[CUBLAS_SOURCE] if prepared.cublas else [],
     )
     lookup.problems += exported.problems
     warning = lookup.warning()
     if warning is not None:
         _LOG.warning("%s; these kernels get the default schedule", warning)
-    return CompiledLibrary(exported, folder, plan.report, plan.target, functions, beside)
+    return CompiledLibrary(
+        exported, folder, plan.report, plan.target, functions, beside, dense, prepared.cublas
+    )
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model after the passes on operators; ``embedded`` and ``beside`` are its weights."""
+    """A model after the passes on operators.
+
+    ``embedded`` and ``beside`` are its weights, ``cublas`` the products that cuBLAS runs.
+    """
 
     plan: Plan
     mod: tvm.IRModule
     embedded: Mapping[str, Array]
     beside: Mapping[str, Array]
+    cublas: Sequence[Mapping[str, str]]
 
 
 def prepare(
@@ -243,9 +254,11 @@ def prepare(
     _, weights = split_params(mod)
     # the library knows its weights by their variables' names, which are unique
     by_var = {var.name: array for var, array in zip(weights, params.values(), strict=True)}
+    names = {var.name: name for var, name in zip(weights, params, strict=True)}
+    calls = cublas_calls(mod, names)
     if len(by_var) != len(weights):
         raise InputError(f"{model.name} has several weights of one name; rename them")
-    return Prepared(plan, mod, *split_parameters(by_var))
+    return Prepared(plan, mod, *split_parameters(by_var), calls)
 
 
 def _target_json(spec: TargetSpec) -> dict[str, Any]:

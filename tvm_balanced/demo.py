@@ -23,13 +23,13 @@ from tvm_balanced.errors import TvmBalancedError
 from tvm_balanced.frontend import from_torch
 from tvm_balanced.frontend.optional import need
 from tvm_balanced.model import Model
-from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.pruning import balanced_mask
 from tvm_balanced.targets import core_count
+from tvm_balanced.training import GradualPruner
 
 Tell = Callable[[str], None]
 
 DIGITS_PATTERN = "2:16"
+BATCH = 64
 MINILM_PATTERNS = ("4:16", "2:16")
 GPU = "cuda-sm_90"
 TOKENS = 32
@@ -53,17 +53,6 @@ SENTENCES = (
     "Light from the galaxy took two billion years to arrive.",
     "How do I reset the password of my account?",
 )
-
-
-def cubic_nnz(pattern: BalancedPattern, step: int, steps: int) -> int:
-    """Weights kept per block after ``step`` of ``steps``, from all of them to ``pattern.nnz``.
-
-    Notes
-    -----
-    Source: the cubic schedule of Zhu and Gupta, "To prune, or not to prune", 2017, arXiv 1710.01878.
-    """
-    left = (1 - step / steps) ** 3
-    return round(pattern.nnz + (pattern.block - pattern.nnz) * left)
 
 
 def digits(tell: Tell, out: Path) -> dict[str, Any]:
@@ -110,14 +99,16 @@ def digits(tell: Tell, out: Path) -> dict[str, Any]:
     _train(module, data, epochs=30, rate=1e-3)
     dense = from_torch(copy.deepcopy(module), example, name="digits")
 
-    form = BalancedPattern(DIGITS_PATTERN)
-    steps = 12
-    for step in range(1, steps + 1):
-        now = BalancedPattern(cubic_nnz(form, step, steps), form.block)
-        tell(f"digits: prune to {now} and fine-tune")
-        _train(module, data, epochs=2, rate=1e-3, masks=_masks(module, now))
+    # cut every second epoch, ten in all, then rest at the final pattern
+    batches = -(-len(x_train) // BATCH)
+    pruner = GradualPruner(
+        module, DIGITS_PATTERN, end=20 * batches, frequency=2 * batches, ignore=["4"]
+    )
+    tell(f"digits: prune to {DIGITS_PATTERN} step by step while training")
+    _train(module, data, epochs=24, rate=1e-3, after=pruner.step)
     tell("digits: fine-tune")
-    _train(module, data, epochs=15, rate=3e-4, masks=_masks(module, form))
+    _train(module, data, epochs=15, rate=3e-4, after=pruner.step)
+    pruner.finalize()
     sparse = from_torch(module, example, name="digits")
 
     tell("digits: compile")
@@ -144,43 +135,26 @@ def digits(tell: Tell, out: Path) -> dict[str, Any]:
     return {"test_images": len(y_test), "models": rows}
 
 
-def _masks(module: Any, pattern: BalancedPattern) -> dict[Any, Any]:
-    """Linear layer to the mask of its weight; the last layer has none."""
-    import torch
-
-    layers = [part for part in module if isinstance(part, torch.nn.Linear)][:-1]
-    return {
-        layer: torch.from_numpy(balanced_mask(layer.weight.detach().numpy(), pattern))
-        for layer in layers
-    }
-
-
 def _train(
     module: Any,
     data: tuple[Any, Any],
     epochs: int,
     rate: float,
-    masks: dict[Any, Any] | None = None,
+    after: Callable[[], None] | None = None,
 ) -> None:
-    """Adam on cross entropy, the masks applied again after every step."""
+    """Adam on cross entropy; ``after`` is called after every step."""
     import torch
 
     optimizer = torch.optim.Adam(module.parameters(), lr=rate, weight_decay=1e-5)
     x, y = data
     order = torch.Generator().manual_seed(SEED)
-
-    def apply_masks() -> None:
-        with torch.no_grad():
-            for layer, mask in (masks or {}).items():
-                layer.weight.mul_(mask)
-
-    apply_masks()
     for _ in range(epochs):
-        for batch in torch.randperm(len(x), generator=order).split(64):
+        for batch in torch.randperm(len(x), generator=order).split(BATCH):
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(module(x[batch]), y[batch]).backward()
             optimizer.step()
-            apply_masks()
+            if after is not None:
+                after()
 
 
 def minilm(tell: Tell, out: Path) -> dict[str, Any]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import platform
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from tvm_balanced import nvrtc, targets, toolchain
 from tvm_balanced._version import __version__
-from tvm_balanced.errors import TvmBalancedError
+from tvm_balanced.errors import ToolchainError, TvmBalancedError
 
 PACKAGES = (
     "apache-tvm",
@@ -23,7 +26,32 @@ PACKAGES = (
     "nvidia-cuda-nvrtc",
     "nvidia-cuda-runtime",
     "nvidia-cuda-cccl",
+    "nvidia-cublas",
 )
+
+_CUBLAS = "libcublas.so.13"
+# in a process of its own: the library takes a second and hundreds of megabytes
+_CUBLAS_PROBE = """
+import ctypes, json, sys
+why = []
+for place in sys.argv[1:]:
+    try:
+        library = ctypes.CDLL(place)
+    except OSError as error:
+        # one that is there and does not load says more than one that is missing
+        why.insert(0 if str(error).startswith(place) else len(why), str(error))
+        continue
+    parts = [ctypes.c_int() for _ in range(3)]
+    for kind, part in enumerate(parts):
+        library.cublasGetProperty(kind, ctypes.byref(part))
+    with open("/proc/self/maps") as maps:
+        paths = [line.split(maxsplit=5)[-1].strip() for line in maps]
+    path = next(path for path in paths if path.endswith(place.rpartition("/")[2]) or path == place)
+    print(json.dumps({"path": path, "version": ".".join(str(part.value) for part in parts)}))
+    break
+else:
+    sys.exit(why[-1])
+"""
 
 
 def collect() -> dict[str, Any]:
@@ -33,9 +61,9 @@ def collect() -> dict[str, Any]:
     -------
     dict
         ``tvm_balanced``, ``python``, ``platform``: versions; ``packages``: name to version or None;
-        ``cpu``: model, cores, vector features; ``cxx``, ``nvrtc``, ``driver``, ``gpus``, ``tvm``: what
-        was found, each with a ``problem`` that is None when it is usable; ``targets``: one entry a
-        target name with ``compiles``, ``runs`` and, where one is False, ``reason``.
+        ``cpu``: model, cores, vector features; ``cxx``, ``nvrtc``, ``cublas``, ``driver``, ``gpus``,
+        ``tvm``: what was found, each with a ``problem`` that is None when it is usable; ``targets``: one
+        entry a target name with ``compiles``, ``runs`` and, where one is False, ``reason``.
     """
     driver = _attempt(targets.detect_driver)
     cxx = _attempt(toolchain.find_cxx)
@@ -48,6 +76,7 @@ def collect() -> dict[str, Any]:
     # that they are installed does not say that they load
     compiler = _attempt(nvrtc.compiler) if not nvrtc_problem else {"value": None, "problem": None}
     nvrtc_problem = nvrtc_problem or compiler["problem"]
+    cublas = _attempt(lambda: find_cublas(cublas_places()))
     found = driver["value"]
     gpus = [
         {"name": gpu.name, "arch": gpu.arch, "memory_bytes": gpu.memory_bytes}
@@ -71,6 +100,10 @@ def collect() -> dict[str, Any]:
             "version": (compiler["value"] or {}).get("version") or _version("nvidia-cuda-nvrtc"),
             "problem": nvrtc_problem,
         },
+        "cublas": {
+            **(cublas["value"] or {"path": None, "version": None}),
+            "problem": cublas["problem"],
+        },
         "driver": {
             "cuda_version": found.cuda_version if found else None,
             "problem": driver["problem"] or (found.problem if found else None),
@@ -79,6 +112,51 @@ def collect() -> dict[str, Any]:
     }
     out["targets"] = {name: _usable(name, out) for name in targets.names()}
     return out
+
+
+def cublas_places() -> list[str]:
+    """Where a library compiled with ``dense="cublas"`` looks for libcublas, first to last.
+
+    The order of ``cublas_matmul.cpp``: beside the CUDA runtime, beside TVM among the packages of PyPI, and
+    where the system's loader looks.
+    """
+    from tvm_ffi import libinfo
+
+    runtime = Path(toolchain.find_cudart())
+    packages = Path(libinfo.find_libtvm_ffi()).parent.parent.parent
+    beside = [runtime.parent] if runtime.is_absolute() else []
+    folders = [*beside, packages / "nvidia" / "cu13" / "lib"]
+    return [*dict.fromkeys(str(folder / _CUBLAS) for folder in folders), _CUBLAS]
+
+
+def find_cublas(places: Sequence[str]) -> dict[str, str]:
+    """The first libcublas that loads.
+
+    Parameters
+    ----------
+    places : sequence of str
+        What to ask the loader for, in order.
+
+    Returns
+    -------
+    dict
+        ``path`` and ``version``.
+
+    Raises
+    ------
+    ToolchainError
+        When none does.
+    """
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", _CUBLAS_PROBE, *places], capture_output=True, text=True
+    )
+    if done.returncode == 0:
+        answer: dict[str, str] = json.loads(done.stdout)
+        return answer
+    raise ToolchainError(
+        f"{_CUBLAS} cannot be loaded ({(done.stderr.strip().splitlines() or [''])[-1]}), and libraries "
+        "compiled with dense=\"cublas\" need it where they run: pip install 'tvm-balanced[cublas]'"
+    )
 
 
 def _attempt(function: Callable[[], Any]) -> dict[str, Any]:

@@ -54,7 +54,8 @@ def seeded_arguments(func: tirx.PrimFunc, seed: int, symbols: Mapping[str, int] 
     divided by the root of the number of terms, so that results are about 1 in every dtype. What is
     divided by, or goes into a root or a logarithm, is at least 1/2. Packed weights are packed from a
     random balanced matrix. Integers that are used as an index run over the axis they index, other
-    integers are 0 or 1, those that divide at least 1. Outputs hold NaN, the lowest integer, or True.
+    integers are 0 or 1, those that divide at least 1. Outputs, and what the function does not use (workspaces
+    of its scheduled form), hold NaN, the lowest integer, or True.
 
     Parameters
     ----------
@@ -81,6 +82,7 @@ def seeded_arguments(func: tirx.PrimFunc, seed: int, symbols: Mapping[str, int] 
     facts = Facts(func, numbers)
     bounds, positive, scale = facts.index_bounds(), facts.positive(), facts.scales()
     divisors = facts.integer_divisors()
+    used = set(nodes(func.body, tirx.Var))
     arrays: list[Any] = []
     for position, param in enumerate(func.params):
         if not tirx.is_buffer_var(param):
@@ -88,7 +90,7 @@ def seeded_arguments(func: tirx.PrimFunc, seed: int, symbols: Mapping[str, int] 
             continue
         shape = tuple(facts.number(extent) for extent in param.ty.shape)
         dtype = array_dtype(dtype_of(param))
-        if position in outputs:
+        if position in outputs or param not in used:
             arrays.append(_unwritten(shape, dtype))
         elif param in packed:
             arrays.append(packed[param])

@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from tvm_balanced.errors import InputError
-from tvm_balanced.packing import ENCODINGS, PackedFormat
+from tvm_balanced.packing import BITMAP, PackedFormat
 from tvm_balanced.static_report import SM_LIMITS, KernelResources, occupancy
 from tvm_balanced.targets import GpuFigures
 
@@ -37,6 +37,7 @@ _LOAD_BYTES = 16  # of the widest load
 MAX_ROWS = 16  # of activations in a tile
 MAX_WARPS = 16
 MAX_UNROLL = 4
+MAX_WHOLE_RUNS = 8  # vectors of slots that are unrolled so that they hold whole blocks
 # rows of activations that a symbolic M is taken for
 _SYMBOLIC_ROWS = 8
 # warps that are always tried; others only where they pad less than one more, as with 1 or 3 loads
@@ -47,6 +48,8 @@ _NEAR = 1.1
 _HIDDEN = 0.1
 # padding of slots that is accepted without looking for fewer
 SPARE = 1.07
+# slots of a row, the fewest that a thread block of its own is asked about for
+_SPLIT_SLOTS = 1024
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Instructions:
     ----------
     decode : float
         For each slot: take its index out of a word and make an address of it.
+    bitmap : float
+        The same where it is the next bit of a bitmap.
     straddle : float
         For each slot more, where a vector of slots does not hold whole blocks and no block whole vectors.
     group : float
@@ -73,11 +78,12 @@ class Instructions:
         Once: what does not depend on K.
     """
 
-    decode: float = 3.1
-    straddle: float = 2.7
-    group: float = 1.3
+    decode: float = 2.6
+    bitmap: float = 5.5
+    straddle: float = 3.4
+    group: float = 0.0
     float16: float = 1.0
-    bfloat16: float = 1.5
+    bfloat16: float = 1.0
     load: float = 1.0
     loop: float = 6.0
     stage: float = 4.0
@@ -226,11 +232,12 @@ class Knobs:
     warps: int
     unroll: int
     chunk: int
+    splits: int = 1
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model makes of one launch.
+    """What the model makes of one launch, or of two where thread blocks share K.
 
     Parameters
     ----------
@@ -318,6 +325,29 @@ def staged_at_once(fmt: PackedFormat, dtype: str) -> int:
     return math.gcd(width, fmt.pattern.block * window_blocks(fmt), fmt.in_features)
 
 
+def stored_at_once(fmt: PackedFormat, dtype: str, vector: int, rows: int) -> int:
+    """Staged elements of ``vector`` rows that a thread stores at once: 16 bytes, or what it has loaded."""
+    element = vector * staged_itemsize(dtype, rows)
+    return math.gcd(staged_at_once(fmt, dtype), max(1, _LOAD_BYTES // element))
+
+
+def pitch(fmt: PackedFormat, dtype: str, vector: int, rows: int) -> int:
+    """Staged elements from one window to the next: some are left out, so that stores meet in few banks."""
+    length = fmt.pattern.block * window_blocks(fmt)
+    if vector == 1 or fmt.layout.skew > 1:
+        return length
+    return length + (stored_at_once(fmt, dtype, vector, rows) - length) % WINDOW
+
+
+def whole_runs(fmt: PackedFormat) -> int:
+    """Fewest vectors of slots that begin with a block and end with one; 1 where blocks are larger."""
+    vector, nnz = fmt.layout.vector, fmt.pattern.nnz
+    runs = nnz // math.gcd(nnz, vector)
+    if fmt.encoding == BITMAP:  # is read from its first bit on
+        return runs
+    return runs if nnz % vector and runs <= MAX_WHOLE_RUNS else 1
+
+
 def chunk_unit(fmt: PackedFormat) -> int:
     """Fewest blocks whose slots fill whole vectors of values and indices, and whole windows."""
     unit = fmt.index_vector // math.gcd(fmt.index_vector, fmt.pattern.nnz)
@@ -364,7 +394,7 @@ def estimated_registers(knobs: Knobs) -> int:
 
 def _index_bytes(fmt: PackedFormat) -> float:
     """Bytes of the indices of one vector of slots."""
-    return fmt.layout.vector * ENCODINGS[fmt.encoding] / 8
+    return fmt.layout.vector * fmt.index_bits / 8
 
 
 @functools.lru_cache(maxsize=4096)
@@ -405,8 +435,8 @@ class Model:
         self._convert = converts.get(dtype, 0.0)
         self._vector = fmt.layout.vector
         nnz = fmt.pattern.nnz
-        self._decode = count.decode
-        if self._vector % nnz and nnz % self._vector:
+        self._decode = count.bitmap if fmt.encoding == BITMAP else count.decode
+        if self._vector % nnz and nnz % self._vector and whole_runs(fmt) == 1:
             self._decode += count.straddle
         self._vector_bytes = self._vector * self.itemsize + _index_bytes(fmt)
         self._row_bytes = fmt.slots / self._vector * self._vector_bytes
@@ -442,10 +472,11 @@ class Model:
         tile_rows = vector * groups
         row_tiles = _ceil(self.rows, tile_rows)
         column_tiles = fmt.padded_rows // _LANES
-        thread_blocks = row_tiles * column_tiles
+        splits = knobs.splits
+        thread_blocks = row_tiles * column_tiles * splits
 
         # one warp and step of the loop: ``unroll`` vectors of slots a lane
-        chunks = _ceil(fmt.blocks, chunk)
+        chunks = _ceil(_ceil(fmt.blocks, chunk), splits)  # of one thread block
         runs = chunk * fmt.pattern.nnz // self._vector
         per_chunk = _ceil(runs, warps * unroll)
         steps = chunks * per_chunk
@@ -495,9 +526,9 @@ class Model:
         end_instructions = 2 * warps * tile_rows + 4 * tile_rows + count.kernel * warps
 
         registers = estimated_registers(knobs)
-        left_out = 0
-        if vector > 1 and fmt.layout.skew == 1:
-            left_out = chunk // window_blocks(fmt) * tile_rows * itemsize
+        window_length = fmt.pattern.block * window_blocks(fmt)
+        left_out = pitch(fmt, self.dtype, vector, tile_rows) - window_length
+        left_out *= chunk // window_blocks(fmt) * tile_rows * itemsize
         shared_bytes = max(
             chunk * fmt.pattern.block * tile_rows * itemsize + left_out,
             warps * tile_rows * _LANES * _PARTIAL_BYTES,
@@ -574,13 +605,17 @@ class Model:
             clocks = min(clocks, max(overlapped, alone))
         memory_us = memory_bytes / (gpu.bandwidth_gbps * 1e3)
         total = gpu.launch_us + max(clocks / clock, memory_us)
+        if splits > 1:
+            total += self._sum_us(knobs)
 
         work = busiest / clock
         sum_steps = warps * steps
         return (
             total,
             memory_us,
-            thread_blocks * (l2_bytes + self._row_bytes * _LANES) / (l2_rate * active * clock),
+            thread_blocks
+            * (l2_bytes + self._row_bytes * _LANES / splits)
+            / (l2_rate * active * clock),
             work
             * (sum_steps * loop_instructions + stage_instructions + end_instructions)
             / gpu.schedulers,
@@ -589,7 +624,7 @@ class Model:
             latency * _ceil(busiest, resident) / clock,
             gpu.launch_us,
             int(stream * row_tiles),
-            int(staged_bytes * thread_blocks),
+            int(staged_bytes * thread_blocks / splits),
             loop_instructions / slots,
             gathers,
             registers,
@@ -602,15 +637,38 @@ class Model:
             gpu.needed_bytes_in_flight,
         )
 
+    def _sum_us(self, knobs: Knobs) -> float:
+        """Microseconds of the second kernel, in which a thread adds the sums of one output.
+
+        Its launch, the sums read from the level-2 cache, where the kernel before has just left them, and a
+        thread's chain: so many loads at a time as it takes gathers, then the result.
+        """
+        gpu, held = self.gpu, knobs.vector * knobs.groups
+        outputs = self.fmt.padded_rows * _ceil(self.rows, held) * held
+        # written by one kernel and read by the other
+        moved = 2 * knobs.splits * outputs * _PARTIAL_BYTES
+        clock = gpu.clock_ghz * 1e3
+        chain = _ceil(knobs.splits, gpu.shared_in_flight) * gpu.stage_ns * gpu.clock_ghz
+        chain += (knobs.splits + gpu.instructions.kernel) * gpu.issue_clocks
+        active = min(gpu.sm_count, outputs // (held * _LANES))
+        rate = min(gpu.l2_bytes_per_clock, gpu.port_bytes_per_clock * active)
+        return gpu.launch_us + (chain + moved / rate) / clock
+
 
 def candidates(
-    fmt: PackedFormat, rows: int, dtype: str, shared_bytes: int, multiprocessors: int | None = None
+    fmt: PackedFormat,
+    rows: int,
+    dtype: str,
+    shared_bytes: int,
+    multiprocessors: int | None = None,
+    split: bool = False,
 ) -> Iterator[Knobs]:
     """Every tile worth asking the model about, a few hundred at most.
 
     Rows of activations are cut into even tiles of up to 16; what is staged and the partial sums fit
     the shared memory; K is staged at once, in the fewest chunks that fit, or in twice as many; of the
-    warps and loads in flight those are left out that add more than a little padding to the work.
+    warps and loads in flight those are left out that add more than a little padding to the work. Thread
+    blocks share K, if at all, where that gives work to multiprocessors that have none.
 
     Parameters
     ----------
@@ -624,6 +682,8 @@ def candidates(
         Shared memory that a thread block may take.
     multiprocessors : int, optional
         Lower tiles only where half of them would stand idle with taller ones; all heights when left out.
+    split : bool
+        Also with several thread blocks for K, as many as ``multiprocessors`` are left.
     """
     unit = chunk_unit(fmt)
     seen: set[tuple[int, int]] = set()
@@ -652,12 +712,26 @@ def candidates(
             seen.add((vector, groups))
             thread_blocks = fmt.padded_rows // _LANES * _ceil(rows, held)
             fewest = _ceil(fmt.blocks, most)
-            for chunk in {
-                _ceil(_ceil(fmt.blocks, chunks), unit) * unit for chunks in (fewest, 2 * fewest)
-            }:
+            spare = multiprocessors // thread_blocks if split and multiprocessors else 1
+            for chunk, splits in _chunks(fmt, unit, fewest, spare):
                 runs = chunk * fmt.pattern.nnz // fmt.layout.vector
-                for warps, unroll in _shares(runs, max_warps):
-                    yield Knobs(vector, groups, warps, unroll, chunk)
+                for warps, unroll in _shares(runs, max_warps, whole_runs(fmt)):
+                    yield Knobs(vector, groups, warps, unroll, chunk, splits)
+
+
+def _chunks(fmt: PackedFormat, unit: int, fewest: int, spare: int) -> list[tuple[int, int]]:
+    """Blocks staged at a time and thread blocks that share K, by twos up to ``spare`` of them."""
+    most = min(spare, fmt.slots // _SPLIT_SLOTS)
+    counts = {1, *(1 << i for i in range(1, max(1, most).bit_length())), max(1, most)}
+    found: dict[tuple[int, int], None] = {}
+    for splits in sorted(counts):
+        for chunks in (fewest, 2 * fewest):
+            chunk = _ceil(_ceil(fmt.blocks, _ceil(chunks, splits) * splits), unit) * unit
+            # every one of them has work
+            parts = _ceil(_ceil(fmt.blocks, chunk), splits)
+            if (splits - 1) * parts * chunk < fmt.blocks:
+                found[chunk, splits] = None
+    return list(found)
 
 
 def _row_tiles(rows: int) -> list[int]:
@@ -672,21 +746,24 @@ def _row_tiles(rows: int) -> list[int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _shares(runs: int, max_warps: int) -> tuple[tuple[int, int], ...]:
-    """Warps and loads in flight that share ``runs`` vectors of slots with little padding, most first."""
+def _shares(runs: int, max_warps: int, unit: int) -> tuple[tuple[int, int], ...]:
+    """Warps and loads in flight that share ``runs`` vectors of slots with little padding, most first.
+
+    Loads are in flight ``unit`` at a time.
+    """
     padding = {
-        (warps, unroll): _ceil(runs, warps * unroll) * warps * unroll / runs
-        for unroll in range(MAX_UNROLL, 0, -1)
+        (warps, units): _ceil(runs, warps * units * unit) * warps * units * unit / runs
+        for units in range(max(1, MAX_UNROLL // unit), 0, -1)
         for warps in range(max_warps, 0, -1)
     }
     # shares that leave most lanes without work are the least of evils where there is little work
     least = max(SPARE, min(padding.values()))
     return tuple(
-        (warps, unroll)
-        for (warps, unroll), padded in padding.items()
+        (warps, units * unit)
+        for (warps, units), padded in padding.items()
         if padded <= least
-        and (warps in _EVEN_WARPS or padded < padding[warps + 1, unroll])
-        and (unroll in (2, 4) or padded < padding[warps, unroll + 1])
+        and (warps in _EVEN_WARPS or padded < padding[warps + 1, units])
+        and (units * unit in (2, 4) or padded < padding.get((warps, units + 1), math.inf))
     )
 
 
@@ -695,14 +772,15 @@ def choose(
 ) -> Knobs:
     """The tile that the model predicts to be fastest, or nearly so; the same for the same arguments.
 
-    Of tiles within a tenth of the fastest it is the one that reads the sparse stream least often.
+    Of tiles within a tenth of the fastest it is the one that reads the sparse stream least often, and of
+    these one without a second launch.
 
     Parameters
     ----------
     fmt : PackedFormat
         Layout ``r32vV``.
     rows : int or None
-        M; None when symbolic, which is taken for 8.
+        M; None when symbolic, which is taken for 8, with one thread block for all of K.
     dtype : str
         Of values and activations.
     shared_bytes : int
@@ -715,26 +793,29 @@ def choose(
     InputError
         When not even one block of the pattern fits the shared memory.
     """
-    return _choose(fmt, _SYMBOLIC_ROWS if rows is None else rows, dtype, shared_bytes, gpu)
+    known = rows is not None
+    return _choose(fmt, rows if known else _SYMBOLIC_ROWS, dtype, shared_bytes, gpu, known)
 
 
 @functools.lru_cache(maxsize=1024)
-def _choose(fmt: PackedFormat, rows: int, dtype: str, shared_bytes: int, gpu: Machine) -> Knobs:
+def _choose(
+    fmt: PackedFormat, rows: int, dtype: str, shared_bytes: int, gpu: Machine, split: bool
+) -> Knobs:
     model = Model(gpu, fmt, rows, dtype)
-    # of those that are nearly as fast, the one that reads least, from memory and then from any cache: bytes
-    # are certain, the rest of the model less so. Instructions that are hidden count a little too.
+    # of those that are nearly as fast, the one that reads least, from memory and then from any cache, in one
+    # launch: bytes are certain, the rest of the model less so. Instructions that are hidden count a little.
     timed = [
         (model.bounds(knobs), knobs)
-        for knobs in candidates(fmt, rows, dtype, shared_bytes, gpu.sm_count)
+        for knobs in candidates(fmt, rows, dtype, shared_bytes, gpu.sm_count, split)
     ]
     best_us = min((bounds[0] for bounds, _ in timed), default=math.inf)
     near = [
-        (memory, stream, total + _HIDDEN * issue, i)
-        for i, ((total, memory, stream, issue), _) in enumerate(timed)
+        (memory, stream, knobs.splits > 1, total + _HIDDEN * issue, i)
+        for i, ((total, memory, stream, issue), knobs) in enumerate(timed)
         if total <= best_us * _NEAR
     ]
     if not near or best_us == math.inf:
         raise InputError(
             f"no tile of {fmt.pattern} fits {shared_bytes} bytes of shared memory; take smaller blocks"
         )
-    return timed[min(near)[3]][1]
+    return timed[min(near)[4]][1]

@@ -8,6 +8,8 @@ Accumulation is float32.
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import tvm
@@ -15,7 +17,7 @@ from tvm import relax, te, tirx
 from tvm.relax.transform.legalize_ops.common import register_legalize
 
 from tvm_balanced.errors import InputError
-from tvm_balanced.packing import ENCODINGS, Layout, PackedFormat
+from tvm_balanced.packing import BITMAP, ENCODINGS, Layout, PackedFormat
 from tvm_balanced.pattern import BalancedPattern
 
 OP_NAME = "relax.nn.balanced_sparse_dense"
@@ -106,7 +108,7 @@ def balanced_sparse_dense_te(
     batch = list(data.shape[:-1])
     block, nnz, rows = fmt.pattern.block, fmt.pattern.nnz, fmt.layout.rows
     vector, index_vector = fmt.layout.vector, fmt.index_vector
-    bits, skew = ENCODINGS[fmt.encoding], fmt.layout.skew
+    bits, skew = ENCODINGS.get(fmt.encoding, 1), fmt.layout.skew
 
     def load_block(*at: Any) -> Any:
         *lead, kb, e = at
@@ -124,6 +126,31 @@ def balanced_sparse_dense_te(
         if fmt.encoding == "u8":
             return tirx.Cast("int32", indices(n // rows, t // vector, n % rows, t % vector))
         within = t % index_vector
+        if fmt.encoding == BITMAP:
+            size = block // 8
+            first = within // nnz * size
+            word = functools.reduce(
+                operator.or_,
+                (
+                    tirx.Cast(
+                        "uint32", indices(n // rows, t // index_vector, n % rows, first + byte)
+                    )
+                    << tirx.const(24 - 8 * byte, "uint32")
+                    for byte in range(size)
+                ),
+            )
+            # as many elements come before slot i as have at most i kept ones up to them
+            bound = tirx.Var("bitmap", "uint32")
+            slot_of_block = tirx.Cast("uint32", t % nnz)
+            before = [
+                tirx.Cast(
+                    "int32",
+                    tirx.popcount(bound >> tirx.const(31 - e, "uint32")) <= slot_of_block,
+                )
+                for e in range(block)
+            ]
+            # bound once, as passes visit every copy of a long expression
+            return tirx.Let(bound, word, functools.reduce(operator.add, before))
         if fmt.index_planes:
             # an index may reach into the next byte; after the last one there is nothing to reach for
             last, bit = fmt.indices_shape[2] - 1, within * bits

@@ -15,7 +15,9 @@ rows side by side work on different blocks (slot ``t`` then belongs to block ``(
 
 The *encoding* says how an index is stored: ``u8`` one byte; ``u4`` four bits (blocks up to 16), ``u2`` two
 bits (blocks up to 4), the slots of a byte from its low bits up; ``u3`` three bits (blocks up to 8), eight
-slots in the 24 bits of three bytes, which stand in three planes.
+slots in the 24 bits of three bytes, which stand in three planes. ``bitmap`` is one bit for each element of
+a block (8, 16, 24 or 32), set where it is kept: the first element in the highest bit of the first byte.
+Slots are then in the order of K, and rows that the layout adds hold leading elements.
 
 ====================  ==========================================  =========================
 array                 shape                                       dtype
@@ -25,10 +27,12 @@ indices, ``u8``       ``(N' / R, T' / V, R, V)``                  uint8
 indices, ``u4``       ``(N' / R, T' / W, R, W / 2)``, W=max(V,2)  uint8
 indices, ``u3``       ``(N' / R, T' / W, 3W / 8, R)``, W=max(V,8) uint8
 indices, ``u2``       ``(N' / R, T' / W, R, W / 4)``, W=max(V,4)  uint8
+indices, ``bitmap``   ``(N' / R, T' / W, R, W block / (8 nnz))``  uint8
 ====================  ==========================================  =========================
 
-``N'`` is N rounded up to R and ``T'`` is T rounded up to whole blocks, whole vectors and whole groups of S
-blocks; what is added holds value 0 and index 0.
+Of a bitmap, W is the fewest slots that fill whole vectors and whole blocks. ``N'`` is N rounded up to R and
+``T'`` is T rounded up to whole blocks, whole vectors and whole groups of S blocks; what is added holds value
+0 and index 0.
 """
 
 from __future__ import annotations
@@ -50,6 +54,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 VALUE_DTYPES = ("float32", "float16", "bfloat16")
 ENCODINGS = {"u8": 8, "u4": 4, "u3": 3, "u2": 2}  # name: bits of an index
+BITMAP = "bitmap"
+BITMAP_BLOCKS = (8, 16, 24, 32)
 
 # dense weights handled at a time, so that temporaries stay small beside a large weight
 _CHUNK_ELEMENTS = 1 << 23
@@ -114,7 +120,7 @@ class PackedFormat:
     layout : Layout
         Order in memory.
     encoding : str
-        One of :data:`ENCODINGS`.
+        One of :data:`ENCODINGS`, or :data:`BITMAP`.
     """
 
     out_features: int
@@ -124,11 +130,18 @@ class PackedFormat:
     encoding: str
 
     def __post_init__(self) -> None:
-        if self.encoding not in ENCODINGS:
+        if self.encoding not in ENCODINGS and self.encoding != BITMAP:
             raise InputError(
-                f'encoding "{self.encoding}" is not known; choose one of {", ".join(ENCODINGS)}'
+                f'encoding "{self.encoding}" is not known; choose one of '
+                f"{', '.join((*ENCODINGS, BITMAP))}"
             )
-        if self.pattern.block > 1 << ENCODINGS[self.encoding]:
+        if self.encoding == BITMAP:
+            if self.pattern.block not in BITMAP_BLOCKS:
+                raise InputError(
+                    f"pattern {self.pattern} does not fit encoding {BITMAP}, which holds blocks of "
+                    f"{', '.join(map(str, BITMAP_BLOCKS))}; use u8"
+                )
+        elif self.pattern.block > 1 << ENCODINGS[self.encoding]:
             raise InputError(
                 f"pattern {self.pattern} does not fit encoding {self.encoding}, which holds blocks "
                 f"up to {1 << ENCODINGS[self.encoding]}; use u8"
@@ -147,17 +160,28 @@ class PackedFormat:
     @property
     def _index_unit(self) -> int:
         """Slots whose indices fill whole bytes."""
+        if self.encoding == BITMAP:
+            return 1
         return 8 // math.gcd(8, ENCODINGS[self.encoding])
 
     @property
     def index_vector(self) -> int:
         """Slots in one run of the index array (``W`` above)."""
+        if self.encoding == BITMAP:
+            return math.lcm(self.layout.vector, self.pattern.nnz)
         return max(self.layout.vector, self._index_unit)
 
     @property
     def index_planes(self) -> bool:
         """Whether the bytes of a run stand in planes, each with all rows of a tile side by side."""
         return self.encoding == "u3"
+
+    @property
+    def index_bits(self) -> float:
+        """Bits of the index array for each slot."""
+        if self.encoding == BITMAP:
+            return self.pattern.block / self.pattern.nnz
+        return ENCODINGS[self.encoding]
 
     @cached_property
     def blocks(self) -> int:
@@ -189,7 +213,7 @@ class PackedFormat:
     @property
     def indices_shape(self) -> tuple[int, int, int, int]:
         rows, vector = self.layout.rows, self.index_vector
-        run = vector * ENCODINGS[self.encoding] // 8
+        run = int(vector * self.index_bits) // 8
         inner = (run, rows) if self.index_planes else (rows, run)
         return (self.padded_rows // rows, self.slots // vector, *inner)
 
@@ -299,7 +323,7 @@ def pack(
     layout : Layout or str
         Order in memory.
     encoding : str
-        One of :data:`ENCODINGS`.
+        One of :data:`ENCODINGS`, or :data:`BITMAP`.
 
     Returns
     -------
@@ -442,6 +466,8 @@ def _untile(tiles: Array) -> Array:
 
 def _encode(indices: Array, fmt: PackedFormat) -> Array:
     """Indices ``(N', T')`` to the index array."""
+    if fmt.encoding == BITMAP:
+        return _encode_bitmap(indices, fmt)
     bits, unit = ENCODINGS[fmt.encoding], fmt.index_vector
     if bits == 8:
         return _tile(indices, fmt.layout.rows, unit)
@@ -457,9 +483,34 @@ def _encode(indices: Array, fmt: PackedFormat) -> Array:
     return np.ascontiguousarray(tiles.swapaxes(2, 3)) if fmt.index_planes else tiles
 
 
+def _encode_bitmap(indices: Array, fmt: PackedFormat) -> Array:
+    nnz, block = fmt.pattern.nnz, fmt.pattern.block
+    slots = indices.reshape(-1, fmt.blocks, nnz).copy()
+    # rows that the layout adds have all indices 0, and a bitmap needs as many bits as there are slots
+    slots[fmt.out_features :] = np.arange(nnz)
+    kept = np.zeros((*slots.shape[:2], block), bool)
+    np.put_along_axis(kept, slots.astype(np.int64), True, axis=-1)
+    stored = np.packbits(kept.reshape(len(kept), -1), axis=-1)
+    return _tile(stored, fmt.layout.rows, fmt.indices_shape[3])
+
+
+def _decode_bitmap(stored: Array, fmt: PackedFormat) -> Array:
+    kept = np.unpackbits(stored, axis=-1).reshape(len(stored), fmt.blocks, fmt.pattern.block)
+    counts = kept.sum(axis=-1, dtype=np.uint16)
+    if (counts != fmt.pattern.nnz).any():
+        row, block = np.argwhere(counts != fmt.pattern.nnz)[0]
+        raise InputError(
+            f"the bitmap of block {block} of row {row} has {counts[row, block]} bits set, and {fmt.pattern} "
+            f"keeps {fmt.pattern.nnz}; the packed weight is damaged"
+        )
+    return (np.flatnonzero(kept) % fmt.pattern.block).astype(np.uint8).reshape(len(stored), -1)
+
+
 def _decode(stored: Array, fmt: PackedFormat) -> Array:
     """Inverse of :func:`_encode`."""
     flat = _untile(stored.swapaxes(2, 3) if fmt.index_planes else stored)
+    if fmt.encoding == BITMAP:
+        return _decode_bitmap(flat, fmt)
     bits = ENCODINGS[fmt.encoding]
     if bits == 8:
         return flat

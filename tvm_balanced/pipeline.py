@@ -15,6 +15,7 @@ from tvm import relax
 
 from tvm_balanced.records import Choice
 from tvm_balanced.relay_passes.clean_names import CleanKernelNames
+from tvm_balanced.relay_passes.lift_workspaces import LiftWorkspaces, with_signatures_of
 from tvm_balanced.schedules.dispatch import ScheduleBalanced, schedule_rest
 from tvm_balanced.schedules.tuned import ScheduleTuned
 
@@ -39,8 +40,9 @@ def fuse_passes() -> list[Any]:
 
 
 def schedule_passes(target: tvm.target.Target) -> list[Any]:
-    """Phase 2: every kernel gets a schedule."""
-    return [ScheduleBalanced(target), schedule_rest(target)]
+    """Phase 2: every kernel gets a schedule; on CUDA the memory it allocates is left to phase 3."""
+    lift = [LiftWorkspaces()] if target.kind.name == "cuda" else []
+    return [ScheduleBalanced(target), schedule_rest(target), *lift]
 
 
 def lower_passes(target: tvm.target.Target) -> list[Any]:
@@ -80,7 +82,8 @@ def build(
     target : tvm.target.Target
         Where the kernels run.
     on_fused : callable, optional
-        Told the module after the first phase, when its kernels are whole and not scheduled.
+        Told the kernels as the first phase left them, whole and not scheduled, with the parameters that
+        the second one adds.
     cuda_graph : bool
         Whether, on CUDA, stretches of kernels with static shapes become CUDA graphs, captured at a
         function's first call on a virtual machine. Weights that are parameters (behind the attribute
@@ -99,13 +102,12 @@ def build(
     context = tvm.transform.PassContext.current()
     config = {**context.config, "relax.backend.use_cuda_graph": cuda_graph}
     with target, tvm.transform.PassContext(opt_level=context.opt_level, config=config):
-        mod = tvm.transform.Sequential(fuse_passes())(mod)
-        if on_fused is not None:
-            on_fused(mod)
+        fused = tvm.transform.Sequential(fuse_passes())(mod)
         by_records = ScheduleTuned(target, {str(r["workload"][0]): Choice(**r) for r in records})
-        mod = tvm.transform.Sequential([by_records])(mod)
+        mod = tvm.transform.Sequential([by_records, *schedule_passes(target)])(fused)
+        if on_fused is not None:
+            on_fused(with_signatures_of(fused, mod))
         if on_scheduled is not None:
             on_scheduled([asdict(kernel) for kernel in by_records.coverage], by_records.problems)
-        for phase in (schedule_passes(target), lower_passes(target)):
-            mod = tvm.transform.Sequential(phase)(mod)
+        mod = tvm.transform.Sequential(lower_passes(target))(mod)
         return tvm.compile(mod, target, relax_pipeline=None, tir_pipeline=TIR_PIPELINE)

@@ -212,6 +212,9 @@ def _decide(
         shared["cublas_us"] = round(time_cublas, 2)
     gain = time_dense / time_sparse
     note = f"; M assumed {ASSUMED_ROWS}" if assumed else ""
+    if spec.kind == "cuda" and dense_by != "cublas":
+        # DLight's kernel is what would run, and no strong one
+        note = f", {time_cublas / time_sparse:.2f}x against cuBLAS{note}"
     if policies[layer.name] == "auto" and gain < MIN_GAIN:
         told = (
             f"dense predicted {1 / gain:.2f}x faster" if gain < 1 else f"only {gain:.2f}x predicted"

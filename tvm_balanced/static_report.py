@@ -329,6 +329,9 @@ class SassCounts:
         SHFL and BAR.
     loop : SassCounts or None
         The same of the longest innermost loop; None where there is no loop.
+    phase : SassCounts or None
+        Of a loop with barriers, the part between two of them that holds the most multiply-adds: the products
+        without the staging. Loads that the compiler moved over a barrier count where they stand now.
     """
 
     instructions: int = 0
@@ -344,6 +347,7 @@ class SassCounts:
     shuffles: int = 0
     barriers: int = 0
     loop: SassCounts | None = None
+    phase: SassCounts | None = None
 
 
 def find_nvdisasm() -> str:
@@ -444,12 +448,29 @@ def _count_function(function: dict[str, Any]) -> SassCounts:
         _Instruction(one["opcode"], one.get("operands", ""), "predicate" in one)
         for one in function["sass-instructions"]
     ]
-    loops = [_count([code[i] for i in loop]) for loop in _innermost_loops(code, function["start"])]
+    bodies = [[code[i] for i in loop] for loop in _innermost_loops(code, function["start"])]
+    loops = [_count(body, phase=_phase(body)) for body in bodies]
     longest = max(loops, key=lambda loop: loop.instructions, default=None)
     return _count(code, longest)
 
 
-def _count(code: Sequence[_Instruction], loop: SassCounts | None = None) -> SassCounts:
+def _phase(loop: Sequence[_Instruction]) -> SassCounts | None:
+    """Of the parts between barriers the one with the most multiply-adds; None without barriers."""
+    barriers = [i for i, one in enumerate(loop) if one.base == "BAR"]
+    if not barriers:
+        return None
+    # what follows the last barrier goes on at the loop's start
+    ends = [*barriers[1:], barriers[0] + len(loop)]
+    around = [*loop, *loop]
+    parts = [_count(around[at + 1 : end]) for at, end in zip(barriers, ends, strict=True)]
+    return max(parts, key=lambda part: (part.ffma + part.hmma, part.instructions))
+
+
+def _count(
+    code: Sequence[_Instruction],
+    loop: SassCounts | None = None,
+    phase: SassCounts | None = None,
+) -> SassCounts:
     bases = Counter(one.base for one in code)
     return SassCounts(
         instructions=len(code) - bases["NOP"],
@@ -466,6 +487,7 @@ def _count(code: Sequence[_Instruction], loop: SassCounts | None = None) -> Sass
         shuffles=bases["SHFL"],
         barriers=bases["BAR"],
         loop=loop,
+        phase=phase,
     )
 
 
@@ -715,6 +737,7 @@ def _counts_json(counts: SassCounts) -> dict[str, Any]:
         "global_loads": {str(bits): n for bits, n in counts.global_loads.items()},
         "shared_loads": {str(bits): n for bits, n in counts.shared_loads.items()},
         "loop": None if counts.loop is None else _counts_json(counts.loop),
+        "phase": None if counts.phase is None else _counts_json(counts.phase),
     }
 
 

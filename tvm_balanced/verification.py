@@ -8,6 +8,8 @@ Three questions, each answered for every part:
   host code with small seeded inputs and compared with a float64 reference
   (:mod:`tvm_balanced.kernel_reference`); a CUDA kernel runs on the emulated device, checked for races,
   accesses out of bounds and reads of unwritten shared memory, its threads in a random order.
+
+Calls of cuBLAS are not the library's code: they are listed by the layer's name, and not judged.
 """
 
 from __future__ import annotations
@@ -58,16 +60,16 @@ class PartCheck:
 
 @dataclass(frozen=True)
 class KernelCheck:
-    """One kernel function of the library, which may launch several CUDA kernels.
+    """One kernel function of the library, which may launch several CUDA kernels, or a call of cuBLAS.
 
     Parameters
     ----------
     name : str
-        Of the function.
+        Of the function, or of the layer that cuBLAS computes.
     result : str
-        ``"pass"`` or ``"fail"``.
+        ``"pass"``, ``"fail"`` or ``"not checked"``.
     detail : str
-        Why it failed; else empty.
+        Why it failed or was not checked; else empty.
     kernels : tuple of str
         The CUDA kernels it launched; empty on llvm.
     blocks, checked_blocks : int
@@ -160,10 +162,11 @@ class Verification:
             sizes = ["-" if x is None else f"{x:.1e}" for x in (k.error, k.limit)]
             told = f"{k.result}: {k.detail}" if k.detail else k.result
             kernels.add_row(k.name, blocks, *counts, *sizes, told)
-        failed = sum(k.result == FAIL for k in self.kernels)
+        passed, left = (sum(k.result == r for k in self.kernels) for r in (PASS, UNCHECKED))
+        told = f", {left} not checked" if left else ""
         kernels.caption = (
-            f"{len(self.kernels) - failed} of {len(self.kernels)} kernels pass; blocks: checked of all; "
-            "error and limit as shares of the output's scale"
+            f"{passed} of {len(self.kernels)} kernels pass{told}; blocks: checked of all; error and limit as "
+            "shares of the output's scale"
         )
         return [parts, kernels]
 
@@ -238,6 +241,8 @@ def verify(
         parts.append(_check_recompilation(library))
     checks = _check_kernels(library, emulated, seed, symbol, blocks, kernels, tell)
     rows = tuple(checks)
+    if not kernels:
+        rows += tuple(_cublas_rows(manifest))
     if not kernels and cuda:
         parts.append(_check_coverage(library, rows))
     return Verification(str(path), manifest.target.name, device, tuple(parts), rows)
@@ -309,6 +314,15 @@ def _check_coverage(library: Library, rows: Sequence[KernelCheck]) -> PartCheck:
     if not left:
         return PartCheck("kernels run", PASS, f"{len(launched)} CUDA kernels")
     return PartCheck("kernels run", UNCHECKED, f"not launched: {', '.join(left)}")
+
+
+def _cublas_rows(manifest: Manifest) -> Iterator[KernelCheck]:
+    """What nobody judges here: each layer or product once, though several functions call it."""
+    products: dict[str, dict[str, None]] = {}
+    for call in manifest.cublas:
+        products.setdefault(str(call["name"]), {})[str(call["product"])] = None
+    for name, shapes in products.items():
+        yield KernelCheck(name, UNCHECKED, f"computed by cuBLAS: {'; '.join(shapes)}")
 
 
 def read_reference(path: Path) -> dict[str, Any]:
@@ -414,6 +428,9 @@ def _check_kernel(
         row = _with_launches(row, launches)
         failed = [launch.error for launch in launches if launch.error]
         problem = failed[0] if failed else problem
+        if not launches and not problem and any(tensors[i].numpy().size for i in given.outputs):
+            # the emulated device's memory is the host's, a GPU's is not
+            problem = "no CUDA kernel was launched: the host would write to the GPU's memory"
         if problem:
             # before the tensors are freed, which a failed device refuses
             emulated.reset()

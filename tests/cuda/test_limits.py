@@ -9,7 +9,7 @@ import pytest
 
 from tvm_balanced import cudaemu
 from tvm_balanced.cudaemu.report import Access
-from tvm_balanced.packing import ENCODINGS, Layout, PackedFormat, pack, unpack
+from tvm_balanced.packing import BITMAP, ENCODINGS, Layout, PackedFormat, pack, unpack
 from tvm_balanced.pattern import BalancedPattern
 from tvm_balanced.pruning import prune_weight
 from tvm_balanced.schedules import cuda_gather
@@ -24,7 +24,7 @@ _AXES: dict[str, list[Any]] = {
     ],
     "rows": [1, 8, 13, 16],
     "dtype": ["float16", "bfloat16", "float32"],
-    "encoding": ["u2", "u3", "u4", "u8"],
+    "encoding": ["u2", "u3", "u4", "u8", "bitmap"],
 }
 _default_tile = cuda_gather.default_tile
 _BLOCKS = [0, 17]  # of the 32 that N = 1024 takes; all do the same work
@@ -34,6 +34,8 @@ def _allowed(chosen: Any) -> bool:
     block = BalancedPattern(chosen.get("pattern", "1:4")).block
     if chosen.get("encoding") == "u3" and chosen.get("dtype") == "float32":
         return False  # runs of four slots are no whole bytes
+    if chosen.get("encoding") == BITMAP:
+        return "pattern" not in chosen or block in (16, 32)
     return block <= 1 << ENCODINGS[chosen.get("encoding", "u8")]
 
 
@@ -58,7 +60,7 @@ def _measure(
 
 def _gathers(measured: cudaemu.Measurement) -> list[Access]:
     loads = measured.report.select(shared=True, write=False)
-    return [a for a in loads if "balanced_indices_local_ptr" in a.source]
+    return [a for a in loads if "__dp4a" in a.source]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,11 @@ def test_activations_are_staged_in_wide_loads(k: int, dtype: str, width: int) ->
         ("1:4", "float16", "r32v8", "u2", 0.5625),
         ("2:16", "bfloat16", "r32v8", "u4", 0.3125),
         ("1:8", "float16", "r32v8", "u3", 0.296875),
-        ("8:32", "float16", "r32v8", "u8", 0.75),
+        ("8:32", "float16", "r32v8", "bitmap", 0.625),
+        ("4:32", "float16", "r32v8", "u8", 0.375),
+        ("8:16", "float16", "r32v8", "bitmap", 1.125),
+        ("5:16", "bfloat16", "r32v8", "bitmap", 0.75),
+        ("3:16", "float32", "r32v4", "u4", 0.84375),
         ("1:4", "float32", "r32v4", "u2", 1.0625),
         ("1:8", "float32", "r32v4", "u4", 0.5625),
         ("4:64", "float16", "r32v8s16", "u8", 0.1875),
@@ -135,6 +141,7 @@ def test_preferred_format_takes_the_fewest_bytes(
     assert fmt.nbytes(dtype) == bytes_per_weight * 4096 * 4096
     others = [e for e, bits in ENCODINGS.items() if fmt.pattern.block <= 1 << bits]
     takes = [e for e in others if e != "u3" or fmt.layout.vector == 8]
+    takes += [BITMAP] if fmt.pattern.block in (8, 16, 32) else []
     assert fmt.nbytes(dtype) == min(packed_format(case, e).nbytes(dtype) for e in takes)
 
 

@@ -120,7 +120,7 @@ def test_unwritten_shared_element() -> None:
     _check_clean()
     # of the elements that a thread stores, unrolled
     staging, *_ = re.findall(
-        r"\n *(.*balanced_data_shared_ptr.*= make_float2\(balanced_rows.*)", _gather().source
+        r"\n *(.*balanced_data_shared_ptr.*= make_float4\(balanced_rows.*)", _gather().source
     )
     mutant = _replace(_gather().source, staging, f"if (threadIdx.x != 31) {staging}")
     report, out, _ = _inspect(_gather().with_source(mutant))
@@ -129,14 +129,25 @@ def test_unwritten_shared_element() -> None:
 
 
 def test_transposed_staging_layout() -> None:
-    """Staged with the blocks of a place side by side: right, but lanes meet in a bank."""
+    """Staged with the same element of all blocks side by side: right, but lanes meet in a bank."""
     clean = _check_clean()
-    sch = _schedule().copy()
-    sch.unannotate(sch.get_sblock("balanced_data"), "buffer_dim_align")
-    sch.transform_layout(
-        "balanced_data", ("write", 0), lambda mo, mg, kb, e, s, mv: [mo, mg, e, kb, s, mv]
+    # of 8 blocks of 16 elements of two floats, one left out after each
+    placed = "__device__ int placed(int at) { return at / 2 % 18 * 16 + at / 36 * 2; }\n"
+    source = re.sub(
+        r"\*\(float4\*\)\(balanced_data_shared_ptr \+ (\(.*\))\) = (make_float4\(.*\));",
+        r"{ float4 two = \2;"
+        r" *(float2*)(balanced_data_shared_ptr + placed(\1)) = make_float2(two.x, two.y);"
+        r" *(float2*)(balanced_data_shared_ptr + placed(\1 + 2)) = make_float2(two.z, two.w); }",
+        _gather().source,
     )
-    report, out, expected = _inspect(cudaemu.from_tvm(sch.mod, target()))
+    source, count = re.subn(
+        r"= \*\(float2\*\)\(balanced_data_shared_ptr \+ (\(.*\))\);",
+        r"= *(float2*)(balanced_data_shared_ptr + placed(\1));",
+        source,
+    )
+    assert count == 4
+    mutant = _replace(source, 'extern "C"', placed + 'extern "C"')
+    report, out, expected = _inspect(_gather().with_source(mutant))
     assert not report.issues, report.table()
     check_close(_CASE, out, expected)
     assert max(a.excess for a in _gathers(clean)) == 1, clean.table()

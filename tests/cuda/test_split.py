@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-import tvm
 
 import tvm_balanced as tb
-from tvm_balanced import cudaemu
+from tvm_balanced import cudaemu, kernel_model
 from tvm_balanced.cudaemu import device
 from tvm_balanced.pipeline import TIR_PIPELINE
 from tvm_balanced.schedules import cuda_gather
+from tvm_balanced.targets import GPUS
 from tvm_balanced.verification import verify
 
 from .conftest import Case, arguments, check_close, fused_kernel, packed_format, target
@@ -27,7 +28,13 @@ CASES = [
 
 
 def _kernel(case: Case) -> cudaemu.TVMKernel:
-    sch = cuda_gather.apply(fused_kernel(case, packed_format(case)), target())
+    """With the fastest tile that is split, whether or not that is worth a second launch."""
+    fmt, gpu = packed_format(case), kernel_model.machine(GPUS["h100"])
+    (rows,) = case.shapes[0]
+    model = kernel_model.Model(gpu, fmt, rows, case.dtype)
+    every = kernel_model.candidates(fmt, rows, case.dtype, 48 << 10, gpu.sm_count, split=True)
+    knobs = min((one for one in every if one.splits > 1), key=lambda one: model.bounds(one)[0])
+    sch = cuda_gather.apply(fused_kernel(case, fmt), target(), cuda_gather.Tile(**asdict(knobs)))
     assert sch is not None
     return cudaemu.from_tvm(sch.mod, target(), pipeline=TIR_PIPELINE)
 
@@ -54,7 +61,9 @@ def test_split_sums_equal_the_reference(case: Case) -> None:
         (1024, 28672, "4:16", 1, 4),
         (4096, 28672, "4:16", 1, 1),  # a thread block for nearly every multiprocessor
         (1024, 4096, "4:16", 1, 1),  # 1024 slots of a row
-        (64, 8192, "4:16", 1, 2),
+        (64, 8192, "4:16", 1, 1),  # not worth the second launch
+        (64, 16384, "4:16", 1, 4),
+        (64, 65536, "4:16", 1, 16),
         (1024, 28672, "4:16", None, 1),
     ],
 )
@@ -68,29 +77,57 @@ def test_default_tile_splits_long_rows_of_small_layers(
     assert (splits - 1) * -(-fmt.blocks // tile.chunk // splits) * tile.chunk < fmt.blocks
 
 
-def test_nothing_is_split_where_graphs_are_captured() -> None:
-    """They would keep the address of the workspace, which TVM may move."""
-    with tvm.transform.PassContext(config={"relax.backend.use_cuda_graph": True}):
-        kernel = _kernel(CASES[0])
-    args, _ = arguments(CASES[0], packed_format(CASES[0]), CASES[0].shapes[0])
-    assert len(kernel.plan(args)) == 1
-
-
-def test_a_library_with_split_kernels_runs_and_verifies(tmp_path: Path) -> None:
-    """The workspace between the two kernels is TVM's, on the device and in the reference of ``verify``."""
-    emulated = device.install("sm_90")
-    emulated.reset()
-    emulated.mode()
-    module = torch.nn.Linear(16384, 40).eval()
-    x = torch.randn(2, 16384)
-    model = tb.from_torch(module, (x,)).prune("4:16")
+@pytest.fixture(scope="module")
+def library() -> tuple[torch.nn.Module, tb.CompiledLibrary]:
+    """A split layer amid a model, for two rows of activations and for any number of them."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(
+        torch.nn.Linear(32, 16384),
+        torch.nn.ReLU(),
+        torch.nn.Linear(16384, 40),
+        torch.nn.LayerNorm(40),
+    ).eval()
+    batch = torch.export.Dim("batch", min=1, max=8)
+    model = tb.from_torch(module, (torch.zeros(2, 32),), dynamic_shapes=({0: batch},))
+    model = model.prune("4:16", ignore=["0.weight"])
     with torch.no_grad():
-        module.weight.copy_(torch.from_numpy(model.params["weight"]))
-        expected = module(x)
-    lib = tb.compile(model, "cuda-sm_90", policy="always", cuda_graph=False)
-    emulated.forget()
-    torch.testing.assert_close(lib.load("emulated")(x), expected, rtol=1e-4, atol=1e-4)
+        module[2].weight.copy_(torch.from_numpy(model.params["2.weight"]))
+    return module, tb.compile(
+        model, "cuda-sm_90", policy="always", ignore=["0.weight"], buckets=[2]
+    )
+
+
+def test_split_kernels_are_captured_and_replayed(
+    library: tuple[torch.nn.Module, tb.CompiledLibrary], emulated: device.Device
+) -> None:
+    """Their workspace is the library's, so that a graph finds it where it was."""
+    module, compiled = library
+    lib = compiled.load("emulated")
+    for call in range(3):
+        x = torch.randn(2, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(lib(x), module(x), rtol=1e-4, atol=1e-4)
+        sparse = [x for x in emulated.launches() if "balanced_sparse_dense" in x.kernel]
+        emulated.forget()
+        assert [launch.grid[2] for launch in sparse] == [4, 1]
+        assert sparse[0].graph == (call > 0)
+
+
+def test_a_symbolic_batch_is_not_split(
+    library: tuple[torch.nn.Module, tb.CompiledLibrary], emulated: device.Device
+) -> None:
+    module, compiled = library
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.load("emulated")(x), module(x), rtol=1e-4, atol=1e-4)
     sparse = [x for x in emulated.launches() if "balanced_sparse_dense" in x.kernel]
-    assert len(sparse) == 2
-    checked = verify(lib.save(tmp_path / "model.tvmb"))
+    assert [launch.grid[2] for launch in sparse] == [1]
+
+
+def test_verify_judges_split_kernels(
+    library: tuple[torch.nn.Module, tb.CompiledLibrary], tmp_path: Path
+) -> None:
+    checked = verify(library[1].save(tmp_path / "model.tvmb"))
     assert checked.passed, str(checked)
+    split = [row for row in checked.kernels if len(row.kernels) == 2]
+    assert [row.result for row in split] == ["pass"]

@@ -8,7 +8,6 @@ import pytest
 
 from tvm_balanced import cudaemu
 from tvm_balanced.errors import ToolchainError
-from tvm_balanced.packing import ENCODINGS
 from tvm_balanced.pipeline import TIR_PIPELINE
 from tvm_balanced.schedules import cuda_gather
 from tvm_balanced.static_report import KernelReport, StaticReport, find_nvdisasm
@@ -97,5 +96,5 @@ def test_a_thread_block_keeps_enough_bytes_in_flight(rows: int, pattern: str) ->
     case = Case((rows,), 4096, 4096, pattern)
     fmt = packed_format(case)
     tile = cuda_gather.default_tile(fmt, rows, case.dtype, 48 << 10)
-    of_load = fmt.layout.vector * (2 + ENCODINGS[fmt.encoding] / 8)
+    of_load = fmt.layout.vector * (2 + fmt.index_bits / 8)
     assert tile.warps * 32 * tile.unroll * of_load >= 18 << 10

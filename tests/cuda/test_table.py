@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tvm_balanced import cudaemu
-from tvm_balanced.packing import ENCODINGS, Layout, PackedFormat
+from tvm_balanced.packing import BITMAP, BITMAP_BLOCKS, ENCODINGS, Layout, PackedFormat
 from tvm_balanced.pattern import BalancedPattern
 from tvm_balanced.schedules import cuda_fallback
 
@@ -36,7 +36,7 @@ _AXES: dict[str, list[Any]] = {
     ],
     "dtype": ["float16", "bfloat16", "float32"],
     "result": ["same", "float32"],
-    "encoding": ["u8", "u4", "u3", "u2"],
+    "encoding": ["u8", "u4", "u3", "u2", "bitmap"],
     "layout": ["r32v8", "r32v4", "r32v2", "r32v8s16", "r32v4s8", "r1v1", "r16v1", "r1v8"],
     "epilogue": [
         *("none", "bias", "bias+relu", "bias+gelu", "bias+silu", "residual"),
@@ -57,6 +57,8 @@ def _allowed(chosen: Chosen) -> bool:
     if chosen.get("dtype") == "float32" and chosen.get("result") == "float32":
         return False
     encoding = chosen.get("encoding", "u8")
+    if encoding == BITMAP:
+        return BalancedPattern(chosen.get("pattern", "4:16")).block in BITMAP_BLOCKS
     if schedule == "gather" and layout is not None:
         # a lane's indices are whole bytes
         unit = {"u8": 1, "u4": 2, "u2": 4, "u3": 8}[encoding]

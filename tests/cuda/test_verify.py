@@ -8,18 +8,22 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import tvm
+from tvm import te
 
 import tvm_balanced as tb
 from tests.models.zoo import ZOO
 from tvm_balanced import nvrtc
 from tvm_balanced.cli.main import main
+from tvm_balanced.cudaemu import device
 from tvm_balanced.errors import ArtifactError, ToolchainError
-from tvm_balanced.verification import FAIL, PASS, UNCHECKED, Verification, verify
+from tvm_balanced.verification import FAIL, PASS, UNCHECKED, Verification, _check_kernel, verify
 
 RECOMPILED = "cubin made again of kernels/*.cu"
 
@@ -211,3 +215,17 @@ def test_verified_library_gives_what_pytorch_gives(sound: Path) -> None:
     lib = tb.load(sound, "emulated")
     assert isinstance(lib(torch.from_numpy(x)), torch.Tensor)
     assert np.isfinite(lib(x)).all()
+
+
+def test_a_function_that_runs_on_the_host_fails(emulated: device.Device) -> None:
+    """It is right where the device's memory is the host's, and would end the process on a GPU."""
+    x = te.placeholder((4,), "float32", "x")
+    func = te.create_prim_func([x, te.compute((4,), lambda i: x[i] + 1.0, "y")])
+
+    def on_host(given: tvm.runtime.Tensor, result: tvm.runtime.Tensor) -> None:
+        result.copyfrom(given.numpy() + 1)
+
+    module = SimpleNamespace(get_function=lambda *_, **__: on_host)
+    row = _check_kernel(module, "add", func, tvm.cuda(0), emulated, 0, 3)
+    assert row.result == FAIL
+    assert row.detail.startswith("no CUDA kernel was launched")

@@ -4,7 +4,9 @@ import pytest
 import tvm
 from tvm import relax, tirx
 
-from tvm_balanced.relay_passes.dense_cublas import FUNCTION, calls_cublas, dense_cublas
+from tvm_balanced.pipeline import fuse_passes
+from tvm_balanced.relay_passes.accumulate_float32 import accumulate_float32
+from tvm_balanced.relay_passes.dense_cublas import FUNCTION, cublas_calls, dense_cublas
 from tvm_balanced.relay_passes.find_dense import main_bindings
 from tvm_balanced.relay_passes.weight_chain import call_name
 
@@ -66,8 +68,45 @@ def test_products_become_calls(a, b, axes, flags, dtype, well_formed):
     assert [operand.name for operand in operands] == ["a", "b"]
     assert tuple(int(flag) for flag in given) == flags
     tvm.ir.assert_structural_equal(after["main"].ret_ty, mod["main"].ret_ty, map_free_vars=True)
-    assert calls_cublas(after) and not calls_cublas(mod)
+    (told,) = cublas_calls(after, {"b": "weight"})
+    assert (told["function"], told["name"]) == ("main", "weight")
+    left, right = ([*shape] for shape in (a, b))
+    for shape, flag in zip((left, right), flags, strict=True):
+        shape[-2:] = shape[-2:][:: -1 if flag else 1]
+    texts = [f"({', '.join(str(extent) for extent in shape)})" for shape in (left, right)]
+    assert told["product"] == f"{dtype} {texts[0]} x {texts[1]}"
+    assert not cublas_calls(mod)
     tvm.ir.assert_structural_equal(dense_cublas(after), after)
+
+
+ACTIVATIONS = {
+    "relu": relax.op.nn.relu,
+    "gelu": relax.op.nn.gelu,
+    "gelu_tanh": relax.op.nn.gelu_tanh,
+    "silu": relax.op.nn.silu,
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_all_that_follows_a_product_is_one_kernel(activation, dtype):
+    """Bias, activation and residual, behind reshapes as torch.export leaves them."""
+    shapes = {"x": (6, 8), "w": (5, 8), "bias": (5,), "residual": (2, 3, 5)}
+    params = {name: relax.Var(name, relax.TensorType(s, dtype)) for name, s in shapes.items()}
+    builder = relax.BlockBuilder()
+    with builder.function("main", list(params.values())):
+        with builder.dataflow():
+            turned = builder.emit(relax.op.permute_dims(params["w"], (1, 0)))
+            out = builder.emit(relax.op.matmul(params["x"], turned))
+            out = builder.emit(relax.op.add(out, params["bias"]))
+            out = builder.emit(relax.op.reshape(out, (2, 3, 5)))
+            out = builder.emit(ACTIVATIONS[activation](out))
+            out = builder.emit_output(relax.op.add(out, params["residual"]))
+        builder.emit_func_output(out)
+    mod = accumulate_float32(dense_cublas(builder.get()))
+    with tvm.target.Target({"kind": "cuda", "arch": "sm_90"}):
+        mod = tvm.transform.Sequential(fuse_passes())(mod)
+    assert names(mod) == ["relax.call_dps_packed", "relax.call_tir"]
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,33 @@ class Attention:
         return out
 
 
+@I.ir_module
+class Gated:
+    """The MLP of a Llama layer up to its second product, as torch.export leaves it."""
+
+    @R.function
+    def main(
+        x: R.Tensor((1, 3, 32), "float32"),
+        gate: R.Tensor((48, 32), "float32"),
+        up: R.Tensor((48, 32), "float32"),
+    ) -> R.Tensor((1, 3, 48), "float32"):
+        R.func_attr({"num_input": 1})
+        with R.dataflow():
+            flat = R.reshape(x, (3, 32))
+            gt = R.permute_dims(gate, axes=[1, 0])
+            g1 = R.matmul(flat, gt)
+            g2 = R.reshape(g1, (1, 3, 48))
+            open = R.sigmoid(g2)
+            silu = R.multiply(g2, open)
+            again = R.reshape(x, (3, 32))
+            ut = R.permute_dims(up, axes=[1, 0])
+            u1 = R.matmul(again, ut)
+            u2 = R.reshape(u1, (1, 3, 48))
+            out = R.multiply(silu, u2)
+            R.output(out)
+        return out
+
+
 @pytest.mark.parametrize(
     ("module", "names", "chain"),
     [
@@ -223,7 +250,7 @@ def test_shared_weight_is_packed_once(well_formed):
     assert names == ["w.values", "w.indices"]
 
 
-@pytest.mark.parametrize("module", [Linear, Plain, Behind, Recurrent, Attention])
+@pytest.mark.parametrize("module", [Linear, Plain, Behind, Recurrent, Attention, Gated])
 @pytest.mark.parametrize("merge", [False, True], ids=["apart", "merged"])
 def test_values_after_all_passes(module, merge, well_formed):
     rng = np.random.default_rng(0)
@@ -268,6 +295,24 @@ def test_merge_adds_joined_bias_once(well_formed):
     again, same = merge_dense(merged, names, lambda data, n: True)
     assert again is merged
     assert same == names
+
+
+def test_gate_and_up_are_one_kernel_and_one_behind_it():
+    """One product for both; SiLU, the product of the halves and their slices in the other kernel."""
+    mod, names = rewrite_dense(Gated, ["gate", "up"], dict.fromkeys(("gate", "up"), fmt_of(48, 32)))
+    apart, merged = (
+        tvm.transform.Sequential(pipeline.fuse_passes())(m)
+        for m in (mod, merge_dense(mod, names, lambda data, n: True)[0])
+    )
+    calls = [
+        [v for _, v in main_bindings(m["main"]) if call_name(v) == "relax.call_tir"]
+        for m in (apart, merged)
+    ]
+    products = [["balanced" in call.args[0].name_hint for call in each] for each in calls]
+    assert sum(products[0]) == 2
+    # the first is the reshape of the activations, which costs nothing
+    assert products[1][-2:] == [True, False] and not any(products[1][:-2])
+    assert len(products[1]) <= 3
 
 
 def test_merge_is_left_out_where_it_does_not_pay():

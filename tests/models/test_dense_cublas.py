@@ -1,5 +1,6 @@
 """Whole models with ``dense="cublas"`` and as CUDA graphs, on the emulated device, against PyTorch."""
 
+import functools
 import subprocess
 import sys
 import textwrap
@@ -13,8 +14,11 @@ from torch import nn
 import tvm_balanced as tb
 from tests.models.test_compile import assert_close, load_weights
 from tests.models.zoo import ZOO
+from tvm_balanced.artifact import read_manifest
+from tvm_balanced.cli.main import main
 from tvm_balanced.cudaemu import device
 from tvm_balanced.errors import InputError
+from tvm_balanced.verification import PASS, UNCHECKED, verify
 
 
 @pytest.fixture(autouse=True)
@@ -168,20 +172,50 @@ class Heads(nn.Module):
         return self.last(torch.relu(self.first(torch.relu(x)))).reshape(4, 2, 64)
 
 
-@pytest.mark.parametrize("cuda_graph", [True, False], ids=["graph", "no_graph"])
-def test_graphs_can_be_turned_off(cuda_graph, emulated):
+@functools.cache
+def heads(cuda_graph):
+    """The module and its library."""
     torch.manual_seed(0)
     module = Heads().eval().to(torch.float16)
+    model = tb.from_torch(module, (torch.zeros(4, 64).half(),))
+    return module, tb.compile(model, "cuda-sm_90", dense="cublas", cuda_graph=cuda_graph)
+
+
+@pytest.mark.parametrize("cuda_graph", [True, False], ids=["graph", "no_graph"])
+def test_graphs_can_be_turned_off(cuda_graph, emulated):
+    module, compiled = heads(cuda_graph)
+    lib = compiled.load("emulated")
     inputs = [torch.randn(4, 64).half() for _ in range(3)]
-    model = tb.from_torch(module, (inputs[0],))
-    lib = tb.compile(model, "cuda-sm_90", dense="cublas", cuda_graph=cuda_graph).load("emulated")
     answers = [lib(x) for x in inputs]  # compared after all calls: none may be written over
     for answer, x in zip(answers, inputs, strict=True):
         with torch.no_grad():
             assert_close(answer, module(x), 1e-2)
-    blas, _, replayed = counts(emulated)
+    blas, every, replayed = counts(emulated)
     assert blas == 6
+    # each product has one kernel behind it, and the input's ReLU is one before the first
+    assert every == 6 + 3 * 3
     assert (replayed > 0) == cuda_graph
+
+
+def test_what_cublas_computes_is_recorded_told_and_not_judged(tmp_path, capsys, monkeypatch):
+    path = heads(True)[1].save(tmp_path / "model.tvmb")
+    manifest = read_manifest(path)
+    assert manifest.dense == "cublas"
+    products = {call["name"]: call["product"] for call in manifest.cublas}
+    assert products == {
+        "first.weight": "float16 (4, 64) x (64, 96)",
+        "last.weight": "float16 (4, 96) x (96, 128)",
+    }
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["inspect", str(path)]) == 0
+    assert "by cuBLAS (2), libcublas.so.13 is needed" in capsys.readouterr().out
+    checked = verify(path)
+    assert checked.passed
+    left = [row for row in checked.kernels if row.result == UNCHECKED]
+    assert {row.name: row.detail for row in left} == {
+        name: f"computed by cuBLAS: {product}" for name, product in products.items()
+    }
+    assert {row.result for row in checked.kernels if row not in left} == {PASS}
 
 
 def test_cublas_is_refused_for_a_cpu():

@@ -40,6 +40,28 @@ def test_small_model_agrees_with_pytorch(name, emulated):
     kernels = {launch.kernel for launch in emulated.launches()}
     assert any("balanced_sparse_dense" in kernel for kernel in kernels)
     assert len(kernels) > 2, "the layers between run on the device too"
+    if name.startswith("llama"):
+        sparse = [x for x in emulated.launches() if "balanced_sparse_dense" in x.kernel]
+        # two layers: query, key and value; output; gate and up; down; and the head
+        assert len(sparse) == 2 * 4 + 1
+
+
+class _Pooled(torch.nn.Module):
+    """Adaptive pooling whose windows differ in size: DLight has no schedule for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(4 * 9, 32)
+
+    def forward(self, x):
+        return self.head(torch.nn.functional.adaptive_avg_pool2d(x, 3).flatten(1))
+
+
+def test_kernels_without_a_dlight_rule_run_on_the_device(emulated):
+    inputs = (torch.randn(2, 4, 7, 7, generator=torch.Generator().manual_seed(0)),)
+    lib, expected = build("pooled", Built(_Pooled().eval(), inputs))
+    assert_close(lib(*inputs), expected, 1e-4)
+    assert any("pool" in launch.kernel for launch in emulated.launches())
 
 
 def test_whole_minilm_agrees_with_pytorch(emulated):

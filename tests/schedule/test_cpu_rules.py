@@ -11,6 +11,7 @@ import scipy.special
 import tvm
 from tvm import relax, tirx
 
+from tests.cuda.covering import Chosen, all_pairs
 from tvm_balanced.schedules import cpu_common
 from tvm_balanced.schedules.cpu import ScheduleForCpu
 
@@ -22,13 +23,30 @@ TARGETS = {
 }
 
 
-def _runs(name: str) -> bool:
-    return name != "haswell" or cpu_common.has_feature(TARGETS["host"], "avx2")
+# schedules follow the width of the vectors: where the host's are haswell's, it stands for both
+NAMES = [n for n in TARGETS if n != "haswell" or cpu_common.vector_bits(TARGETS["host"]) > 256]
 
 
-@pytest.fixture(params=[n for n in TARGETS if _runs(n)])
+@pytest.fixture(params=NAMES)
 def target(request: pytest.FixtureRequest) -> tvm.target.Target:
     return TARGETS[request.param]
+
+
+def _pairs(allowed: Callable[[Chosen], bool] = lambda chosen: True, **axes: Any) -> Any:
+    """Cases in which every two values of the axes meet, the targets being one of these."""
+    axes["target"] = NAMES
+    cases = all_pairs(axes, allowed)
+    words = {(axis, value): str(value) for axis in axes for value in axes[axis]}
+    words |= {("symbolic", False): "static", ("symbolic", True): "symbolic"}
+    words |= {("transposed", False): "NN", ("transposed", True): "NT"}
+    return pytest.mark.parametrize(
+        list(axes),
+        [
+            pytest.param(*case.values(), id="-".join(words[entry] for entry in case.items()))
+            for case in cases
+        ],
+        indirect=["target"],
+    )
 
 
 def _fused(
@@ -107,12 +125,11 @@ MATMULS = [
 ]
 
 
-@pytest.mark.parametrize("symbolic", [False, True], ids=["static", "symbolic"])
-@pytest.mark.parametrize("transposed", [False, True], ids=["NN", "NT"])
-@pytest.mark.parametrize("m,n,k", MATMULS, ids=lambda v: str(v))
+@_pairs(shape=MATMULS, transposed=[False, True], symbolic=[False, True])
 def test_matmul_with_epilogue(
-    m: int, n: int, k: int, transposed: bool, symbolic: bool, target: Any
+    shape: tuple[int, int, int], transposed: bool, symbolic: bool, target: Any
 ) -> None:
+    m, n, k = shape
     x, w, bias = _random(m, k), _random(n, k), _random(n)
     residual = _random(m, n)
 
@@ -129,9 +146,11 @@ def test_matmul_with_epilogue(
     assert _relative(got, expected) < 2e-6
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["NN", "NT"])
-@pytest.mark.parametrize("shape", [(12, 32, 32, 32), (3, 5, 7, 11), (2, 1, 64, 32)], ids=str)
-@pytest.mark.parametrize("symbolic", [False, True], ids=["static", "symbolic"])
+@_pairs(
+    shape=[(12, 32, 32, 32), (3, 5, 7, 11), (2, 1, 64, 32)],
+    transposed=[False, True],
+    symbolic=[False, True],
+)
 def test_batch_matmul(
     shape: tuple[int, ...], transposed: bool, symbolic: bool, target: Any
 ) -> None:
@@ -150,9 +169,10 @@ def test_batch_matmul(
     assert _relative(got, x.astype("f8") @ w.transpose(0, 2, 1).astype("f8")) < 2e-6
 
 
-@pytest.mark.parametrize(
-    "left,right",
-    [
+@_pairs(
+    # a leading axis is what can be symbolic
+    lambda chosen: not (chosen.get("symbolic") and len(chosen.get("shapes", [(0,) * 3])[0]) < 3),
+    shapes=[
         ((2, 3, 5, 16), (16, 32)),
         ((2, 1, 5, 7), (2, 3, 7, 32)),
         ((2, 3, 1, 16), (2, 3, 16, 32)),
@@ -160,14 +180,12 @@ def test_batch_matmul(
         ((5, 16), (16,)),
         ((2, 3, 16), (1, 16, 48)),
     ],
-    ids=str,
+    symbolic=[False, True],
 )
-@pytest.mark.parametrize("symbolic", [False, True], ids=["static", "symbolic"])
 def test_matmul_of_any_rank(
-    left: tuple[int, ...], right: tuple[int, ...], symbolic: bool, target: Any
+    shapes: tuple[tuple[int, ...], tuple[int, ...]], symbolic: bool, target: Any
 ) -> None:
-    if symbolic and len(left) < 3:
-        pytest.skip("no leading axis to be symbolic")
+    left, right = shapes
     x, w = _random(*left), _random(*right)
     names = {(0, 0): "b"} if symbolic else {}
     if names and len(right) == 4:
@@ -184,11 +202,11 @@ def test_matmul_over_a_symbolic_depth(target: Any) -> None:
     assert _relative(got, x.astype("f8") @ w.astype("f8")) < 2e-6
 
 
-@pytest.mark.parametrize("m,n,k", [(32, 96, 64), (1, 64, 256), (5, 13, 31)], ids=str)
-@pytest.mark.parametrize("transposed", [False, True], ids=["NN", "NT"])
+@_pairs(shape=[(32, 96, 64), (1, 64, 256), (5, 13, 31)], transposed=[False, True])
 def test_half_precision_accumulates_in_float32(
-    m: int, n: int, k: int, transposed: bool, target: Any
+    shape: tuple[int, int, int], transposed: bool, target: Any
 ) -> None:
+    m, n, k = shape
     x, w = _random(m, k, dtype="float16"), _random(n, k, dtype="float16", scale=0.1)
 
     def build(bb: Any, x: Any, w: Any) -> Any:
@@ -239,9 +257,9 @@ def test_windows_without_a_matmul(depthwise: bool, target: Any) -> None:
 ROWS = [(2, 12, 32), (3, 5, 384), (1, 7, 61), (2, 3, 1), (1, 1, 4096)]
 
 
-@pytest.mark.parametrize("symbolic", [None, 1, 2], ids=["static", "rows", "depth"])
-@pytest.mark.parametrize("shape", ROWS, ids=str)
-def test_softmax(shape: tuple[int, ...], symbolic: int | None, target: Any) -> None:
+@_pairs(shape=ROWS, axis=["static", "rows", "depth"])
+def test_softmax(shape: tuple[int, ...], axis: str, target: Any) -> None:
+    symbolic = {"static": None, "rows": 1, "depth": 2}[axis]
     x = _random(*shape, scale=4)
     x[0, 0, 0] = -np.inf if shape[2] > 1 else 0
     names = None if symbolic is None else {(0, symbolic): "s"}
@@ -253,11 +271,10 @@ def test_softmax(shape: tuple[int, ...], symbolic: int | None, target: Any) -> N
     np.testing.assert_allclose(got, expected, rtol=rtol, atol=1e-7)
 
 
-@pytest.mark.parametrize("symbolic", [None, 1], ids=["static", "rows"])
-@pytest.mark.parametrize("shape", ROWS, ids=str)
-def test_layer_norm(shape: tuple[int, ...], symbolic: int | None, target: Any) -> None:
+@_pairs(shape=ROWS, symbolic=[False, True])
+def test_layer_norm(shape: tuple[int, ...], symbolic: bool, target: Any) -> None:
     x, gamma, beta = _random(*shape), _random(shape[2]), _random(shape[2])
-    names = None if symbolic is None else {(0, symbolic): "s"}
+    names = {(0, 1): "s"} if symbolic else None
     got, rules = _run(
         lambda bb, x, g, b: relax.op.nn.layer_norm(x, g, b, axes=[-1], epsilon=1e-5),
         [x, gamma, beta],
@@ -297,8 +314,7 @@ REDUCTIONS: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("shape", [(3, 5, 64), (2, 7, 61), (1, 4, 1)], ids=str)
-@pytest.mark.parametrize("name", REDUCTIONS)
+@_pairs(name=list(REDUCTIONS), shape=[(3, 5, 64), (2, 7, 61), (1, 4, 1)])
 def test_reductions(name: str, shape: tuple[int, ...], target: Any) -> None:
     build, reference = REDUCTIONS[name]
     x = _random(*shape)
@@ -328,12 +344,14 @@ CHAINS: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("symbolic", [False, True], ids=["static", "symbolic"])
-@pytest.mark.parametrize("shape", [(3, 5, 64), (2, 7, 61), (1, 1, 1), (17, 31, 521)], ids=str)
-@pytest.mark.parametrize("name", CHAINS)
+@_pairs(
+    # a reshape of a symbolic tensor is no kernel
+    lambda chosen: not (chosen.get("symbolic") and chosen.get("name") == "reshape"),
+    name=list(CHAINS),
+    shape=[(3, 5, 64), (2, 7, 61), (1, 1, 1), (17, 31, 521)],
+    symbolic=[False, True],
+)
 def test_element_wise(name: str, shape: tuple[int, ...], symbolic: bool, target: Any) -> None:
-    if symbolic and name == "reshape":
-        pytest.skip("a reshape of a symbolic tensor is no kernel")
     build, reference = CHAINS[name]
     x = _random(*shape, scale=2)
     got, rules = _run(build, [x], target, {(0, 1): "s"} if symbolic else None)

@@ -158,10 +158,10 @@ def test_preferred_format_of_every_pattern(pattern: str, name: str) -> None:
     target = _target(name)
     fmt = llvm.preferred_format(BalancedPattern(pattern), 50, 300, None, "float32", target)
     small_blocks = name == "avx512" or (name == "haswell" and fmt.pattern.block <= 64)
-    _, func = _kernel(_module(Case(fmt, (3,))))
+    _, func = _kernel(_module(Case(fmt, (2,))))
     assert (llvm_permute.apply(func, target) is not None) == small_blocks
     rule = llvm_permute.apply if small_blocks else llvm_batch_lanes.apply
-    assert _error(Case(fmt, (3,)), rule, target) < TOLERANCE["float32"]
+    assert _error(Case(fmt, (2,)), rule, target) < TOLERANCE["float32"]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 13, 33])
@@ -226,6 +226,33 @@ def test_batch_lanes_take_every_layout(
 ) -> None:
     case = Case(_format(pattern, 17, 300, layout), lead, "relu")
     assert _error(case, llvm_batch_lanes.apply, _target(name)) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layout", "lanes", "lead", "knobs"),
+    [
+        ("4:16", "r8v1", 8, (13,), llvm_batch_lanes.Knobs(chunk=4096)),
+        ("3:16", "r8v1", 8, ("b",), llvm_batch_lanes.Knobs(batch_tile=2, chunk=1)),
+        ("1:16", "r16v1", 16, (40,), llvm_batch_lanes.Knobs(chunk=8192, group=32)),
+        ("16:256", "r8v1", 8, (70,), llvm_batch_lanes.Knobs(sums=4, chunk=1)),
+        ("12:16", "r1v8", 4, (9,), llvm_batch_lanes.Knobs(batch_tile=8)),
+    ],
+    ids=["M13", "symbolic-odd", "L16-odd", "M70-block256", "L4-r1v8"],
+)
+def test_batch_lanes_in_chunks(
+    pattern: str,
+    layout: str,
+    lanes: int,
+    lead: tuple[int | str, ...],
+    knobs: llvm_batch_lanes.Knobs,
+) -> None:
+    def rule(func: Any, _target: Any) -> Any:
+        parts = llvm_nest.take_apart(func)
+        assert parts is not None
+        return llvm_batch_lanes.schedule(parts, lanes, knobs)
+
+    case = Case(_format(pattern, 84, 600, layout), lead, "relu")
+    assert _error(case, rule, _target("generic"), batch=45) < TOLERANCE["float32"]
 
 
 def test_fallback_takes_what_has_other_layouts() -> None:

@@ -69,6 +69,7 @@ def test_what_is_written_is_read_back(tmp_path, exported):
     assert manifest.cubins == ({"arch": "sm_90", "num_bytes": 100, "sha256": "ab" * 32},)
     assert manifest.compiler == COMPILER
     assert manifest.layers == ({"name": "fc"},)
+    assert (manifest.dense, manifest.cublas) == ("dlight", ())
     assert manifest.versions["apache-tvm"]
     assert set(manifest.files) == {
         "lib.so",
@@ -197,6 +198,13 @@ def test_a_missing_file_is_found(tmp_path, exported):
         artifact.verify_hashes(path)
 
 
+def test_calls_of_cublas_are_recorded(tmp_path, exported):
+    call = {"function": "main", "name": "fc", "product": "float16 (n, 4) x (4, 2)"}
+    path = _save(tmp_path / "model.tvmb", exported, dense="cublas", cublas=[call])
+    manifest = artifact.read_manifest(path)
+    assert (manifest.dense, manifest.cublas) == ("cublas", (call,))
+
+
 def _set(document: dict, where: str, value: object) -> None:
     *parents, last = where.split(".")
     for parent in parents:
@@ -215,6 +223,8 @@ def _set(document: dict, where: str, value: object) -> None:
         ("compiler.version", 13, "compiler.version is 13, expected a string"),
         ("compiler.options", "--ftz=false", "compiler.options is .*expected a list"),
         ("device_code", "source", "device_code is 'source'"),
+        ("dense", "cudnn", "dense is 'cudnn', expected 'dlight' or 'cublas' or 'llvm'"),
+        ("cublas", [{"function": "main", "name": "fc"}], "lacks 'product'"),
         ("functions", [], "functions is .*at least one"),
         ("functions.0.inputs.0.shape", [-1], "expected extents or their names"),
         ("functions.0.inputs.0.dtype", 7, "dtype is 7, expected a string"),
@@ -236,7 +246,19 @@ def test_a_damaged_manifest_is_told_from_a_whole_one(tmp_path, exported, where, 
 
 @pytest.mark.parametrize(
     "field",
-    ["target", "functions", "files", "device_code", "versions", "layers", "cubins", "compiler"],
+    [
+        *(
+            "target",
+            "functions",
+            "files",
+            "device_code",
+            "versions",
+            "layers",
+            "cubins",
+            "compiler",
+        ),
+        *("dense", "cublas"),
+    ],
 )
 def test_a_manifest_lacking_a_field_is_refused(tmp_path, exported, field):
     path = _save(tmp_path / "model.tvmb", exported)

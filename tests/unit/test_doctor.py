@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 
@@ -62,6 +63,33 @@ def test_an_nvrtc_that_does_not_load_is_told_from_one_that_is_missing(monkeypatc
     assert found["targets"]["h100"]["compiles"] is False
 
 
+def test_cublas_is_the_first_that_loads(tmp_path):
+    """By its path and its own version; a file that is no library says so."""
+    code = "int cublasGetProperty(int kind, int* value) { *value = 13 - 4 * kind; return 0; }"
+    stand_in, broken = (tmp_path / name / "libcublas.so.13" for name in ("sound", "broken"))
+    for file in (stand_in, broken):
+        file.parent.mkdir()
+    broken.write_text("no library")
+    (tmp_path / "code.c").write_text(code)
+    compiler = [toolchain.find_cxx(), "-x", "c", "-shared", "-fPIC", tmp_path / "code.c"]
+    subprocess.run([*compiler, "-o", stand_in], check=True)
+    missing = str(tmp_path / "libcublas.so.13")
+    found = doctor.find_cublas([missing, str(broken), str(stand_in)])
+    assert found == {"path": str(stand_in), "version": "13.9.5"}
+    with pytest.raises(
+        ToolchainError, match=r"libcublas.so.13 cannot be loaded \(.*tvm-balanced\[cublas"
+    ):
+        doctor.find_cublas([missing])
+    with pytest.raises(ToolchainError, match=f"{broken}: (file too short|invalid ELF header)"):
+        doctor.find_cublas([str(broken), missing])
+
+
+def test_cublas_is_looked_for_where_libraries_do(monkeypatch):
+    monkeypatch.setattr(toolchain, "find_cudart", lambda: "/cuda/lib64/libcudart.so.13")
+    first, *_, last = doctor.cublas_places()
+    assert (first, last) == ("/cuda/lib64/libcublas.so.13", "libcublas.so.13")
+
+
 def test_without_a_compiler_nothing_compiles(monkeypatch):
     def none():
         raise ToolchainError("no C++ compiler was found")
@@ -84,6 +112,7 @@ def test_without_a_compiler_nothing_compiles(monkeypatch):
         (toolchain, "find_cxx"),
         (toolchain, "missing_cuda_packages"),
         (doctor, "_check_tvm"),
+        (doctor, "find_cublas"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -117,6 +117,10 @@ def test_plan_compares_with_the_dense_kernel_that_will_run():
     assert model.plan("h100", "14:16", dense="dlight")[0].decision == "sparse"
     assert model.plan("h100", "14:16", dense="cublas")[0].decision == "dense"
     assert "dense by cuBLAS" in cublas.title
+    # the gap to cuBLAS is told of sparse layers too
+    gain = re.search(r"faster, (\d+\.\d\d)x against cuBLAS", dlight[0].reason)
+    assert float(gain[1]) == pytest.approx(cublas[0].cublas_us / dlight[0].sparse_us, rel=0.01)
+    assert "cuBLAS" not in cublas[0].reason
 
 
 def test_plan_says_how_far_the_kept_layers_are_behind_cublas():

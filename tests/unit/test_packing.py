@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.packing import (
+    BITMAP,
+    BITMAP_BLOCKS,
     ENCODINGS,
     BalancedTensor,
     Layout,
@@ -30,12 +32,14 @@ def random_weight(n, k, dtype="float32", seed=0):
 
 @st.composite
 def cases(draw):
-    block = draw(st.integers(2, 40))
+    block = draw(st.integers(2, 40) | st.sampled_from(BITMAP_BLOCKS))
     pattern = BalancedPattern(draw(st.integers(1, block)), block)
     n = draw(st.integers(1, 40))
     k = draw(st.integers(block, 4 * block + 3))
-    encoding = draw(st.sampled_from([e for e, bits in ENCODINGS.items() if block <= 1 << bits]))
-    runs = [1, 2, 3, 4, 8] if encoding == "u8" else [1, 2, 4, 8]
+    fits = [e for e, bits in ENCODINGS.items() if block <= 1 << bits]
+    fits += [BITMAP] if block in BITMAP_BLOCKS else []
+    encoding = draw(st.sampled_from(fits))
+    runs = [1, 2, 3, 4, 8] if encoding in ("u8", BITMAP) else [1, 2, 4, 8]
     rows = draw(st.sampled_from([1, 2, 8, 16, 32]))
     skew = draw(st.sampled_from([s for s in (1, 2, 8) if s <= rows]))
     layout = Layout(rows, draw(st.sampled_from(runs)), skew)
@@ -93,11 +97,16 @@ def test_four_bit_pairs_hold_the_even_slot_low():
 
 
 @pytest.mark.parametrize(
-    ("pattern", "bytes_per_weight"),
-    [("4:16", 0.625), ("1:4", 0.625), ("2:16", 0.3125)],
+    ("pattern", "encoding", "bytes_per_weight"),
+    [
+        ("4:16", "u4", 0.625),
+        ("1:4", "u4", 0.625),
+        ("2:16", "u4", 0.3125),
+        ("8:16", "bitmap", 1.125),
+    ],
 )
-def test_storage_of_fp16_with_four_bit_indices(pattern, bytes_per_weight):
-    fmt = PackedFormat(4096, 4096, BalancedPattern(pattern), Layout(1, 8), "u4")
+def test_storage_of_fp16(pattern, encoding, bytes_per_weight):
+    fmt = PackedFormat(4096, 4096, BalancedPattern(pattern), Layout(1, 8), encoding)
     assert fmt.nbytes("float16") == bytes_per_weight * 4096 * 4096
 
 
@@ -116,6 +125,10 @@ def test_more_non_zeros_than_the_pattern_are_refused():
         (
             lambda: PackedFormat(4, 64, BalancedPattern("4:16"), Layout(1, 3), "u4"),
             "runs of 3 slots",
+        ),
+        (
+            lambda: PackedFormat(4, 64, BalancedPattern("4:12"), Layout(1, 1), "bitmap"),
+            "blocks of 8, 16, 24, 32",
         ),
         (lambda: Layout.parse("r32v8s3"), "power of two"),
         (lambda: Layout.parse("r8v8s16"), "divides its 8 rows"),
@@ -144,6 +157,25 @@ def test_bits_of_an_encoding_rise_with_the_slots(encoding, block, stored):
     weight[0, np.arange(8), positions] = 1
     packed = pack(weight.reshape(1, -1), BalancedPattern(1, block), "r1v8", encoding)
     assert list(packed.indices.reshape(-1)) == stored
+
+
+def test_a_bitmap_begins_in_the_highest_bit():
+    weight = np.zeros((1, 32), "float32")
+    weight[0, [0, 9, 16, 31]] = 1
+    packed = pack(weight, BalancedPattern("2:16"), "r2v4", BITMAP)
+    assert packed.indices.shape == (1, 1, 2, 4)
+    assert list(packed.indices[0, 0, 0]) == [0x80, 0x40, 0x80, 0x01]
+    # the row that the layout adds keeps as many
+    assert list(packed.indices[0, 0, 1]) == [0xC0, 0, 0xC0, 0]
+
+
+def test_a_damaged_bitmap_is_refused():
+    packed = pack(
+        prune_weight(random_weight(4, 64), "8:16"), BalancedPattern("8:16"), "r1v8", BITMAP
+    )
+    packed.indices[2, 1] = 0xFF
+    with pytest.raises(InputError, match="block 1 of row 2 has 16 bits set"):
+        unpack(packed)
 
 
 def test_skewed_rows_hold_other_blocks_in_a_place():

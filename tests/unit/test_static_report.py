@@ -396,6 +396,28 @@ def test_loops(tmp_path: Path, code: list[str], length: int | None) -> None:
     assert (None if counts.loop is None else counts.loop.instructions) == length
 
 
+@pytest.mark.parametrize(
+    ("loop", "instructions"),
+    [
+        pytest.param(["FADD", "FFMA"], None, id="no-barriers"),
+        pytest.param(
+            ["BAR.SYNC", "STS", "BAR.SYNC", "FFMA", "FADD", "FFMA"], 4, id="products-last"
+        ),
+        # what precedes the first barrier follows the last one of the turn before
+        pytest.param(
+            ["FFMA", "FFMA", "BAR.SYNC", "STS", "BAR.SYNC", "FFMA"], 4, id="around-the-end"
+        ),
+    ],
+)
+def test_the_phase_is_what_stands_between_barriers(
+    tmp_path: Path, loop: list[str], instructions: int | None
+) -> None:
+    code = [*loop, "@P0 BRA 0x0", *(line.format(end=16 * (len(loop) + 2)) for line in TRAP)]
+    found = sass_counts(b"", _disassembler(tmp_path, code))["k"].loop
+    assert found is not None
+    assert (None if found.phase is None else found.phase.instructions) == instructions
+
+
 def test_the_packages_disassembler_comes_first(tmp_path: Path, monkeypatch: Any) -> None:
     for folder in ("package/cu13/bin", "path"):
         (tmp_path / folder).mkdir(parents=True)

@@ -24,7 +24,7 @@ def command(output: Output) -> None:
     with output.progress("looking at this machine"):
         found = collect()
     output.document(found)
-    cpu, driver = found["cpu"], found["driver"]
+    cpu, driver, cublas = found["cpu"], found["driver"], found["cublas"]
     rows = {
         "tvm-balanced": f"{found['tvm_balanced']}, Python {found['python']}, {found['platform']}",
         "CPU": f"{cpu['model']}, {cpu['cores']} cores",
@@ -32,6 +32,7 @@ def command(output: Output) -> None:
         "TVM": found["tvm"]["problem"] or found["packages"]["apache-tvm"],
         "C++ compiler": found["cxx"]["problem"] or found["cxx"]["path"],
         "NVRTC": found["nvrtc"]["problem"] or found["nvrtc"]["version"],
+        "cuBLAS": cublas["problem"] or f"{cublas['version']}, {cublas['path']}",
         "NVIDIA driver": driver["problem"] or f"CUDA {driver['cuda_version']}",
         "GPU": ", ".join(f"{gpu['name']} ({gpu['arch']})" for gpu in found["gpus"]) or "none",
     }

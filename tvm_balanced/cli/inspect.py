@@ -16,7 +16,7 @@ from tvm_balanced.errors import InputError
 from tvm_balanced.log import Output, summary
 
 if TYPE_CHECKING:
-    from tvm_balanced.artifact import TensorEntry
+    from tvm_balanced.artifact import Manifest, TensorEntry
     from tvm_balanced.runtime import Library
 
 
@@ -104,6 +104,7 @@ def _library(output: Output, path: Path, source: str | None, static: bool) -> No
         "CPU features": ", ".join(target.features) or "none",
         "device code": f"{manifest.device_code} {code}".strip(),
         "kernels": ", ".join(library.kernels) or "none (host code only)",
+        "dense products": _dense(manifest),
         "files": _files(sizes),
         "hashes": "every file is as it was written",
         "built with": ", ".join(f"{n} {v}" for n, v in manifest.versions.items()),
@@ -122,6 +123,17 @@ def _library(output: Output, path: Path, source: str | None, static: bool) -> No
         output.next(f"tvm-balanced inspect {quoted} --source {library.kernels[0]}")
     else:
         output.next(f"tvm-balanced run {quoted} --random")
+
+
+def _dense(manifest: Manifest) -> str:
+    """Who computes the matrix products that stay dense."""
+    if manifest.dense != "cublas":
+        by = {"dlight": "by kernels that TVM generates (DLight)", "llvm": "by host code"}
+        return by[manifest.dense]
+    if not manifest.cublas:
+        return "by cuBLAS, and there are none"
+    calls = len({call["name"] for call in manifest.cublas})
+    return f"by cuBLAS ({calls}), libcublas.so.13 is needed where the library runs"
 
 
 def _static(output: Output, library: Library) -> None:

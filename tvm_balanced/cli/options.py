@@ -16,7 +16,7 @@ from tvm_balanced.log import Output, set_up_logging
 F = TypeVar("F", bound=Callable[..., Any])
 
 POLICIES = ("auto", "always", "never")
-ENCODINGS = ("auto", "u8", "u4", "u3", "u2")
+ENCODINGS = ("auto", "u8", "u4", "u3", "u2", "bitmap")
 DENSE_KERNELS = ("dlight", "cublas")
 
 
@@ -108,7 +108,7 @@ def encoding_option(function: F) -> F:
         default="auto",
         show_default=True,
         type=click.Choice(ENCODINGS),
-        help="How indices are stored; auto takes the fewest bits that the target likes.",
+        help="How indices are stored; auto takes the fewest bytes that the target likes.",
     )(function)
 
 

@@ -1,0 +1,138 @@
+"""The expand schedule, run emulated and compiled by NVRTC."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from tvm_balanced import cudaemu, static_report
+from tvm_balanced.errors import ToolchainError
+from tvm_balanced.packing import Layout, PackedFormat
+from tvm_balanced.pattern import BalancedPattern
+from tvm_balanced.schedules import cuda_expand
+from tvm_balanced.schedules.cuda_expand import Tile
+
+from .conftest import Case, arguments, check_close, fused_kernel, packed_format, target
+from .cubins import compile_cubin
+
+# shapes that fill no tile; K of rows aligned to 16, 8, 4 and 2 bytes; the tiles share K or do not
+CASES = [
+    (Case((16,), 33, 70, "8:16"), None),
+    (Case((17,), 96, 512, "2:16", "bfloat16", "bfloat16", ("residual",)), Tile(24, 2, 2, 3)),
+    (Case((100,), 50, 300, "4:16", epilogue=("bias", "gelu")), Tile(56, 1, 2, 2)),
+    (Case((32,), 40, 1032, "1:16", "bfloat16", "bfloat16"), Tile(16, 1, 4, 4)),
+    (Case((4, 16), 70, 200, "8:32", epilogue=()), Tile(64, 4, 1, 2)),
+    (Case((128,), 33, 35, "4:32", "bfloat16", "bfloat16"), None),
+    (Case(("m",), 50, 264, "4:16", at=((16,), (45,))), Tile(32, 1, 8, 2)),
+]
+
+
+def _kernel(case: Case, fmt: PackedFormat, tile: Tile | None, arch: str = "sm_90") -> Any:
+    sch = cuda_expand.apply(fused_kernel(case, fmt), target(arch), tile)
+    assert sch is not None
+    return cudaemu.from_tvm(sch.mod, target(arch))
+
+
+@pytest.mark.parametrize(("case", "tile"), CASES, ids=str)
+def test_expand_is_right_and_breaks_no_rule(case: Case, tile: Tile | None) -> None:
+    """Near float64; no race, nothing out of bounds, no unwritten shared memory."""
+    fmt = packed_format(case)
+    kernel = _kernel(case, fmt, tile)
+    for seed, lead in enumerate(case.shapes):
+        args, expected = arguments(case, fmt, lead, seed)
+        for report in kernel.inspect(*args):
+            assert not report.issues, report.table()
+        check_close(case, args[-1], expected)
+
+
+def test_expand_is_the_same_in_any_order() -> None:
+    case = Case((16,), 64, 512, "4:16")
+    fmt = packed_format(case)
+    kernel = _kernel(case, fmt, Tile(16, 1, 4, 2))
+    args, expected = arguments(case, fmt, (16,))
+    kernel(*args, order="random")
+    check_close(case, args[-1], expected)
+    first = args[-1].tobytes()
+    kernel(*args, order="reverse")
+    assert args[-1].tobytes() == first
+
+
+@pytest.mark.parametrize("pattern", ["4:16", "4:32"])
+def test_no_bank_conflicts(pattern: str) -> None:
+    """Expansion, fragments and sums take the least wavefronts, and the stream is read once."""
+    case = Case((16,), 64, 1024, pattern)
+    fmt = packed_format(case)
+    kernel = _kernel(case, fmt, Tile(16, 2, 2, 2))
+    args, _ = arguments(case, fmt, (16,))
+    (report,) = kernel.inspect(*args)
+    summary = report.summary()
+    assert summary["shared_wavefronts"] == summary["shared_wavefronts_ideal"] > 0
+    others = sum(array.nbytes for array in args if array.dtype != "uint8" and array.ndim != 4)
+    stream = args[1].nbytes + args[2].nbytes
+    assert stream < summary["l2_read_bytes_if_l1_perfect"] <= 1.1 * stream + others
+
+
+@pytest.mark.parametrize(
+    ("case", "arch"),
+    [
+        (Case((64,), 8192, 8192, "4:16"), "sm_80"),
+        (Case((32,), 8192, 8192, "8:32", "bfloat16", "bfloat16"), "sm_90"),
+    ],
+    ids=str,
+)
+def test_expand_compiles_to_tensor_cores(case: Case, arch: str) -> None:
+    fmt = packed_format(case)
+    tile = cuda_expand.default_tile(fmt, case.lead[0], 96 << 10)
+    cubin, log = compile_cubin(_kernel(case, fmt, tile, arch).source, arch)
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log
+    registers = re.search(r"Used (\d+) registers", log)
+    assert registers and int(registers[1]) <= 255, log
+    try:
+        (counts,) = static_report.sass_counts(cubin).values()
+    except ToolchainError as error:
+        pytest.skip(str(error))
+    assert counts.loop is not None
+    assert counts.local_accesses == 0
+    # a warp multiplies 32 rows by 16 columns by 8 activations at a time
+    windows = 4 * 8 // fmt.pattern.nnz * fmt.pattern.block
+    assert counts.loop.hmma == 2 * tile.rows // 8 * windows // 16
+    assert counts.loop.global_loads[128] == 4
+    assert counts.loop.async_copies > 0
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layout", "encoding", "dtype"),
+    [
+        ("4:16", "r32v8", "u8", "float32"),
+        ("3:16", "r32v8", "u4", "float16"),
+        ("4:64", "r32v8", "u8", "float16"),
+        ("4:16", "r32v4", "u4", "float16"),
+        ("4:32", "r32v8s16", "u8", "float16"),
+    ],
+)
+def test_expand_leaves_what_is_not_its_own(
+    pattern: str, layout: str, encoding: str, dtype: str
+) -> None:
+    case = Case((16,), 40, 512, pattern, dtype, dtype)
+    fmt = PackedFormat(40, 512, BalancedPattern(pattern), Layout.parse(layout), encoding)
+    assert cuda_expand.apply(fused_kernel(case, fmt), target()) is None
+
+
+@pytest.mark.parametrize("rows", [16, 17, 64, 100, 256, None])
+@pytest.mark.parametrize("pattern", ["8:16", "1:16", "4:32"])
+@pytest.mark.parametrize("shared", [48 << 10, 99 << 10, 227 << 10])
+def test_default_tile_fits(rows: int | None, pattern: str, shared: int) -> None:
+    for n, k in ((50, 70), (768, 3072), (28672, 8192)):
+        fmt = packed_format(Case((16,), n, k, pattern))
+        tile = cuda_expand.default_tile(fmt, rows, shared)
+        assert tile is not None
+        assert cuda_expand.shared_bytes(fmt, tile) <= shared
+        assert tile.rows % 8 == 0 and tile.stages >= 2
+        assert tile.warps <= 8 and 8 % tile.shares == 0
+
+
+def test_no_tile_where_nothing_fits() -> None:
+    fmt = packed_format(Case((16,), 64, 512, "4:16"))
+    assert cuda_expand.default_tile(fmt, 16, 1024) is None
