@@ -31,7 +31,7 @@ demo: $(VENV)/.all
 	$(BIN)/tvm-balanced demo --output build/demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(WORKERS) -m 'not large and not gpu' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not large and not gpu' $(PYTEST_ARGS)
 
 test-large: $(VENV)/.dev
 	$(BIN)/python -m pytest -m large $(PYTEST_ARGS)

@@ -26,10 +26,13 @@ def test_python_blocks():
 
 
 def test_command_lines(tmp_path):
-    """Every line of the command block, in order, on a small model."""
+    """Every line of the command block, in order, on small models."""
     import onnx
+    import torch
     from onnx import TensorProto, helper, numpy_helper
 
+    layer = torch.export.export(torch.nn.Linear(64, 96), (torch.zeros(1, 64),))
+    torch.export.save(layer, tmp_path / "model.pt2")
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((64, 96)).astype(np.float32)
     graph = helper.make_graph(
@@ -41,18 +44,21 @@ def test_command_lines(tmp_path):
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.save(model, tmp_path / "model.onnx")
+    inputs = rng.standard_normal((128, 64)).astype(np.float32)
+    np.savez(tmp_path / "inputs.npz", input=inputs)
     lines = [
         line
         for block in blocks("")
         for line in block.splitlines()
         if line.startswith("tvm-balanced ")
     ]
-    assert len(lines) == 6
+    assert len(lines) == 7
     for line in lines:
         words = shlex.split(re.split(r"\s{2,}", line)[0])
         command = [sys.executable, "-m", "tvm_balanced.cli.main", *words[1:]]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert (tmp_path / "sparse.safetensors").is_file()
     assert (tmp_path / "model.tvmb" / "lib.so").is_file()
 
 

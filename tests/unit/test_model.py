@@ -113,9 +113,9 @@ def test_plan_compares_with_the_dense_kernel_that_will_run():
     dlight, cublas = (model.plan("h100", "2:16", dense=dense) for dense in ("dlight", "cublas"))
     assert dlight[0].dense_us > cublas[0].dense_us == cublas[0].cublas_us == dlight[0].cublas_us
     assert dlight[0].sparse_us == cublas[0].sparse_us
-    # an eighth of zeros pays beside the slower dense kernel only
-    assert model.plan("h100", "14:16", dense="dlight")[0].decision == "sparse"
-    assert model.plan("h100", "14:16", dense="cublas")[0].decision == "dense"
+    # a sixteenth of zeros pays beside the slower dense kernel only
+    assert model.plan("h100", "15:16", dense="dlight")[0].decision == "sparse"
+    assert model.plan("h100", "15:16", dense="cublas")[0].decision == "dense"
     assert "dense by cuBLAS" in cublas.title
     # the gap to cuBLAS is told of sparse layers too
     gain = re.search(r"faster, (\d+\.\d\d)x against cuBLAS", dlight[0].reason)
