@@ -1,6 +1,6 @@
 """Kernels scheduled as a tuning record says: the knobs a tuner may set, and how a record is applied.
 
-The llvm kernels are written out for their knobs, so the trace of a record does not transform the kernel.
+Our kernels are written out for their knobs, so the trace of a record does not transform the kernel.
 It samples one category for each knob and annotates a block with what was drawn::
 
     b0 = sch.get_sblock("balanced_sparse_dense")
@@ -24,18 +24,21 @@ import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 
+from tvm_balanced import kernel_model
 from tvm_balanced.records import DEFAULT_KERNEL, KERNEL_NOTE, KNOB_NOTE
 from tvm_balanced.schedules import (
     cpu_half,
     cpu_math,
+    cuda_gather,
     llvm_batch_lanes,
     llvm_permute,
 )
 from tvm_balanced.schedules import llvm_nest as nest
-from tvm_balanced.schedules.balanced_block import find, has_balanced_block
+from tvm_balanced.schedules.balanced_block import BalancedBlock, find, has_balanced_block
 from tvm_balanced.schedules.cpu_common import lanes as lanes_of
 from tvm_balanced.schedules.cpu_common import vector_bits
 from tvm_balanced.schedules.rules import RULE, SCHEDULED, replaced
+from tvm_balanced.targets import gpu_figures
 
 KERNEL, KNOB, DEFAULT = KERNEL_NOTE, KNOB_NOTE, DEFAULT_KERNEL
 
@@ -86,9 +89,8 @@ def spaces(func: tirx.PrimFunc, target: tvm.target.Target) -> list[Space]:
     found = find(func)
     if found is None or found.rows is None:
         return []
-    # the gather kernel of CUDA has no space yet: its tiles are the kernel model's choice
-    if target.kind.name != "llvm":
-        return []
+    if target.kind.name == "cuda":
+        return _gather(func, found, target)
     parts = nest.take_apart(func)
     if parts is None or not isinstance(parts.rows, int):
         return []
@@ -165,6 +167,24 @@ def _batch_lanes(parts: nest.Parts, target: tvm.target.Target) -> list[Space]:
         return llvm_batch_lanes.schedule(parts, lanes, knobs)
 
     return [Space("llvm_batch_lanes", choices, valid, build)]
+
+
+def _gather(func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target) -> list[Space]:
+    """The tiles of the gather kernel: what is bound to threads and blocks, and what a thread block stages."""
+    if not cuda_gather.takes(found) or found.rows is None:
+        return []
+    layer = (found.fmt, found.rows, found.data_dtype, cuda_gather.shared_limit(target))
+    choices = kernel_model.choices(*layer, gpu_figures(target).sm_count)
+    if not choices["chunk"]:
+        return []
+
+    def valid(values: Mapping[str, int]) -> bool:
+        return kernel_model.is_legal(*layer, kernel_model.Knobs(**values))
+
+    def build(values: Mapping[str, int]) -> Any:
+        return cuda_gather.apply(func, target, cuda_gather.Tile(**values))
+
+    return [Space("cuda_gather", choices, valid, build)]
 
 
 # --- workloads

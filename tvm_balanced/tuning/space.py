@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from tvm.s_tir import meta_schedule as ms
 
 from tvm_balanced.ops import BLOCK_MAIN
 from tvm_balanced.schedules import tuned
+from tvm_balanced.tuning import gather_model
 
 # columns of a candidate's features that hold its knobs
 _KNOB_COLUMNS = 8
@@ -31,24 +32,34 @@ def design_space(spaces: list[tuned.Space]) -> ms.space_generator.SpaceGenerator
         From :func:`tvm_balanced.schedules.tuned.spaces`.
     """
 
-    def designs(sch: s_tir.Schedule) -> list[s_tir.Schedule]:
-        found = []
-        for space in spaces:
-            design = sch.copy()
-            block = design.get_sblock(BLOCK_MAIN)
-            design.annotate(block, tuned.KERNEL, space.kernel)
-            for name, values in space.choices.items():
-                drawn = design.sample_categorical(list(values), [1 / len(values)] * len(values))
-                design.annotate(block, tuned.KNOB + name, drawn)
-            found.append(design)
-        return found
-
     return ms.space_generator.ScheduleFn(
-        designs,
+        lambda sch: designs(sch, spaces),
         sch_rules=[],
         postprocs=[KnobsGoTogether({space.kernel: space for space in spaces})],
         mutator_probs={MutateKnob(random.Random(0)): 1.0},
     )
+
+
+def designs(sch: s_tir.Schedule, spaces: list[tuned.Space]) -> list[s_tir.Schedule]:
+    """One schedule for each of our kernels, whose trace samples every knob and annotates it.
+
+    Parameters
+    ----------
+    sch : tvm.s_tir.Schedule
+        Of a workload; stays as it is.
+    spaces : list of Space
+        Of the workload.
+    """
+    found = []
+    for space in spaces:
+        design = sch.copy()
+        block = design.get_sblock(BLOCK_MAIN)
+        design.annotate(block, tuned.KERNEL, space.kernel)
+        for name, values in space.choices.items():
+            drawn = design.sample_categorical(list(values), [1 / len(values)] * len(values))
+            design.annotate(block, tuned.KNOB + name, drawn)
+        found.append(design)
+    return found
 
 
 def default_schedule(mod: tvm.IRModule) -> s_tir.Schedule:
@@ -128,7 +139,7 @@ class MutateKnob(ms.mutator.PyMutator):  # type: ignore[misc]
 
 @derived_object
 class KernelFeatures(ms.feature_extractor.PyFeatureExtractor):  # type: ignore[misc]
-    """TVM's features of the kernel that a candidate stands for, and its knobs.
+    """TVM's features of the kernel that a candidate stands for, its knobs, and what a model makes of it.
 
     A candidate of ours is still the unscheduled kernel with annotations, of which all features are equal.
 
@@ -145,7 +156,7 @@ class KernelFeatures(ms.feature_extractor.PyFeatureExtractor):  # type: ignore[m
         self.known: dict[Any, Any] = {}
 
     def extract_from(self, context: Any, candidates: Any) -> list[Any]:
-        """One array ``(stores, 172)`` a candidate, float64."""
+        """One array ``(stores, 192)`` a candidate, float64."""
         return [self._one(context, candidate) for candidate in candidates]
 
     def _one(self, context: Any, candidate: Any) -> Any:
@@ -155,9 +166,14 @@ class KernelFeatures(ms.feature_extractor.PyFeatureExtractor):  # type: ignore[m
         kernel, knobs = found
         key = (str(context.task_name), kernel, tuple(knobs.values()))
         if key not in self.known:
-            real = tuned.realize(candidate.sch.mod, self.target)
-            scheduled = ms.MeasureCandidate(s_tir.Schedule(real), candidate.args_info)
-            self.known[key] = self._features(context, scheduled, knobs)
+            if kernel == gather_model.KERNEL:
+                # what the kernel model counts is known without making the kernel, which takes long
+                parts = gather_model.features(candidate.sch.mod, self.target, knobs)
+                self.known[key] = _table(np.zeros((1, _STORE_COLUMNS)), knobs, parts)
+            else:
+                real = tuned.realize(candidate.sch.mod, self.target)
+                scheduled = ms.MeasureCandidate(s_tir.Schedule(real), candidate.args_info)
+                self.known[key] = self._features(context, scheduled, knobs)
         return self.known[key]
 
     def _features(self, context: Any, candidate: Any, knobs: Mapping[str, int]) -> Any:
@@ -167,7 +183,14 @@ class KernelFeatures(ms.feature_extractor.PyFeatureExtractor):  # type: ignore[m
         except RuntimeError:
             # TVM's analysis does not know every construct; the knobs alone still tell candidates apart
             array = np.zeros((1, _STORE_COLUMNS))
-        columns = np.zeros((array.shape[0], _KNOB_COLUMNS))
-        for i, value in enumerate(list(knobs.values())[:_KNOB_COLUMNS]):
-            columns[:, i] = math.log2(1 + value)
-        return tvm.runtime.tensor(np.hstack([array, columns]))
+        return _table(array, knobs, [])
+
+
+def _table(stores: Any, knobs: Mapping[str, int], parts: Sequence[float]) -> Any:
+    """Features of stores beside those of the whole kernel, which are the same for all of them."""
+    columns = np.zeros((stores.shape[0], _KNOB_COLUMNS + gather_model.PARTS))
+    for i, value in enumerate(list(knobs.values())[:_KNOB_COLUMNS]):
+        columns[:, i] = math.log2(1 + value)
+    for i, part in enumerate(parts):
+        columns[:, _KNOB_COLUMNS + i] = math.log2(1 + part)
+    return tvm.runtime.tensor(np.hstack([stores, columns]))
