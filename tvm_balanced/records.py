@@ -47,6 +47,9 @@ DEFAULT_KERNEL = "default"
 # what must be the same in two targets for one's records to serve the other
 _TARGET_KEYS = ("kind", "arch", "mcpu", "mattr", "num-cores", "max_shared_memory_per_block")
 
+# estimates that are as near are taken for equal, as the kernel model itself takes its predictions
+_NEAR = 1.1
+
 _LOCK = ".lock"
 _LOCK_SECONDS = 60.0
 _TOLD = 3  # problems that a warning spells out
@@ -515,6 +518,26 @@ def rank(records: Iterable[Record]) -> list[Ranked]:
     return sorted(ranked, key=lambda entry: (entry.times < 2, entry.seconds))
 
 
+def best(records: Iterable[Record], method: str) -> Ranked:
+    """The schedule to use of a kernel.
+
+    Of estimates it is the default, unless another is predicted to be faster by more than the model can tell.
+
+    Parameters
+    ----------
+    records : iterable of Record
+        At least one, all of one kernel.
+    method : str
+        ``"measured"`` or ``"estimated"``.
+    """
+    first, *others = rank(records)
+    if method == "estimated":
+        for entry in others:
+            if is_default(entry.record.trace) and entry.seconds <= _NEAR * first.seconds:
+                return entry
+    return first
+
+
 def is_default(trace: Any) -> bool:
     """Whether a trace stands for the default schedule: it only says so in an annotation."""
     instructions = trace[0]
@@ -722,14 +745,14 @@ def _add(lookup: Lookup, spec: TargetSpec, folder: Path, target: Mapping[str, An
     if others:
         lookup.problems.append(f"{others} records in {folder} are of another target")
     for key, group in groups.items():
-        best = rank(group)[0]
+        chosen = best(group, environment.method)
         lookup.choices.setdefault(
             key,
             Choice(
-                best.record.workload,
-                best.record.trace,
-                best.record.args_info,
-                best.seconds,
+                chosen.record.workload,
+                chosen.record.trace,
+                chosen.record.args_info,
+                chosen.seconds,
                 environment.method,
                 str(folder),
             ),

@@ -24,7 +24,7 @@ from tvm_balanced.tuning.space import designs
 
 ROOM = 48 << 10
 SIZES = {"float": 4, "uint": 4, "ushort": 2}
-SMALL = Case((3,), 64, 128, "4:16")
+SMALL = Case((3,), 64, 64, "4:16")
 
 SHAPES = [
     Case((1,), 4096, 4096, "2:16"),
@@ -96,11 +96,11 @@ def test_every_point_of_a_small_space_is_a_kernel() -> None:
         assert bound["blockIdx.y"] == -(-3 // (point["vector"] * point["groups"]))
 
 
-@pytest.mark.parametrize("case", [SMALL, *SHAPES[1:4]], ids=str)
+@pytest.mark.parametrize("case", [SMALL, *SHAPES[1:3]], ids=str)
 def test_estimated_shared_memory_is_what_a_kernel_declares(case: Case) -> None:
     mod, fmt = _workload(case), packed_format(case)
     (space,) = tuned.spaces(mod["main"], target())
-    for point in random.Random(0).sample(space.points(), 5):
+    for point in random.Random(0).sample(space.points(), 4):
         built = tuned.build_for(mod["main"], target(), space.kernel, point)
         source, _ = lower(tvm.IRModule({"main": built}), target(), TIR_PIPELINE)
         declared = sum(

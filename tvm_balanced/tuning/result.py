@@ -25,6 +25,8 @@ class KernelResult:
         Of the kernel, and of the balanced operator in it.
     uses : int
         Calls in a run of the model.
+    estimated : bool
+        Whether times are a model's.
     trials, failures : int
         Schedules that were measured, and that did not build or run.
     default_us, best_us : float or None
@@ -36,6 +38,7 @@ class KernelResult:
     name: str
     detail: str
     uses: int
+    estimated: bool = False
     trials: int = 0
     failures: int = 0
     default_us: float | None = None
@@ -44,9 +47,9 @@ class KernelResult:
     history: list[float] = field(default_factory=list)
 
     @staticmethod
-    def of(task: Task) -> KernelResult:
+    def of(task: Task, estimated: bool = False) -> KernelResult:
         """Nothing known yet."""
-        return KernelResult(task.name, task.detail, task.uses)
+        return KernelResult(task.name, task.detail, task.uses, estimated)
 
     @property
     def gain(self) -> float | None:
@@ -60,8 +63,9 @@ class KernelResult:
         found = list(found)
         ranked = records.rank(found)
         self.trials = sum(not records.is_default(entry.record.trace) for entry in ranked)
-        self.best_us = ranked[0].seconds * 1e6 if ranked else None
-        self.best = describe(ranked[0].record) if ranked else "-"
+        if ranked:
+            best = records.best(found, "estimated" if self.estimated else "measured")
+            self.best_us, self.best = best.seconds * 1e6, describe(best.record)
         for entry in ranked:
             if records.is_default(entry.record.trace):
                 self.default_us = entry.seconds * 1e6

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from tvm_balanced import records
 from tvm_balanced._version import __version__
-from tvm_balanced.errors import InputError, ToolchainError
+from tvm_balanced.errors import InputError
 from tvm_balanced.records import Environment, Record, RecordFolder
 from tvm_balanced.targets import TargetSpec, core_count, resolve
 from tvm_balanced.tuning import measure
 from tvm_balanced.tuning.result import KernelResult, Status, TuningResult
+from tvm_balanced.tuning.runners import Runner
 
 if TYPE_CHECKING:
     import tvm
@@ -92,6 +93,7 @@ class _Tuner:
         seed: int,
         deadline: float | None,
         progress: Callable[[Status], None],
+        estimates: bool = False,
     ) -> None:
         from tvm.s_tir import meta_schedule as ms
         from tvm.s_tir.meta_schedule.cost_model.xgb_model import XGBConfig
@@ -106,12 +108,19 @@ class _Tuner:
         self.progress = progress
         self.stopped = threading.Event()
         self.database = ms.database.MemoryDatabase()
-        self.model = ms.cost_model.XGBModel(
-            extractor=KernelFeatures(spec.target),
-            config=XGBConfig(seed=seed),
-            num_warmup_samples=_WARM_UP_SAMPLES,
-            num_tuning_cores=core_count(),
-        )
+        self.estimates = estimates
+        if estimates:
+            from tvm_balanced.tuning.gather_model import ModelScores
+
+            # what is searched for is the model's opinion, so there is nothing to learn
+            self.model: Any = ModelScores(spec.target)
+        else:
+            self.model = ms.cost_model.XGBModel(
+                extractor=KernelFeatures(spec.target),
+                config=XGBConfig(seed=seed),
+                num_warmup_samples=_WARM_UP_SAMPLES,
+                num_tuning_cores=core_count(),
+            )
         self.states = [self._state(task, trials, seed + i) for i, task in enumerate(tasks)]
 
     def _state(self, task: Task, trials: int, seed: int) -> _State:
@@ -138,7 +147,7 @@ class _Tuner:
         limit = trials
         if spaces:
             limit = min(trials, sum(len(space.points()) for space in spaces))
-        return _State(task, context, default, KernelResult.of(task), limit)
+        return _State(task, context, default, KernelResult.of(task, self.estimates), limit)
 
     # --- measuring
 
@@ -268,7 +277,8 @@ class _Tuner:
             state = max(open_states, key=lambda s: s.cost / (1 + s.batches))
             self._batch(state)
             self._tell(state)
-        if not self.stopped.is_set():
+        # a prediction is the same every time
+        if not self.stopped.is_set() and not self.estimates:
             for state in self.states:
                 if self.over(1.0):
                     break
@@ -355,6 +365,9 @@ def tune(
     kernels: str = "all",
     seed: int = 0,
     resume: bool = False,
+    runner: str = "local",
+    tracker: str | None = None,
+    key: str | None = None,
     policy: str | Mapping[str, str] = "auto",
     ignore: Iterable[str] = (),
     buckets: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
@@ -388,6 +401,12 @@ def tune(
         Of the search; measurements still differ from run to run.
     resume : bool
         Go on where earlier runs ended: their records count as trials.
+    runner : str
+        ``"local"`` measures on this CPU, ``"rpc"`` on the servers of a tracker; ``"model"`` compiles for a
+        GPU that is not here and predicts, which makes estimates: records of their own, which serve only
+        where nothing was measured.
+    tracker, key : str, optional
+        ``"host:port"`` of TVM's RPC tracker, and the key of its servers, for ``"rpc"``.
     policy, ignore, buckets, encoding, dense
         As for :func:`tvm_balanced.compile`: kernels are only found again by the same ones.
     progress : callable, optional
@@ -409,13 +428,14 @@ def tune(
         When a package, a tracker or a device is missing.
     """
     spec = target if isinstance(target, TargetSpec) else resolve(target)
-    _check(spec, trials, seconds, cache, kernels, seed)
-    _require_packages()
+    how = Runner.parse(runner, tracker, key)
+    _check(trials, seconds, cache, kernels, seed)
+    how.check(spec, cache)
     from tvm_balanced.tuning.tasks import find_tasks, fused_module
 
     begin = time.monotonic()
     place = Path(logs) if logs is not None else records.default_place()
-    folder = open_folder(place, spec, cache, seed, trials)
+    folder = open_folder(place, spec, cache, seed, trials, how)
     mod = fused_module(
         model,
         spec,
@@ -441,6 +461,7 @@ def tune(
         cache=cache,
         seed=seed,
         resume=resume,
+        runner=how,
         progress=progress,
         begin=begin,
     )
@@ -456,6 +477,7 @@ def tune_tasks(
     cache: str = "cold",
     seed: int = 0,
     resume: bool = False,
+    runner: Runner | None = None,
     progress: Callable[[Status], None] | None = None,
     begin: float | None = None,
 ) -> TuningResult:
@@ -468,21 +490,35 @@ def tune_tasks(
     spec : TargetSpec
         What to tune for.
     folder : RecordFolder
-        From :func:`open_folder`.
+        From :func:`open_folder`, for the same runner.
+    runner : Runner, optional
+        The local one when left out.
     begin : float, optional
         When the time began to count, by ``time.monotonic``; now when left out.
     """
     begin = time.monotonic() if begin is None else begin
+    how = runner or Runner()
+    left_out: list[KernelResult] = []
+    if how.estimates:
+        tasks, left_out = _with_estimates(tasks, spec)
     bounds = {
         measure.signature(_args_json(task)): task.index_bound for task in tasks if task.index_bound
     }
-    builder = measure.ProcessBuilder(core_count(), measure.make_library)
-    device = measure.local_runner(bounds, cache)
+    builder, device = how.open(bounds, cache)
     _quiet_tvm()
     _import_intrinsics()
     deadline = None if seconds is None else begin + seconds
     tuner = _Tuner(
-        tasks, spec, folder, builder, device, trials, seed, deadline, progress or (lambda _: None)
+        tasks,
+        spec,
+        folder,
+        builder,
+        device,
+        trials,
+        seed,
+        deadline,
+        progress or (lambda _: None),
+        how.estimates,
     )
     tuner.started = begin
     if resume:
@@ -493,16 +529,42 @@ def tune_tasks(
     with _stop_on_interrupt(tuner.stopped):
         tuner.run()
     return TuningResult(
-        kernels=tuple(state.result for state in tuner.states),
+        kernels=(*(state.result for state in tuner.states), *left_out),
         folder=folder.folder,
         seconds=time.monotonic() - begin,
         interrupted=tuner.stopped.is_set(),
-        estimated=False,
+        estimated=how.estimates,
     )
 
 
-def open_folder(place: Path, spec: TargetSpec, cache: str, seed: int, trials: int) -> RecordFolder:
-    """The folder of a target below ``place``, with what this run measures on.
+def _with_estimates(
+    tasks: Sequence[Task], spec: TargetSpec
+) -> tuple[list[Task], list[KernelResult]]:
+    """The tasks that the kernel model has an opinion on, and what to say of the others."""
+    from tvm_balanced.tuning.model_runner import can_estimate
+
+    known = [task for task in tasks if can_estimate(task.mod, spec.target)]
+    if not known:
+        raise InputError(
+            f"none of the {len(tasks)} kernels can be estimated for {spec.name}: the kernel model knows "
+            "sparse layers in layouts of 32 rows with static shapes; give a model or policy with some"
+        )
+    keys = {task.key for task in known}
+    others = [KernelResult.of(task, estimated=True) for task in tasks if task.key not in keys]
+    for result in others:
+        result.best = "default, not estimated"
+    return known, others
+
+
+def open_folder(
+    place: Path,
+    spec: TargetSpec,
+    cache: str,
+    seed: int,
+    trials: int,
+    runner: Runner | None = None,
+) -> RecordFolder:
+    """The folder of a target below ``place``, with what this run measures on; estimates have their own.
 
     Raises
     ------
@@ -512,21 +574,24 @@ def open_folder(place: Path, spec: TargetSpec, cache: str, seed: int, trials: in
     from tvm_balanced.doctor import cpu_model
 
     name = records.device_name(spec)
+    how = runner or Runner()
     run = {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "package": __version__,
         "commit": _commit(),
-        "runner": "local",
+        **how.describe(),
         "caches": cache,
         "seed": seed,
         "trials": trials,
         "clock_ghz": spec.clock_ghz,
     }
     model = cpu_model() if spec.kind == "llvm" else str(spec.gpu)
+    method = "estimated" if how.estimates else "measured"
     environment = Environment(
-        name, model, spec.kind, spec.arch, records.tvm_version(), "measured", (run,)
+        name, model, spec.kind, spec.arch, records.tvm_version(), method, (run,)
     )
-    return RecordFolder(place / name, environment)
+    folder = place / name / records.ESTIMATES if how.estimates else place / name
+    return RecordFolder(folder, environment)
 
 
 def _commit() -> str | None:
@@ -549,18 +614,12 @@ def _args_json(task: Task) -> list[Any]:
 
 
 def _check(
-    spec: TargetSpec,
     trials: int,
     seconds: float | None,
     cache: str,
     kernels: str,
     seed: int,
 ) -> None:
-    if spec.kind != "llvm":
-        raise InputError(
-            f"{spec.name} was given, and only CPUs (llvm) can be tuned for yet; compile uses the kernel "
-            "model's choices for GPUs"
-        )
     for name, value, known in (
         ("cache", cache, measure.CACHES),
         ("kernels", kernels, KERNELS),
@@ -573,17 +632,6 @@ def _check(
         raise InputError(f"seed is {seed}; give a whole number from 0 to two billion")
     if seconds is not None and not seconds > 0:
         raise InputError(f"the time is {seconds} s; give more than 0")
-
-
-def _require_packages() -> None:
-    from importlib.util import find_spec
-
-    needed = ["xgboost", "psutil", "cloudpickle"]
-    missing = [name for name in needed if find_spec(name) is None]
-    if missing:
-        raise ToolchainError(
-            f"tuning needs {', '.join(missing)}, not installed here: pip install 'tvm-balanced[tuning]'"
-        )
 
 
 def _quiet_tvm() -> None:
