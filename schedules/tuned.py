@@ -40,6 +40,11 @@ from tvm_balanced.schedules.cpu_common import vector_bits
 from tvm_balanced.schedules.rules import RULE, SCHEDULED, replaced
 from tvm_balanced.targets import gpu_figures
 
+# of the kernel with lanes over the batch: steps of the parallel loop that are tried, the largest ones, and
+# bytes of activations, from a part of the first cache to all of a usual K
+_GROUPS = 5
+_CHUNKS = (8192, 16384, 32768, 65536, 262144)
+
 KERNEL, KNOB, DEFAULT = KERNEL_NOTE, KNOB_NOTE, DEFAULT_KERNEL
 
 
@@ -152,19 +157,37 @@ def _permute(parts: nest.Parts, target: tvm.target.Target) -> list[Space]:
 
 def _batch_lanes(parts: nest.Parts, target: tvm.target.Target) -> list[Space]:
     lanes = lanes_of(target)
+    fmt = parts.fmt
     registers = -(-int(parts.rows) // lanes)
-    most = 32 if vector_bits(target) >= 512 else 16
+    # half of them hold sums at most; the others activations and weights
+    most = 16 if vector_bits(target) >= 512 else 8
     choices = {
-        "row_tile": tuple(size for size in _powers(16) if parts.fmt.padded_rows % size == 0),
-        "batch_tile": tuple(size for size in (1, 2, 3, 4, 8) if size <= registers),
+        "sums": tuple(size for size in _powers(most) if size > 1),
+        "batch_tile": tuple(size for size in _powers(8) if size < 2 * registers),
+        "group": tuple(llvm_batch_lanes.group_sizes(fmt, lanes)[-_GROUPS:]),
+        "chunk": _CHUNKS,
     }
 
+    def knobs(values: Mapping[str, int]) -> llvm_batch_lanes.Knobs:
+        return dataclasses.replace(llvm_batch_lanes.Knobs(), **values)
+
+    def sizes(values: Mapping[str, int]) -> list[tuple[int, int]]:
+        widths = llvm_batch_lanes.tile_widths(registers, values["batch_tile"])
+        return [llvm_batch_lanes.tile_sizes(fmt, lanes, knobs(values), width) for width in widths]
+
     def valid(values: Mapping[str, int]) -> bool:
-        return values["row_tile"] * values["batch_tile"] <= most
+        if values["batch_tile"] > values["sums"]:
+            return False
+        # of values that come to the same kernel only the least counts
+        return not any(
+            sizes({**values, name: smaller}) == sizes(values)
+            for name in ("sums", "chunk")
+            for smaller in choices[name]
+            if smaller < values[name] and (name == "chunk" or smaller >= values["batch_tile"])
+        )
 
     def build(values: Mapping[str, int]) -> Any:
-        knobs = dataclasses.replace(llvm_batch_lanes.Knobs(), **values)
-        return llvm_batch_lanes.schedule(parts, lanes, knobs)
+        return llvm_batch_lanes.schedule(parts, lanes, knobs(values))
 
     return [Space("llvm_batch_lanes", choices, valid, build)]
 

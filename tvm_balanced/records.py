@@ -51,6 +51,7 @@ _TARGET_KEYS = ("kind", "arch", "mcpu", "mattr", "num-cores", "max_shared_memory
 _NEAR = 1.1
 
 _LOCK = ".lock"
+_LOST = b"null"
 _LOCK_SECONDS = 60.0
 _TOLD = 3  # problems that a warning spells out
 
@@ -333,10 +334,14 @@ class RecordFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
             with _lock(self.folder):
                 there = self._check()
-                self._write_environment(there)
+                self._begin(there)
                 # what is there is kept byte by byte, damaged lines too; only a cut-off end is closed
                 workloads = _lines(self.folder / WORKLOADS)
                 lines = _lines(self.folder / RECORDS)
+                # records of workloads that were cut off must not become those of the next ones
+                workloads += [_LOST] * (
+                    max(map(_workload_of, lines), default=-1) + 1 - len(workloads)
+                )
                 index = {line: i for i, line in enumerate(workloads)}
                 for record in records:
                     workload = _dump(list(record.workload))
@@ -354,9 +359,13 @@ class RecordFolder:
                 "--logs"
             ) from error
 
-    def _write_environment(self, there: Environment | None) -> None:
+    def _begin(self, there: Environment | None) -> None:
         if self._begun:
             return
+        # under the lock nobody else writes: these are of a process that was killed
+        for name in (WORKLOADS, RECORDS, ENVIRONMENT):
+            for left in self.folder.glob(f".{name}.*"):
+                left.unlink(missing_ok=True)
         runs = (*(there.runs if there else ()), *self.environment.runs)
         merged = Environment(**{**asdict(self.environment), "runs": runs})
         _replace_text(self.folder / ENVIRONMENT, merged.text())
@@ -388,36 +397,42 @@ def prune(folder: Path, keep: int) -> tuple[int, int]:
     if not (folder / RECORDS).is_file():
         raise InputError(f"{folder} holds no {RECORDS}; give the folder of one GPU or CPU")
     with _lock(folder):
-        records, problems = _parse(folder, _lines(folder / WORKLOADS), _lines(folder / RECORDS))
+        lines = _lines(folder / RECORDS)
+        records, problems = _parse(folder, _lines(folder / WORKLOADS), lines)
         if problems:
             raise OutputError(
                 f"pruning would lose what cannot be read: {problems[0]}; remove such lines first"
             )
-        kept: list[Record] = []
-        for group in _by_kernel(records).values():
+        chosen: set[tuple[tuple[str, str], str]] = set()
+        for key, group in _by_kernel(records).items():
             ranked = rank(group)
-            chosen = {entry.record.trace_text for entry in ranked[:keep]}
-            chosen |= {e.record.trace_text for e in ranked if is_default(e.record.trace)}
-            kept += [record for record in group if record.trace_text in chosen]
-        workloads: dict[bytes, int] = {}
-        lines = []
-        for record in kept:
-            workload = _dump(list(record.workload))
-            lines.append(_record_line(workloads.setdefault(workload, len(workloads)), record))
-        # readers take the lock too, so none sees the one file without the other; after a crash in between
-        # the old records refer to what is not there, or is another's, and are not used
-        _replace(folder / RECORDS, [])
-        _replace(folder / WORKLOADS, list(workloads))
-        _replace(folder / RECORDS, lines)
+            chosen |= {(key, entry.record.trace_text) for entry in ranked[:keep]}
+            chosen |= {(key, e.record.trace_text) for e in ranked if is_default(e.record.trace)}
+        # each kernel keeps a record, so the workloads stay as they are: one file changes, in one step
+        kept = [
+            line
+            for record, line in zip(records, lines, strict=True)
+            if (_kernel(record), record.trace_text) in chosen
+        ]
+        _replace(folder / RECORDS, kept)
     return len(records), len(kept)
+
+
+def _kernel(record: Record) -> tuple[str, str]:
+    return record.workload[0], json.dumps(target_key(record.target))
 
 
 def _by_kernel(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
-        key = (record.workload[0], json.dumps(target_key(record.target)))
-        groups.setdefault(key, []).append(record)
+        groups.setdefault(_kernel(record), []).append(record)
     return groups
+
+
+def _workload_of(line: bytes) -> int:
+    """Which workload a line of a record refers to; -1 for a damaged one."""
+    found = re.match(rb"\[(\d{1,6}),", line)
+    return int(found[1]) if found else -1
 
 
 def _record_line(index: int, record: Record) -> bytes:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from tvm_balanced.errors import InputError, OutputError
 from tvm_balanced.records import Environment, Record, RecordFolder
 from tvm_balanced.targets import TargetSpec, resolve
 
+WRITERS = Path(__file__).with_name("writers.py")
 TARGET = {"kind": "llvm", "mcpu": "znver3", "num-cores": 2}
 
 
@@ -77,6 +80,25 @@ def test_two_tuners_share_a_folder(tmp_path: Path, spec: TargetSpec) -> None:
     assert len(Environment.read(folder / records.ENVIRONMENT).runs) == 2
 
 
+def test_tuners_that_write_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, str(WRITERS), str(tmp_path / "cpu"), "write"]
+    running = [
+        subprocess.Popen([*command, name, "25"], stdout=subprocess.DEVNULL) for name in ("a", "b")
+    ]
+    assert [process.wait(60) for process in running] == [0, 0]
+    found, problems = records.read_folder(tmp_path / "cpu")
+    texts = [record.trace[0][0][2][0] for record in found]
+    assert not problems
+    assert sorted(texts) == sorted(f"{name} {i}" for name in ("a", "b") for i in range(100))
+    assert len(Environment.read(tmp_path / "cpu" / records.ENVIRONMENT).runs) == 2
+
+
+def test_killed_at_any_moment_no_finished_record_is_lost(tmp_path: Path) -> None:
+    command = [sys.executable, str(WRITERS), str(tmp_path / "cpu"), "kill", "20"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", [records.WORKLOADS, records.RECORDS, records.ENVIRONMENT])
 def test_truncated_anywhere_it_is_read_without_what_is_lost(
     tmp_path: Path, spec: TargetSpec, name: str
@@ -95,6 +117,18 @@ def test_truncated_anywhere_it_is_read_without_what_is_lost(
             assert len(lost) == len(written)
         if name == records.ENVIRONMENT or not between_lines:
             assert str(folder / name) in str(lookup.warning()), size
+
+
+def test_a_new_kernel_never_gets_the_records_of_one_that_was_cut_off(
+    tmp_path: Path, spec: TargetSpec
+) -> None:
+    folder = _folder(tmp_path, spec, _record("1", 0, 2e-6), _record("2", 1, 3e-6))
+    whole = (folder / records.WORKLOADS).read_bytes()
+    (folder / records.WORKLOADS).write_bytes(whole[: whole.index(b"\n") + 1])
+    RecordFolder(folder, _environment(spec)).append([_record("3", 2, 1e-6)])
+    found, problems = records.read_folder(folder)
+    assert found == [_record("1", 0, 2e-6), _record("3", 2, 1e-6)]
+    assert len(problems) == 2
 
 
 def test_damaged_lines_outlive_an_append(tmp_path: Path, spec: TargetSpec) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ import torch
 
 import tvm_balanced as tb
 from tvm_balanced import records
+from tvm_balanced.compiler import _target_json
 from tvm_balanced.errors import InputError
 from tvm_balanced.schedules import tuned
 from tvm_balanced.targets import resolve
-from tvm_balanced.tuning.run import tune
+from tvm_balanced.tuning.run import open_folder, tune
 from tvm_balanced.tuning.tasks import Task, find_tasks, fused_module
 
 ROWS, FEATURES = 3, 64
+X = np.random.default_rng(0).standard_normal((ROWS, FEATURES)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,7 @@ def test_every_point_of_a_space_is_scheduled(task: Task) -> None:
 def test_a_record_that_fits_is_used(task: Task) -> None:
     scheduled = tuned.ScheduleTuned(
         resolve("llvm").target,
-        {task.key: _choice(task, "llvm_batch_lanes", row_tile=2, batch_tile=1)},
+        {task.key: _choice(task, "llvm_batch_lanes", sums=4, batch_tile=1)},
     )
     mod = scheduled(task.mod)
     assert [kernel.schedule for kernel in scheduled.coverage] == ["tuned"]
@@ -68,7 +71,7 @@ def test_a_record_that_fits_is_used(task: Task) -> None:
     ("kernel", "args_info", "knobs"),
     [
         ("llvm_batch_lanes", [["TENSOR", "float32", [1, 2]]], {}),
-        ("llvm_batch_lanes", None, {"row_tile": 1 << 20}),
+        ("llvm_batch_lanes", None, {"sums": 1 << 20}),
         ("llvm_batch_lanes", None, {"colour": 3}),
         ("of_another_release", None, {}),
     ],
@@ -84,10 +87,69 @@ def test_a_record_that_does_not_fit_leaves_the_default(
     assert len(scheduled.problems) == 1 and "somewhere" in scheduled.problems[0]
 
 
-@pytest.mark.large
-def test_a_run_is_resumed_and_compile_uses_it(
-    model: tb.Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.fixture(scope="module")
+def plain(model: tb.Model) -> Any:
+    """What the default schedule computes of :data:`X`."""
+    return tb.compile(model, "llvm", policy="always", logs=False)(X)
+
+
+def _cut(folder: Path) -> None:
+    path = folder / records.RECORDS
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def _no_json(folder: Path) -> None:
+    (folder / records.RECORDS).write_text("[[[[{no json\n")
+
+
+def _another_tvm(folder: Path) -> None:
+    path = folder / records.ENVIRONMENT
+    path.write_text(path.read_text().replace(records.tvm_version(), "0.1.0"))
+
+
+def _another_gpu(folder: Path) -> None:
+    path = folder / records.ENVIRONMENT
+    path.write_text(path.read_text().replace(f'"device": "{folder.name}"', '"device": "h100"'))
+
+
+def _wrong_shapes(folder: Path) -> None:
+    path = folder / records.RECORDS
+    path.write_text(path.read_text().replace(f"[{ROWS},{FEATURES}]", "[1,2]"))
+
+
+@pytest.mark.parametrize(
+    "damage", [None, _cut, _no_json, _another_tvm, _another_gpu, _wrong_shapes]
+)
+def test_records_that_cannot_be_used_cost_one_warning(
+    model: tb.Model,
+    task: Task,
+    plain: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], None] | None,
 ) -> None:
+    spec = resolve("llvm")
+    choice = _choice(task, "llvm_batch_lanes", sums=4)
+    target = _target_json(spec)
+    record = records.Record(choice.workload, choice.trace, (1e-6,), target, choice.args_info)
+    folder = open_folder(tmp_path, spec, "hot", 0, 1)
+    folder.append([record])
+    if damage is not None:
+        damage(folder.folder)
+    monkeypatch.setattr(logging.getLogger("tvm_balanced"), "propagate", True)
+    with caplog.at_level(logging.WARNING, "tvm_balanced"):
+        library = tb.compile(model, "llvm", policy="always", logs=tmp_path)
+    told = [entry.getMessage() for entry in caplog.records if entry.name == "tvm_balanced"]
+    expected = "tuned" if damage is None else "default"
+    assert [kernel["schedule"] for kernel in library.coverage] == [expected]
+    assert len(told) == (damage is not None)
+    assert all(str(folder.folder) in text for text in told)
+    np.testing.assert_allclose(library(X), plain, atol=1e-5)
+
+
+@pytest.mark.large
+def test_a_run_is_resumed_and_compile_uses_it(model: tb.Model, tmp_path: Path) -> None:
     first = tune(model, "llvm", trials=3, logs=tmp_path, policy="always")
     (kernel,) = first.kernels
     assert kernel.trials == 3 and not kernel.failures
@@ -105,16 +167,7 @@ def test_a_run_is_resumed_and_compile_uses_it(
     assert [entry["schedule"] for entry in library.coverage] == ["tuned"]
     plain = tb.compile(model, "llvm", policy="always", logs=False)
     assert [entry["schedule"] for entry in plain.coverage] == ["default"]
-    x = np.random.default_rng(0).standard_normal((ROWS, FEATURES)).astype(np.float32)
-    np.testing.assert_allclose(library(x), plain(x), atol=1e-5)
-
-    broken = first.folder / records.RECORDS
-    broken.write_bytes(broken.read_bytes()[:50])
-    with caplog.at_level(logging.WARNING, "tvm_balanced"):
-        logging.getLogger("tvm_balanced").propagate = True
-        library = tb.compile(model, "llvm", policy="always", logs=tmp_path)
-    assert [entry["schedule"] for entry in library.coverage] == ["default"]
-    assert sum(str(broken) in record.getMessage() for record in caplog.records) == 1
+    np.testing.assert_allclose(library(X), plain(X), atol=1e-5)
 
 
 @pytest.mark.parametrize(

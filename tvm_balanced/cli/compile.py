@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
+from tvm_balanced.cli.coverage import coverage_table, coverage_text
 from tvm_balanced.cli.options import (
     buckets_option,
     dense_option,
@@ -149,13 +147,15 @@ def command(
         }
     )
     output.show(library.report)
+    if any(kernel["schedule"] != "default" for kernel in library.coverage):
+        output.show(coverage_table(library.coverage))
     rows = {
         "written": path,
         "target": f"{spec.name} ({spec.arch})",
         "size": f"{size / 2**20:.1f} MiB",
         "sparse layers": f"{sparse} of {len(library.report)}",
         "CUDA kernels": len(library.kernels),
-        "schedules": _coverage(library.coverage),
+        "schedules": coverage_text(library.coverage),
         "took": f"{seconds:.1f} s",
     }
     output.show(summary("library", rows))
@@ -163,10 +163,3 @@ def command(
     output.next(
         f"tvm-balanced {verb} {shlex.quote(str(path))}" + (" --random" if verb == "run" else "")
     )
-
-
-def _coverage(kernels: Sequence[Mapping[str, Any]]) -> str:
-    """``of 5 kernels 3 tuned, 2 default``."""
-    counts = Counter(str(kernel["schedule"]) for kernel in kernels)
-    told = [f"{counts[kind]} {kind}" for kind in ("tuned", "estimated", "default") if counts[kind]]
-    return f"of {len(kernels)} kernels {', '.join(told) or 'none'}"

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tvm_balanced import records
-from tvm_balanced.errors import OutputError, ToolchainError
+from tvm_balanced.errors import InputError, OutputError, ToolchainError
 from tvm_balanced.records import Record
 
 if TYPE_CHECKING:
     from tvm_balanced.tuning.tasks import Task
+
+PLOTS = (".png", ".svg", ".pdf")
 
 
 @dataclass
@@ -94,6 +96,28 @@ class KernelResult:
         }
 
 
+def check_plot(path: Path) -> None:
+    """Refuse a plot that could not be written, before hours of work.
+
+    Raises
+    ------
+    InputError
+        For another kind of file, or a folder that is not there.
+    ToolchainError
+        Where matplotlib is missing.
+    """
+    from importlib.util import find_spec
+
+    if path.suffix not in PLOTS:
+        raise InputError(f"the plot is {path}; give a file that ends in {', '.join(PLOTS)}")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent} is not a folder, so {path} cannot be made; make it first")
+    if find_spec("matplotlib") is None:
+        raise ToolchainError(
+            "plots need matplotlib, not installed here: pip install 'tvm-balanced[plot]'"
+        )
+
+
 def describe(record: Record) -> str:
     """A schedule in a few words: our kernel and its knobs, the default, or TVM's rules."""
     if records.is_default(record.trace):
@@ -113,11 +137,14 @@ class Status:
     ----------
     kernel : KernelResult
         The kernel that the batch was of.
+    limit : int
+        Trials of that kernel, at most.
     trials, total : int
         Of all kernels together, done and at most.
     """
 
     kernel: KernelResult
+    limit: int
     trials: int
     total: int
 
@@ -186,18 +213,15 @@ class TuningResult:
 
         Raises
         ------
-        ToolchainError
-            Where matplotlib is missing.
+        InputError, ToolchainError
+            As for :func:`check_plot`.
         OutputError
             When the file cannot be written.
         """
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ToolchainError(
-                "plots need matplotlib, not installed here: pip install 'tvm-balanced[plot]'"
-            ) from error
+        check_plot(path)
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(8, 5))
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()

@@ -344,7 +344,8 @@ class _Tuner:
         self.progress(
             Status(
                 kernel=state.result,
-                trials=sum(s.result.trials for s in self.states),
+                limit=state.limit,
+                trials=sum(s.result.trials + s.result.failures for s in self.states),
                 total=sum(s.limit for s in self.states),
             )
         )
