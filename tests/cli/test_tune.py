@@ -24,6 +24,9 @@ def test_times(text, seconds):
         (["--plot", "trials.txt"], ".svg"),
         (["--plot", "missing/trials.svg"], "missing is not a folder"),
         (["--target", "h100"], "only CPUs"),
+        (["--runner", "model"], "only CUDA"),
+        (["--runner", "rpc"], "host:port"),
+        (["--key", "cpu"], "give runner rpc"),
     ],
     ids=lambda value: "-".join(value[:2]).strip("-") if isinstance(value, list) else None,
 )

@@ -56,6 +56,15 @@ if TYPE_CHECKING:
     show_default=True,
     help="Also those without sparse layers, by TVM's own rules.",
 )
+@click.option(
+    "--runner",
+    type=click.Choice(("local", "rpc", "model")),
+    default="local",
+    show_default=True,
+    help="Measure here, on the servers of a tracker, or predict for a GPU that is not here.",
+)
+@click.option("--tracker", metavar="HOST:PORT", help="TVM's RPC tracker, for --runner rpc.")
+@click.option("--key", metavar="KEY", help="Of the tracker's servers, for --runner rpc.")
 @click.option("--seed", default=0, show_default=True, help="Of the search.")
 @click.option("--resume", is_flag=True, help="Earlier records count as trials.")
 @click.option("--plot", metavar="FILE", help="Best time over trials, as .png, .svg or .pdf.")
@@ -77,12 +86,17 @@ def command(
     logs: str | None,
     cache: str,
     kernels: str,
+    runner: str,
+    tracker: str | None,
+    key: str | None,
     seed: int,
     resume: bool,
     plot: str | None,
     prune: int | None,
 ) -> None:
-    """Find faster schedules for the kernels of MODEL on this machine; compile then uses them.
+    """Find faster schedules for the kernels of MODEL; compile then uses them.
+
+    Times are measured on this machine or on others; --runner model predicts them, for CUDA without a GPU.
 
     Ctrl-C ends the run after the batch in flight and keeps what was measured. compile finds the records
     by the options that make the same kernels: pattern, policy, ignore, buckets and encoding.
@@ -90,6 +104,7 @@ def command(
     \b
     Example:
       tvm-balanced tune sparse.onnx --time 30m
+      tvm-balanced tune sparse.onnx --target h100 --runner model
     """
     shapes, sizes = parse_shapes(input_shapes), parse_buckets(buckets)
     policy = parse_policies(policies)
@@ -113,6 +128,9 @@ def command(
             "logs": logs,
             "cache": cache,
             "kernels": kernels,
+            "runner": runner,
+            "tracker": tracker,
+            "key": key,
             "seed": seed,
             "resume": resume,
             "plot": plot,
@@ -158,6 +176,9 @@ def command(
             logs=logs,
             cache=cache,
             kernels=kernels,
+            runner=runner,
+            tracker=tracker,
+            key=key,
             seed=seed,
             resume=resume,
             policy=policy,

@@ -7,7 +7,6 @@ another one, once: a candidate may be what killed it.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
 import socket
@@ -168,45 +167,42 @@ class RpcRunner:
     def __init__(self, tracker: Tracker, bounds: Mapping[Signature, int], cache: str) -> None:
         self.tracker = tracker
         self._bounds, self._cache = bounds, cache
-        self._servers = 0
+        self._servers = self._workers = 0
         self._runner: Any = None
         if not self._look():
             raise tracker.no_server()
 
     def _look(self) -> int:
-        """How many servers there are; more of them than before are used from now on."""
+        """How many servers there are; all of them are used from now on."""
+        count = self.tracker.servers()
+        if count < self._servers:
+            log.warning("%d of %d RPC servers are left", count, self._servers)
+        if count > self._workers:
+            self._open(count)
+        self._servers = count
+        return count
+
+    def _open(self, workers: int) -> None:
         from tvm.s_tir import meta_schedule as ms
         from tvm.support.popen_pool import PopenPoolExecutor
 
-        count = self.tracker.servers()
-        if count > self._servers or self._runner is None:
-            where = ms.runner.RPCConfig(
+        self.close()
+        self._runner = ms.runner.RPCRunner(
+            rpc_config=ms.runner.RPCConfig(
                 tracker_host=self.tracker.host,
                 tracker_port=self.tracker.port,
                 tracker_key=self.tracker.key,
                 session_timeout_sec=int(RUN_SECONDS),
-            )
-            self._stop()
-            self._runner = ms.runner.RPCRunner(
-                rpc_config=where,
-                f_alloc_argument=RpcArguments(self._bounds),
-                f_run_evaluator=RpcTimer(self._cache),
-            )
-            self._runner.pool.shutdown()
-            # TVM's own pool waits for ever for a server that no longer answers
-            self._runner.pool = PopenPoolExecutor(
-                max_workers=max(1, count),
-                timeout=_SESSIONS * RUN_SECONDS,
-                stderr=subprocess.DEVNULL,
-            )
-        if count < self._servers:
-            log.warning("%d of %d RPC servers are left", count, self._servers)
-        self._servers = count
-        return count
-
-    def _stop(self) -> None:
-        if self._runner is not None:
-            self._runner.pool.shutdown(wait=False)
+            ),
+            f_alloc_argument=RpcArguments(self._bounds),
+            f_run_evaluator=RpcTimer(self._cache),
+        )
+        self._runner.pool.shutdown()
+        # TVM's own pool waits for ever for a server that no longer answers
+        self._runner.pool = PopenPoolExecutor(
+            max_workers=workers, timeout=_SESSIONS * RUN_SECONDS, stderr=subprocess.DEVNULL
+        )
+        self._workers = workers
 
     def run(self, inputs: Sequence[Any]) -> list[_Known]:
         """One result for each of MetaSchedule's runner inputs, in order.
@@ -240,11 +236,12 @@ class RpcRunner:
             # what waits for a server would do so until its time is over
             missing = 0 if self.tracker.servers() else missing + 1
             if missing == _LOOKS:
-                self._stop()
+                self.close()
                 raise self.tracker.no_server()
         return [future.result() for future in futures]
 
     def close(self) -> None:
         """End the processes that talk to servers."""
-        with contextlib.suppress(OSError):
-            self._stop()
+        if self._runner is not None:
+            self._runner.pool.shutdown(wait=False)
+        self._runner, self._workers = None, 0
