@@ -49,6 +49,8 @@ _TARGET_KEYS = ("kind", "arch", "mcpu", "mattr", "num-cores", "max_shared_memory
 
 # estimates that are as near are taken for equal, as the kernel model itself takes its predictions
 _NEAR = 1.1
+# times the best: what the default schedule may take and still be chosen
+_HARDLY = 1.02
 
 _LOCK = ".lock"
 _LOST = b"null"
@@ -517,7 +519,7 @@ def rank(records: Iterable[Record]) -> list[Ranked]:
     """Schedules of one kernel, best first.
 
     One that was measured again stands before any that was measured once: the shortest of hundreds of
-    single measurements is usually luck.
+    single measurements is usually luck. The default schedule stands before what is hardly faster.
     """
     groups: dict[str, list[Record]] = {}
     for record in records:
@@ -530,7 +532,12 @@ def rank(records: Iterable[Record]) -> list[Ranked]:
         )
         for group in groups.values()
     ]
-    return sorted(ranked, key=lambda entry: (entry.times < 2, entry.seconds))
+    ranked.sort(key=lambda entry: (entry.times < 2, entry.seconds))
+    for entry in ranked[1:]:
+        if is_default(entry.record.trace) and entry.seconds < ranked[0].seconds * _HARDLY:
+            ranked.remove(entry)
+            return [entry, *ranked]
+    return ranked
 
 
 def best(records: Iterable[Record], method: str) -> Ranked:

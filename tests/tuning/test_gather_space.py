@@ -20,7 +20,7 @@ from tvm_balanced.pipeline import TIR_PIPELINE
 from tvm_balanced.schedules import cuda_gather, tuned
 from tvm_balanced.targets import GPUS
 from tvm_balanced.tuning import gather_model
-from tvm_balanced.tuning.space import designs
+from tvm_balanced.tuning.space import point_schedule
 
 ROOM = 48 << 10
 SIZES = {"float": 4, "uint": 4, "ushort": 2}
@@ -113,13 +113,10 @@ def test_estimated_shared_memory_is_what_a_kernel_declares(case: Case) -> None:
 def test_a_trace_replays_to_the_same_kernel() -> None:
     mod = _workload(SMALL)
     (space,) = tuned.spaces(mod["main"], target())
-    (design,) = designs(s_tir.Schedule(mod), [space])
-    drawn = [step for step in design.trace.insts if step.kind.name == "SampleCategorical"]
-    assert len(drawn) == len(space.choices)
     point = space.points()[-1]
-    trace = design.trace
-    for step, (name, values) in zip(drawn, space.choices.items(), strict=True):
-        trace = trace.with_decision(step, values.index(point[name]), True)
+    trace = point_schedule(mod, space, point).trace
+    drawn = [step for step in trace.insts if step.kind.name == "SampleCategorical"]
+    assert len(drawn) == len(space.choices)
     again = s_tir.Schedule(mod)
     s_tir.schedule.Trace.apply_json_to_schedule(trace.as_json(), again)
     assert tuned.knobs_of(again.mod) == (space.kernel, point)

@@ -8,15 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import tvm
-from tvm import s_tir
 
 import tvm_balanced as tb
 from tests.cuda.conftest import Case, fused_kernel, packed_format, target
 from tests.models.zoo import _bert
 from tvm_balanced import kernel_model, nvrtc, records
 from tvm_balanced.errors import InputError, ToolchainError, TvmBalancedError
-from tvm_balanced.ops import BLOCK_MAIN
 from tvm_balanced.records import Environment, RecordFolder
 from tvm_balanced.schedules import tuned
 from tvm_balanced.static_report import KernelResources
@@ -25,7 +22,7 @@ from tvm_balanced.tuning import gather_model, runners
 from tvm_balanced.tuning.model_runner import can_estimate, estimate
 from tvm_balanced.tuning.run import tune
 from tvm_balanced.tuning.runners import Runner
-from tvm_balanced.tuning.space import default_schedule
+from tvm_balanced.tuning.space import default_schedule, point_schedule
 from tvm_balanced.verification import verify
 
 CASE = Case((3,), 64, 128, "4:16")
@@ -34,15 +31,6 @@ CASE = Case((3,), 64, 128, "4:16")
 @pytest.fixture(scope="module")
 def workload() -> Any:
     return tuned.workload(fused_kernel(CASE, packed_format(CASE)), target())
-
-
-def _candidate(mod: tvm.IRModule, knobs: dict[str, int]) -> tvm.IRModule:
-    sch = s_tir.Schedule(mod)
-    block = sch.get_sblock(BLOCK_MAIN)
-    sch.annotate(block, tuned.KERNEL, gather_model.KERNEL)
-    for name, value in knobs.items():
-        sch.annotate(block, tuned.KNOB + name, value)
-    return sch.mod
 
 
 def test_an_estimate_is_of_the_compiled_kernel(workload: Any) -> None:
@@ -84,7 +72,7 @@ def test_a_kernel_that_spills_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(nvrtc, "compile_cubin", in_32_registers)
     with pytest.raises(TvmBalancedError, match="spills"):
-        estimate(_candidate(mod, tallest), target())
+        estimate(point_schedule(mod, space, tallest).mod, target())
 
 
 def test_a_kernel_that_does_not_compile_fails(

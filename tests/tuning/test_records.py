@@ -208,10 +208,23 @@ def test_what_was_measured_twice_wins_over_one_lucky_time() -> None:
     assert ranked[0].seconds == pytest.approx(3e-6)
 
 
+def _default(*seconds: float) -> Record:
+    trace = [_trace(0, records.DEFAULT_KERNEL)[0][:2], []]
+    return dataclasses.replace(_record("1", 0, *seconds), trace=trace)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "first"), [(1.01e-6, True), (1.05e-6, False)], ids=["hardly", "clearly"]
+)
+def test_the_default_gives_way_only_to_what_is_clearly_faster(seconds: float, first: bool) -> None:
+    default = _default(seconds)
+    ranked = records.rank([_record("1", 1, 1e-6), default])
+    assert (ranked[0].record == default) is first
+    assert len(ranked) == 2
+
+
 def test_prune_keeps_the_best_and_the_default(tmp_path: Path, spec: TargetSpec) -> None:
-    default = dataclasses.replace(
-        _record("1", 0, 9e-6), trace=[_trace(0, records.DEFAULT_KERNEL)[0][:2], []]
-    )
+    default = _default(9e-6)
     kept = _record("1", 1, 1e-6)
     folder = _folder(tmp_path, spec, default, _record("1", 0, 5e-6), kept, _record("1", 2, 3e-6))
     assert records.prune(folder, 1) == (4, 2)

@@ -149,6 +149,22 @@ def test_records_that_cannot_be_used_cost_one_warning(
 
 
 @pytest.mark.large
+def test_a_small_space_is_measured_whole(model: tb.Model, task: Task, tmp_path: Path) -> None:
+    spaces = tuned.spaces(task.mod["main"], resolve("llvm").target)
+    points = [(space.kernel, point) for space in spaces for point in space.points()]
+    result = tune(model, "llvm", trials=len(points) + 1, logs=tmp_path, policy="always")
+    found, _ = records.read_folder(result.folder)
+    measured = [
+        records.sampled_knobs(text)
+        for text in {
+            r.trace_text: r.trace for r in found if not records.is_default(r.trace)
+        }.values()
+    ]
+    assert len(measured) == len(points)
+    assert all(point in measured for point in points)
+
+
+@pytest.mark.large
 def test_a_run_is_resumed_and_compile_uses_it(model: tb.Model, tmp_path: Path) -> None:
     first = tune(model, "llvm", trials=3, logs=tmp_path, policy="always")
     (kernel,) = first.kernels

@@ -65,8 +65,10 @@ class _State:
     context: Any
     default: Any
     result: KernelResult
+    spaces: Sequence[Any]
     limit: int
     batches: int = 0
+    searched: bool = False
     finished: bool = False
     begun: bool = False
     # measured candidates by the trace's text
@@ -147,7 +149,8 @@ class _Tuner:
         limit = trials
         if spaces:
             limit = min(trials, sum(len(space.points()) for space in spaces))
-        return _State(task, context, default, KernelResult.of(task, self.estimates), limit)
+        result = KernelResult.of(task, self.estimates)
+        return _State(task, context, default, result, spaces, limit)
 
     # --- measuring
 
@@ -179,6 +182,7 @@ class _Tuner:
                 # workers get the terminal's Ctrl-C too, which says nothing about a candidate
                 if not self.stopped.is_set():
                     state.result.failures += 1
+                    state.known.setdefault(self._text(state, item.candidate), None)
                     log.debug("%s: %s", state.task.name, item.result.error_msg)
                 continue
             record = self._record(state, item.candidate, item.result.run_secs)
@@ -298,13 +302,12 @@ class _Tuner:
                 database=self.database,
                 cost_model=self.model,
             )
-        try:
-            candidates = state.context.generate_measure_candidates()
-        except IndexError:
-            # how TVM's search ends where every candidate was measured
-            candidates = None
-        proposed = [(self._text(state, candidate), candidate) for candidate in candidates or ()]
+        proposed = self._propose(state)
         fresh = [candidate for text, candidate in proposed if text not in state.known]
+        if not fresh:
+            # the search ends before a small space does
+            state.searched = True
+            proposed, fresh = [], self._rest(state, min(BATCH, left))
         if not fresh:
             state.finished = True
             return
@@ -314,10 +317,37 @@ class _Tuner:
         measured = {self._text(state, item.candidate): item.result for item in found}
         skipped = self.ms.runner.RunnerResult(None, "measured before")
         results = [measured.get(text, skipped) for text, _ in proposed]
-        state.context.notify_runner_results([c for _, c in proposed], results)
+        if proposed:
+            state.context.notify_runner_results([c for _, c in proposed], results)
         good = [item for item in found if item.result.error_msg is None]
         if good:
             self.model.update(state.context, [g.candidate for g in good], [g.result for g in good])
+
+    def _propose(self, state: _State) -> list[tuple[str, Any]]:
+        """What the search wants to be measured next, by the text of its trace; empty at its end."""
+        if state.searched:
+            return []
+        try:
+            candidates = state.context.generate_measure_candidates()
+        except IndexError:
+            # how TVM's search ends where every candidate was measured
+            candidates = None
+        return [(self._text(state, candidate), candidate) for candidate in candidates or ()]
+
+    def _rest(self, state: _State, most: int) -> list[Any]:
+        """Points of our kernels' spaces that were not measured, the first few of them."""
+        from tvm_balanced.tuning.space import point_schedule
+
+        rest = []
+        for space in state.spaces:
+            for point in space.points():
+                sch = point_schedule(state.task.mod, space, point)
+                candidate = self.ms.MeasureCandidate(sch, state.default.args_info)
+                if self._text(state, candidate) not in state.known:
+                    rest.append(candidate)
+                if len(rest) == most:
+                    return rest
+        return rest
 
     def _again(self, state: _State) -> None:
         for _ in range(_ROUNDS):

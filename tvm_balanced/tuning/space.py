@@ -32,34 +32,34 @@ def design_space(spaces: list[tuned.Space]) -> ms.space_generator.SpaceGenerator
         From :func:`tvm_balanced.schedules.tuned.spaces`.
     """
 
+    def designs(sch: s_tir.Schedule) -> list[s_tir.Schedule]:
+        return [_design(sch.copy(), space, {}) for space in spaces]
+
     return ms.space_generator.ScheduleFn(
-        lambda sch: designs(sch, spaces),
+        designs,
         sch_rules=[],
         postprocs=[KnobsGoTogether({space.kernel: space for space in spaces})],
         mutator_probs={MutateKnob(random.Random(0)): 1.0},
     )
 
 
-def designs(sch: s_tir.Schedule, spaces: list[tuned.Space]) -> list[s_tir.Schedule]:
-    """One schedule for each of our kernels, whose trace samples every knob and annotates it.
+def point_schedule(
+    mod: tvm.IRModule, space: tuned.Space, point: Mapping[str, int]
+) -> s_tir.Schedule:
+    """The schedule that the search would draw for one point of a space."""
+    return _design(s_tir.Schedule(mod), space, point)
 
-    Parameters
-    ----------
-    sch : tvm.s_tir.Schedule
-        Of a workload; stays as it is.
-    spaces : list of Space
-        Of the workload.
-    """
-    found = []
-    for space in spaces:
-        design = sch.copy()
-        block = design.get_sblock(BLOCK_MAIN)
-        design.annotate(block, tuned.KERNEL, space.kernel)
-        for name, values in space.choices.items():
-            drawn = design.sample_categorical(list(values), [1 / len(values)] * len(values))
-            design.annotate(block, tuned.KNOB + name, drawn)
-        found.append(design)
-    return found
+
+def _design(sch: s_tir.Schedule, space: tuned.Space, point: Mapping[str, int]) -> s_tir.Schedule:
+    """Sample the knobs of ``space``; those that ``point`` has are decided."""
+    block = sch.get_sblock(BLOCK_MAIN)
+    sch.annotate(block, tuned.KERNEL, space.kernel)
+    for name, values in space.choices.items():
+        decided = values.index(point[name]) if name in point else None
+        equal = [1 / len(values)] * len(values)
+        drawn = sch.sample_categorical(list(values), equal, decision=decided)
+        sch.annotate(block, tuned.KNOB + name, drawn)
+    return sch
 
 
 def default_schedule(mod: tvm.IRModule) -> s_tir.Schedule:
