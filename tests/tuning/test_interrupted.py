@@ -73,7 +73,7 @@ def test_killed_twenty_times_it_goes_on(model: Path, tmp_path: Path) -> None:
         while round_ % 4 and not _finished(tmp_path / "told"):
             assert process.poll() is None, (tmp_path / "told").read_text()
             time.sleep(0.05)
-        time.sleep(rng.uniform(0.0, 6.0))
+        time.sleep(rng.uniform(0.0, 5.0))
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, f"it had ended before, in round {round_}"
         # its workers end by themselves, as they read of their parent's end
@@ -85,6 +85,8 @@ def test_killed_twenty_times_it_goes_on(model: Path, tmp_path: Path) -> None:
         before = found
     # else it was only killed while it started
     assert len(_schedules(before)) >= 20
+    # enough for what is there: nothing but the best of it is measured again
+    command = _command("tune", model, logs, "--trials", "16", "--resume")
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [kernel["schedule"] for kernel in _coverage(model, logs)] == ["tuned"] * 2
