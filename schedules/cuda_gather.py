@@ -172,7 +172,7 @@ def apply(
         Knobs; :func:`default_tile` chooses them when left out.
     """
     found = find(func)
-    if found is None or not _takes(found):
+    if found is None or not takes(found):
         return None
     if tile is None:
         tile = default_tile(
@@ -184,10 +184,15 @@ def apply(
     return None if canonical is None else _schedule(canonical, found, tile)
 
 
-def _takes(found: BalancedBlock) -> bool:
+def takes(found: BalancedBlock) -> bool:
     """Whether a lane's slots are one vector load: CUDA has vectors of 2, 4 and 8 up to 16 bytes.
 
     Their indices have to be whole bytes.
+
+    Parameters
+    ----------
+    found : BalancedBlock
+        The operator in a kernel.
     """
     layout = found.fmt.layout
     itemsize = 4 if found.value_dtype == "float32" else 2

@@ -21,6 +21,7 @@ from typing import Any
 import tvm
 from tvm import s_tir, tirx
 
+from tvm_balanced.packing import PackedFormat
 from tvm_balanced.schedules import llvm_nest as nest
 from tvm_balanced.schedules.cpu_common import lanes as lanes_of
 
@@ -80,6 +81,71 @@ def body(parts: nest.Parts, lanes: int, knobs: Knobs) -> Any:
     return _Kernel(parts, lanes, knobs).body()
 
 
+def group_sizes(fmt: PackedFormat, lanes: int) -> list[int]:
+    """Weight rows that one step of the parallel loop may handle, ascending; more count as the last.
+
+    Parameters
+    ----------
+    fmt : PackedFormat
+        Of the weight.
+    lanes : int
+        float32 values in a register.
+    """
+    # steps are whole registers and cache lines, and every thread has some to take
+    multiple = math.lcm(_LINE, lanes, _unit(fmt))
+    most = -(-fmt.padded_rows // (_STEPS * multiple))
+    doubled = [1 << i for i in range(most.bit_length()) if 1 << i < most]
+    return [multiple * size for size in [*doubled, most]]
+
+
+def tile_sizes(fmt: PackedFormat, lanes: int, knobs: Knobs, width: int) -> tuple[int, int]:
+    """What ``knobs`` come to in a tile of ``width`` registers of activations.
+
+    Parameters
+    ----------
+    fmt : PackedFormat
+        Of the weight.
+    lanes : int
+        float32 values in a register.
+    knobs : Knobs
+        What was asked for.
+    width : int
+        Registers of activations.
+
+    Returns
+    -------
+    rows, chunk : int
+        Weight rows whose sums are held together, and steps of K (blocks, or pairs of them) in a chunk.
+    """
+    unit, step = _unit(fmt), _step(fmt)
+    rows = 1
+    while rows * 2 * width <= knobs.sums and unit % (rows * 2) == 0:
+        rows *= 2
+    bytes_of_step = step * 4 * (fmt.pattern.block * width * lanes + fmt.pattern.nnz * unit)
+    return rows, min(fmt.blocks // step, max(1, knobs.chunk // bytes_of_step))
+
+
+def tile_widths(registers: int, batch_tile: int) -> list[int]:
+    """Widths of the tiles that ``registers`` of activations are cut into; one or two values."""
+    whole, rest = divmod(registers, batch_tile)
+    return [batch_tile] * bool(whole) + [rest] * bool(rest)
+
+
+def _vector_index(fmt: PackedFormat) -> bool:
+    """Whether the indices of as many rows as fill a vector lie side by side."""
+    return fmt.layout.vector == 1 and fmt.layout.rows in (8, 16, 32)
+
+
+def _unit(fmt: PackedFormat) -> int:
+    """Weight rows whose indices are unpacked together."""
+    return fmt.layout.rows if _vector_index(fmt) else math.gcd(fmt.padded_rows, 8)
+
+
+def _step(fmt: PackedFormat) -> int:
+    """Blocks of a step: an odd number of 4-bit slots per block ends in the middle of a byte."""
+    return 2 if fmt.encoding == "u4" and fmt.pattern.nnz % 2 else 1
+
+
 class _Kernel:
     def __init__(self, parts: nest.Parts, lanes: int, knobs: Knobs) -> None:
         self.parts = parts
@@ -88,12 +154,9 @@ class _Kernel:
         self.knobs = knobs
         self.columns = -(-self.fmt.padded_features // _LINE) * _LINE
         self.registers = (parts.rows + lanes - 1) // lanes
-        rows, layout = self.fmt.padded_rows, self.fmt.layout
-        self.vector_index = layout.vector == 1 and layout.rows in (8, 16, 32)
-        self.unit = layout.rows if self.vector_index else math.gcd(rows, 8)
-        # every thread has steps to take, and steps are whole registers and cache lines
-        multiple = math.lcm(_LINE, lanes, self.unit)
-        self.group = min(knobs.group, -(-rows // (_STEPS * multiple)) * multiple)
+        self.vector_index = _vector_index(self.fmt)
+        self.unit = _unit(self.fmt)
+        self.group = min(knobs.group, group_sizes(self.fmt, lanes)[-1])
 
     def body(self) -> Any:
         parts, fmt = self.parts, self.fmt
@@ -200,15 +263,10 @@ class _Kernel:
         """``count`` weight rows from ``first`` by ``width`` registers from ``register``."""
         fmt, lanes = self.fmt, self.lanes
         sums, allocate = nest.workspace(self.group * width * lanes, "balanced_sums")
-        # an odd number of 4-bit slots per block ends in the middle of a byte: two blocks at a time
-        step = 2 if fmt.encoding == "u4" and fmt.pattern.nnz % 2 else 1
+        step = _step(fmt)
         steps = fmt.blocks // step
-        bytes_of_step = step * 4 * (fmt.pattern.block * width * lanes + fmt.pattern.nnz * self.unit)
-        chunk = min(steps, max(1, self.knobs.chunk // bytes_of_step))
+        rows, chunk = tile_sizes(fmt, lanes, self.knobs, width)
         places = nest.local(chunk * step * fmt.pattern.nnz * self.unit, "balanced_places", "int32")
-        rows = 1
-        while rows * 2 * width <= self.knobs.sums and self.unit % (rows * 2) == 0:
-            rows *= 2
         one = chunk == steps
 
         def work(c: Any) -> Any:

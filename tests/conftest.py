@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,11 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 os.environ.setdefault("TVM_NUM_THREADS", "2")
 os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
 os.environ.setdefault("TVM_BIND_THREADS", "0")
+
+# no tuning records of whoever runs the tests, here and in the processes that tests start
+_cache = tempfile.TemporaryDirectory(prefix="tvm-balanced-tests-")
+os.environ["XDG_CACHE_HOME"] = _cache.name
+os.environ.pop("TVM_BALANCED_LOGS", None)
 
 
 @pytest.fixture

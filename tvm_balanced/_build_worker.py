@@ -46,7 +46,7 @@ def _run(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     mod = tvm.ir.load_json((folder / "module.json").read_text())
     target = tvm.ir.load_json((folder / "target.json").read_text())
     params = read_tensors(folder / "params.safetensors")
-    source, reference = toolchain.build_and_export(
+    source, reference, scheduled = toolchain.build_and_export(
         mod,
         target,
         folder / "lib.so",
@@ -58,7 +58,7 @@ def _run(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     )
     (folder / "device.cu").write_text(source)
     (folder / "reference").write_bytes(reference)
-    return {"error": None, "compiler": nvrtc.compiler()}
+    return {"error": None, "compiler": nvrtc.compiler(), "scheduled": scheduled}
 
 
 if __name__ == "__main__":

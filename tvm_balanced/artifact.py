@@ -154,6 +154,9 @@ class Manifest:
     cublas : tuple of dict
         Each call of cuBLAS, see :func:`tvm_balanced.relay_passes.dense_cublas.cublas_calls`. Where there is
         any, libcublas must be there when the library runs.
+    coverage : tuple of dict
+        How each kernel was scheduled, by a tuning record or by default, see
+        :class:`tvm_balanced.schedules.tuned.Coverage`; empty where the library does not say.
     """
 
     target: TargetEntry
@@ -166,6 +169,7 @@ class Manifest:
     files: Mapping[str, str]
     dense: str
     cublas: tuple[Mapping[str, Any], ...]
+    coverage: tuple[Mapping[str, Any], ...] = ()
 
 
 def describe_functions(
@@ -426,6 +430,7 @@ def _write(
         files={name: sha256(work / name) for name in _contents(work)},
         dense=dense if spec.kind == "cuda" else spec.kind,
         cublas=tuple(cublas),
+        coverage=tuple(library.coverage),
     )
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(manifest)}
     _write_text(work / MANIFEST, json.dumps(document, indent=2) + "\n")
@@ -625,7 +630,15 @@ class _Reader:
             files=dict(files),
             dense=dense,
             cublas=self._calls(self.get(fields, "cublas")),
+            coverage=self._coverage(fields.get("coverage", [])),
         )
+
+    def _coverage(self, value: Any) -> tuple[Mapping[str, Any], ...]:
+        kernels = self._mappings(value, "coverage")
+        for i, kernel in enumerate(kernels):
+            for key in ("kernel", "schedule", "note"):
+                self.text(self.get(kernel, key), f"coverage[{i}].{key}")
+        return kernels
 
     def _calls(self, value: Any) -> tuple[Mapping[str, Any], ...]:
         calls = self._mappings(value, "cublas")

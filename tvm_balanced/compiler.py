@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tvm_balanced import records
 from tvm_balanced.artifact import FunctionEntry, describe_functions, save, split_parameters
 from tvm_balanced.cuda_source import kernel_source, split_kernels
 from tvm_balanced.errors import InputError, OutputError
 from tvm_balanced.model import Array, Model
-from tvm_balanced.plan import make_plan
+from tvm_balanced.plan import Plan, make_plan
 from tvm_balanced.relay_passes.bucket_functions import bucket_functions
 from tvm_balanced.relay_passes.dense_cublas import cublas_calls
 from tvm_balanced.relay_passes.find_dense import split_params
@@ -23,6 +26,8 @@ from tvm_balanced.toolchain import CUBLAS_SOURCE, ExportedLibrary, export_librar
 
 # code without weights: object files and libraries of models of some hundred operators
 _OBJECT_BYTES = 8 << 20
+
+_LOG = logging.getLogger("tvm_balanced")
 
 if TYPE_CHECKING:
     import tvm
@@ -64,6 +69,11 @@ class CompiledLibrary:
     def __repr__(self) -> str:
         names = ", ".join(entry.name for entry in self._functions)
         return f"CompiledLibrary(target={self.target.name} {self.target.arch}, functions={names})"
+
+    @property
+    def coverage(self) -> tuple[Mapping[str, Any], ...]:
+        """Per kernel: ``schedule`` (``"tuned"``, ``"estimated"``, ``"default"``), ``balanced``, ``note``."""
+        return self._exported.coverage
 
     @property
     def kernels(self) -> list[str]:
@@ -127,6 +137,7 @@ def compile(
     encoding: str = "auto",
     dense: str = "dlight",
     cuda_graph: bool = True,
+    logs: str | Path | bool | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> CompiledLibrary:
     """Compile a model whose weights follow balanced patterns.
@@ -153,6 +164,9 @@ def compile(
     cuda_graph : bool
         Whether kernels with static shapes are captured into CUDA graphs at a thread's first call, and
         replayed from then on; does nothing on llvm.
+    logs : path-like or False, optional
+        A folder of tuning records to look at first, before ``$TVM_BALANCED_LOGS``, the user's and those
+        shipped; False for none of them.
     progress : callable, optional
         Told in a few words what is done next.
 
@@ -169,6 +183,61 @@ def compile(
     OutputError
         When there is no room for temporary files.
     """
+    if logs is True:
+        raise InputError("logs is True; give a folder, or leave it out")
+    where = [] if logs is False else records.places(logs)
+    prepared = prepare(model, target, policy, ignore, buckets, encoding, dense, progress)
+    plan, mod = prepared.plan, prepared.mod
+    embedded, beside = prepared.embedded, prepared.beside
+    functions = describe_functions(mod, embedded=list(embedded), beside=list(beside))
+    folder = _temporary_folder(sum(array.nbytes for array in embedded.values()))
+    lookup = records.find(plan.target, where, _target_json(plan.target))
+    (progress or (lambda _: None))("build")
+    exported = export_library(
+        mod,
+        plan.target,
+        Path(folder.name) / "lib.so",
+        params=embedded,
+        options={
+            "cuda_graph": cuda_graph,
+            "records": [asdict(choice) for choice in lookup.choices.values()],
+        },
+        sources=[CUBLAS_SOURCE] if prepared.cublas else [],
+    )
+    lookup.problems += exported.problems
+    warning = lookup.warning()
+    if warning is not None:
+        _LOG.warning("%s; these kernels get the default schedule", warning)
+    return CompiledLibrary(
+        exported, folder, plan.report, plan.target, functions, beside, dense, prepared.cublas
+    )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model after the passes on operators.
+
+    ``embedded`` and ``beside`` are its weights, ``cublas`` the products that cuBLAS runs.
+    """
+
+    plan: Plan
+    mod: tvm.IRModule
+    embedded: Mapping[str, Array]
+    beside: Mapping[str, Array]
+    cublas: Sequence[Mapping[str, str]]
+
+
+def prepare(
+    model: Model,
+    target: str | tvm.target.Target | TargetSpec,
+    policy: str | Mapping[str, str],
+    ignore: Iterable[str],
+    buckets: Sequence[int] | Mapping[str, Sequence[int]] | None,
+    encoding: str,
+    dense: str,
+    progress: Callable[[str], None] | None,
+) -> Prepared:
+    """Plan, rewrite and pack: what :func:`compile` builds and the tuner takes its kernels from."""
     if not isinstance(model, Model):
         raise InputError(
             f"a {type(model).__name__} was given, expected an imported model; import it with "
@@ -189,21 +258,16 @@ def compile(
     calls = cublas_calls(mod, names)
     if len(by_var) != len(weights):
         raise InputError(f"{model.name} has several weights of one name; rename them")
-    embedded, beside = split_parameters(by_var)
-    functions = describe_functions(mod, embedded=list(embedded), beside=list(beside))
-    folder = _temporary_folder(sum(array.nbytes for array in embedded.values()))
-    tell("build")
-    exported = export_library(
-        mod,
-        plan.target,
-        Path(folder.name) / "lib.so",
-        params=embedded,
-        options={"cuda_graph": cuda_graph},
-        sources=[CUBLAS_SOURCE] if calls else [],
-    )
-    return CompiledLibrary(
-        exported, folder, plan.report, plan.target, functions, beside, dense, calls
-    )
+    return Prepared(plan, mod, *split_parameters(by_var), calls)
+
+
+def _target_json(spec: TargetSpec) -> dict[str, Any]:
+    """The target as plain values, as tuning records hold it."""
+    exported = spec.target.export()
+    return {
+        str(name): value if isinstance(value, str | int | float) else [str(v) for v in value]
+        for name, value in exported.items()
+    }
 
 
 def _temporary_folder(num_bytes: int) -> tempfile.TemporaryDirectory[str]:

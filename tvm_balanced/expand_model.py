@@ -188,6 +188,49 @@ def candidates(fmt: PackedFormat, rows: int, shared: int) -> list[Tile]:
     return list(found)
 
 
+def choices(fmt: PackedFormat, rows: int) -> dict[str, tuple[int, ...]]:
+    """Values of each knob for a tuner, which :func:`is_legal` allows together or not.
+
+    Parameters
+    ----------
+    fmt : PackedFormat
+        One that :func:`takes_format`.
+    rows : int
+        M.
+    """
+    warps = _WARPS[fmt.pattern.block]
+    powers = tuple(1 << i for i in range(warps.bit_length()))
+    heights = {_height(rows)}
+    while min(heights) > COLUMNS:
+        heights.add(_ceil(min(heights) // COLUMNS, 2) * COLUMNS)
+    return {
+        "rows": tuple(sorted(heights)),
+        "columns": powers,
+        "shares": powers,
+        "stages": (2, 3, 4),
+    }
+
+
+def is_legal(fmt: PackedFormat, shared: int, tile: Tile) -> bool:
+    """Whether a tile fits ``shared`` bytes and the registers, and every warp has a window of K.
+
+    Parameters
+    ----------
+    fmt : PackedFormat
+        One that :func:`takes_format`.
+    shared : int
+        Bytes of shared memory that a thread block may take.
+    tile : Tile
+        The knobs.
+    """
+    windows = _ceil(fmt.slots, RUN * WINDOW)
+    return (
+        tile.warps <= _WARPS[fmt.pattern.block]
+        and tile.shares <= max(1, windows)
+        and shared_bytes(fmt, tile) <= shared
+    )
+
+
 def estimated_registers(fmt: PackedFormat, tile: Tile) -> int:
     """Registers of a thread: ptxas, 16 kernels, within 10."""
     return min(255, round(72 + 1.5 * fmt.pattern.block + 1.45 * tile.rows))

@@ -32,6 +32,9 @@ WINDOW = 16  # elements staged side by side, at least
 _WAVEFRONT_BYTES = 128  # of shared memory, in a clock
 _BANK_WORDS = 32
 _PARTIAL_BYTES = 4  # of a sum in float32
+_REUSED = (
+    16  # times a buffer's size, up to which TVM's storage rewriting lets it take another's place
+)
 STAGED_BYTES = 8  # of the widest staged element
 _LOAD_BYTES = 16  # of the widest load
 MAX_ROWS = 16  # of activations in a tile
@@ -48,6 +51,10 @@ _NEAR = 1.1
 _HIDDEN = 0.1
 # padding of slots that is accepted without looking for fewer
 SPARE = 1.07
+# and that a tuner may try
+_TUNED_SPARE = 1.34
+# a tuner may stage K in so many times the fewest chunks
+_TUNED_CHUNKS = (1, 2, 4)
 # slots of a row, the fewest that a thread block of its own is asked about for
 _SPLIT_SLOTS = 1024
 
@@ -400,6 +407,31 @@ def estimated_registers(knobs: Knobs) -> int:
     return max(32, 8 * _ceil(needed, 8))
 
 
+def estimated_shared_bytes(fmt: PackedFormat, dtype: str, knobs: Knobs) -> int:
+    """Shared memory of a thread block: what is staged and the partial sums, which may take its place.
+
+    TVM lets them where they fit and it is not larger by a factor of more than 16, or where both are float32.
+
+    Parameters
+    ----------
+    fmt : PackedFormat
+        Layout ``r32vV``.
+    dtype : str
+        Of the activations.
+    knobs : Knobs
+        Of the kernel.
+    """
+    rows = knobs.vector * knobs.groups
+    itemsize = staged_itemsize(dtype, rows)
+    windows, length = knobs.chunk // window_blocks(fmt), fmt.pattern.block * window_blocks(fmt)
+    left_out = windows * (pitch(fmt, dtype, knobs.vector, rows) - length)
+    staged = (knobs.chunk * fmt.pattern.block + left_out) * rows * itemsize
+    partial = knobs.warps * rows * _LANES * _PARTIAL_BYTES
+    fits = partial <= staged <= _REUSED * partial
+    grows = itemsize == _PARTIAL_BYTES and staged <= partial <= _REUSED * staged
+    return max(staged, partial) if fits or grows else staged + partial
+
+
 def _index_bytes(fmt: PackedFormat) -> float:
     """Bytes of the indices of one vector of slots."""
     return fmt.layout.vector * fmt.index_bits / 8
@@ -464,12 +496,21 @@ class Model:
         told = self._evaluate(knobs)
         return told[0], told[1], told[8], told[3]
 
-    def predict(self, knobs: Knobs) -> Prediction:
-        """Predicted time of a launch, with its parts."""
-        told: tuple[Any, ...] = self._evaluate(knobs)
+    def predict(self, knobs: Knobs, compiled: KernelResources | None = None) -> Prediction:
+        """Predicted time of a launch, with its parts.
+
+        Parameters
+        ----------
+        knobs : Knobs
+            Of the kernel.
+        compiled : KernelResources, optional
+            What the compiled kernel occupies, instead of estimated registers and shared memory. Where it
+            cannot be launched the time is infinite.
+        """
+        told: tuple[Any, ...] = self._evaluate(knobs, compiled)
         return Prediction(*told)
 
-    def _evaluate(self, knobs: Knobs) -> tuple[float, ...]:
+    def _evaluate(self, knobs: Knobs, compiled: KernelResources | None = None) -> tuple[float, ...]:
         gpu, fmt, count = self.gpu, self.fmt, self.gpu.instructions
         vector, groups, warps, unroll, chunk = (
             knobs.vector,
@@ -538,14 +579,11 @@ class Model:
         end_wavefronts = 2 * warps * tile_rows
         end_instructions = 2 * warps * tile_rows + 4 * tile_rows + count.kernel * warps
 
-        registers = estimated_registers(knobs)
-        window_length = fmt.pattern.block * window_blocks(fmt)
-        left_out = pitch(fmt, self.dtype, vector, tile_rows) - window_length
-        left_out *= chunk // window_blocks(fmt) * tile_rows * itemsize
-        shared_bytes = max(
-            chunk * fmt.pattern.block * tile_rows * itemsize + left_out,
-            warps * tile_rows * _LANES * _PARTIAL_BYTES,
-        )
+        if compiled is None:
+            registers = estimated_registers(knobs)
+            shared_bytes = estimated_shared_bytes(fmt, self.dtype, knobs)
+        else:
+            registers, shared_bytes = compiled.registers, compiled.shared_bytes
         fits = resident_blocks(gpu.arch, registers, shared_bytes, warps * _LANES)
         if fits == 0:
             # cannot be launched
@@ -705,21 +743,11 @@ def candidates(
         if seen and multiprocessors is not None and 2 * thread_blocks > multiprocessors:
             return
         for vector in (1, 2, 4):
-            itemsize = staged_itemsize(dtype, vector * _ceil(tile_rows, vector))
-            if vector * itemsize > STAGED_BYTES or vector >= 2 * tile_rows:
-                continue
             groups = _ceil(tile_rows, vector)
             held = vector * groups
-            # a staged element narrower than it could be costs a load a row more
-            if (
-                (vector, groups) in seen
-                or held > MAX_ROWS
-                or (groups > 4 and itemsize * vector < 8)
-            ):
+            if (vector, groups) in seen or not _is_row_shape(tile_rows, vector, dtype):
                 continue
-            max_warps = MAX_WARPS if held <= 8 else MAX_WARPS // 2
-            room = shared_bytes - max_warps * held * _LANES * _PARTIAL_BYTES
-            most = room // (fmt.pattern.block * held * itemsize) // unit * unit
+            most = _most_blocks(fmt, dtype, held, shared_bytes)
             if most < unit:
                 continue
             seen.add((vector, groups))
@@ -728,18 +756,94 @@ def candidates(
             spare = multiprocessors // thread_blocks if split and multiprocessors else 1
             for (chunk, splits), made_for in _chunks(fmt, unit, fewest, most, spare).items():
                 runs = chunk * fmt.pattern.nnz // fmt.layout.vector
-                for warps, unroll in _shares(runs, max_warps, whole_runs(fmt)):
-                    if made_for is None or unroll in made_for:
-                        yield Knobs(vector, groups, warps, unroll, chunk, splits)
+                for warps, unroll in _shares(runs, _max_warps(held), whole_runs(fmt)):
+                    if made_for is not None and unroll not in made_for:
+                        continue
+                    knobs = Knobs(vector, groups, warps, unroll, chunk, splits)
+                    # with elements left out after windows, what is staged can take a little more
+                    if estimated_shared_bytes(fmt, dtype, knobs) <= shared_bytes:
+                        yield knobs
+
+
+def choices(
+    fmt: PackedFormat, rows: int, dtype: str, shared_bytes: int, multiprocessors: int
+) -> dict[str, tuple[int, ...]]:
+    """Values of each knob for a tuner, which :func:`is_legal` allows together or not.
+
+    All :func:`candidates` are among them, with and without thread blocks that share K, at every height of
+    the tile, and with four times the fewest chunks.
+
+    Parameters
+    ----------
+    fmt, rows, dtype, shared_bytes
+        As for :func:`candidates`.
+    multiprocessors : int
+        Of the GPU.
+    """
+    shapes = row_shapes(rows, dtype)
+    unit, whole = chunk_unit(fmt), whole_runs(fmt)
+    chunks: set[tuple[int, int]] = set()
+    for vector, groups in shapes:
+        most = _most_blocks(fmt, dtype, vector * groups, shared_bytes)
+        if most < unit:
+            continue
+        thread_blocks = fmt.padded_rows // _LANES * _ceil(rows, vector * groups)
+        spare = multiprocessors // thread_blocks
+        chunks.update(_chunks(fmt, unit, _ceil(fmt.blocks, most), most, spare, _TUNED_CHUNKS))
+    return {
+        "vector": tuple(sorted({vector for vector, _ in shapes})),
+        "groups": tuple(sorted({groups for _, groups in shapes})),
+        "warps": tuple(range(1, MAX_WARPS + 1)),
+        "unroll": tuple(whole * units for units in range(1, max(1, MAX_UNROLL // whole) + 1)),
+        "chunk": tuple(sorted({chunk for chunk, _ in chunks})),
+        "splits": tuple(sorted({splits for _, splits in chunks})),
+    }
+
+
+def is_legal(fmt: PackedFormat, rows: int, dtype: str, shared_bytes: int, knobs: Knobs) -> bool:
+    """Whether a kernel with these knobs is right, fits the shared memory, and leaves no part idle.
+
+    Parameters
+    ----------
+    fmt, rows, dtype, shared_bytes
+        As for :func:`candidates`.
+    knobs : Knobs
+        Of the kernel.
+    """
+    chunk, splits = knobs.chunk, knobs.splits
+    held = knobs.vector * knobs.groups
+    max_warps = _max_warps(held)
+    if (knobs.vector, knobs.groups) not in row_shapes(rows, dtype) or knobs.warps > max_warps:
+        return False
+    if min(chunk, splits, knobs.unroll) < 1 or chunk % chunk_unit(fmt):
+        return False
+    if knobs.unroll % whole_runs(fmt) or estimated_shared_bytes(fmt, dtype, knobs) > shared_bytes:
+        return False
+    parts = _ceil(_ceil(fmt.blocks, chunk), splits)
+    if (splits - 1) * parts * chunk >= fmt.blocks:
+        return False
+    runs = chunk * fmt.pattern.nnz // fmt.layout.vector
+    padding = _padding(runs, max_warps, whole_runs(fmt))
+    units = knobs.unroll // whole_runs(fmt)
+    padded = padding.get((knobs.warps, units), math.inf)
+    if padded > max(_TUNED_SPARE, min(padding.values())):
+        return False
+    return knobs.warps in _EVEN_WARPS or padded < padding[knobs.warps + 1, units]
 
 
 def _chunks(
-    fmt: PackedFormat, unit: int, fewest: int, most_blocks: int, spare: int
+    fmt: PackedFormat,
+    unit: int,
+    fewest: int,
+    most_blocks: int,
+    spare: int,
+    times: tuple[int, ...] = (1, 2),
 ) -> dict[tuple[int, int], set[int] | None]:
-    """Blocks staged at a time and thread blocks that share K, by twos up to ``spare`` of them.
+    """Blocks staged at a time, in ``times`` the fewest chunks, and thread blocks that share K.
 
-    They are even shares of K, for any loads in flight (None), and the next larger ones that hold whole units
-    of certain loads in flight: the ends of a unit are guarded once for all of its loads.
+    Of these there are powers of two up to ``spare``, and ``spare``. Blocks are even shares of K, for any
+    loads in flight (None), and the next larger numbers that hold whole units of certain loads in flight: the
+    ends of a unit are guarded once for all of its loads.
     """
     most = min(spare, fmt.slots // _SPLIT_SLOTS)
     counts = {1, *(1 << i for i in range(1, max(1, most).bit_length())), max(1, most)}
@@ -751,7 +855,7 @@ def _chunks(
     }
     found: dict[tuple[int, int], set[int] | None] = {}
     for splits in sorted(counts):
-        for chunks in (fewest, 2 * fewest):
+        for chunks in (count * fewest for count in times):
             share = _ceil(fmt.blocks, _ceil(chunks, splits) * splits)
             even = _ceil(share, unit) * unit
             for unroll, multiple in ((None, unit), *whole.items()):
@@ -781,16 +885,65 @@ def _row_tiles(rows: int) -> list[int]:
 
 
 @functools.lru_cache(maxsize=1024)
+def row_shapes(rows: int, dtype: str) -> tuple[tuple[int, int], ...]:
+    """Rows of a staged element and such elements of a tile that are worth trying, for every height.
+
+    Parameters
+    ----------
+    rows : int
+        M.
+    dtype : str
+        Of the activations.
+    """
+    even = {_ceil(rows, tiles) for tiles in range(1, rows + 1)}
+    heights = {h for h in even if h <= MAX_ROWS and _ceil(rows, h) * h <= SPARE * rows}
+    shapes = {
+        (vector, _ceil(height, vector))
+        for height in heights | set(_row_tiles(rows))
+        for vector in (1, 2, 4)
+        if _is_row_shape(height, vector, dtype)
+    }
+    return tuple(sorted(shapes))
+
+
+def _is_row_shape(height: int, vector: int, dtype: str) -> bool:
+    """Whether a tile of so many rows may be staged in elements of ``vector`` of them."""
+    groups = _ceil(height, vector)
+    itemsize = staged_itemsize(dtype, vector * groups)
+    if vector * itemsize > STAGED_BYTES or vector >= 2 * height:
+        return False
+    # a staged element narrower than it could be costs a load a row more
+    return vector * groups <= MAX_ROWS and not (groups > 4 and itemsize * vector < STAGED_BYTES)
+
+
+def _max_warps(held: int) -> int:
+    return MAX_WARPS if held <= 8 else MAX_WARPS // 2
+
+
+def _most_blocks(fmt: PackedFormat, dtype: str, held: int, shared_bytes: int) -> int:
+    """Whole units of blocks that can be staged at a time."""
+    room = shared_bytes - _max_warps(held) * held * _LANES * _PARTIAL_BYTES
+    unit = chunk_unit(fmt)
+    return room // (fmt.pattern.block * held * staged_itemsize(dtype, held)) // unit * unit
+
+
+@functools.lru_cache(maxsize=1024)
+def _padding(runs: int, max_warps: int, unit: int) -> dict[tuple[int, int], float]:
+    """What warps and loads in flight, ``unit`` at a time, make of ``runs`` vectors of slots, as a factor."""
+    return {
+        (warps, units): _ceil(runs, warps * units * unit) * warps * units * unit / runs
+        for units in range(max(1, MAX_UNROLL // unit), 0, -1)
+        for warps in range(max_warps, 0, -1)
+    }
+
+
+@functools.lru_cache(maxsize=1024)
 def _shares(runs: int, max_warps: int, unit: int) -> tuple[tuple[int, int], ...]:
     """Warps and loads in flight that share ``runs`` vectors of slots with little padding, most first.
 
     Loads are in flight ``unit`` at a time.
     """
-    padding = {
-        (warps, units): _ceil(runs, warps * units * unit) * warps * units * unit / runs
-        for units in range(max(1, MAX_UNROLL // unit), 0, -1)
-        for warps in range(max_warps, 0, -1)
-    }
+    padding = _padding(runs, max_warps, unit)
     # shares that leave most lanes without work are the least of evils where there is little work
     least = max(SPARE, min(padding.values()))
     return tuple(

@@ -21,6 +21,7 @@ from rich.table import Table
 _PIPE_WIDTH = 160
 
 Tell = Callable[[str], None]
+TellRow = Callable[[str, int, int, str], None]
 
 
 @dataclass
@@ -105,6 +106,45 @@ class Output:
                 bar.update(task, description=f"{title}: {step}")
 
             yield tell
+
+    @contextlib.contextmanager
+    def progress_rows(self, title: str) -> Iterator[TellRow]:
+        """As :meth:`progress`, with a bar for each of several things that go on by turns.
+
+        Parameters
+        ----------
+        title : str
+            What takes long.
+
+        Yields
+        ------
+        callable
+            To be told the name of a row, steps done, all its steps, and a few words.
+        """
+        if self.verbosity < 0 or not self.notes.is_terminal:
+
+            def say(row: str, done: int, total: int, told: str) -> None:
+                if self.verbosity > 0:
+                    self._note(f"{title}: {row}: {done} of {total}, {told}")
+
+            yield say
+            return
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[told]}", markup=False),
+            ElapsedColumn(),
+        )
+        with Progress(*columns, console=self.notes, transient=True) as bar:
+            rows: dict[str, Any] = {}
+
+            def show(row: str, done: int, total: int, told: str) -> None:
+                if row not in rows:
+                    rows[row] = bar.add_task(row, total=total, told=told)
+                bar.update(rows[row], completed=done, total=total, told=told)
+
+            yield show
 
     def _note(self, text: str) -> None:
         self.notes.print(text, markup=False, highlight=False, soft_wrap=True)

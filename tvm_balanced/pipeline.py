@@ -6,15 +6,18 @@ both, so the order is fixed: legalize, fuse, schedule the balanced operator, sch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import tvm
 from tvm import relax
 
+from tvm_balanced.records import Choice
 from tvm_balanced.relay_passes.clean_names import CleanKernelNames
 from tvm_balanced.relay_passes.lift_workspaces import LiftWorkspaces, with_signatures_of
 from tvm_balanced.schedules.dispatch import ScheduleBalanced, schedule_rest
+from tvm_balanced.schedules.tuned import ScheduleTuned
 
 # TVM's lowering of scheduled TensorIR; the schedules need no pass of their own in it
 TIR_PIPELINE = "s_tir"
@@ -67,6 +70,8 @@ def build(
     *,
     on_fused: Callable[[tvm.IRModule], None] | None = None,
     cuda_graph: bool = True,
+    records: Sequence[Mapping[str, Any]] = (),
+    on_scheduled: Callable[[list[dict[str, Any]], list[str]], None] | None = None,
 ) -> Any:
     """Build a rewritten module whose weights are parameters or bound constants.
 
@@ -83,6 +88,11 @@ def build(
         Whether, on CUDA, stretches of kernels with static shapes become CUDA graphs, captured at a
         function's first call on a virtual machine. Weights that are parameters (behind the attribute
         ``num_input``) must be the same tensors at every call of that machine.
+    records : sequence of mapping
+        Fields of :class:`tvm_balanced.records.Choice`: known schedules of some kernels.
+    on_scheduled : callable, optional
+        Told the coverage of the kernels by records (:class:`tvm_balanced.schedules.tuned.Coverage`, as
+        dictionaries), and which records did not fit.
 
     Returns
     -------
@@ -93,8 +103,11 @@ def build(
     config = {**context.config, "relax.backend.use_cuda_graph": cuda_graph}
     with target, tvm.transform.PassContext(opt_level=context.opt_level, config=config):
         fused = tvm.transform.Sequential(fuse_passes())(mod)
-        mod = tvm.transform.Sequential(schedule_passes(target))(fused)
+        by_records = ScheduleTuned(target, {str(r["workload"][0]): Choice(**r) for r in records})
+        mod = tvm.transform.Sequential([by_records, *schedule_passes(target)])(fused)
         if on_fused is not None:
             on_fused(with_signatures_of(fused, mod))
+        if on_scheduled is not None:
+            on_scheduled([asdict(kernel) for kernel in by_records.coverage], by_records.problems)
         mod = tvm.transform.Sequential(lower_passes(target))(mod)
         return tvm.compile(mod, target, relax_pipeline=None, tir_pipeline=TIR_PIPELINE)

@@ -63,6 +63,10 @@ _EM_CUDA = 190
 _ELF_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 
 
+# coverage of the kernels by tuning records, and which of these did not fit
+Scheduled = tuple[list[dict[str, Any]], list[str]]
+
+
 @dataclass(frozen=True)
 class DeviceImage:
     """A cubin inside a library.
@@ -99,6 +103,10 @@ class ExportedLibrary:
     reference : bytes
         The kernels before any schedule, which say what the compiled ones should compute: the PrimFuncs as
         TVM's JSON, compressed by gzip. Empty where another function than this package's built the library.
+    coverage : tuple of dict
+        How each kernel was scheduled, see :class:`tvm_balanced.schedules.tuned.Coverage`.
+    problems : tuple of str
+        Tuning records that did not fit their kernel.
     """
 
     path: Path
@@ -106,6 +114,8 @@ class ExportedLibrary:
     images: tuple[DeviceImage, ...]
     compiler: Mapping[str, Any] = field(default_factory=dict)
     reference: bytes = b""
+    coverage: tuple[Mapping[str, Any], ...] = ()
+    problems: tuple[str, ...] = ()
 
 
 def find_cxx() -> str:
@@ -284,7 +294,7 @@ def build_and_export(
     options: Mapping[str, Any],
     compiler: str,
     sources: Sequence[str] = (),
-) -> tuple[str, bytes]:
+) -> tuple[str, bytes, Scheduled]:
     """Bind, build and export in this process, whatever its CUDA runtime is.
 
     :func:`export_library` is what to call; this is its inner half.
@@ -308,6 +318,8 @@ def build_and_export(
         The CUDA source, empty where there is none.
     reference : bytes
         The unscheduled kernels, see :class:`ExportedLibrary`.
+    scheduled : tuple
+        Coverage and problems, see :class:`ExportedLibrary`.
     """
     from tvm.support import cc
 
@@ -315,8 +327,13 @@ def build_and_export(
     function = getattr(importlib.import_module(module_name), function_name)
     cuda = target.kind.name == "cuda"
     fused: list[Any] = []
+    scheduled: list[Scheduled] = []
     if build == DEFAULT_BUILD:
-        options = {**options, "on_fused": fused.append}
+        options = {
+            **options,
+            "on_fused": fused.append,
+            "on_scheduled": lambda *told: scheduled.append(told),
+        }
     with target, nvrtc.as_tvm_compiler(target.arch) if cuda else contextlib.nullcontext():
         executable = function(bind_parameters(mod, params), target, **options)
         source = _cuda_source(executable.mod)
@@ -326,7 +343,8 @@ def build_and_export(
             )
         except RuntimeError as error:
             raise ToolchainError(f"{compiler} did not link the library: {error}") from error
-    return source, _reference(fused[0]) if fused else b""
+    reference = _reference(fused[0]) if fused else b""
+    return source, reference, scheduled[0] if scheduled else ([], [])
 
 
 def cxx_arguments(sources: Sequence[str]) -> dict[str, Any]:
@@ -428,7 +446,7 @@ def export_library(
     path = Path(path)
     compiler = find_cxx()
     if spec.kind != "cuda":
-        source, reference = build_and_export(
+        source, reference, (coverage, problems) = build_and_export(
             mod,
             spec.target,
             path,
@@ -438,8 +456,15 @@ def export_library(
             compiler=compiler,
             sources=[str(source) for source in sources],
         )
-        return ExportedLibrary(path, source, (), reference=reference)
-    source, reference, made_by = _export_in_worker(
+        return ExportedLibrary(
+            path,
+            source,
+            (),
+            reference=reference,
+            coverage=tuple(coverage),
+            problems=tuple(problems),
+        )
+    source, reference, made_by, (coverage, problems) = _export_in_worker(
         mod, spec, path, params or {}, build, options or {}, compiler, sources
     )
     images = tuple(cubin_images(path))
@@ -451,7 +476,9 @@ def export_library(
             f"the exported library should hold machine code for {expected} and holds {found}: see "
             f"tvm-balanced doctor"
         )
-    return ExportedLibrary(path, source, images, made_by, reference)
+    return ExportedLibrary(
+        path, source, images, made_by, reference, tuple(coverage), tuple(problems)
+    )
 
 
 def _export_in_worker(
@@ -463,7 +490,7 @@ def _export_in_worker(
     options: Mapping[str, Any],
     compiler: str,
     sources: Sequence[Path],
-) -> tuple[str, bytes, dict[str, Any]]:
+) -> tuple[str, bytes, dict[str, Any], Scheduled]:
     import tvm
 
     from tvm_balanced._tensors import write_tensors
@@ -519,7 +546,7 @@ def _export_in_worker(
             ) from cause
         shutil.copyfile(folder / "lib.so", path)
         source, reference = (folder / "device.cu").read_text(), (folder / "reference").read_bytes()
-        return source, reference, result["compiler"]
+        return source, reference, result["compiler"], tuple(result["scheduled"])
 
 
 def _driver_library_loads() -> bool:

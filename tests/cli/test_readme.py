@@ -52,7 +52,7 @@ def test_command_lines(tmp_path):
         for line in block.splitlines()
         if line.startswith("tvm-balanced ")
     ]
-    assert len(lines) == 7
+    assert len(lines) == 8
     for line in lines:
         words = shlex.split(re.split(r"\s{2,}", line)[0])
         command = [sys.executable, "-m", "tvm_balanced.cli.main", *words[1:]]

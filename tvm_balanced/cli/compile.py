@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from tvm_balanced.cli.coverage import coverage_table, coverage_text
 from tvm_balanced.cli.options import (
     buckets_option,
     dense_option,
@@ -39,6 +40,7 @@ from tvm_balanced.log import Output, summary
     show_default=True,
     help="Replay kernels of static shapes as CUDA graphs.",
 )
+@click.option("--logs", metavar="DIR", help="Tuning records to look at first.")
 @click.option("-o", "--output", "destination", metavar="PATH", help="Folder to write (.tvmb).")
 @click.option("--overwrite", is_flag=True, help="Replace the .tvmb if it exists.")
 @with_output
@@ -55,6 +57,7 @@ def command(
     encoding: str,
     dense: str,
     cuda_graph: bool,
+    logs: str | None,
     destination: str | None,
     overwrite: bool,
 ) -> None:
@@ -81,6 +84,7 @@ def command(
             "encoding": encoding,
             "dense": dense,
             "cuda-graph": cuda_graph,
+            "logs": logs,
             "output": path,
             "overwrite": overwrite,
         },
@@ -113,6 +117,7 @@ def command(
             encoding=encoding,
             dense=dense,
             cuda_graph=cuda_graph,
+            logs=logs,
             progress=tell,
         )
         tell("write")
@@ -138,15 +143,19 @@ def command(
             "kernels": library.kernels,
             "layers": library.report.to_json(),
             "sparse_layers": sparse,
+            "coverage": [dict(kernel) for kernel in library.coverage],
         }
     )
     output.show(library.report)
+    if any(kernel["schedule"] != "default" for kernel in library.coverage):
+        output.show(coverage_table(library.coverage))
     rows = {
         "written": path,
         "target": f"{spec.name} ({spec.arch})",
         "size": f"{size / 2**20:.1f} MiB",
         "sparse layers": f"{sparse} of {len(library.report)}",
         "CUDA kernels": len(library.kernels),
+        "schedules": coverage_text(library.coverage),
         "took": f"{seconds:.1f} s",
     }
     output.show(summary("library", rows))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
+from tvm_balanced.cli.coverage import coverage_table, coverage_text
 from tvm_balanced.cli.options import parse_shapes, with_output
 from tvm_balanced.errors import InputError
 from tvm_balanced.log import Output, summary
@@ -105,6 +106,7 @@ def _library(output: Output, path: Path, source: str | None, static: bool) -> No
         "device code": f"{manifest.device_code} {code}".strip(),
         "kernels": ", ".join(library.kernels) or "none (host code only)",
         "dense products": _dense(manifest),
+        "schedules": coverage_text(manifest.coverage),
         "files": _files(sizes),
         "hashes": "every file is as it was written",
         "built with": ", ".join(f"{n} {v}" for n, v in manifest.versions.items()),
@@ -118,6 +120,8 @@ def _library(output: Output, path: Path, source: str | None, static: bool) -> No
         table.add_row(entry.name, _tensors(entry.inputs), _tensors(entry.outputs), fixed)
     output.show(table)
     output.show(report)
+    if manifest.coverage:
+        output.show(coverage_table(manifest.coverage))
     quoted = shlex.quote(str(path))
     if library.kernels:
         output.next(f"tvm-balanced inspect {quoted} --source {library.kernels[0]}")

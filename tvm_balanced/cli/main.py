@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": "Two models from training to a library: one good, one real.",
     "plan": "Which layers would run sparse, before anything is changed.",
     "prune": "Prune the dense layers of a model to a balanced pattern.",
+    "tune": "Find faster schedules for a model's kernels; compile then uses them.",
     "compile": "Compile a model into a library to deploy.",
     "run": "Run a compiled library.",
     "bench": "Time the operator against cuBLAS, int4, cuSPARSE, 2:4, Triton, TVM's dense.",

@@ -1,0 +1,50 @@
+"""The space of the CUDA expand kernel."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cuda.conftest import Case, fused_kernel, packed_format, target
+from tvm_balanced.schedules import cuda_expand, tuned
+from tvm_balanced.tuning import model_runner
+
+
+def _func(rows: int, pattern: str = "4:16"):
+    case = Case((rows,), 4096, 4096, pattern)
+    return fused_kernel(case, packed_format(case, "u4"))
+
+
+def test_every_point_is_a_kernel() -> None:
+    func = _func(40)
+    (space, gather) = tuned.spaces(func, target())
+    assert (space.kernel, gather.kernel) == ("cuda_expand", "cuda_gather")
+    points = space.points()
+    assert len(points) > 20
+    default, _ = cuda_expand.choose(
+        packed_format(Case((40,), 4096, 4096, "4:16"), "u4"), 40, "float16", target()
+    )
+    assert vars(default) in points
+    for point in points[::5]:
+        built = space.build(point)
+        threads = {
+            str(loop.thread_binding.thread_tag): int(loop.extent)
+            for loop in _bound(built.mod["main"].body.block.body)
+        }
+        assert threads["threadIdx.y"] == point["columns"] * point["shares"]
+
+
+def _bound(stmt):
+    while hasattr(stmt, "thread_binding") and stmt.thread_binding is not None:
+        yield stmt
+        stmt = stmt.body
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_few_rows_are_the_gathers(rows: int) -> None:
+    spaces = tuned.spaces(_func(rows), target())
+    assert [space.kernel for space in spaces] == ["cuda_gather"]
+
+
+def test_the_kernel_model_estimates_no_expand_kernel() -> None:
+    assert model_runner.can_estimate(tuned.workload(_func(8), target()), target())
+    assert not model_runner.can_estimate(tuned.workload(_func(40), target()), target())

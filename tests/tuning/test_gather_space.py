@@ -1,0 +1,134 @@
+"""The space of the CUDA gather kernel: all that the kernel model considers, and every point is a kernel."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import tvm
+import tvm_ffi
+from tvm import s_tir
+
+from tests.cuda.conftest import Case, fused_kernel, packed_format, target
+from tvm_balanced import kernel_model
+from tvm_balanced.cudaemu.tvm_kernel import lower
+from tvm_balanced.kernel_model import Knobs
+from tvm_balanced.pipeline import TIR_PIPELINE
+from tvm_balanced.schedules import cuda_gather, tuned
+from tvm_balanced.targets import GPUS
+from tvm_balanced.tuning import gather_model
+from tvm_balanced.tuning.space import point_schedule
+
+ROOM = 48 << 10
+SIZES = {"float": 4, "uint": 4, "ushort": 2}
+SMALL = Case((3,), 64, 64, "4:16")
+
+SHAPES = [
+    Case((1,), 4096, 4096, "2:16"),
+    Case((8,), 64, 16384, "4:16"),  # thread blocks share K
+    Case((13,), 50, 16390, "2:16", "bfloat16", "bfloat16"),
+    Case((200,), 1536, 384, "4:16", "float32", "float32"),
+    Case((16,), 512, 2048, "8:64"),  # larger windows
+    Case((5,), 256, 4096, "8:32"),
+    SMALL,
+]
+
+
+def _workload(case: Case) -> tvm.IRModule:
+    found = tuned.workload(fused_kernel(case, packed_format(case)), target())
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_what_the_kernel_model_considers_is_in_the_space(case: Case) -> None:
+    fmt, (rows,) = packed_format(case), case.shapes[0]
+    layer = (fmt, rows, case.dtype, ROOM)
+    gpu = kernel_model.machine(GPUS["h100"])
+    choices = kernel_model.choices(*layer, gpu.sm_count)
+    considered = {
+        kernel_model.choose(*layer, gpu),
+        *kernel_model.candidates(*layer),
+        *kernel_model.candidates(*layer, gpu.sm_count, split=True),
+    }
+    for knobs in considered:
+        assert all(value in choices[name] for name, value in asdict(knobs).items()), knobs
+        assert kernel_model.is_legal(*layer, knobs), knobs
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"chunk": 7},
+        {"chunk": 1 << 16},
+        {"warps": 16, "unroll": 4},
+        {"groups": 4},
+        {"vector": 4, "groups": 3},
+        {"splits": 2, "chunk": 8},
+    ],
+    ids=["odd-chunk", "no-room", "idle-warps", "idle-rows", "idle-vectors", "idle-blocks"],
+)
+def test_what_would_be_wrong_or_idle_is_refused(change: dict[str, int]) -> None:
+    layer = (packed_format(SMALL), 3, SMALL.dtype, ROOM)
+    good = asdict(kernel_model.choose(*layer, kernel_model.machine(GPUS["h100"])))
+    assert kernel_model.is_legal(*layer, Knobs(**good))
+    assert not kernel_model.is_legal(*layer, Knobs(**{**good, **change}))
+
+
+def test_every_point_of_a_small_space_is_a_kernel() -> None:
+    mod = _workload(SMALL)
+    (space,) = tuned.spaces(mod["main"], target())
+    points = space.points()
+    assert len({tuple(point.items()) for point in points}) == len(points) > 10
+    for point in points:
+        func = tuned.build_for(mod["main"], target(), space.kernel, point)
+        loops: list[Any] = []
+        tvm_ffi.structural_walk(func.body, (tvm.tirx.For, loops.append), order="post")
+        bound = {
+            str(loop.thread_binding.thread_tag): int(loop.extent)
+            for loop in loops
+            if loop.thread_binding is not None
+        }
+        assert bound["threadIdx.y"] <= point["warps"]
+        assert bound["blockIdx.y"] == -(-3 // (point["vector"] * point["groups"]))
+
+
+@pytest.mark.parametrize("case", [SMALL, *SHAPES[1:3]], ids=str)
+def test_estimated_shared_memory_is_what_a_kernel_declares(case: Case) -> None:
+    mod, fmt = _workload(case), packed_format(case)
+    (space,) = tuned.spaces(mod["main"], target())
+    for point in random.Random(0).sample(space.points(), 4):
+        built = tuned.build_for(mod["main"], target(), space.kernel, point)
+        source, _ = lower(tvm.IRModule({"main": built}), target(), TIR_PIPELINE)
+        declared = sum(
+            SIZES[dtype] * int(length)
+            for dtype, length in re.findall(r"__shared__ .*?(\w+) \w+\[(\d+)\];", source)
+        )
+        assert declared == kernel_model.estimated_shared_bytes(fmt, case.dtype, Knobs(**point))
+
+
+def test_a_trace_replays_to_the_same_kernel() -> None:
+    mod = _workload(SMALL)
+    (space,) = tuned.spaces(mod["main"], target())
+    point = space.points()[-1]
+    trace = point_schedule(mod, space, point).trace
+    drawn = [step for step in trace.insts if step.kind.name == "SampleCategorical"]
+    assert len(drawn) == len(space.choices)
+    again = s_tir.Schedule(mod)
+    s_tir.schedule.Trace.apply_json_to_schedule(trace.as_json(), again)
+    assert tuned.knobs_of(again.mod) == (space.kernel, point)
+    built = tuned.realize(again.mod, target())["main"]
+    tile = cuda_gather.Tile(**point)
+    expected = cuda_gather.apply(mod["main"], target(), tile)
+    assert expected is not None
+    tvm.ir.assert_structural_equal(built.body, expected.mod["main"].body)
+
+
+def test_features_tell_points_apart() -> None:
+    mod = _workload(SMALL)
+    (space,) = tuned.spaces(mod["main"], target())
+    told = {tuple(gather_model.features(mod, target(), point)) for point in space.points()}
+    assert len(told) > len(space.points()) / 2

@@ -1,0 +1,173 @@
+"""Tuning for a GPU that is not here: compiled candidates, predicted times, records that say so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tvm_balanced as tb
+from tests.cuda.conftest import Case, fused_kernel, packed_format, target
+from tests.models.zoo import _bert
+from tvm_balanced import kernel_model, nvrtc, records
+from tvm_balanced.errors import InputError, ToolchainError, TvmBalancedError
+from tvm_balanced.records import Environment, RecordFolder
+from tvm_balanced.schedules import tuned
+from tvm_balanced.static_report import KernelResources
+from tvm_balanced.targets import GPUS, resolve
+from tvm_balanced.tuning import gather_model, runners
+from tvm_balanced.tuning.model_runner import can_estimate, estimate
+from tvm_balanced.tuning.run import tune
+from tvm_balanced.tuning.runners import Runner
+from tvm_balanced.tuning.space import default_schedule, point_schedule
+from tvm_balanced.verification import verify
+
+CASE = Case((3,), 64, 128, "4:16")
+
+
+@pytest.fixture(scope="module")
+def workload() -> Any:
+    return tuned.workload(fused_kernel(CASE, packed_format(CASE)), target())
+
+
+def test_an_estimate_is_of_the_compiled_kernel(workload: Any) -> None:
+    assert can_estimate(workload, target())
+    found = estimate(default_schedule(workload).mod, target())
+    operator = gather_model.operator_of(workload)
+    knobs = gather_model.Knobs(**found.knobs)
+    compiled = KernelResources("main", found.registers, 0, found.shared_bytes, None)
+    told = gather_model.predict(operator, target(), knobs, compiled)
+    assert found.seconds == pytest.approx(told.total_us * 1e-6)
+    assert found.registers != gather_model.predict(operator, target(), knobs).registers
+
+
+def test_registers_of_the_compiled_kernel_decide_what_is_resident(workload: Any) -> None:
+    operator = gather_model.operator_of(workload)
+    knobs = gather_model.knobs_of(default_schedule(workload).mod, target())
+
+    def resident(registers: int) -> int:
+        resources = KernelResources("main", registers, 0, 1024, None)
+        gpu = kernel_model.machine(GPUS["h100"], 1)
+        model = kernel_model.Model(gpu, operator.fmt, 200, "float16")
+        return model.predict(knobs, resources).resident
+
+    assert resident(32) > resident(128) > resident(255) > 0
+
+
+def test_a_kernel_that_spills_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case((16,), 64, 128, "4:16")
+    mod = tuned.workload(fused_kernel(case, packed_format(case)), target())
+    assert mod is not None
+    (space,) = tuned.spaces(mod["main"], target())
+    tallest = max(space.points(), key=lambda point: point["vector"] * point["groups"])
+    compile_cubin = nvrtc.compile_cubin
+
+    def in_32_registers(source: str, arch: str) -> nvrtc.CompiledCubin:
+        cramped = re.sub(r"__launch_bounds__\(\d+\)", "__launch_bounds__(1024, 2)", source)
+        assert cramped != source
+        return compile_cubin(cramped, arch)
+
+    monkeypatch.setattr(nvrtc, "compile_cubin", in_32_registers)
+    with pytest.raises(TvmBalancedError, match="spills"):
+        estimate(point_schedule(mod, space, tallest).mod, target())
+
+
+def test_a_kernel_that_does_not_compile_fails(
+    workload: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvrtc, "OPTIONS", (*nvrtc.OPTIONS, "-include=missing.h"))
+    with pytest.raises(ToolchainError, match=r"missing\.h"):
+        estimate(default_schedule(workload).mod, target())
+
+
+def _tuned_and_verified(model: tb.Model, name: str, trials: int, place: Path) -> Any:
+    """A run of the model runner, the library that uses its records, and the emulated device's opinion."""
+    result = tune(model, name, trials=trials, logs=place, runner="model", policy="always")
+    assert result.estimated and result.folder.name == records.ESTIMATES
+    library = tb.compile(model, name, policy="always", logs=place)
+    schedules = {entry["schedule"] for entry in library.coverage if entry["balanced"]}
+    assert schedules == {"estimated"}
+    checked = verify(library.save(place / "model.tvmb"))
+    assert checked.passed, str(checked)
+    balanced = [row for row in checked.kernels if "balanced_sparse_dense" in row.name]
+    assert balanced
+    for row in balanced:
+        assert (row.result, row.races, row.bounds, row.unwritten) == ("pass", 0, 0, 0)
+    return result
+
+
+def test_a_small_model_is_tuned_by_estimates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # another process costs more than it saves here
+    monkeypatch.setattr(runners, "core_count", lambda: 1)
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(
+        torch.nn.Linear(256, 128), torch.nn.GELU(), torch.nn.Linear(128, 64)
+    ).eval()
+    # the second one stays dense
+    model = tb.from_torch(layers, (torch.randn(3, 256),)).prune("4:16", ignore=["2.weight"])
+    result = _tuned_and_verified(model, "cuda-sm_80", 2, tmp_path)
+    sparse, dense = result.kernels
+    assert sparse.trials + sparse.failures == 2
+    assert (dense.trials, dense.best) == (0, "default, not estimated")
+
+    # a measured record, slower and from elsewhere, stands before them
+    spec = resolve("cuda-sm_80")
+    (found, problems) = records.read_folder(result.folder)
+    assert not problems
+    environment = Environment.read(result.folder / records.ENVIRONMENT)
+    assert environment.runs[0]["runner"] == "model"
+    (default,) = [record for record in found if records.is_default(record.trace)]
+    measured = Environment(
+        environment.device, environment.model, "cuda", "sm_80", records.tvm_version(), "measured"
+    )
+    slow = records.Record(default.workload, default.trace, (1.0,), default.target, [])
+    RecordFolder(tmp_path / "late" / environment.device, measured).append([slow])
+    lookup = records.find(spec, [tmp_path, tmp_path / "late"], default.target)
+    choice = lookup.choices[default.workload[0]]
+    assert (choice.method, choice.seconds) == ("measured", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"target": "llvm", "runner": "model"}, "only CUDA"),
+        ({"target": "h100", "runner": "local"}, "runner model"),
+        ({"target": "h100", "runner": "model", "cache": "hot"}, "cold"),
+        ({"target": "llvm", "runner": "gpu"}, "local, rpc, model"),
+        ({"target": "llvm", "runner": "rpc"}, "tracker"),
+        ({"target": "llvm", "runner": "rpc", "tracker": "here", "key": "cpu"}, "host:port"),
+        ({"target": "llvm", "key": "cpu"}, "runner rpc"),
+    ],
+    ids=["cpu-model", "gpu-local", "hot", "unknown", "no-tracker", "no-port", "key-alone"],
+)
+def test_runners_that_do_not_fit_are_refused(
+    tmp_path: Path, change: dict[str, Any], told: str
+) -> None:
+    layer = torch.nn.Linear(64, 64).eval()
+    model = tb.from_torch(layer, (torch.randn(3, 64),)).prune("4:16")
+    with pytest.raises(InputError, match=told):
+        tune(model, logs=tmp_path, **change)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_sparse_layers_is_refused(tmp_path: Path) -> None:
+    model = tb.from_torch(torch.nn.Linear(64, 64).eval(), (torch.randn(128, 64),))
+    with pytest.raises(InputError, match="can be estimated"):
+        tune(model, "h100", logs=tmp_path, runner="model")
+    assert Runner.parse("model").estimates
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("name", ["cuda-sm_80", "h100"])
+def test_minilm_is_tuned_by_estimates(name: str, tmp_path: Path) -> None:
+    ids, mask = torch.randint(0, 30522, (1, 32)), torch.ones(1, 32, dtype=torch.int64)
+    model = tb.from_torch(_bert("stated").eval(), (ids, mask)).prune("4:16")
+    result = _tuned_and_verified(model, name, 8, tmp_path)
+    sparse = [kernel for kernel in result.kernels if kernel.trials]
+    assert len(sparse) >= 4
+    assert all(kernel.gain is not None and kernel.gain >= 1 for kernel in sparse)

@@ -1,0 +1,204 @@
+"""From a tuning run to a library that uses its records."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tvm_balanced as tb
+from tvm_balanced import records
+from tvm_balanced.compiler import _target_json
+from tvm_balanced.errors import InputError
+from tvm_balanced.schedules import tuned
+from tvm_balanced.targets import resolve
+from tvm_balanced.tuning.run import open_folder, tune
+from tvm_balanced.tuning.tasks import Task, find_tasks, fused_module
+
+ROWS, FEATURES = 3, 64
+X = np.random.default_rng(0).standard_normal((ROWS, FEATURES)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def model() -> tb.Model:
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(FEATURES, FEATURES), torch.nn.ReLU()).eval()
+    return tb.from_torch(layers, (torch.randn(ROWS, FEATURES),)).prune("4:16")
+
+
+@pytest.fixture(scope="module")
+def task(model: tb.Model) -> Task:
+    spec = resolve("llvm")
+    (found,) = find_tasks(fused_module(model, spec, policy="always"), spec.target)
+    return found
+
+
+def _choice(task: Task, kernel: str, args_info: Any = None, **knobs: int) -> records.Choice:
+    steps: list[Any] = [["GetSBlock", [], ["balanced_sparse_dense", "main"], ["b0"]]]
+    steps.append(["Annotate", ["b0", f'"{kernel}"'], [tuned.KERNEL], []])
+    steps += [["Annotate", ["b0", value], [tuned.KNOB + n], []] for n, value in knobs.items()]
+    args = args_info or [
+        ["TENSOR", str(p.dtype), [int(e) for e in p.shape]] for p in task.mod["main"].params
+    ]
+    return records.Choice((task.key, ""), [steps, []], args, 1e-6, "measured", "somewhere")
+
+
+def test_every_point_of_a_space_is_scheduled(task: Task) -> None:
+    target = resolve("llvm").target
+    for space in tuned.spaces(task.mod["main"], target):
+        points = space.points()
+        assert points
+        for point in (points[0], points[-1]):
+            assert tuned.build_for(task.mod["main"], target, space.kernel, point)
+
+
+def test_a_record_that_fits_is_used(task: Task) -> None:
+    scheduled = tuned.ScheduleTuned(
+        resolve("llvm").target,
+        {task.key: _choice(task, "llvm_batch_lanes", sums=4, batch_tile=1)},
+    )
+    mod = scheduled(task.mod)
+    assert [kernel.schedule for kernel in scheduled.coverage] == ["tuned"]
+    assert mod["main"].attrs["tvm_balanced.schedule"] == "llvm_batch_lanes"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "args_info", "knobs"),
+    [
+        ("llvm_batch_lanes", [["TENSOR", "float32", [1, 2]]], {}),
+        ("llvm_batch_lanes", None, {"sums": 1 << 20}),
+        ("llvm_batch_lanes", None, {"colour": 3}),
+        ("of_another_release", None, {}),
+    ],
+    ids=["wrong-shapes", "wild-knob", "unknown-knob", "unknown-kernel"],
+)
+def test_a_record_that_does_not_fit_leaves_the_default(
+    task: Task, kernel: str, args_info: Any, knobs: dict[str, int]
+) -> None:
+    choice = _choice(task, kernel, args_info, **knobs)
+    scheduled = tuned.ScheduleTuned(resolve("llvm").target, {task.key: choice})
+    scheduled(task.mod)
+    assert [kernel.schedule for kernel in scheduled.coverage] == ["default"]
+    assert len(scheduled.problems) == 1 and "somewhere" in scheduled.problems[0]
+
+
+@pytest.fixture(scope="module")
+def plain(model: tb.Model) -> Any:
+    """What the default schedule computes of :data:`X`."""
+    return tb.compile(model, "llvm", policy="always", logs=False)(X)
+
+
+def _cut(folder: Path) -> None:
+    path = folder / records.RECORDS
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def _no_json(folder: Path) -> None:
+    (folder / records.RECORDS).write_text("[[[[{no json\n")
+
+
+def _another_tvm(folder: Path) -> None:
+    path = folder / records.ENVIRONMENT
+    path.write_text(path.read_text().replace(records.tvm_version(), "0.1.0"))
+
+
+def _another_gpu(folder: Path) -> None:
+    path = folder / records.ENVIRONMENT
+    path.write_text(path.read_text().replace(f'"device": "{folder.name}"', '"device": "h100"'))
+
+
+def _wrong_shapes(folder: Path) -> None:
+    path = folder / records.RECORDS
+    path.write_text(path.read_text().replace(f"[{ROWS},{FEATURES}]", "[1,2]"))
+
+
+@pytest.mark.parametrize(
+    "damage", [None, _cut, _no_json, _another_tvm, _another_gpu, _wrong_shapes]
+)
+def test_records_that_cannot_be_used_cost_one_warning(
+    model: tb.Model,
+    task: Task,
+    plain: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], None] | None,
+) -> None:
+    spec = resolve("llvm")
+    choice = _choice(task, "llvm_batch_lanes", sums=4)
+    target = _target_json(spec)
+    record = records.Record(choice.workload, choice.trace, (1e-6,), target, choice.args_info)
+    folder = open_folder(tmp_path, spec, "hot", 0, 1)
+    folder.append([record])
+    if damage is not None:
+        damage(folder.folder)
+    monkeypatch.setattr(logging.getLogger("tvm_balanced"), "propagate", True)
+    with caplog.at_level(logging.WARNING, "tvm_balanced"):
+        library = tb.compile(model, "llvm", policy="always", logs=tmp_path)
+    told = [entry.getMessage() for entry in caplog.records if entry.name == "tvm_balanced"]
+    expected = "tuned" if damage is None else "default"
+    assert [kernel["schedule"] for kernel in library.coverage] == [expected]
+    assert len(told) == (damage is not None)
+    assert all(str(folder.folder) in text for text in told)
+    np.testing.assert_allclose(library(X), plain, atol=1e-5)
+
+
+@pytest.mark.large
+def test_a_small_space_is_measured_whole(model: tb.Model, task: Task, tmp_path: Path) -> None:
+    spaces = tuned.spaces(task.mod["main"], resolve("llvm").target)
+    points = [(space.kernel, point) for space in spaces for point in space.points()]
+    result = tune(model, "llvm", trials=len(points) + 1, logs=tmp_path, policy="always")
+    found, _ = records.read_folder(result.folder)
+    measured = [
+        records.sampled_knobs(text)
+        for text in {
+            r.trace_text: r.trace for r in found if not records.is_default(r.trace)
+        }.values()
+    ]
+    assert len(measured) == len(points)
+    assert all(point in measured for point in points)
+
+
+@pytest.mark.large
+def test_a_run_is_resumed_and_compile_uses_it(model: tb.Model, tmp_path: Path) -> None:
+    first = tune(model, "llvm", trials=3, logs=tmp_path, policy="always")
+    (kernel,) = first.kernels
+    assert kernel.trials == 3 and not kernel.failures
+    assert kernel.default_us is not None and kernel.best_us is not None
+    found, problems = records.read_folder(first.folder)
+    assert not problems
+    again = tune(model, "llvm", trials=3, logs=tmp_path, policy="always", resume=True)
+    # nothing new was searched; at most the best were measured again
+    later, _ = records.read_folder(first.folder)
+    assert later[: len(found)] == found
+    assert {r.trace_text for r in later} == {r.trace_text for r in found}
+    assert again.kernels[0].trials == 3
+
+    library = tb.compile(model, "llvm", policy="always", logs=tmp_path)
+    assert [entry["schedule"] for entry in library.coverage] == ["tuned"]
+    plain = tb.compile(model, "llvm", policy="always", logs=False)
+    assert [entry["schedule"] for entry in plain.coverage] == ["default"]
+    np.testing.assert_allclose(library(X), plain(X), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"trials": 0}, "trials"),
+        ({"seconds": -1.0}, "time"),
+        ({"cache": "warm"}, "cold, hot"),
+        ({"target": "h100"}, "only CPUs"),
+    ],
+    ids=["trials", "time", "cache", "target"],
+)
+def test_bad_arguments_are_refused(
+    model: tb.Model, tmp_path: Path, change: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(InputError, match=told):
+        tune(model, **{"target": "llvm", "logs": tmp_path, **change})
+    assert not list(tmp_path.iterdir())

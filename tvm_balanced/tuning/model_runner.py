@@ -1,0 +1,138 @@
+"""A runner for CUDA without a GPU: candidates are compiled, and the kernel model says what they would take.
+
+NVRTC compiles each candidate for its architecture. The registers and the shared memory that it occupies
+stand in the cubin and go into the model, in place of what the model estimates; a kernel that spills, or
+that the GPU could not launch, fails. What comes out are estimates: their records are kept apart, below
+``estimates/``, and never stand before a measured one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tvm_balanced.errors import TvmBalancedError
+
+_ESTIMATE = "estimate.json"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is known of a compiled candidate.
+
+    Parameters
+    ----------
+    seconds : float
+        Predicted time of its launches.
+    registers, shared_bytes : int
+        Of a thread and of a thread block, as compiled.
+    resident : int
+        Thread blocks on a multiprocessor at a time.
+    knobs : dict of str to int
+        Of the kernel.
+    """
+
+    seconds: float
+    registers: int
+    shared_bytes: int
+    resident: int
+    knobs: dict[str, int]
+
+
+def can_estimate(mod: Any, target: Any) -> bool:
+    """Whether the model knows a workload's default kernel, and so has something to compare with.
+
+    Parameters
+    ----------
+    mod : tvm.IRModule
+        A workload, not scheduled.
+    target : tvm.target.Target
+        Where it will run.
+    """
+    from tvm_balanced.schedules import cuda_gather, tuned
+
+    func = mod["main"]
+    kernels = {space.kernel for space in tuned.spaces(func, target)}
+    return kernels == {"cuda_gather"} and cuda_gather.apply(func, target) is not None
+
+
+def estimate(mod: Any, target: Any) -> Estimate:
+    """Compile a candidate and predict its time.
+
+    Parameters
+    ----------
+    mod : tvm.IRModule
+        A workload with the annotations of a trace.
+    target : tvm.target.Target
+        A CUDA target.
+
+    Raises
+    ------
+    MismatchError
+        When the candidate is no gather kernel.
+    ToolchainError
+        When it does not compile, or NVRTC is missing.
+    TvmBalancedError
+        When it spills or cannot be launched.
+    """
+    from tvm_balanced import nvrtc
+    from tvm_balanced.cudaemu.tvm_kernel import lower
+    from tvm_balanced.pipeline import TIR_PIPELINE
+    from tvm_balanced.schedules import tuned
+    from tvm_balanced.static_report import kernel_resources
+    from tvm_balanced.tuning import gather_model
+
+    knobs = gather_model.knobs_of(mod, target)
+    source, _ = lower(tuned.realize(mod, target), target, TIR_PIPELINE)
+    kernels = kernel_resources(nvrtc.compile_cubin(source, str(target.attrs["arch"])).cubin)
+    for kernel in kernels:
+        if kernel.stack_bytes != 0:
+            raise TvmBalancedError(f"{kernel.name} spills: {kernel.stack_bytes} bytes a thread")
+    # the second of two kernels only adds sums
+    first = kernels[0]
+    told = gather_model.predict(gather_model.operator_of(mod), target, knobs, first)
+    if not math.isfinite(told.total_us):
+        raise TvmBalancedError(
+            f"{first.name} cannot be launched with {first.registers} registers a thread and "
+            f"{first.shared_bytes} bytes of shared memory"
+        )
+    return Estimate(
+        told.total_us * 1e-6, first.registers, first.shared_bytes, told.resident, asdict(knobs)
+    )
+
+
+def make_estimate(mod: Any, target: Any) -> str:
+    """As :func:`estimate`, into a file in a folder of its own, for :class:`ModelRunner`; its path."""
+    found = estimate(mod, target)
+    path = Path(tempfile.mkdtemp(prefix="tvm-balanced-")) / _ESTIMATE
+    path.write_text(json.dumps(asdict(found)))
+    return str(path)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """As TVM's futures answer."""
+
+    value: Any
+
+    def result(self) -> Any:
+        return self.value
+
+
+class ModelRunner:
+    """Reads what :func:`make_estimate` left; nothing is run."""
+
+    def run(self, inputs: Sequence[Any]) -> list[_Known]:
+        """One result for each of MetaSchedule's runner inputs, in order."""
+        from tvm.s_tir import meta_schedule as ms
+
+        found = []
+        for given in inputs:
+            seconds = json.loads(Path(str(given.artifact_path)).read_text())["seconds"]
+            found.append(_Known(ms.runner.RunnerResult([seconds], None)))
+        return found

@@ -1,0 +1,257 @@
+"""What a tuning run found, per kernel, as a table and as a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tvm_balanced import records
+from tvm_balanced.errors import InputError, OutputError, ToolchainError
+from tvm_balanced.records import Record
+
+if TYPE_CHECKING:
+    from tvm_balanced.tuning.tasks import Task
+
+PLOTS = (".png", ".svg", ".pdf")
+
+
+@dataclass
+class KernelResult:
+    """One kernel of a run.
+
+    Attributes
+    ----------
+    name, detail : str
+        Of the kernel, and of the balanced operator in it.
+    uses : int
+        Calls in a run of the model.
+    estimated : bool
+        Whether times are a model's.
+    trials, failures : int
+        Schedules that were measured, and that did not build or run.
+    default_us, best_us : float or None
+        Microseconds of the default schedule and of the best one (which may be the default).
+    history : list of float
+        Best microseconds after each trial, single measurements.
+    """
+
+    name: str
+    detail: str
+    uses: int
+    estimated: bool = False
+    trials: int = 0
+    failures: int = 0
+    default_us: float | None = None
+    best_us: float | None = None
+    best: str = "-"
+    history: list[float] = field(default_factory=list)
+
+    @staticmethod
+    def of(task: Task, estimated: bool = False) -> KernelResult:
+        """Nothing known yet."""
+        return KernelResult(task.name, task.detail, task.uses, estimated)
+
+    @property
+    def gain(self) -> float | None:
+        """How much faster the best schedule is than the default one."""
+        if self.default_us is None or self.best_us is None:
+            return None
+        return self.default_us / self.best_us
+
+    def update(self, found: Iterable[Record]) -> None:
+        """Sum up all records of the kernel, in the order they were made."""
+        found = list(found)
+        ranked = records.rank(found)
+        self.trials = sum(not records.is_default(entry.record.trace) for entry in ranked)
+        if ranked:
+            best = records.best(found, "estimated" if self.estimated else "measured")
+            self.best_us, self.best = best.seconds * 1e6, describe(best.record)
+        for entry in ranked:
+            if records.is_default(entry.record.trace):
+                self.default_us = entry.seconds * 1e6
+        self.history = []
+        seen: set[str] = set()
+        for record in found:
+            if record.trace_text in seen:
+                continue
+            seen.add(record.trace_text)
+            time = sorted(record.run_secs)[len(record.run_secs) // 2] * 1e6
+            self.history.append(min(time, self.history[-1]) if self.history else time)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "name": self.name,
+            "detail": self.detail,
+            "uses": self.uses,
+            "trials": self.trials,
+            "failures": self.failures,
+            "default_us": self.default_us,
+            "best_us": self.best_us,
+            "gain": self.gain,
+            "best": self.best,
+            "history_us": self.history,
+        }
+
+
+def check_plot(path: Path) -> None:
+    """Refuse a plot that could not be written, before hours of work.
+
+    Raises
+    ------
+    InputError
+        For another kind of file, or a folder that is not there.
+    ToolchainError
+        Where matplotlib is missing.
+    """
+    from importlib.util import find_spec
+
+    if path.suffix not in PLOTS:
+        raise InputError(f"the plot is {path}; give a file that ends in {', '.join(PLOTS)}")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent} is not a folder, so {path} cannot be made; make it first")
+    if find_spec("matplotlib") is None:
+        raise ToolchainError(
+            "plots need matplotlib, not installed here: pip install 'tvm-balanced[plot]'"
+        )
+
+
+def describe(record: Record) -> str:
+    """A schedule in a few words: our kernel and its knobs, the default, or TVM's rules."""
+    if records.is_default(record.trace):
+        return "default"
+    knobs = records.sampled_knobs(record.trace)
+    if knobs is None:
+        return "TVM's rules"
+    kernel, values = knobs
+    return kernel + "".join(f" {name}={value}" for name, value in values.items())
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a run stands after a batch.
+
+    Parameters
+    ----------
+    kernel : KernelResult
+        The kernel that the batch was of.
+    limit : int
+        Trials of that kernel, at most.
+    trials, total : int
+        Of all kernels together, done and at most.
+    """
+
+    kernel: KernelResult
+    limit: int
+    trials: int
+    total: int
+
+
+@dataclass(frozen=True)
+class TuningResult:
+    """A finished run.
+
+    Attributes
+    ----------
+    kernels : tuple of KernelResult
+        In the order they were found.
+    folder : pathlib.Path
+        Where the records are.
+    seconds : float
+        How long it took.
+    interrupted : bool
+        Whether Ctrl-C ended it.
+    estimated : bool
+        Whether times are a model's.
+    """
+
+    kernels: tuple[KernelResult, ...]
+    folder: Path
+    seconds: float
+    interrupted: bool
+    estimated: bool
+
+    def gain(self) -> float | None:
+        """Time of all kernels by default over that of the best schedules, by how often they are called."""
+        known = [k for k in self.kernels if k.default_us is not None and k.best_us is not None]
+        if not known:
+            return None
+        return sum(k.uses * (k.default_us or 0) for k in known) / sum(
+            k.uses * (k.best_us or 0) for k in known
+        )
+
+    def table(self) -> Any:
+        """A ``rich.table.Table``, one row a kernel."""
+        from rich.table import Table
+
+        how = "estimated" if self.estimated else "measured"
+        table = Table(title=f"kernels ({how} microseconds)", title_justify="left")
+        table.add_column("kernel", overflow="fold")
+        for heading in ("calls", "trials", "failed", "default", "best", "gain"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("best schedule", overflow="fold")
+        for k in self.kernels:
+            table.add_row(
+                k.name + (f"\n  {k.detail}" if k.detail else ""),
+                str(k.uses),
+                str(k.trials),
+                str(k.failures),
+                _number(k.default_us),
+                _number(k.best_us),
+                "-" if k.gain is None else f"{k.gain:.2f}x",
+                k.best,
+            )
+        total = self.gain()
+        if total is not None:
+            table.caption = f"all kernels by their calls: {total:.2f}x"
+        return table
+
+    def plot(self, path: Path) -> None:
+        """Best time over trials, one line a kernel, as ``.png``, ``.svg`` or ``.pdf``.
+
+        Raises
+        ------
+        InputError, ToolchainError
+            As for :func:`check_plot`.
+        OutputError
+            When the file cannot be written.
+        """
+        check_plot(path)
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 5))
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        for k in self.kernels:
+            if k.history and k.default_us:
+                share = [time / k.default_us for time in k.history]
+                axes.step(range(1, len(share) + 1), share, where="post", label=k.name)
+        axes.axhline(1.0, color="0.7", linewidth=1)
+        axes.set_xlabel("trials (the first is the default)")
+        axes.set_ylabel("best time, of the default's")
+        axes.legend(fontsize=7)
+        figure.tight_layout()
+        try:
+            figure.savefig(path)
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{path} cannot be written: {error}") from error
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "folder": str(self.folder),
+            "seconds": self.seconds,
+            "interrupted": self.interrupted,
+            "method": "estimated" if self.estimated else "measured",
+            "gain": self.gain(),
+            "kernels": [k.to_json() for k in self.kernels],
+        }
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"

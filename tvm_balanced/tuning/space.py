@@ -1,0 +1,196 @@
+"""Our kernels' knobs as a MetaSchedule space: a trace that samples each knob, and what searches it."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import s_tir
+from tvm.ir.utils import derived_object
+from tvm.s_tir import meta_schedule as ms
+
+from tvm_balanced.ops import BLOCK_MAIN
+from tvm_balanced.schedules import tuned
+from tvm_balanced.tuning import gather_model
+
+# columns of a candidate's features that hold its knobs
+_KNOB_COLUMNS = 8
+# of TVM's features of one store
+_STORE_COLUMNS = 164
+
+
+def design_space(spaces: list[tuned.Space]) -> ms.space_generator.SpaceGenerator:
+    """A generator of one design for each of our kernels, with the mutator and the check that fit.
+
+    Parameters
+    ----------
+    spaces : list of Space
+        From :func:`tvm_balanced.schedules.tuned.spaces`.
+    """
+
+    def designs(sch: s_tir.Schedule) -> list[s_tir.Schedule]:
+        return [_design(sch.copy(), space, {}) for space in spaces]
+
+    return ms.space_generator.ScheduleFn(
+        designs,
+        sch_rules=[],
+        postprocs=[KnobsGoTogether({space.kernel: space for space in spaces})],
+        mutator_probs={MutateKnob(random.Random(0)): 1.0},
+    )
+
+
+def point_schedule(
+    mod: tvm.IRModule, space: tuned.Space, point: Mapping[str, int]
+) -> s_tir.Schedule:
+    """The schedule that the search would draw for one point of a space."""
+    return _design(s_tir.Schedule(mod), space, point)
+
+
+def _design(sch: s_tir.Schedule, space: tuned.Space, point: Mapping[str, int]) -> s_tir.Schedule:
+    """Sample the knobs of ``space``; those that ``point`` has are decided."""
+    block = sch.get_sblock(BLOCK_MAIN)
+    sch.annotate(block, tuned.KERNEL, space.kernel)
+    for name, values in space.choices.items():
+        decided = values.index(point[name]) if name in point else None
+        equal = [1 / len(values)] * len(values)
+        drawn = sch.sample_categorical(list(values), equal, decision=decided)
+        sch.annotate(block, tuned.KNOB + name, drawn)
+    return sch
+
+
+def default_schedule(mod: tvm.IRModule) -> s_tir.Schedule:
+    """The schedule that stands for the default one: nothing but an annotation that says so."""
+    sch = s_tir.Schedule(mod)
+    root = sch.get_sblock("root")
+    sch.annotate(sch.get_child_blocks(root)[0], tuned.KERNEL, tuned.DEFAULT)
+    return sch
+
+
+@derived_object
+class KnobsGoTogether(ms.postproc.PyPostproc):  # type: ignore[misc]
+    """Refuses knobs that do not go together.
+
+    Parameters
+    ----------
+    spaces : mapping of str to Space
+        By kernel.
+    """
+
+    def __init__(self, spaces: Mapping[str, tuned.Space]) -> None:
+        super().__init__()
+        self.spaces = spaces
+
+    def _initialize_with_tune_context(self, context: Any) -> None:
+        del context
+
+    def apply(self, sch: s_tir.Schedule) -> bool:
+        """Whether the knobs that ``sch`` is annotated with are valid."""
+        found = tuned.knobs_of(sch.mod)
+        return found is not None and self.spaces[found[0]].valid(found[1])
+
+    def clone(self) -> Any:
+        """Another of its kind."""
+        return KnobsGoTogether(self.spaces)
+
+
+@derived_object
+class MutateKnob(ms.mutator.PyMutator):  # type: ignore[misc]
+    """Draws one knob again; TVM's own mutators only reach categories that its rules sample.
+
+    Parameters
+    ----------
+    rng : random.Random
+        Seeded when the tuning context is known.
+    """
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__()
+        self.rng = rng
+
+    def _initialize_with_tune_context(self, context: Any) -> None:
+        self.rng.seed(int(context.rand_state))
+
+    def apply(self, trace: Any, _: Any) -> Any:
+        """The trace with another decision for one knob; None where it has no knobs."""
+        knobs = [
+            step
+            for step in trace.insts
+            if step.kind.name == "SampleCategorical" and len(step.attrs[0]) > 1
+        ]
+        if not knobs:
+            return None
+        chosen = self.rng.choice(knobs)
+        before = int(trace.get_decision(chosen))
+        # neighbours more often than any other value: most knobs are sizes in order
+        count = len(chosen.attrs[0])
+        near = [i for i in (before - 1, before + 1) if 0 <= i < count]
+        if self.rng.random() < 0.5:
+            near = [i for i in range(count) if i != before]
+        return trace.with_decision(chosen, self.rng.choice(near), True)
+
+    def clone(self) -> Any:
+        """Another of its kind, with the same random numbers."""
+        return MutateKnob(self.rng)
+
+
+@derived_object
+class KernelFeatures(ms.feature_extractor.PyFeatureExtractor):  # type: ignore[misc]
+    """TVM's features of the kernel that a candidate stands for, its knobs, and what a model makes of it.
+
+    A candidate of ours is still the unscheduled kernel with annotations, of which all features are equal.
+
+    Parameters
+    ----------
+    target : tvm.target.Target
+        Where kernels run.
+    """
+
+    def __init__(self, target: tvm.target.Target) -> None:
+        super().__init__()
+        self.target = target
+        self.stores = ms.feature_extractor.PerStoreFeature()
+        self.known: dict[Any, Any] = {}
+
+    def extract_from(self, context: Any, candidates: Any) -> list[Any]:
+        """One array ``(stores, 192)`` a candidate, float64."""
+        return [self._one(context, candidate) for candidate in candidates]
+
+    def _one(self, context: Any, candidate: Any) -> Any:
+        found = tuned.knobs_of(candidate.sch.mod)
+        if found is None:
+            return self._features(context, candidate, {})
+        kernel, knobs = found
+        key = (str(context.task_name), kernel, tuple(knobs.values()))
+        if key not in self.known:
+            if kernel == gather_model.KERNEL:
+                # what the kernel model counts is known without making the kernel, which takes long
+                parts = gather_model.features(candidate.sch.mod, self.target, knobs)
+                self.known[key] = _table(np.zeros((1, _STORE_COLUMNS)), knobs, parts)
+            else:
+                real = tuned.realize(candidate.sch.mod, self.target)
+                scheduled = ms.MeasureCandidate(s_tir.Schedule(real), candidate.args_info)
+                self.known[key] = self._features(context, scheduled, knobs)
+        return self.known[key]
+
+    def _features(self, context: Any, candidate: Any, knobs: Mapping[str, int]) -> Any:
+        try:
+            (stores,) = self.stores.extract_from(context, [candidate])
+            array = stores.numpy()
+        except RuntimeError:
+            # TVM's analysis does not know every construct; the knobs alone still tell candidates apart
+            array = np.zeros((1, _STORE_COLUMNS))
+        return _table(array, knobs, [])
+
+
+def _table(stores: Any, knobs: Mapping[str, int], parts: Sequence[float]) -> Any:
+    """Features of stores beside those of the whole kernel, which are the same for all of them."""
+    columns = np.zeros((stores.shape[0], _KNOB_COLUMNS + gather_model.PARTS))
+    for i, value in enumerate(list(knobs.values())[:_KNOB_COLUMNS]):
+        columns[:, i] = math.log2(1 + value)
+    for i, part in enumerate(parts):
+        columns[:, _KNOB_COLUMNS + i] = math.log2(1 + part)
+    return tvm.runtime.tensor(np.hstack([stores, columns]))
