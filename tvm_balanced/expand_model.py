@@ -177,7 +177,7 @@ def candidates(fmt: PackedFormat, rows: int, shared: int) -> list[Tile]:
     """Tiles worth asking the model about: every number of warps side by side, full height and half of it."""
     full = _height(rows)
     half = _ceil(full // COLUMNS, 2) * COLUMNS
-    found = {}
+    found: dict[Tile, None] = {}
     for height in (full, half):
         columns = 1
         while columns <= _WARPS[fmt.pattern.block]:
@@ -263,7 +263,7 @@ def predict(gpu: Machine, fmt: PackedFormat, rows: int, dtype: str, tile: Tile) 
     # of a warp and step: 32 rows by four blocks, one a lane and row
     products = 2 * WINDOW * block // 16 * groups
     copies = tile.rows * WINDOW * block // COLUMNS / (tile.columns * LANES)
-    instructions = ROWS * (_SLOT_INSTRUCTIONS * nnz + block // 2 + _ROW_INSTRUCTIONS)
+    instructions: float = ROWS * (_SLOT_INSTRUCTIONS * nnz + block // 2 + _ROW_INSTRUCTIONS)
     instructions += products * _PRODUCT_INSTRUCTIONS + copies * _COPY_INSTRUCTIONS
     step_bytes = LANES * WINDOW * nnz * (itemsize + ENCODINGS[fmt.encoding] / 8)
     expanding = ROWS * (2 * nnz + block // 2)
