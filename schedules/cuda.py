@@ -7,7 +7,7 @@ import math
 
 import tvm
 
-from tvm_balanced import kernel_model
+from tvm_balanced import expand_model, kernel_model
 from tvm_balanced.packing import BITMAP, BITMAP_BLOCKS, ENCODINGS, Layout, PackedFormat
 from tvm_balanced.pattern import BalancedPattern
 from tvm_balanced.schedules import cuda_expand, cuda_fallback, cuda_gather
@@ -69,19 +69,42 @@ def preferred_format(
         bitmap = dataclasses.replace(fmt, encoding=BITMAP)
         if bitmap.index_bits < fmt.index_bits and cuda_gather.takes_indices(bitmap):
             if batch is not None and batch >= _BUSY_ROWS:
-                return min((bitmap, fmt), key=lambda one: _us(one, batch, dtype, target))
+                return min(
+                    (bitmap, fmt), key=lambda one: predicted(one, batch, dtype, target).total_us
+                )
             return bitmap
     return fmt
 
 
-def _us(fmt: PackedFormat, rows: int, dtype: str, target: tvm.target.Target) -> float:
-    """Predicted microseconds of the kernel that would be compiled."""
+def predicted(
+    fmt: PackedFormat,
+    rows: int,
+    dtype: str,
+    target: tvm.target.Target,
+    launch_us: float | None = None,
+) -> kernel_model.Prediction:
+    """The prediction for a layer, with the kernel and the knobs that the compiler will choose.
+
+    Parameters
+    ----------
+    fmt : PackedFormat
+        Layout ``r32vV``.
+    rows : int
+        M.
+    dtype : str
+        Of values and activations.
+    target : tvm.target.Target
+        A CUDA target.
+    launch_us : float, optional
+        What a launch costs, in place of the model's own figure.
+    """
+    gpu = kernel_model.machine(gpu_figures(target))
+    launched = gpu if launch_us is None else dataclasses.replace(gpu, launch_us=launch_us)
     expands = cuda_expand.choose(fmt, rows, dtype, target)
     if expands is not None:
-        return expands[1].total_us
-    gpu = kernel_model.machine(gpu_figures(target))
+        return expand_model.predict(launched, fmt, rows, dtype, expands[0])
     knobs = kernel_model.choose(fmt, rows, dtype, cuda_gather.shared_limit(target), gpu)
-    return kernel_model.Model(gpu, fmt, rows, dtype).predict(knobs).total_us
+    return kernel_model.Model(launched, fmt, rows, dtype).predict(knobs)
 
 
 def _skew(pattern: BalancedPattern, in_features: int, itemsize: int) -> int:

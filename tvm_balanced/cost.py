@@ -9,13 +9,11 @@ seen with ``benchmarks/operator_cpu.py``.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tvm_balanced import expand_model, kernel_model
+from tvm_balanced import kernel_model
 from tvm_balanced.packing import PackedFormat, numpy_dtype
-from tvm_balanced.schedules import cuda_expand, cuda_gather
-from tvm_balanced.targets import gpu_figures
+from tvm_balanced.schedules import cuda
 
 if TYPE_CHECKING:
     from tvm_balanced.targets import TargetSpec
@@ -112,10 +110,4 @@ def predicted(
     dtype : str
         Of values and activations.
     """
-    expands = cuda_expand.choose(fmt, rows, dtype, spec.target)
-    gpu = kernel_model.machine(gpu_figures(spec.target))
-    launched = replace(gpu, launch_us=spec.launch_us)
-    if expands is not None:
-        return expand_model.predict(launched, fmt, rows, dtype, expands[0])
-    knobs = kernel_model.choose(fmt, rows, dtype, cuda_gather.shared_limit(spec.target), gpu)
-    return kernel_model.Model(launched, fmt, rows, dtype).predict(knobs)
+    return cuda.predicted(fmt, rows, dtype, spec.target, spec.launch_us)
