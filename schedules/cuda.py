@@ -43,7 +43,8 @@ def preferred_format(
     the layout is ``r32v8`` for two-byte values and ``r32v4`` for float32, skewed where blocks are large
     (:func:`_skew`). Indices take the fewest bytes: more integer instructions per slot are free as long as
     memory is the limit. A bitmap, which takes most of them and which the expand kernel does not read, is
-    chosen only where it is smaller, and for 8 rows and more only where no kernel is predicted faster without.
+    chosen only where it is smaller, and for 8 rows and more only where instructions are not predicted to be
+    the limit and no kernel is predicted faster without.
 
     Parameters
     ----------
@@ -69,9 +70,12 @@ def preferred_format(
         bitmap = dataclasses.replace(fmt, encoding=BITMAP)
         if bitmap.index_bits < fmt.index_bits and cuda_gather.takes_indices(bitmap):
             if batch is not None and batch >= _BUSY_ROWS:
-                return min(
-                    (bitmap, fmt), key=lambda one: predicted(one, batch, dtype, target).total_us
-                )
+                told = predicted(bitmap, batch, dtype, target)
+                # fewer bytes gain nothing where instructions are the limit
+                if told.bound == "issue":
+                    return fmt
+                if predicted(fmt, batch, dtype, target).total_us < told.total_us:
+                    return fmt
             return bitmap
     return fmt
 
