@@ -55,10 +55,9 @@ def predict(gpu: str, n: int, k: int, pattern: str, m: int) -> Row:
     gather = kernel_model.Model(machine, fmt, m, "float16").predict(knobs).total_us
     expand = None
     if m >= expand_model.LEAST_ROWS and expand_model.takes_format(fmt, "float16"):
-        tiles = expand_model.candidates(fmt, m, cuda_expand.shared_limit(spec.target))
-        expand = min(
-            expand_model.predict(machine, fmt, m, "float16", tile).total_us for tile in tiles
-        )
+        shared = cuda_expand.shared_limit(spec.target)
+        best = expand_model.best(fmt, m, "float16", shared, machine)
+        expand = None if best is None else best[1].total_us
     dense = cost.dense_us(spec, m, n, k, "float16", "cublas")
     times = {"gather": gather, "expand": expand, "dense": dense}
     known = {name: time for name, time in times.items() if time is not None}

@@ -92,13 +92,12 @@ class Row:
         return tuple(str(getattr(self, field.name)) for field in fields(Row)[:8])
 
 
-def _kernel(fmt: Any, rows: int, dtype: str, target: Any, tile: Any) -> Any:
-    """The operator alone, scheduled: an IRModule."""
+def operator(fmt: Any, rows: int, dtype: str) -> Any:
+    """The operator alone, not scheduled: a PrimFunc."""
     import tvm
     from tvm import relax, tirx
 
     from tvm_balanced import ops
-    from tvm_balanced.schedules import cuda_gather
 
     shapes = {
         "x": (rows, fmt.in_features),
@@ -118,7 +117,14 @@ def _kernel(fmt: Any, rows: int, dtype: str, target: Any, tile: Any) -> Any:
         builder.get()
     )
     (func,) = (f for _, f in mod.functions_items() if isinstance(f, tirx.PrimFunc))
-    schedule = cuda_gather.apply(func.with_attr("global_symbol", "main"), target, tile)
+    return func.with_attr("global_symbol", "main")
+
+
+def _kernel(fmt: Any, rows: int, dtype: str, target: Any, tile: Any) -> Any:
+    """The operator's gather kernel: an IRModule."""
+    from tvm_balanced.schedules import cuda_gather
+
+    schedule = cuda_gather.apply(operator(fmt, rows, dtype), target, tile)
     assert schedule is not None
     return schedule.mod
 

@@ -26,12 +26,14 @@ LEAST_ROWS = 9
 # rows of activations that a symbolic M is taken for
 _SYMBOLIC_ROWS = 32
 _STATIC_ROWS = 64  # of activations in a tile, at most: 64 sums a lane
+# whole blocks to a run of slots; 1:32 spills
+_PATTERNS = {(nnz, block) for nnz in (1, 2, 4, 8) for block in (16, 32)} - {(1, 32)}
 # of a thread block; two times eight warps leave 128 registers, which blocks of 32 spill
 _WARPS = {16: 8, 32: 4}
 
-# instructions of a warp, from the loops of 16 kernels for sm_90 and sm_80: for a slot of one of a lane's four
-# rows (store, clear), for reading a row's block back besides one load a word, for a product (with half a
-# load), for a copy of 16 bytes of activations
+# instructions of a warp: for a slot of one of a lane's four rows (store, clear), for reading a block back
+# besides one load a word, for a product (with half a load), for a copy of 16 bytes of activations; within 8 %
+# of the loops of 84 kernels for sm_90 and sm_80
 _SLOT_INSTRUCTIONS = 10
 _ROW_INSTRUCTIONS = 2
 _PRODUCT_INSTRUCTIONS = 1.3
@@ -117,36 +119,8 @@ def takes_format(fmt: PackedFormat, dtype: str) -> bool:
         dtype in ("float16", "bfloat16")
         and (layout.rows, layout.vector, layout.skew) == (LANES, RUN, 1)
         and fmt.encoding in ("u4", "u8")
-        and fmt.pattern.block in (16, 32)
-        and fmt.pattern.nnz in (1, 2, 4, 8)
+        and (fmt.pattern.nnz, fmt.pattern.block) in _PATTERNS
     )
-
-
-def default_tile(
-    fmt: PackedFormat, rows: int | None, shared: int, multiprocessors: int = 132
-) -> Tile | None:
-    """Knobs from shapes alone; None where no tile fits the shared memory.
-
-    Parameters
-    ----------
-    fmt : PackedFormat
-        Layout ``r32v8``.
-    rows : int or None
-        M; None when symbolic.
-    shared : int
-        Bytes of shared memory that a thread block may take.
-    multiprocessors : int
-        Of the GPU. As many warps stand side by side as leave a thread block for most; the others of a
-        thread block share K.
-    """
-    height = _height(rows)
-    tiles, warps = fmt.padded_rows // LANES, _WARPS[fmt.pattern.block]
-    row_tiles = 1 if rows is None else _ceil(rows, height)
-    columns = 1
-    # each doubling halves how often activations are read; a quarter of the multiprocessors may idle for it
-    while columns < warps and 2 * tiles * row_tiles >= 3 * columns * multiprocessors:
-        columns *= 2
-    return _fitting(fmt, height, columns, shared)
 
 
 def _height(rows: int | None) -> int:
@@ -173,8 +147,18 @@ def _fitting(fmt: PackedFormat, height: int, columns: int, shared: int) -> Tile 
         height = _ceil(height // COLUMNS, 2) * COLUMNS
 
 
-def candidates(fmt: PackedFormat, rows: int, shared: int) -> list[Tile]:
-    """Tiles worth asking the model about: every number of warps side by side, full height and half of it."""
+def candidates(fmt: PackedFormat, rows: int | None, shared: int) -> list[Tile]:
+    """Tiles worth asking the model about: every number of warps side by side, full height and half of it.
+
+    Parameters
+    ----------
+    fmt : PackedFormat
+        One that :func:`takes_format`.
+    rows : int or None
+        M; None when symbolic, which is taken for 32.
+    shared : int
+        Bytes of shared memory that a thread block may take; where nothing fits there are none.
+    """
     full = _height(rows)
     half = _ceil(full // COLUMNS, 2) * COLUMNS
     found: dict[Tile, None] = {}
@@ -232,8 +216,8 @@ def is_legal(fmt: PackedFormat, shared: int, tile: Tile) -> bool:
 
 
 def estimated_registers(fmt: PackedFormat, tile: Tile) -> int:
-    """Registers of a thread: ptxas, 16 kernels, within 10."""
-    return min(255, round(72 + 1.5 * fmt.pattern.block + 1.45 * tile.rows))
+    """Registers of a thread: ptxas, 84 kernels for sm_90 and sm_80; most within 20, all within 40."""
+    return min(255, round(63 + 2.2 * fmt.pattern.block + 1.45 * tile.rows))
 
 
 def predict(gpu: Machine, fmt: PackedFormat, rows: int, dtype: str, tile: Tile) -> Prediction:
@@ -328,6 +312,20 @@ def predict(gpu: Machine, fmt: PackedFormat, rows: int, dtype: str, tile: Tile) 
     )
 
 
+def best(
+    fmt: PackedFormat, rows: int, dtype: str, shared: int, gpu: Machine
+) -> tuple[Tile, Prediction] | None:
+    """The tile that is predicted fastest, and its prediction; None where none fits ``shared`` bytes.
+
+    Parameters
+    ----------
+    fmt, rows, dtype, shared, gpu
+        As for :func:`choose`, of a format that :func:`takes_format`.
+    """
+    tried = [(tile, predict(gpu, fmt, rows, dtype, tile)) for tile in candidates(fmt, rows, shared)]
+    return min(tried, key=lambda one: one[1].total_us, default=None)
+
+
 @functools.lru_cache(maxsize=1024)
 def choose(
     fmt: PackedFormat,
@@ -354,13 +352,12 @@ def choose(
     """
     if rows is None or rows < LEAST_ROWS or not takes_format(fmt, dtype):
         return None
-    tried = [(tile, predict(gpu, fmt, rows, dtype, tile)) for tile in candidates(fmt, rows, shared)]
-    if not tried:
+    found = best(fmt, rows, dtype, shared, gpu)
+    if found is None:
         return None
-    tile, found = min(tried, key=lambda one: one[1].total_us)
     knobs = kernel_model.choose(fmt, rows, dtype, static_shared, gpu)
     gather = kernel_model.Model(gpu, fmt, rows, dtype).predict(knobs)
-    return (tile, found) if found.total_us < gather.total_us else None
+    return found if found[1].total_us < gather.total_us else None
 
 
 def _ceil(value: int, by: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tvm_balanced import cudaemu, expand_model, static_report
+from tvm_balanced import cudaemu, expand_model, kernel_model, static_report, targets
 from tvm_balanced.errors import ToolchainError
 from tvm_balanced.expand_model import Tile
 from tvm_balanced.packing import Layout, PackedFormat
@@ -40,7 +40,7 @@ def _format(case: Case) -> PackedFormat:
 def _kernel(case: Case, fmt: PackedFormat, tile: Tile | None, arch: str = "sm_90") -> Any:
     if tile is None:
         (rows,) = case.lead
-        tile = expand_model.default_tile(fmt, int(rows), 48 << 10)
+        tile = expand_model.candidates(fmt, int(rows), 48 << 10)[0]
     sch = cuda_expand.apply(fused_kernel(case, fmt), target(arch), tile)
     assert sch is not None
     return cudaemu.from_tvm(sch.mod, target(arch))
@@ -95,7 +95,10 @@ def test_no_bank_conflicts(pattern: str) -> None:
 )
 def test_expand_compiles_to_tensor_cores(case: Case, arch: str) -> None:
     fmt = _format(case)
-    tile = expand_model.default_tile(fmt, case.lead[0], 96 << 10)
+    gpu = kernel_model.machine(targets.GPUS[{"sm_80": "a100", "sm_90": "h100"}[arch]])
+    found = expand_model.best(fmt, int(case.lead[0]), case.dtype, 96 << 10, gpu)
+    assert found is not None
+    tile, predicted = found
     cubin, log = compile_cubin(_kernel(case, fmt, tile, arch).source, arch)
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log
     registers = re.search(r"Used (\d+) registers", log)
@@ -111,6 +114,8 @@ def test_expand_compiles_to_tensor_cores(case: Case, arch: str) -> None:
     assert counts.loop.hmma == 2 * tile.rows // 8 * windows // 16
     assert counts.loop.global_loads[128] == 4
     assert counts.loop.async_copies > 0
+    # the model counts from the code what the compiler makes of it; a window is 32 slots of a row
+    assert counts.loop.instructions == pytest.approx(32 * predicted.instructions_per_slot, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +126,7 @@ def test_expand_compiles_to_tensor_cores(case: Case, arch: str) -> None:
         ("4:64", "r32v8", "u8", "float16"),
         ("4:16", "r32v4", "u4", "float16"),
         ("4:32", "r32v8s16", "u8", "float16"),
+        ("1:32", "r32v8", "u8", "float16"),
     ],
 )
 def test_expand_leaves_what_is_not_its_own(
@@ -144,16 +150,17 @@ def test_dispatch_by_rows() -> None:
 @pytest.mark.parametrize("rows", [9, 17, 64, 100, 256, None])
 @pytest.mark.parametrize("pattern", ["8:16", "1:16", "4:32"])
 @pytest.mark.parametrize("shared", [48 << 10, 99 << 10, 227 << 10])
-def test_default_tile_fits(rows: int | None, pattern: str, shared: int) -> None:
+def test_candidates_fit(rows: int | None, pattern: str, shared: int) -> None:
     for n, k in ((50, 70), (768, 3072), (28672, 8192)):
         fmt = _format(Case((16,), n, k, pattern))
-        tile = expand_model.default_tile(fmt, rows, shared)
-        assert tile is not None
-        assert expand_model.shared_bytes(fmt, tile) <= shared
-        assert tile.rows % 8 == 0 and tile.stages >= 2
-        assert tile.warps <= 8 and 8 % tile.shares == 0
+        tiles = expand_model.candidates(fmt, rows, shared)
+        assert tiles
+        for tile in tiles:
+            assert expand_model.shared_bytes(fmt, tile) <= shared
+            assert tile.rows % 8 == 0 and tile.stages >= 2
+            assert tile.warps <= 8 and 8 % tile.shares == 0
 
 
 def test_no_tile_where_nothing_fits() -> None:
     fmt = _format(Case((16,), 64, 512, "4:16"))
-    assert expand_model.default_tile(fmt, 16, 1024) is None
+    assert expand_model.candidates(fmt, 16, 1024) == []

@@ -74,8 +74,8 @@ def test_prediction_follows_work():
     machine = kernel_model.machine(targets.GPUS["h100"])
 
     def predict(fmt, rows, machine=machine):
-        tile = expand_model.default_tile(fmt, rows, 227 << 10, machine.sm_count)
-        return expand_model.predict(machine, fmt, rows, "float16", tile)
+        _, prediction = expand_model.best(fmt, rows, "float16", 227 << 10, machine)
+        return prediction
 
     base = predict(fmt, 32)
     assert predict(fmt, 64).total_us > base.total_us
@@ -85,17 +85,3 @@ def test_prediction_follows_work():
     assert slow.total_us > base.total_us
     for part in ("memory", "l2", "issue", "arithmetic", "shared"):
         assert getattr(base, f"{part}_us") + base.launch_us <= base.total_us
-
-
-@pytest.mark.parametrize("shared", [48 << 10, 227 << 10])
-@pytest.mark.parametrize("rows", [16, 100, 256])
-def test_candidates_fit(rows, shared):
-    for pattern in ("8:16", "4:32"):
-        for n, k in ((50, 70), (28672, 8192)):
-            fmt = layer(pattern, n, k, rows)
-            tiles = expand_model.candidates(fmt, rows, shared)
-            assert tiles
-            for tile in tiles:
-                assert expand_model.shared_bytes(fmt, tile) <= shared
-                assert tile.warps <= 8
-                assert tile.rows % 8 == 0

@@ -1,0 +1,121 @@
+"""The expand kernel on CUDA without a GPU: registers and instructions as compiled, and as its model has them.
+
+Compiled with NVRTC and disassembled; nothing is timed. One row a pattern, M and architecture, for the tile
+that would be compiled, of an 8192 x 8192 layer in float16.
+
+    python benchmarks/expand_report.py -o expand.csv
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import click
+from shape_report import operator
+
+_GPUS = {"sm_90": "h100", "sm_80": "a100"}
+_PATTERNS = ("8:16", "4:16", "2:16", "1:16", "8:32", "4:32", "2:32")
+_ROWS = (9, 16, 32, 48, 64, 128)
+_SIZE = 8192
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel.
+
+    Parameters
+    ----------
+    tile : str
+        Rows, columns, shares and stages.
+    registers, predicted_registers : int
+        Of a thread.
+    stack_bytes : int
+        Spills.
+    loop, predicted_loop : float
+        Instructions of a warp for a window: 32 rows of the weight by four runs of 8 slots.
+    loop_per_tile : float
+        The same for 16 x 16 weights.
+    hmma : int
+        Products on tensor cores in the loop.
+    predicted_us, bound : float, str
+        Of a launch.
+    """
+
+    arch: str
+    pattern: str
+    m: int
+    encoding: str
+    tile: str
+    registers: int
+    predicted_registers: int
+    stack_bytes: int
+    shared_bytes: int
+    loop: int
+    predicted_loop: float
+    loop_per_tile: float
+    hmma: int
+    predicted_us: float
+    bound: str
+
+
+def report(arch: str, pattern: str, m: int) -> Row | None:
+    """A kernel; None where the gather is chosen."""
+    from tvm_balanced import cudaemu, expand_model, nvrtc, targets
+    from tvm_balanced.pattern import BalancedPattern
+    from tvm_balanced.schedules import cuda, cuda_expand
+    from tvm_balanced.static_report import StaticReport
+
+    target = targets.resolve(_GPUS[arch]).target
+    form = BalancedPattern(pattern)
+    fmt = cuda.preferred_format(form, _SIZE, _SIZE, m, "float16", target)
+    chosen = cuda_expand.choose(fmt, m, "float16", target)
+    if chosen is None:
+        return None
+    tile, told = chosen
+    schedule = cuda_expand.apply(operator(fmt, m, "float16"), target, tile)
+    assert schedule is not None
+    source = cudaemu.from_tvm(schedule.mod, target).source
+    (kernel,) = StaticReport.of_cubins([(arch, nvrtc.compile_cubin(source, arch).cubin)])
+    if kernel.counts is None or kernel.counts.loop is None:
+        raise click.ClickException(
+            "instructions are counted by nvdisasm; pip install nvidia-cuda-nvdisasm"
+        )
+    loop = kernel.counts.loop
+    slots = expand_model.WINDOW * expand_model.RUN
+    weights = expand_model.LANES * slots * form.block // form.nnz
+    return Row(
+        *(arch, pattern, m, fmt.encoding, "-".join(str(v) for v in asdict(tile).values())),
+        *(kernel.resources.registers, told.registers, kernel.resources.stack_bytes),
+        told.shared_bytes,
+        *(loop.instructions, slots * told.instructions_per_slot),
+        loop.instructions / (weights / 256),
+        *(loop.hmma, told.total_us, told.bound),
+    )
+
+
+@click.command()
+@click.option("--arch", "archs", multiple=True, type=click.Choice(list(_GPUS)), default=list(_GPUS))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
+def main(archs: tuple[str, ...], output: Path) -> None:
+    """Write a row for each kernel to OUTPUT."""
+    found = [report(arch, p, m) for arch in archs for m in _ROWS for p in _PATTERNS]
+    rows = [row for row in found if row is not None]
+    with output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            cells = {n: f"{v:.4g}" if isinstance(v, float) else v for n, v in asdict(row).items()}
+            writer.writerow(cells)
+    shares = [row.loop / row.predicted_loop for row in rows]
+    misses = [abs(row.registers - row.predicted_registers) for row in rows]
+    click.echo(
+        f"{len(rows)} kernels: loop {min(shares):.2f} to {max(shares):.2f} of the model's, registers within "
+        f"{max(misses)}, {sum(miss <= 20 for miss in misses)} within 20, "
+        f"{sum(row.stack_bytes > 0 for row in rows)} spill"
+    )
+
+
+if __name__ == "__main__":
+    main()
