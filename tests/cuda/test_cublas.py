@@ -141,13 +141,13 @@ class Blas:
     """The stand-in's functions as a C program calls them, with one handle."""
 
     def __init__(self) -> None:
-        self.library = device_libraries()
+        self.lib = device_libraries()
         self.handle = ctypes.c_void_p()
-        assert self.library.cublasCreate_v2(ctypes.byref(self.handle)) == OK
+        assert self.lib.cublasCreate_v2(ctypes.byref(self.handle)) == OK
 
     def text(self, status: int) -> str:
-        self.library.cublasGetStatusString.restype = ctypes.c_char_p
-        return str(self.library.cublasGetStatusString(status).decode())
+        self.lib.cublasGetStatusString.restype = ctypes.c_char_p
+        return str(self.lib.cublasGetStatusString(status).decode())
 
     def gemm(
         self,
@@ -168,7 +168,7 @@ class Blas:
         a, b, c = (ctypes.c_void_p(x.data_ptr()) for x in (a, b, c))
         alpha, scale = ctypes.c_float(1.0), ctypes.c_float(beta)
         return int(
-            self.library.cublasGemmEx(
+            self.lib.cublasGemmEx(
                 *(self.handle, *ops, m, n, k, ctypes.byref(alpha)),
                 *(a, kind, lda, b, kind, ldb, ctypes.byref(scale), c, kind, ldc, compute, -1),
             )
@@ -179,7 +179,7 @@ class Blas:
 def blas(emulated: device.Device) -> Iterator[Blas]:
     made = Blas()
     yield made
-    assert made.library.cublasDestroy_v2(made.handle) == OK
+    assert made.lib.cublasDestroy_v2(made.handle) == OK
 
 
 def test_leading_dimensions_and_beta(blas: Blas) -> None:
@@ -238,13 +238,13 @@ def test_a_result_over_an_operand_is_an_error(emulated: device.Device, blas: Bla
 
 def test_a_handle_that_was_destroyed(emulated: device.Device) -> None:
     made = Blas()
-    assert made.library.cublasDestroy_v2(made.handle) == OK
+    assert made.lib.cublasDestroy_v2(made.handle) == OK
     tensors = [on_device(np.zeros((4, 4), "f4")) for _ in range(3)]
     assert made.gemm(*tensors, 4, 4, 4) == NOT_INITIALIZED
 
 
 def test_products_are_captured_and_handles_are_not(emulated: device.Device, blas: Blas) -> None:
-    library, stream = blas.library, ctypes.c_void_p()
+    library, stream = blas.lib, ctypes.c_void_p()
     a, b = on_device(np.full((2, 2), 3, "f4")), on_device(np.eye(2, dtype="f4"))
     c = on_device(np.zeros((2, 2), "f4"))
     assert library.cudaStreamCreateWithFlags(ctypes.byref(stream), 1) == OK

@@ -47,7 +47,7 @@ class Cuda:
     """The driver's and the runtime's functions as a C program would call them."""
 
     def __init__(self) -> None:
-        self.library = device_libraries()
+        self.lib = device_libraries()
         module = ctypes.c_void_p()
         self.ok("cuModuleLoadData", ctypes.byref(module), _SOURCE.encode())
         self.functions = {}
@@ -57,15 +57,15 @@ class Cuda:
             self.functions[name] = function
 
     def __call__(self, name: str, *args: Any) -> int:
-        return int(getattr(self.library, name)(*args))
+        return int(getattr(self.lib, name)(*args))
 
     def ok(self, name: str, *args: Any) -> None:
         code = self(name, *args)
         assert code == OK, f"{name} answered {code}: {self.text(code)}"
 
     def text(self, code: int) -> str:
-        self.library.cudaGetErrorString.restype = ctypes.c_char_p
-        return str(self.library.cudaGetErrorString(code).decode())
+        self.lib.cudaGetErrorString.restype = ctypes.c_char_p
+        return str(self.lib.cudaGetErrorString(code).decode())
 
     def malloc(self, num_bytes: int) -> ctypes.c_void_p:
         pointer = ctypes.c_void_p()

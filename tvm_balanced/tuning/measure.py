@@ -187,6 +187,17 @@ class ProcessBuilder:
 
 
 @dataclass(frozen=True)
+class Known:
+    """A result that is there already, as TVM's futures answer."""
+
+    value: Any
+
+    def result(self) -> Any:
+        """The value."""
+        return self.value
+
+
+@dataclass(frozen=True)
 class Built:
     """The path of what was built, or why it was not."""
 

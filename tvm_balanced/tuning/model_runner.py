@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tvm_balanced.errors import TvmBalancedError
+from tvm_balanced.tuning.measure import Known
 
 _ESTIMATE = "estimate.json"
 
@@ -114,25 +115,15 @@ def make_estimate(mod: Any, target: Any) -> str:
     return str(path)
 
 
-@dataclass(frozen=True)
-class _Known:
-    """As TVM's futures answer."""
-
-    value: Any
-
-    def result(self) -> Any:
-        return self.value
-
-
 class ModelRunner:
     """Reads what :func:`make_estimate` left; nothing is run."""
 
-    def run(self, inputs: Sequence[Any]) -> list[_Known]:
+    def run(self, inputs: Sequence[Any]) -> list[Known]:
         """One result for each of MetaSchedule's runner inputs, in order."""
         from tvm.s_tir import meta_schedule as ms
 
         found = []
         for given in inputs:
             seconds = json.loads(Path(str(given.artifact_path)).read_text())["seconds"]
-            found.append(_Known(ms.runner.RunnerResult([seconds], None)))
+            found.append(Known(ms.runner.RunnerResult([seconds], None)))
         return found

@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from tvm_balanced.errors import InputError, ToolchainError
-from tvm_balanced.tuning.measure import RUN_SECONDS, Arguments, Signature, Timer, build
+from tvm_balanced.tuning.measure import (
+    RUN_SECONDS,
+    Arguments,
+    Known,
+    Signature,
+    Timer,
+    build,
+)
 
 # until a tracker answers
 _CONNECT_SECONDS = 5.0
@@ -136,16 +143,6 @@ def make_shared(mod: Any, target: Any) -> str:
     return str(path)
 
 
-@dataclass(frozen=True)
-class _Known:
-    """As TVM's futures answer."""
-
-    value: Any
-
-    def result(self) -> Any:
-        return self.value
-
-
 class RpcRunner:
     """Measures candidates on the servers of a tracker.
 
@@ -204,7 +201,7 @@ class RpcRunner:
         )
         self._workers = workers
 
-    def run(self, inputs: Sequence[Any]) -> list[_Known]:
+    def run(self, inputs: Sequence[Any]) -> list[Known]:
         """One result for each of MetaSchedule's runner inputs, in order.
 
         Raises
@@ -223,7 +220,7 @@ class RpcRunner:
             for i, result in zip(lost, self._measure([inputs[i] for i in lost]), strict=True):
                 results[i] = result
             self._look()
-        return [_Known(result) for result in results]
+        return [Known(result) for result in results]
 
     def _measure(self, inputs: Sequence[Any]) -> list[Any]:
         futures = self._runner.run(list(inputs))

@@ -578,7 +578,7 @@ def _with_estimates(
     if not known:
         raise InputError(
             f"none of the {len(tasks)} kernels can be estimated for {spec.name}: the kernel model knows "
-            "sparse layers in layouts of 32 rows with static shapes; give a model or policy with some"
+            "sparse layers with static shapes that the gather kernel runs; give a model or policy with some"
         )
     keys = {task.key for task in known}
     others = [KernelResult.of(task, estimated=True) for task in tasks if task.key not in keys]
