@@ -90,9 +90,9 @@ class _Bench:
         self.task, self.spec, self.cache = task, spec, cache
         self.info = ms.arg_info.ArgInfo.from_prim_func(task.mod["main"])
         signature = measure.signature([one.as_json() for one in self.info])
-        self.bounds = {signature: task.index_bound}
+        self.feeds = {signature: measure.Feed(task.index_bound, task.weights, task.between)}
         self.builder = measure.ProcessBuilder(core_count(), measure.make_library)
-        self.runner = measure.local_runner(self.bounds, cache)
+        self.runner = measure.LocalRunner(self.feeds, cache)
 
     def build(self, points: Sequence[tuple[str, dict[str, int]]]) -> list[str]:
         """Paths of the libraries of ``points``."""
@@ -128,7 +128,7 @@ class _Bench:
         device = tvm.cpu()
         paths = self.build(points)
         modules = [tvm.runtime.load_module(path) for path in paths]
-        arguments = self.measure.LocalArguments(self.bounds)
+        arguments = self.measure.LocalArguments(self.feeds, self.cache)
         args = arguments(device, [one.as_json() for one in self.info], 1)
         timer = self.measure.LocalTimer(self.cache)
         found: list[list[float]] = [[] for _ in points]
@@ -255,7 +255,9 @@ def _compare(problem: dict[str, Any], machine: Any, seed: int) -> list[dict[str,
 @click.option("--pattern", "patterns", multiple=True, default=("4:16", "2:16"), show_default=True)
 @click.option("--trials", default=64, show_default=True, help="Of each kernel.")
 @click.option("--time", "seconds", type=float, help="Seconds of tuning, of each pattern.")
-@click.option("--cache", type=click.Choice(("cold", "hot")), default="hot", show_default=True)
+@click.option(
+    "--cache", type=click.Choice(("model", "cold", "hot")), default="model", show_default=True
+)
 @click.option("--logs", metavar="DIR", help="Where records go; a temporary folder if not given.")
 @click.option("--resume", is_flag=True, help="Earlier records in --logs count as trials.")
 @click.option("--measure", default=5.0, show_default=True, help="Seconds of measuring a library.")

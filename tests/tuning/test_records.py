@@ -187,25 +187,12 @@ def test_a_measured_record_wins_over_a_faster_estimate(tmp_path: Path, spec: Tar
     assert (lookup.choices["1"].method, lookup.choices["1"].trace) == ("measured", _trace(1))
 
 
-@pytest.mark.parametrize(
-    ("method", "default_us", "chosen"),
-    [("measured", 1.05, 1), ("estimated", 1.05, 0), ("estimated", 1.2, 1)],
-    ids=["measured", "estimated-alike", "estimated-faster"],
-)
-def test_an_estimate_stands_before_the_default_by_more_than_a_tenth(
-    method: str, default_us: float, chosen: int
-) -> None:
-    trace = [_trace(0, records.DEFAULT_KERNEL)[0][:2], []]
-    default = dataclasses.replace(_record("1", 0, default_us * 1e-6), trace=trace)
-    found = [default, _record("1", 1, 1e-6)]
-    assert records.best(found, method).record == found[chosen]
-
-
 def test_what_was_measured_twice_wins_over_one_lucky_time() -> None:
     lucky, steady = _record("1", 0, 1e-6), _record("1", 1, 2e-6)
     ranked = records.rank([lucky, steady, dataclasses.replace(steady, run_secs=(4e-6,))])
     assert ranked[0].record == steady
-    assert ranked[0].seconds == pytest.approx(3e-6)
+    # the time that it was chosen by does not count
+    assert ranked[0].seconds == pytest.approx(4e-6)
 
 
 def _default(*seconds: float) -> Record:
@@ -214,7 +201,7 @@ def _default(*seconds: float) -> Record:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "first"), [(1.01e-6, True), (1.05e-6, False)], ids=["hardly", "clearly"]
+    ("seconds", "first"), [(1.09e-6, True), (1.11e-6, False)], ids=["hardly", "clearly"]
 )
 def test_the_default_gives_way_only_to_what_is_clearly_faster(seconds: float, first: bool) -> None:
     default = _default(seconds)

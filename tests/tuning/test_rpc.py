@@ -23,7 +23,7 @@ import tvm_balanced as tb
 from tvm_balanced import records
 from tvm_balanced.errors import ToolchainError
 from tvm_balanced.targets import resolve
-from tvm_balanced.tuning.measure import remove_artifact, signature
+from tvm_balanced.tuning.measure import Feed, remove_artifact, signature
 from tvm_balanced.tuning.result import Status
 from tvm_balanced.tuning.rpc import RpcRunner, Tracker, make_shared
 from tvm_balanced.tuning.run import tune
@@ -132,9 +132,9 @@ def test_what_a_dying_server_had_goes_to_another(
     (task,) = find_tasks(fused_module(model, spec, policy="always"), spec.target)
     path = make_shared(default_schedule(task.mod).mod, spec.target)
     arguments = ms.arg_info.ArgInfo.from_prim_func(task.mod["main"])
-    bound = {signature([info.as_json() for info in arguments]): task.index_bound}
+    feeds = {signature([info.as_json() for info in arguments]): Feed(task.index_bound)}
     inputs = [ms.runner.RunnerInput(path, "cpu", arguments)] * 6
-    runner = RpcRunner(tracker, bound, "cold")
+    runner = RpcRunner(tracker, feeds, "cold")
     killed = _kill_in_session(pids[0])
     results = [future.result() for future in runner.run(inputs)]
     assert killed.is_set() and tracker.servers() == len(pids) - 1

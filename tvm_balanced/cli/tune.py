@@ -44,10 +44,9 @@ if TYPE_CHECKING:
 @click.option("--logs", metavar="DIR", help="Where records go; where compile looks if not given.")
 @click.option(
     "--cache",
-    type=click.Choice(("cold", "hot")),
-    default="cold",
-    show_default=True,
-    help="Whether weights may be in the caches when a kernel begins.",
+    type=click.Choice(("model", "cold", "hot")),
+    help="Weights in the caches when a kernel begins: as a run of the model leaves them (the local runner "
+    "if not given), none (the others), all.",
 )
 @click.option(
     "--kernels",
@@ -84,7 +83,7 @@ def command(
     trials: int,
     budget: str | None,
     logs: str | None,
-    cache: str,
+    cache: str | None,
     kernels: str,
     runner: str,
     tracker: str | None,

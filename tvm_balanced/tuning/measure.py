@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import math
+import random
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +16,26 @@ from typing import Any
 
 import numpy as np
 
-CACHES = ("cold", "hot")
+CACHES = ("model", "cold", "hot")
 
 # of one candidate
 BUILD_SECONDS = 60.0
 RUN_SECONDS = 20.0
+# of the best ones together
+_TOGETHER_SECONDS = 120.0
 
 _REPEATS = {"cold": 15, "hot": 7}
 _HOT_MS = 5
+# of a candidate that takes turns with copies of its weights: at least so many runs, and for so long
+_FEWEST_TURNS = 30
+_TURNS_SECONDS = 0.05
+# a record keeps the medians of so many parts of them
+_PARTS = 15
+# of these copies together; no CPU's last cache holds as much
+_MOST_BYTES = 256 << 20
 _BUILDS_OF_A_PROCESS = 256
+
+log = logging.getLogger("tvm_balanced.tuning")
 
 Signature = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -51,40 +66,96 @@ def build(mod: Any, target: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class Feed:
+    """What the arguments of a kernel must be like.
+
+    Parameters
+    ----------
+    bound : int
+        What the bytes of indices must stay below; 0 for a kernel without packed indices.
+    weights : tuple of int
+        Which arguments are weights, by position.
+    between : int
+        Bytes of weights that the model reads from one call of the kernel to the next, its own among them.
+    """
+
+    bound: int = 0
+    weights: tuple[int, ...] = ()
+    between: int = 0
+
+    def copies(self, signature: Signature) -> int:
+        """Sets of weights that together are as large as what the model reads between two calls."""
+        own = sum(
+            math.prod(shape) * _width(dtype)
+            for i, (dtype, shape) in enumerate(signature)
+            if i in self.weights
+        )
+        if not own:
+            return 1
+        return max(1, -(-min(self.between, _MOST_BYTES) // own))
+
+
+@dataclass(frozen=True)
 class Arguments:
     """Makes a kernel's arguments; indices stay inside their blocks.
 
     Parameters
     ----------
-    bounds : mapping of Signature to int
-        What the bytes of indices must stay below, by the arguments of the kernels that have some.
+    feeds : mapping of Signature to Feed
+        What is known of kernels, by their arguments.
+    cache : str
+        As for :class:`Timer`.
     """
 
-    bounds: Mapping[Signature, int]
+    feeds: Mapping[Signature, Feed]
+    cache: str
 
     def make(self, device: Any, args_info: Any, repeat: int) -> list[list[Any]]:
-        """``repeat`` lists of tensors on ``device``."""
+        """``repeat`` lists of tensors on ``device``; with caches as in the model one for each set of weights.
+
+        Lists share the tensors that are not weights.
+        """
         import tvm
 
-        from tvm_balanced.packing import numpy_dtype
-
         rng = np.random.default_rng(0)
-        bound = self.bounds.get(signature(args_info), 0)
-        lists = []
-        for _ in range(repeat):
-            arrays = []
-            for dtype, shape in signature(args_info):
-                kind = numpy_dtype(dtype) if dtype != "bool" else np.dtype(bool)
-                if dtype.startswith(("float", "bfloat")):
-                    array = rng.standard_normal(shape, dtype=np.float32).astype(kind)
-                elif dtype == "uint8" and bound:
-                    array = rng.integers(0, bound, shape, dtype=np.uint8)
-                else:
-                    # any other integer may be an index into an array of unknown length
-                    array = np.zeros(shape, kind)
-                arrays.append(tvm.runtime.tensor(array, device))
-            lists.append(arrays)
-        return lists
+        known = signature(args_info)
+        feed = self.feeds.get(known, Feed())
+
+        def tensors(wanted: Callable[[int], bool]) -> dict[int, Any]:
+            return {
+                i: tvm.runtime.tensor(_array(rng, dtype, shape, feed.bound), device)
+                for i, (dtype, shape) in enumerate(known)
+                if wanted(i)
+            }
+
+        if self.cache != "model":
+            lists = [tensors(lambda _: True) for _ in range(repeat)]
+        else:
+            shared = tensors(lambda i: i not in feed.weights)
+            lists = [
+                shared | tensors(lambda i: i in feed.weights) for _ in range(feed.copies(known))
+            ]
+        return [[one[i] for i in range(len(known))] for one in lists]
+
+
+def _array(
+    rng: np.random.Generator, dtype: str, shape: tuple[int, ...], bound: int
+) -> np.ndarray[Any, Any]:
+    from tvm_balanced.packing import numpy_dtype
+
+    kind = numpy_dtype(dtype) if dtype != "bool" else np.dtype(bool)
+    if dtype.startswith(("float", "bfloat")):
+        return rng.standard_normal(shape, dtype=np.float32).astype(kind)
+    if dtype == "uint8" and bound:
+        return rng.integers(0, bound, shape, dtype=np.uint8)
+    # any other integer may be an index into an array of unknown length
+    return np.zeros(shape, kind)
+
+
+def _width(dtype: str) -> int:
+    from tvm_balanced.packing import numpy_dtype
+
+    return 1 if dtype == "bool" else int(numpy_dtype(dtype).itemsize)
 
 
 class LocalArguments(Arguments):
@@ -102,13 +173,16 @@ class Timer:
     ----------
     cache : str
         ``"cold"``: everything but the activations is out of the caches when a run begins; ``"hot"``:
-        everything may be in them.
+        everything may be in them; ``"model"``: each run takes the next set of weights, as a model goes from
+        layer to layer.
     """
 
     cache: str
 
     def time(self, module: Any, device: Any, repeated_args: Sequence[Sequence[Any]]) -> list[float]:
-        """Seconds of each run, or of the mean of each few, the first (a warm-up) left out."""
+        """Seconds of each run, or of the mean of each few; warm-ups are left out."""
+        if self.cache == "model":
+            return _turns(module, repeated_args)
         cold = self.cache == "cold"
         evaluator = module.time_evaluator(
             module.entry_name,
@@ -125,6 +199,26 @@ class Timer:
         return list(itertools.chain.from_iterable(found))
 
 
+def _turns(module: Any, repeated_args: Sequence[Sequence[Any]]) -> list[float]:
+    """Seconds of runs with one list of arguments after the other, round and round, after a first round.
+
+    TVM's evaluator would run each list once before, which brings its weights into the caches.
+    """
+    function = module[module.entry_name]
+    for args in repeated_args:
+        function(*args)
+    found: list[float] = []
+    end = time.perf_counter() + _TURNS_SECONDS
+    for args in itertools.cycle(repeated_args):
+        begin = time.perf_counter()
+        function(*args)
+        now = time.perf_counter()
+        found.append(now - begin)
+        if now > end and len(found) >= _FEWEST_TURNS:
+            break
+    return [float(np.median(part)) for part in np.array_split(found, _PARTS)]
+
+
 class LocalTimer(Timer):
     """As TVM's local runner calls it."""
 
@@ -132,15 +226,84 @@ class LocalTimer(Timer):
         return self.time(module, device, args)
 
 
-def local_runner(bounds: Mapping[Signature, int], cache: str) -> Any:
-    """Runs candidates here, one after the other, in a process that a crash or a hang only costs itself."""
-    from tvm.s_tir import meta_schedule as ms
+class LocalRunner:
+    """Runs candidates here, in a process that a crash or a hang only costs itself.
 
-    return ms.runner.LocalRunner(
-        timeout_sec=RUN_SECONDS,
-        f_alloc_argument=LocalArguments(bounds),
-        f_run_evaluator=LocalTimer(cache),
-    )
+    Parameters
+    ----------
+    feeds : mapping of Signature to Feed
+        As for :class:`Arguments`.
+    cache : str
+        As for :class:`Timer`.
+    """
+
+    def __init__(self, feeds: Mapping[Signature, Feed], cache: str) -> None:
+        from tvm.s_tir import meta_schedule as ms
+        from tvm.support.popen_pool import PopenPoolExecutor
+
+        self._arguments, self._timer = LocalArguments(feeds, cache), LocalTimer(cache)
+        self._one = ms.runner.LocalRunner(
+            timeout_sec=RUN_SECONDS,
+            f_alloc_argument=self._arguments,
+            f_run_evaluator=self._timer,
+        )
+        self._together = PopenPoolExecutor(
+            max_workers=1, timeout=_TOGETHER_SECONDS, stderr=subprocess.DEVNULL
+        )
+
+    def run(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        """A future for each of MetaSchedule's runner inputs, one measured after the other."""
+        found: Sequence[Any] = self._one.run(list(inputs))
+        return found
+
+    def by_turns(self, inputs: Sequence[Any], rounds: int) -> list[list[float]] | None:
+        """Measure candidates of one kernel in rounds over all of them, with the same arguments.
+
+        What the machine does besides, and where memory happens to lie, is then the same for all.
+
+        Returns
+        -------
+        list of list of float, or None
+            Seconds of each candidate, a median for every round; None when the process ended or hung.
+        """
+        from tvm.support.popen_pool import StatusKind
+
+        (outcome,) = self._together.map_with_error_catching(
+            _by_turns,
+            [
+                (
+                    [one.artifact_path for one in inputs],
+                    [info.as_json() for info in inputs[0].args_info],
+                    self._arguments,
+                    self._timer,
+                    rounds,
+                )
+            ],
+        )
+        if outcome.status != StatusKind.COMPLETE:
+            log.debug("not measured by turns: %s", outcome.value)
+            return None
+        found: list[list[float]] = outcome.value
+        return found
+
+
+def _by_turns(
+    given: tuple[list[str], Any, LocalArguments, LocalTimer, int],
+) -> list[list[float]]:
+    import tvm
+
+    paths, args_info, arguments, timer, rounds = given
+    device = tvm.cpu()
+    modules = [tvm.runtime.load_module(path) for path in paths]
+    args = arguments(device, args_info, 1)
+    found: list[list[float]] = [[] for _ in paths]
+    order = list(range(len(paths)))
+    mix = random.Random(0)
+    for _ in range(rounds):
+        mix.shuffle(order)
+        for i in order:
+            found[i].append(float(np.median(timer(modules[i], device, None, args))))
+    return found
 
 
 class ProcessBuilder:

@@ -22,6 +22,7 @@ from tvm_balanced.errors import InputError, ToolchainError
 from tvm_balanced.tuning.measure import (
     RUN_SECONDS,
     Arguments,
+    Feed,
     Known,
     Signature,
     Timer,
@@ -150,7 +151,7 @@ class RpcRunner:
     ----------
     tracker : Tracker
         Where they are.
-    bounds : mapping of Signature to int
+    feeds : mapping of Signature to Feed
         As for :class:`tvm_balanced.tuning.measure.Arguments`.
     cache : str
         As for :class:`tvm_balanced.tuning.measure.Timer`.
@@ -161,9 +162,9 @@ class RpcRunner:
         When no tracker answers, or it has no server of the key.
     """
 
-    def __init__(self, tracker: Tracker, bounds: Mapping[Signature, int], cache: str) -> None:
+    def __init__(self, tracker: Tracker, feeds: Mapping[Signature, Feed], cache: str) -> None:
         self.tracker = tracker
-        self._bounds, self._cache = bounds, cache
+        self._feeds, self._cache = feeds, cache
         self._servers = self._workers = 0
         self._runner: Any = None
         if not self._look():
@@ -191,7 +192,7 @@ class RpcRunner:
                 tracker_key=self.tracker.key,
                 session_timeout_sec=int(RUN_SECONDS),
             ),
-            f_alloc_argument=RpcArguments(self._bounds),
+            f_alloc_argument=RpcArguments(self._feeds, self._cache),
             f_run_evaluator=RpcTimer(self._cache),
         )
         self._runner.pool.shutdown()

@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 BATCH = 16
 KERNELS = ("all", "balanced")
 
-# the best few are measured again, in rounds, until the best one was measured so often
+# the best few are measured again beside the default: by turns where the runner can, else one after the
+# other until the best one was measured so often
+_FINALISTS = 8
+_TURNS = 9
 _AGAIN = 3
 _TIMES = 3
 _ROUNDS = 3
@@ -269,7 +272,7 @@ class _Tuner:
         """Measure the defaults, search, and measure the best ones again."""
         for state in self.states:
             if self.over(1.0):
-                return
+                break
             if state.result.default_us is None:
                 self._measure(state, [state.default])
                 self._tell(state)
@@ -284,8 +287,9 @@ class _Tuner:
         # a prediction is the same every time
         if not self.stopped.is_set() and not self.estimates:
             for state in self.states:
-                if self.over(1.0):
+                if self.stopped.is_set():
                     break
+                # seconds a kernel, also where the time is up: without them all was for nothing
                 self._again(state)
                 self._tell(state)
 
@@ -350,14 +354,43 @@ class _Tuner:
         return rest
 
     def _again(self, state: _State) -> None:
+        if isinstance(self.runner, measure.LocalRunner) and self._finals(state):
+            return
         for _ in range(_ROUNDS):
             ranked = records.rank(state.records)
-            if not ranked or ranked[0].times >= _TIMES or self.over(1.0):
+            if not ranked or ranked[0].times >= _TIMES or self.stopped.is_set():
                 return
             fastest = sorted(ranked, key=lambda entry: entry.seconds)[:_AGAIN]
             default = [e for e in ranked if records.is_default(e.record.trace)]
             chosen = {e.record.trace_text: None for e in [*ranked[:1], *fastest, *default]}
             self._measure(state, [state.known[text] for text in chosen])
+
+    def _finals(self, state: _State) -> bool:
+        """Measure the best few and the default by turns; whether that was done or is not needed."""
+        ranked = records.rank(state.records)
+        if len(ranked) < 2 or (ranked[0].times > 1 and state.batches == 0):
+            return True
+        fastest = sorted(ranked, key=lambda entry: entry.seconds)[:_FINALISTS]
+        default = [e for e in ranked if records.is_default(e.record.trace)]
+        chosen = {e.record.trace_text: None for e in [*ranked[:1], *fastest, *default]}
+        candidates = [state.known[text] for text in chosen]
+        built = self.builder.build([c.sch.mod for c in candidates], self.spec.target)
+        try:
+            if any(result.error is not None for result in built):
+                return False
+            inputs = [
+                self.ms.runner.RunnerInput(result.path, "cpu", candidate.args_info)
+                for result, candidate in zip(built, candidates, strict=True)
+            ]
+            times = self.runner.by_turns(inputs, _TURNS)
+        finally:
+            for result in built:
+                measure.remove_artifact(result.path)
+        if times is None:
+            return False
+        results = [self.ms.runner.RunnerResult(seconds, None) for seconds in times]
+        self._keep(state, [_Measured(c, r) for c, r in zip(candidates, results, strict=True)])
+        return True
 
     def over(self, share: float) -> bool:
         """Whether ``share`` of the time has passed, or the run was stopped."""
@@ -392,7 +425,7 @@ def tune(
     trials: int = 64,
     seconds: float | None = None,
     logs: str | Path | None = None,
-    cache: str = "cold",
+    cache: str | None = None,
     kernels: str = "all",
     seed: int = 0,
     resume: bool = False,
@@ -424,8 +457,9 @@ def tune(
     logs : path-like, optional
         Folder of device folders to write to; ``$TVM_BALANCED_LOGS`` or the user's when left out, where
         ``compile`` looks.
-    cache : str
-        ``"cold"`` or ``"hot"``: whether weights may lie in the caches when a kernel begins.
+    cache : str, optional
+        What lies in the caches when a kernel begins. ``"model"``, the local runner's usual one: what a run of
+        the model leaves there; ``"cold"``, that of the others: no weights; ``"hot"``: all of them.
     kernels : str
         ``"all"``, or ``"balanced"`` for those that hold the balanced operator.
     seed : int
@@ -460,6 +494,7 @@ def tune(
     """
     spec = target if isinstance(target, TargetSpec) else resolve(target)
     how = Runner.parse(runner, tracker, key)
+    cache = how.usual_cache if cache is None else cache
     _check(trials, seconds, cache, kernels, seed)
     how.check(spec, cache)
     from tvm_balanced.tuning.tasks import find_tasks, fused_module
@@ -505,7 +540,7 @@ def tune_tasks(
     *,
     trials: int = 64,
     seconds: float | None = None,
-    cache: str = "cold",
+    cache: str = "model",
     seed: int = 0,
     resume: bool = False,
     runner: Runner | None = None,
@@ -532,10 +567,13 @@ def tune_tasks(
     left_out: list[KernelResult] = []
     if how.estimates:
         tasks, left_out = _with_estimates(tasks, spec)
-    bounds = {
-        measure.signature(_args_json(task)): task.index_bound for task in tasks if task.index_bound
+    feeds = {
+        measure.signature(_args_json(task)): measure.Feed(
+            task.index_bound, task.weights, task.between
+        )
+        for task in tasks
     }
-    builder, device = how.open(bounds, cache)
+    builder, device = how.open(feeds, cache)
     _quiet_tvm()
     _import_intrinsics()
     deadline = None if seconds is None else begin + seconds

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 RUNNERS = ("local", "rpc", "model")
 
+# states of the caches that a runner can measure with, its usual one first; only here can a kernel be
+# called without the warm-up of TVM's evaluator, and the kernel model counts every byte from memory
+_CACHES = {"local": measure.CACHES, "rpc": ("cold", "hot"), "model": ("cold",)}
+
 _NEEDED = {
     "local": ("xgboost", "psutil", "cloudpickle"),
     # tornado is what TVM's RPC runs on
@@ -69,6 +73,11 @@ class Runner:
         """Whether times are predicted, not measured."""
         return self.name == "model"
 
+    @property
+    def usual_cache(self) -> str:
+        """The state of the caches it measures with when none is given."""
+        return _CACHES[self.name][0]
+
     def check(self, spec: TargetSpec, cache: str) -> None:
         """Check that it can serve a target, and that what it needs is installed.
 
@@ -86,9 +95,10 @@ class Runner:
                 f"{spec.name} was given, and the model runner predicts only CUDA kernels; give runner local, "
                 "which measures"
             )
-        if self.estimates and cache != "cold":
+        if cache not in _CACHES[self.name]:
             raise InputError(
-                f"cache {cache} was given, and the model runner predicts with cold ones; leave it out"
+                f"cache {cache} was given, which runner {self.name} cannot do; choose "
+                f"{', '.join(_CACHES[self.name])}"
             )
         if not self.estimates and spec.kind != "llvm":
             raise InputError(
@@ -107,13 +117,13 @@ class Runner:
             require_packages()
 
     def open(
-        self, bounds: Mapping[measure.Signature, int], cache: str
+        self, feeds: Mapping[measure.Signature, measure.Feed], cache: str
     ) -> tuple[measure.ProcessBuilder, Any]:
         """A builder of candidates, and what takes what it built.
 
         Parameters
         ----------
-        bounds : mapping of Signature to int
+        feeds : mapping of Signature to Feed
             As for :class:`tvm_balanced.tuning.measure.Arguments`.
         cache : str
             As for :class:`tvm_balanced.tuning.measure.Timer`.
@@ -125,13 +135,13 @@ class Runner:
         """
         workers = core_count()
         if self.tracker is not None:
-            device = RpcRunner(self.tracker, bounds, cache)
+            device = RpcRunner(self.tracker, feeds, cache)
             return measure.ProcessBuilder(workers, make_shared), device
         if self.estimates:
             builder = measure.ProcessBuilder(workers, model_runner.make_estimate)
             return builder, model_runner.ModelRunner()
         builder = measure.ProcessBuilder(workers, measure.make_library)
-        return builder, measure.local_runner(bounds, cache)
+        return builder, measure.LocalRunner(feeds, cache)
 
     def describe(self) -> dict[str, Any]:
         """For a run's entry in ``environment.json``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import tvm
 import tvm_ffi
 from tvm import relax, tirx
+from tvm.ir.expr import GenericConst
 
 from tvm_balanced.model import Model
 from tvm_balanced.ops import format_text
@@ -39,6 +40,11 @@ class Task:
         The packed format and rows of activations of the balanced operator; empty for other kernels.
     index_bound : int
         What stored indices must stay below; 0 for other kernels.
+    weights : tuple of int
+        Which of its arguments are weights, by position.
+    between : int
+        Bytes of weights that a run of the model reads from one call of the kernel to the next, its own
+        among them; 0 for a kernel without weights.
     """
 
     name: str
@@ -47,6 +53,8 @@ class Task:
     uses: int
     detail: str
     index_bound: int
+    weights: tuple[int, ...] = ()
+    between: int = 0
 
     @property
     def balanced(self) -> bool:
@@ -97,31 +105,42 @@ def find_tasks(mod: tvm.IRModule, target: tvm.target.Target, kernels: str = "all
         ``"balanced"``: only those that hold the operator; ``"all"``: every kernel with static shapes
         that does more than a little work.
     """
-    uses = _uses(mod)
+    sites = _call_sites(mod)
+    total = max((_weight_bytes(mod, func) for func in _functions(mod)), default=0)
     found: dict[str, Task] = {}
     for gvar, func in mod.functions_items():
         if not isinstance(func, tirx.PrimFunc):
             continue
         name = str(gvar.name_hint)
         block = find(func)
-        if block is None and (kernels == "balanced" or not _worth(func)):
+        if block is None and (kernels == "balanced" or (_work(func) or 0) < _LITTLE_WORK):
             continue
         plain = tuned.workload(func, target)
         if plain is None:
             continue
         key = tuned.workload_hash(plain)
-        count = uses.get(name, 1) + (found[key].uses if key in found else 0)
+        calls = sites.get(name, [])
+        count = max(len(calls), 1) + (found[key].uses if key in found else 0)
+        weights = calls[0] if calls else ()
         detail = "" if block is None else f"{format_text(block.fmt)} M={block.rows}"
         bound = 0
         if block is not None:
             bound = block.fmt.pattern.block if block.fmt.encoding == "u8" else 256
         found[key] = Task(
-            found[key].name if key in found else name, plain, key, count, detail, bound
+            name=found[key].name if key in found else name,
+            mod=plain,
+            key=key,
+            uses=count,
+            detail=detail,
+            index_bound=bound,
+            weights=weights,
+            between=total if weights else 0,
         )
     return sorted(found.values(), key=lambda task: not task.balanced)
 
 
-def _worth(func: tirx.PrimFunc) -> bool:
+def _work(func: tirx.PrimFunc) -> int | None:
+    """Element operations of a kernel; None where their number is symbolic."""
     blocks: list[Any] = []
     tvm_ffi.structural_walk(func.body, (tvm.s_tir.SBlock, blocks.append), order="post")
     work = 0
@@ -130,14 +149,19 @@ def _worth(func: tirx.PrimFunc) -> bool:
         for axis in block.iter_vars:
             extent = axis.dom.extent
             if not isinstance(extent, tirx.IntImm):
-                return False
+                return None
             size *= int(extent)
         work += size if block.iter_vars else 0
-    return work >= _LITTLE_WORK
+    return work
 
 
-def _uses(mod: tvm.IRModule) -> Counter[str]:
-    counts: Counter[str] = Counter()
+def _functions(mod: tvm.IRModule) -> list[relax.Function]:
+    return [func for _, func in mod.functions_items() if isinstance(func, relax.Function)]
+
+
+def _calls(func: relax.Function) -> list[tuple[str, list[Any]]]:
+    """The kernels that a function calls, each with what it is given."""
+    found: list[tuple[str, list[Any]]] = []
 
     def visit(call: Any) -> None:
         if (
@@ -145,9 +169,53 @@ def _uses(mod: tvm.IRModule) -> Counter[str]:
             and call.args
             and isinstance(call.args[0], tvm.ir.GlobalVar)
         ):
-            counts[str(call.args[0].name_hint)] += 1
+            given = call.args[1] if len(call.args) > 1 else ()
+            found.append((str(call.args[0].name_hint), list(getattr(given, "fields", ()))))
 
-    for _, func in mod.functions_items():
-        if isinstance(func, relax.Function):
-            relax.analysis.post_order_visit(func, visit)
-    return counts
+    relax.analysis.post_order_visit(func, visit)
+    return found
+
+
+def _parameters(func: relax.Function) -> set[Any]:
+    """A function's parameters that hold weights: those that follow its inputs."""
+    inputs = func.attrs["num_input"] if func.attrs and "num_input" in func.attrs else None
+    return set() if inputs is None else set(func.params[int(inputs) :])
+
+
+def _call_sites(mod: tvm.IRModule) -> dict[str, list[tuple[int, ...]]]:
+    """For every call of a kernel, which of its arguments are weights."""
+    sites: dict[str, list[tuple[int, ...]]] = {}
+    for func in _functions(mod):
+        parameters = _parameters(func)
+        for name, given in _calls(func):
+            weights = tuple(i for i, value in enumerate(given) if _is_weight(value, parameters))
+            sites.setdefault(name, []).append(weights)
+    return sites
+
+
+def _weight_bytes(mod: tvm.IRModule, func: relax.Function) -> int:
+    """Bytes of weights that one call of a function reads."""
+    parameters = _parameters(func)
+    read: dict[Any, int] = {}
+    for name, given in _calls(func):
+        # of a table that rows are taken from only these are read
+        most = _work(mod[name]) if isinstance(mod[name], tirx.PrimFunc) else None
+        for value in given:
+            if _is_weight(value, parameters):
+                count = _elements(value)
+                count = count if most is None else min(count, most)
+                read[value] = max(read.get(value, 0), count * _width(value))
+    return sum(read.values())
+
+
+def _is_weight(value: Any, parameters: set[Any]) -> bool:
+    return isinstance(value, GenericConst) or value in parameters
+
+
+def _elements(value: Any) -> int:
+    shape = value.ty.shape or ()
+    return math.prod(int(extent) for extent in shape if isinstance(extent, int | tirx.IntImm))
+
+
+def _width(value: Any) -> int:
+    return (int(tvm.DataType(str(value.ty.dtype)).bits) + 7) // 8

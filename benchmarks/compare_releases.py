@@ -1,0 +1,181 @@
+"""A model compiled by several releases, called by turns: is the newest one no slower?
+
+Each release runs in a process of its own Python, which has it installed::
+
+    python benchmarks/compare_releases.py minilm --python ffb5b3d=old/.venv/bin/python \
+        --python now=.venv/bin/python --logs tuning_logs
+"""
+
+from __future__ import annotations
+
+import datetime
+import inspect
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+# calls of a turn; threads of the one that waits have gone to sleep by then
+_CALLS = 10
+
+
+class _Release:
+    """A process that compiles the model and calls it when asked."""
+
+    def __init__(self, named: str, model: Path, pattern: str, logs: str | None) -> None:
+        self.name, _, python = named.rpartition("=")
+        self.name = f"{self.name or python}{', tuned' if logs else ''}"
+        self.seconds: list[float] = []
+        self.turns: list[float] = []
+        self._process = subprocess.Popen(
+            [python, __file__, "serve", str(model), "--pattern", pattern]
+            + (["--logs", logs] if logs else []),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.output = np.array(self._answer())
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} ended; its message stands above")
+        return json.loads(line)
+
+    def turn(self) -> None:
+        """Call the model a few times."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        seconds = self._answer()
+        self.seconds += seconds
+        self.turns.append(float(np.median(seconds)))
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+
+
+@click.group()
+def main() -> None:
+    """Compare releases by turns."""
+
+
+@main.command()
+@click.argument("model")
+@click.option("--pattern", required=True)
+@click.option("--logs", help="Tuned records; none if not given.")
+def serve(model: str, pattern: str, logs: str | None) -> None:
+    """Compile a .pt2 file, then call it for every line of standard input."""
+    import torch
+
+    import tvm_balanced as tb
+
+    inputs = tuple(torch.load(f"{model}.inputs", weights_only=True))
+    # made by the process that asks; the first release refuses one of its operators in a file
+    sparse = tb.from_torch(torch.export.load(model)).prune(pattern)
+    given: dict[str, Any] = {}
+    # the first release had no records
+    if "logs" in inspect.signature(tb.compile).parameters:
+        given["logs"] = Path(logs) if logs else False
+    library = tb.compile(sparse, "llvm", **given)
+    answer = np.asarray(library(*inputs))
+    print(json.dumps(answer.ravel()[:1000].tolist()), flush=True)
+    for _ in sys.stdin:
+        found = []
+        for _ in range(_CALLS + 2):
+            begin = time.perf_counter()
+            library(*inputs)
+            found.append(time.perf_counter() - begin)
+        # the first calls wake the threads
+        print(json.dumps(found[2:]), flush=True)
+
+
+@main.command()
+@click.option(
+    "--python", "pythons", multiple=True, required=True, help="NAME=PATH, the oldest first."
+)
+@click.option("--logs", multiple=True, help="Adds the last Python once more, with these records.")
+@click.option("--pattern", default="4:16", show_default=True)
+@click.option("--seconds", default=60.0, show_default=True)
+@click.option("-o", "--output", "destination", metavar="OUT.csv", help="Add the rows to this file.")
+def minilm(
+    pythons: tuple[str, ...],
+    logs: tuple[str, ...],
+    pattern: str,
+    seconds: float,
+    destination: str | None,
+) -> None:
+    """MiniLM, 1 x 32 tokens, float32: milliseconds, and times faster than the first one."""
+    import torch
+    from models import build
+
+    from tvm_balanced import benchmark_results as results
+    from tvm_balanced.benchmarking import environment, make_machine
+
+    columns = (
+        *("model", "pattern", "release", "ms", "p20_ms", "p80_ms", "turns"),
+        *("gain", "gain_low", "gain_high", *results.ENVIRONMENT),
+    )
+    built = build("minilm", "stated", "float32")
+    inputs = tuple(built.inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "minilm.pt2"
+        torch.export.save(torch.export.export(built.module, inputs), model)
+        torch.save(list(inputs), f"{model}.inputs")
+        releases = [_Release(python, model, pattern, None) for python in pythons]
+        releases += [_Release(pythons[-1], model, pattern, place) for place in logs]
+    try:
+        error = max(float(np.abs(r.output - releases[0].output).max()) for r in releases)
+        click.echo(f"outputs differ by at most {error:.2g}")
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for release in random.sample(releases, len(releases)):
+                release.turn()
+    finally:
+        for release in releases:
+            release.close()
+    first = np.array(releases[0].turns)
+    machine, rows = make_machine("llvm"), []
+    for release in releases:
+        low, middle, high = np.percentile(release.seconds, [20, 50, 80]) * 1e3
+        gains = first / np.array(release.turns)
+        # of the median over turns, by resampling them
+        draws = np.random.default_rng(0).choice(gains, (2000, len(gains)))
+        sure = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
+        click.echo(
+            f"{release.name}: {middle:.3f} ms ({low:.3f} to {high:.3f}), "
+            f"{np.median(gains):.3f}x, 95 % {sure[0]:.3f} to {sure[1]:.3f}, {len(gains)} turns"
+        )
+        rows.append(
+            {
+                "model": "minilm",
+                "pattern": pattern,
+                "release": release.name,
+                "ms": middle,
+                "p20_ms": low,
+                "p80_ms": high,
+                "turns": len(gains),
+                "gain": float(np.median(gains)),
+                "gain_low": sure[0],
+                "gain_high": sure[1],
+                **environment(machine),
+                "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                "load": f"{os.getloadavg()[0]:.2f}",
+            }
+        )
+    if destination is not None:
+        results.append(Path(destination), rows, columns)
+
+
+if __name__ == "__main__":
+    main()
