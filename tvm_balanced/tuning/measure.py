@@ -20,7 +20,7 @@ CACHES = ("model", "cold", "hot")
 
 # of one candidate
 BUILD_SECONDS = 60.0
-RUN_SECONDS = 20.0
+RUN_SECONDS = 30.0
 # of the best ones together
 _TOGETHER_SECONDS = 120.0
 
