@@ -1,6 +1,6 @@
 """The CUDA schedule for 2:4: sparse stream from memory, multiplied by sparse tensor cores as it is.
 
-For 9 rows of activations and more. ``mma.sp.m16n8k32`` takes the values that are kept, two of each four, and
+For 2 rows of activations and more. ``mma.sp.m16n8k32`` takes the values that are kept, two of each four, and
 their indices as *metadata*, so nothing is expanded. The weight is read in the gather's layout ``r32v8`` with
 ``u2`` indices; one packed weight serves both. Rows of the weight are the 16 rows of a product, rows of
 activations its 8 columns; sums are float32. The thread map is that of
@@ -8,18 +8,18 @@ activations its 8 columns; sums are float32. The thread map is that of
 
 **Values need no exchange.** Of a fragment's row g, lane (g, t) holds the kept values of two blocks of four.
 Which blocks these are is free as long as values, metadata and activations agree. A warp takes four runs of 8
-slots (a *window*, 64 columns); lane (g, t) loads run t of the rows g, g + 8, g + 16 and g + 24, 16 bytes each,
-four blocks. Blocks 0 and 1 are its part of a first product, blocks 2 and 3 of a second.
+slots (a *window*, 64 columns); lane (g, t) loads run t of the rows g, g + 8, g + 16 and g + 24, 16 bytes
+each, four blocks. Blocks 0 and 1 are its part of a first product, blocks 2 and 3 of a second.
 
-**Metadata is a transposition.** The words that a product reads lie in two lanes of each four, which its sparsity
-selector names: lane ``2 selector + h`` holds half h of the product's columns, row g in its lower 16 bits and
-row g + 8 in its upper ones (``docs/sparse-mma.md`` has the sources). The four bits of block b of run t stand in
-lane t and are wanted in lane b: the 4 x 4 transposition of a quad, two shuffles for two rows, after which one
-word serves both products, selector 0 the first and 1 the second.
+**Metadata is a transposition.** The words that a product reads lie in two lanes of each four, which its
+sparsity selector names: lane ``2 selector + h`` holds half h of the product's columns, row g in its lower 16
+bits and row g + 8 in its upper ones (``docs/sparse-mma.md`` has the sources). The four bits of block b of run
+t stand in lane t and are wanted in lane b: the 4 x 4 transposition of a quad, two shuffles for two rows.
+One word then serves both products, selector 0 the first and 1 the second.
 
 **Activations** come in by ``cp.async``, ``Tile.stages`` windows ahead, 8 bytes (a block) at a time, to where
-``ldmatrix`` delivers them: two blocks of neighbouring runs side by side. The 16-byte pieces of a row are permuted
-by its number, so that neither copies nor ``ldmatrix`` have bank conflicts.
+``ldmatrix`` delivers them: two blocks of neighbouring runs side by side. The 16-byte pieces of a row are
+permuted by its number, so that neither copies nor ``ldmatrix`` have bank conflicts.
 """
 
 from __future__ import annotations
@@ -106,9 +106,9 @@ __device__ __forceinline__ void balanced_sparse_metadata(
 // 32 rows by 32 columns of the weight (two blocks of each t) times 8 rows of activations
 template <bool BFLOAT, int PRODUCT>
 __device__ __forceinline__ void balanced_sparse_multiply(
-    float* sums, const unsigned* values, const unsigned* metadata, const void* activations) {
+    float* sums, const unsigned* values, const unsigned* metadata, const void* first, int offset) {
   unsigned x[4];
-  unsigned address = (unsigned)__cvta_generic_to_shared(activations);
+  unsigned address = (unsigned)__cvta_generic_to_shared(first) + offset;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
   #pragma unroll
@@ -405,18 +405,18 @@ class _Kernel(cuda_expand._Kernel):
                         _at(
                             self.shared,
                             slot
-                            + (group * COLUMNS + row) * memory.row
+                            + row * memory.row
                             + tirx.bitwise_xor(piece + 4 * product, row) * 16,
                         ),
+                        # apart, so that it becomes part of the load
+                        group * (COLUMNS * memory.row),
                     )
                     for product in range(2)
                 ]
             )
 
         return [
-            _sparse(
-                "balanced_sparse_metadata", _at(self.metadata, 0), _at(indices, 0), self.lane
-            ),
+            _sparse("balanced_sparse_metadata", _at(self.metadata, 0), _at(indices, 0), self.lane),
             _call(f"balanced_wait<{stages - 2}>"),
             _barrier(),
             *self._stage(ahead, ahead % stages),
