@@ -1,4 +1,4 @@
-"""Where the gather, the expand kernel and dense cuBLAS are fastest, over rows of activations: predicted.
+"""Where gather, tensor-core kernels and dense cuBLAS are fastest, over rows of activations: predicted.
 
 The same models that ``plan`` decides by; nothing is timed and no GPU is needed. On a GPU,
 ``tvm-balanced bench --set llm --set prefill`` measures what is compared here.
@@ -25,6 +25,8 @@ _ROWS = (1, 2, 4, 8, 9, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 class Row:
     """Predicted microseconds of one multiplication; ``expand_us`` is empty up to 8 rows.
 
+    At 2:4 it is the kernel for sparse tensor cores, ``sparse_mma``, in the place of the expand kernel, and
+    empty for one row.
     ``chosen`` is the sparse kernel that is compiled, or ``dense`` where cuBLAS is predicted faster.
     """
 
@@ -44,7 +46,7 @@ class Row:
 
 def predict(gpu: str, n: int, k: int, pattern: str, m: int) -> Row:
     """All three kernels, float16."""
-    from tvm_balanced import cost, expand_model, kernel_model, targets
+    from tvm_balanced import cost, expand_model, kernel_model, sparse_mma_model, targets
     from tvm_balanced.pattern import BalancedPattern
     from tvm_balanced.schedules import cuda, cuda_expand, cuda_gather
 
@@ -54,12 +56,14 @@ def predict(gpu: str, n: int, k: int, pattern: str, m: int) -> Row:
     knobs = kernel_model.choose(fmt, m, "float16", cuda_gather.shared_limit(spec.target), machine)
     gather = kernel_model.Model(machine, fmt, m, "float16").predict(knobs).total_us
     expand = None
-    if m >= expand_model.LEAST_ROWS and expand_model.takes_format(fmt, "float16"):
-        shared = cuda_expand.shared_limit(spec.target)
-        best = expand_model.best(fmt, m, "float16", shared, machine)
-        expand = None if best is None else best[1].total_us
+    for model in (expand_model, sparse_mma_model):
+        if m >= model.LEAST_ROWS and model.takes_format(fmt, "float16"):
+            shared = cuda_expand.shared_limit(spec.target)
+            best = model.best(fmt, m, "float16", shared, machine)
+            expand = None if best is None else best[1].total_us
+    tensor = "sparse_mma" if sparse_mma_model.takes_format(fmt, "float16") else "expand"
     dense = cost.dense_us(spec, m, n, k, "float16", "cublas")
-    times = {"gather": gather, "expand": expand, "dense": dense}
+    times = {"gather": gather, tensor: expand, "dense": dense}
     known = {name: time for name, time in times.items() if time is not None}
     sparse = min(gather, expand if expand is not None else gather)
     return Row(
@@ -68,7 +72,7 @@ def predict(gpu: str, n: int, k: int, pattern: str, m: int) -> Row:
     )  # fmt: skip
 
 
-def plot(rows: list[Row], path: Path, gpu: str) -> None:
+def plot(rows: list[Row], path: Path, gpu: str, patterns: tuple[str, ...]) -> None:
     """Ratio to cuBLAS over rows of activations, a panel a shape, a line a pattern and kernel."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -77,7 +81,7 @@ def plot(rows: list[Row], path: Path, gpu: str) -> None:
     FigureCanvasAgg(figure)
     panels: Any = figure.subplots(1, len(_SHAPES), sharey=True, squeeze=False)
     for axes, (n, k) in zip(panels[0], _SHAPES, strict=True):
-        for i, pattern in enumerate(_PATTERNS):
+        for i, pattern in enumerate(patterns):
             line = [r for r in rows if (r.gpu, r.n, r.k, r.pattern) == (gpu, n, k, pattern)]
             axes.plot(
                 [r.m for r in line], [r.cublas_us / r.gather_us for r in line], ":", c=f"C{i}"
@@ -104,13 +108,14 @@ def plot(rows: list[Row], path: Path, gpu: str) -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 @click.option("--plot", "picture", type=click.Path(path_type=Path), help="Of one GPU.")
 @click.option("--gpu", type=click.Choice(_GPUS), default=_GPUS[0], help="To plot.")
-def main(output: Path, picture: Path | None, gpu: str) -> None:
+@click.option("--pattern", "patterns", multiple=True, default=_PATTERNS, show_default=True)
+def main(output: Path, picture: Path | None, gpu: str, patterns: tuple[str, ...]) -> None:
     """Write the predictions to OUTPUT."""
     rows = [
         predict(name, n, k, pattern, m)
         for name in _GPUS
         for n, k in _SHAPES
-        for pattern in _PATTERNS
+        for pattern in patterns
         for m in _ROWS
     ]
     with output.open("w", newline="") as file:
@@ -120,7 +125,7 @@ def main(output: Path, picture: Path | None, gpu: str) -> None:
             cells = {n: f"{v:.5g}" if isinstance(v, float) else v for n, v in asdict(row).items()}
             writer.writerow(cells)
     if picture is not None:
-        plot(rows, picture, gpu)
+        plot(rows, picture, gpu, patterns)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The expand kernel on CUDA without a GPU: registers and instructions as compiled, and as its model has them.
+"""The tensor-core kernels without a GPU: registers and instructions as compiled, and as their models say.
 
 Compiled with NVRTC and disassembled; nothing is timed. One row a pattern, M and architecture, for the tile
 that would be compiled, of an 8192 x 8192 layer in float16.
 
     python benchmarks/expand_report.py -o expand.csv
+    python benchmarks/expand_report.py --pattern 2:4 -o sparse_mma.csv
 """
 
 from __future__ import annotations
@@ -64,17 +65,18 @@ def report(arch: str, pattern: str, m: int) -> Row | None:
     """A kernel; None where the gather is chosen."""
     from tvm_balanced import cudaemu, expand_model, nvrtc, targets
     from tvm_balanced.pattern import BalancedPattern
-    from tvm_balanced.schedules import cuda, cuda_expand
+    from tvm_balanced.schedules import cuda, cuda_expand, cuda_sparse_mma
     from tvm_balanced.static_report import StaticReport
 
     target = targets.resolve(_GPUS[arch]).target
     form = BalancedPattern(pattern)
     fmt = cuda.preferred_format(form, _SIZE, _SIZE, m, "float16", target)
-    chosen = cuda_expand.choose(fmt, m, "float16", target)
+    rule = cuda_sparse_mma if pattern == "2:4" else cuda_expand
+    chosen = rule.choose(fmt, m, "float16", target)
     if chosen is None:
         return None
     tile, told = chosen
-    schedule = cuda_expand.apply(operator(fmt, m, "float16"), target, tile)
+    schedule = rule.apply(operator(fmt, m, "float16"), target, tile)
     assert schedule is not None
     source = cudaemu.from_tvm(schedule.mod, target).source
     (kernel,) = StaticReport.of_cubins([(arch, nvrtc.compile_cubin(source, arch).cubin)])
@@ -97,10 +99,11 @@ def report(arch: str, pattern: str, m: int) -> Row | None:
 
 @click.command()
 @click.option("--arch", "archs", multiple=True, type=click.Choice(list(_GPUS)), default=list(_GPUS))
+@click.option("--pattern", "patterns", multiple=True, default=_PATTERNS, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
-def main(archs: tuple[str, ...], output: Path) -> None:
+def main(archs: tuple[str, ...], patterns: tuple[str, ...], output: Path) -> None:
     """Write a row for each kernel to OUTPUT."""
-    found = [report(arch, p, m) for arch in archs for m in _ROWS for p in _PATTERNS]
+    found = [report(arch, p, m) for arch in archs for m in _ROWS for p in patterns]
     rows = [row for row in found if row is not None]
     with output.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")

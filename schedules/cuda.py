@@ -7,14 +7,14 @@ import math
 
 import tvm
 
-from tvm_balanced import expand_model, kernel_model
+from tvm_balanced import expand_model, kernel_model, sparse_mma_model
 from tvm_balanced.packing import BITMAP, BITMAP_BLOCKS, ENCODINGS, Layout, PackedFormat
 from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.schedules import cuda_expand, cuda_fallback, cuda_gather
+from tvm_balanced.schedules import cuda_expand, cuda_fallback, cuda_gather, cuda_sparse_mma
 from tvm_balanced.targets import gpu_figures
 
-# the first takes only what it is predicted faster for than the second
-BALANCED_RULES = (cuda_expand, cuda_gather, cuda_fallback)
+# the first two take different patterns, and only what they are predicted faster for than the third
+BALANCED_RULES = (cuda_sparse_mma, cuda_expand, cuda_gather, cuda_fallback)
 
 _LANES = 32
 _LOAD_BYTES = 16
@@ -104,6 +104,9 @@ def predicted(
     """
     gpu = kernel_model.machine(gpu_figures(target))
     launched = gpu if launch_us is None else dataclasses.replace(gpu, launch_us=launch_us)
+    multiplies = cuda_sparse_mma.choose(fmt, rows, dtype, target)
+    if multiplies is not None:
+        return sparse_mma_model.predict(launched, fmt, rows, dtype, multiplies[0])
     expands = cuda_expand.choose(fmt, rows, dtype, target)
     if expands is not None:
         return expand_model.predict(launched, fmt, rows, dtype, expands[0])

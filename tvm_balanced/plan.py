@@ -18,6 +18,7 @@ from tvm_balanced.pruning import detect_pattern
 from tvm_balanced.relay_passes.find_dense import DenseLayer
 from tvm_balanced.relay_passes.pack_weights import dense_weight
 from tvm_balanced.report import LayerRow, Report
+from tvm_balanced.schedules import cuda_sparse_mma
 from tvm_balanced.schedules.dispatch import preferred_format
 from tvm_balanced.selection import per_layer, select
 from tvm_balanced.targets import TargetSpec, resolve
@@ -221,6 +222,8 @@ def _decide(
         )
         reason = f"{told}{note}"
         return dense(reason, **shared), None
+    if spec.kind == "cuda" and not assumed and _by_sparse_mma(spec, batches, fmt, layer.dtype):
+        note = f", by sparse tensor cores{note}"
     if policies[layer.name] == "always":
         reason = f'policy is "always"; predicted {gain:.2f}x{note}'
     else:
@@ -229,6 +232,11 @@ def _decide(
         **fields, **shared, bytes_sparse=fmt.nbytes(layer.dtype), decision="sparse", reason=reason
     )
     return row, fmt
+
+
+def _by_sparse_mma(spec: TargetSpec, batches: list[int], fmt: PackedFormat, dtype: str) -> bool:
+    """Whether every use of a layer is multiplied by sparse tensor cores."""
+    return all(cuda_sparse_mma.choose(fmt, m, dtype, spec.target) is not None for m in batches)
 
 
 def _batches(layer: DenseLayer, buckets: list[int]) -> tuple[list[int], bool]:

@@ -325,6 +325,8 @@ class SassCounts:
     hmma, ffma, hfma2 : int
         Tensor-core products of two-byte floats, multiply-adds in float32, and of two two-byte floats
         at once (with which the compiler also sets constants).
+    sparse_hmma : int
+        How many of ``hmma`` are products of 2:4 (HMMA.SP).
     shuffles, barriers : int
         SHFL and BAR.
     loop : SassCounts or None
@@ -344,6 +346,7 @@ class SassCounts:
     hmma: int = 0
     ffma: int = 0
     hfma2: int = 0
+    sparse_hmma: int = 0
     shuffles: int = 0
     barriers: int = 0
     loop: SassCounts | None = None
@@ -484,6 +487,7 @@ def _count(
         # the packed form of sm_100
         ffma=bases["FFMA"] + bases["FFMA2"],
         hfma2=bases["HFMA2"],
+        sparse_hmma=sum(one.opcode.startswith("HMMA.SP") for one in code),
         shuffles=bases["SHFL"],
         barriers=bases["BAR"],
         loop=loop,

@@ -36,6 +36,11 @@ _MMA = re.compile(
     r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col(?:\.satfinite)?\.(\w+)\.(\w+)\.(\w+)\.(\w+)\s*"
     + r"\s*,\s*".join([r"\{([^}]*)\}"] * 4)
 )
+_MMA_SPARSE = re.compile(
+    r"mma\.sp(?:::ordered_metadata)?\.sync\.aligned\.m16n8k32\.row\.col\.f32\.(f16|bf16)\.\1\.f32\s*"
+    + r"\s*,\s*".join([r"\{([^}]*)\}"] * 4)
+    + r"\s*,\s*(%\d+)\s*,\s*([^\s;]+)\s*;"
+)
 _CP_ASYNC = re.compile(
     r"(?:setp\.(eq|ne)\.\w+ p, %(\d+), (\d+);)?\s*(@p )?"
     r"cp\.async\.c[ag]\.shared(?:::cta)?\.global(?:\.L2::\w+)?\s*"
@@ -113,6 +118,7 @@ def _ptx(text: str, outs: list[str], ins: list[str]) -> str:
     for pattern, emit in (
         (_LDMATRIX, _ldmatrix),
         (_MMA, _mma),
+        (_MMA_SPARSE, _mma_sparse),
         (_BARRIER, _barrier),
         (_DP4A, _dp4a),
     ):
@@ -156,6 +162,17 @@ def _mma(match: re.Match[str], outs: list[str], ops: list[str]) -> str:
     for name, used in zip("abc", registers[1:], strict=True):
         code += "".join(f"emu_m.{name}[{i}]=emu_bits({ops[r]});" for i, r in enumerate(used))
     code += f"emu_mma<{depth},{','.join(types)}>(emu_m);"
+    code += "".join(f"emu_set({ops[r]}, emu_m.d[{i}]);" for i, r in enumerate(registers[0]))
+    return "{" + code + "}"
+
+
+def _mma_sparse(match: re.Match[str], outs: list[str], ops: list[str]) -> str:
+    registers = [[int(i) for i in re.findall(r"%(\d+)", group)] for group in match.groups()[1:5]]
+    code = "EmuMmaSparse emu_m = {};"
+    for name, used in zip("abc", registers[1:], strict=True):
+        code += "".join(f"emu_m.{name}[{i}]=emu_bits({ops[r]});" for i, r in enumerate(used))
+    code += f"emu_m.metadata=emu_bits({_value(match[6], ops)});"
+    code += f"emu_m.selector={_value(match[7], ops)};emu_mma_sparse<{_MMA_TYPES[match[1]]}>(emu_m);"
     code += "".join(f"emu_set({ops[r]}, emu_m.d[{i}]);" for i, r in enumerate(registers[0]))
     return "{" + code + "}"
 

@@ -1,0 +1,78 @@
+"""What the kernel for sparse tensor cores is predicted to take, and where it is chosen."""
+
+from dataclasses import replace
+
+import pytest
+
+from tvm_balanced import cost, kernel_model, sparse_mma_model, targets
+from tvm_balanced.pattern import BalancedPattern
+from tvm_balanced.schedules import cuda, cuda_sparse_mma
+
+H100 = targets.resolve("h100")
+
+
+def layer(pattern="2:4", n=8192, k=8192, rows=32, dtype="float16"):
+    return cuda.preferred_format(BalancedPattern(pattern), n, k, rows, dtype, H100.target)
+
+
+def chosen(fmt, rows, dtype="float16", spec=H100):
+    return cuda_sparse_mma.choose(fmt, rows, dtype, spec.target)
+
+
+@pytest.mark.parametrize("gpu", ["h100", "a100", "rtx-4090"])
+def test_chosen_only_where_faster_than_the_gather(gpu):
+    spec = targets.resolve(gpu)
+    machine = kernel_model.machine(targets.gpu_figures(spec.target))
+    taken = 0
+    for n, k in ((8192, 8192), (768, 3072), (50, 70)):
+        for rows in (2, 16, 64, 256):
+            fmt = layer("2:4", n, k, rows)
+            knobs = kernel_model.choose(fmt, rows, "float16", 48 << 10, machine)
+            gather = kernel_model.Model(machine, fmt, rows, "float16").predict(knobs)
+            found = chosen(fmt, rows, spec=spec)
+            if found is not None:
+                taken += 1
+                assert found[1].total_us < gather.total_us
+    assert taken
+
+
+def test_plan_goes_by_the_kernel_that_is_chosen():
+    fmt = layer()
+    _, prediction = chosen(fmt, 32)
+    told = cost.predicted(H100, 32, fmt, "float16")
+    assert told.shared_bytes == prediction.shared_bytes
+    assert told.total_us - told.launch_us == pytest.approx(
+        prediction.total_us - prediction.launch_us
+    )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "rows", "dtype"),
+    [("2:4", 1, "float16"), ("2:4", None, "float16"), ("2:4", 32, "float32"),
+     ("1:4", 32, "float16"), ("4:8", 32, "float16")],
+)  # fmt: skip
+def test_the_rest_is_the_gathers(pattern, rows, dtype):
+    assert chosen(layer(pattern, rows=rows, dtype=dtype), rows, dtype) is None
+
+
+def test_prediction_follows_work():
+    """More activations, more weights and slower memory take longer; parts are bounds from below."""
+    machine = kernel_model.machine(targets.GPUS["h100"])
+
+    def predict(fmt, rows, machine=machine):
+        _, prediction = sparse_mma_model.best(fmt, rows, "float16", 227 << 10, machine)
+        return prediction
+
+    base = predict(layer(), 32)
+    assert predict(layer(), 128).total_us > base.total_us
+    assert predict(layer(k=16384), 32).total_us > base.total_us
+    slow = predict(layer(), 32, replace(machine, bandwidth_gbps=machine.bandwidth_gbps / 4))
+    assert slow.bound == "memory"
+    assert slow.total_us > base.total_us
+    for part in ("memory", "l2", "issue", "arithmetic", "shared"):
+        assert getattr(base, f"{part}_us") + base.launch_us <= base.total_us
+
+
+def test_nothing_fits_in_no_memory():
+    machine = kernel_model.machine(targets.GPUS["h100"])
+    assert sparse_mma_model.best(layer(), 64, "float16", 1024, machine) is None
