@@ -26,6 +26,10 @@ LEAST_ROWS = 9
 # rows of activations that a symbolic M is taken for
 _SYMBOLIC_ROWS = 32
 _STATIC_ROWS = 64  # of activations in a tile, at most: 64 sums a lane
+# rows of activations in the tiles that share a symbolic M, and up to which M they are compared: a whole
+# number of every kernel's tiles, from which on times repeat themselves
+_HEIGHTS = (16, 32, 64)
+_COMPARED_ROWS = 512
 # whole blocks to a run of slots; 1:32 spills
 _PATTERNS = {(nnz, block) for nnz in (1, 2, 4, 8) for block in (16, 32)} - {(1, 32)}
 # of a thread block; two times eight warps leave 128 registers, which blocks of 32 spill
@@ -161,15 +165,15 @@ def candidates(fmt: PackedFormat, rows: int | None, shared: int) -> list[Tile]:
     """
     full = _height(rows)
     half = _ceil(full // COLUMNS, 2) * COLUMNS
-    found: dict[Tile, None] = {}
-    for height in (full, half):
-        columns = 1
-        while columns <= _WARPS[fmt.pattern.block]:
-            tile = _fitting(fmt, height, columns, shared)
-            if tile is not None:
-                found[tile] = None
-            columns *= 2
-    return list(found)
+    found = [tile for height in (full, half) for tile in _side_by_side(fmt, height, shared)]
+    return list(dict.fromkeys(found))
+
+
+def _side_by_side(fmt: PackedFormat, height: int, shared: int) -> list[Tile]:
+    """Tiles of a height, lower where it does not fit, with every number of warps side by side."""
+    warps = _WARPS[fmt.pattern.block]
+    tiles = [_fitting(fmt, height, 1 << i, shared) for i in range(warps.bit_length())]
+    return [tile for tile in tiles if tile is not None]
 
 
 def choices(fmt: PackedFormat, rows: int) -> dict[str, tuple[int, ...]]:
@@ -358,6 +362,48 @@ def choose(
     knobs = kernel_model.choose(fmt, rows, dtype, static_shared, gpu)
     gather = kernel_model.Model(gpu, fmt, rows, dtype).predict(knobs)
     return found if found[1].total_us < gather.total_us else None
+
+
+@functools.lru_cache(maxsize=1024)
+def by_rows(
+    fmt: PackedFormat, dtype: str, shared: int, static_shared: int, gpu: Machine
+) -> tuple[tuple[int, Tile], ...]:
+    """Tiles for a symbolic M, each with the M it serves from; the gather serves M below the first.
+
+    A tile takes over at the M from which on it is predicted no slower than what came before, for every
+    M up to 512.
+
+    Parameters
+    ----------
+    fmt, dtype, shared, static_shared, gpu
+        As for :func:`choose`.
+
+    Returns
+    -------
+    tuple of (int, Tile)
+        By ascending M; empty where the gather serves every M.
+    """
+    if not takes_format(fmt, dtype):
+        return ()
+    knobs = kernel_model.choose(fmt, None, dtype, static_shared, gpu)
+    compared = range(LEAST_ROWS, _COMPARED_ROWS + 1)
+    times = {m: kernel_model.Model(gpu, fmt, m, dtype).predict(knobs).total_us for m in compared}
+    found: list[tuple[int, Tile]] = []
+    for height in _HEIGHTS:
+        fitting = [
+            (predict(gpu, fmt, height, dtype, tile).total_us, i, tile)
+            for i, tile in enumerate(_side_by_side(fmt, height, shared))
+        ]
+        if not fitting:
+            break
+        tile = min(fitting)[2]
+        own = {m: predict(gpu, fmt, m, dtype, tile).total_us for m in compared}
+        first = max((m + 1 for m in compared if own[m] > times[m]), default=LEAST_ROWS)
+        if first > _COMPARED_ROWS:
+            continue
+        found = [(m, other) for m, other in found if m < first] + [(first, tile)]
+        times.update((m, own[m]) for m in compared if m >= first)
+    return tuple(found)
 
 
 def _ceil(value: int, by: int) -> int:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import tvm_balanced as tb
 from tvm_balanced import cudaemu, expand_model, kernel_model, static_report, targets
+from tvm_balanced.artifact import read_manifest
+from tvm_balanced.cudaemu import device
 from tvm_balanced.errors import ToolchainError
 from tvm_balanced.expand_model import Tile
 from tvm_balanced.packing import Layout, PackedFormat
 from tvm_balanced.pattern import BalancedPattern
 from tvm_balanced.schedules import cuda, cuda_expand
 from tvm_balanced.schedules.rules import RULE, first_match
+from tvm_balanced.verification import verify
 
 from .conftest import Case, arguments, check_close, fused_kernel, packed_format, target
 from .cubins import compile_cubin
@@ -138,13 +144,13 @@ def test_expand_leaves_what_is_not_its_own(
 
 
 def test_dispatch_by_rows() -> None:
-    """Up to 8 rows, symbolic rows and small layers are the gather's; of the rest the faster one is taken."""
+    """Up to 8 rows and small layers are the gather's; of the rest the faster one is taken."""
     taken = {}
     for lead in (8, 9, 64, "m"):
         case = Case((lead,), 4096, 4096, "4:16", at=((16,),))
         func = fused_kernel(case, _format(case))
         taken[lead] = first_match(func, target(), cuda.BALANCED_RULES).attrs[RULE]
-    assert taken == {8: "cuda_gather", 9: "cuda_expand", 64: "cuda_expand", "m": "cuda_gather"}
+    assert taken == {8: "cuda_gather", 9: "cuda_expand", 64: "cuda_expand", "m": "cuda_by_rows"}
 
 
 @pytest.mark.parametrize("rows", [9, 17, 64, 100, 256, None])
@@ -164,3 +170,51 @@ def test_candidates_fit(rows: int | None, pattern: str, shared: int) -> None:
 def test_no_tile_where_nothing_fits() -> None:
     fmt = _format(Case((16,), 64, 512, "4:16"))
     assert expand_model.candidates(fmt, 16, 1024) == []
+
+
+@pytest.fixture(scope="module")
+def symbolic(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, Path]:
+    """A layer for any number of rows: the gather, and two tiles of the expand kernel."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(256, 2048), torch.nn.ReLU()).half().eval()
+    batch = torch.export.Dim("batch", min=1, max=512)
+    x = torch.zeros(4, 256, dtype=torch.float16)
+    model = tb.from_torch(module, (x,), dynamic_shapes=({0: batch},)).prune("8:16")
+    with torch.no_grad():
+        module[0].weight.copy_(torch.from_numpy(model.params["0.weight"]))
+    path = tmp_path_factory.mktemp("symbolic") / "model.tvmb"
+    return module.double(), tb.compile(model, "h100", policy="always").save(path)
+
+
+def test_a_symbolic_batch_chooses_its_kernel(
+    symbolic: tuple[torch.nn.Module, Path], emulated: device.Device
+) -> None:
+    """On both sides of each M at which another kernel takes over, with the same weight."""
+    module, path = symbolic
+    lib = tb.load(path, "emulated")
+    launched = {}
+    for rows in (1, 8, 9, 32, 33, 70):
+        x = torch.randn(rows, 256, dtype=torch.float16)
+        with torch.no_grad():
+            expected = module(x.double())
+        torch.testing.assert_close(lib(x).double(), expected, rtol=2e-3, atol=2e-3)
+        (launch,) = emulated.launches()
+        emulated.forget()
+        assert not launch.graph
+        launched[rows] = launch.kernel
+    names = list(dict.fromkeys(launched.values()))
+    assert [names.index(launched[rows]) for rows in launched] == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_symbolic_batch_states_its_kernels(symbolic: tuple[torch.nn.Module, Path]) -> None:
+    """Manifest, report and ``verify``, which runs each of them."""
+    _, path = symbolic
+    manifest = read_manifest(path)
+    told = "cuda_gather; from M = 9 cuda_expand, 16 rows a tile; from M = 33, 32 rows a tile"
+    assert [kernel["note"] for kernel in manifest.coverage] == [f"symbolic shapes: {told}"]
+    assert told in manifest.layers[0]["reason"]
+    found = verify(path)
+    assert found.passed
+    assert {check.result for check in found.parts} == {"pass"}
+    (row,) = found.kernels
+    assert len(row.kernels) == 3 and row.error is not None
