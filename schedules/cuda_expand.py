@@ -461,9 +461,11 @@ class _Kernel:
 
     def _load(self, window: Any, held: Any) -> list[Any]:
         """The slots of a window that a lane owns."""
-        tile = tirx.min(self.bx * self.tile.columns + self.column, self.tiles - 1)
+        tile = self.bx * self.tile.columns + self.column
         run = (self.share * self.windows + window) * WINDOW + self.t
         valid = tirx.all(window < self.windows, run < self.runs)
+        if self.tiles % self.tile.columns:
+            valid, tile = tirx.all(valid, tile < self.tiles), tirx.min(tile, self.tiles - 1)
         run = tirx.min(run, self.runs - 1)
 
         def load(i: Any) -> Any:
