@@ -221,10 +221,14 @@ def _expand(func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target
         or cuda_expand.choose(fmt, found.rows, found.value_dtype, target) is None
     ):
         return []
-    choices = expand_model.choices(fmt, found.rows)
+    rows, count = found.rows, gpu_figures(target).sm_count
+    choices = expand_model.choices(fmt, rows, count)
 
     def valid(values: Mapping[str, int]) -> bool:
-        return expand_model.is_legal(fmt, shared, expand_model.Tile(**values))
+        tile = expand_model.Tile(**values)
+        if tile.splits > expand_model.idle_times(fmt, rows, tile, count):
+            return False
+        return expand_model.is_legal(fmt, shared, tile)
 
     def build(values: Mapping[str, int]) -> Any:
         return cuda_expand.apply(func, target, expand_model.Tile(**values))

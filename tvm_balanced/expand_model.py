@@ -7,6 +7,7 @@ was compared with SASS (``docs/expand.md``). Nothing here was measured on a GPU:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -52,6 +53,8 @@ _TENSOR_SHARE = {"sm_90": 0.6, "sm_100": 0.3}
 _OWN_TENSOR_SHARE = 0.85
 # share of the time that the busiest of the multiprocessor's own resources works, with a barrier in every step
 _OVERLAP = 0.8
+# how much faster a tile with a second launch has to be
+_SPLIT_WORTH = 1.1
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,15 @@ class Tile:
         Warps that share K: 1, 2, 4 or 8.
     stages : int
         Steps of activations in shared memory at a time.
+    splits : int
+        Thread blocks that share K; with more than one a second kernel adds their sums.
     """
 
     rows: int
     columns: int
     shares: int
     stages: int
+    splits: int = 1
 
     @property
     def warps(self) -> int:
@@ -151,8 +157,12 @@ def _fitting(fmt: PackedFormat, height: int, columns: int, shared: int) -> Tile 
         height = _ceil(height // COLUMNS, 2) * COLUMNS
 
 
-def candidates(fmt: PackedFormat, rows: int | None, shared: int) -> list[Tile]:
+def candidates(
+    fmt: PackedFormat, rows: int | None, shared: int, multiprocessors: int | None = None
+) -> list[Tile]:
     """Tiles worth asking the model about: every number of warps side by side, full height and half of it.
+
+    Where they leave multiprocessors idle, their K is also shared by thread blocks.
 
     Parameters
     ----------
@@ -162,11 +172,41 @@ def candidates(fmt: PackedFormat, rows: int | None, shared: int) -> list[Tile]:
         M; None when symbolic, which is taken for 32.
     shared : int
         Bytes of shared memory that a thread block may take; where nothing fits there are none.
+    multiprocessors : int, optional
+        Of the GPU; thread blocks share K only where it is given, and M too.
     """
     full = _height(rows)
     half = _ceil(full // COLUMNS, 2) * COLUMNS
     found = [tile for height in (full, half) for tile in _side_by_side(fmt, height, shared)]
-    return list(dict.fromkeys(found))
+    if rows is not None and multiprocessors is not None:
+        found += [
+            dataclasses.replace(tile, splits=1 << i)
+            for tile in found
+            for i in range(1, idle_times(fmt, rows, tile, multiprocessors).bit_length())
+        ]
+    return [tile for tile in dict.fromkeys(found) if tile.splits == 1 or _has_work(fmt, tile)]
+
+
+def idle_times(fmt: PackedFormat, rows: int, tile: Tile, multiprocessors: int) -> int:
+    """How many thread blocks can share K before some wait: by a tile that does not, at least one.
+
+    Parameters
+    ----------
+    fmt, rows
+        The layer's format and M.
+    tile : Tile
+        Its ``splits`` do not matter.
+    multiprocessors : int
+        Of the GPU.
+    """
+    thread_blocks = _ceil(fmt.padded_rows // LANES, tile.columns) * _ceil(rows, tile.rows)
+    return max(1, multiprocessors // thread_blocks)
+
+
+def _has_work(fmt: PackedFormat, tile: Tile) -> bool:
+    """Whether the last warp that shares K has a window of it."""
+    windows, parts = _ceil(fmt.slots, RUN * WINDOW), tile.shares * tile.splits
+    return (parts - 1) * _ceil(windows, parts) < windows
 
 
 def _side_by_side(fmt: PackedFormat, height: int, shared: int) -> list[Tile]:
@@ -176,7 +216,7 @@ def _side_by_side(fmt: PackedFormat, height: int, shared: int) -> list[Tile]:
     return [tile for tile in tiles if tile is not None]
 
 
-def choices(fmt: PackedFormat, rows: int) -> dict[str, tuple[int, ...]]:
+def choices(fmt: PackedFormat, rows: int, multiprocessors: int = 1) -> dict[str, tuple[int, ...]]:
     """Values of each knob for a tuner, which :func:`is_legal` allows together or not.
 
     Parameters
@@ -185,17 +225,21 @@ def choices(fmt: PackedFormat, rows: int) -> dict[str, tuple[int, ...]]:
         One that :func:`takes_format`.
     rows : int
         M.
+    multiprocessors : int
+        Of the GPU: thread blocks share K as long as some are idle.
     """
     warps = _WARPS[fmt.pattern.block]
     powers = tuple(1 << i for i in range(warps.bit_length()))
     heights = {_height(rows)}
     while min(heights) > COLUMNS:
         heights.add(_ceil(min(heights) // COLUMNS, 2) * COLUMNS)
+    idle = idle_times(fmt, rows, Tile(max(heights), warps, 1, 2), multiprocessors)
     return {
         "rows": tuple(sorted(heights)),
         "columns": powers,
         "shares": powers,
         "stages": (2, 3, 4),
+        "splits": tuple(1 << i for i in range(idle.bit_length())),
     }
 
 
@@ -215,6 +259,7 @@ def is_legal(fmt: PackedFormat, shared: int, tile: Tile) -> bool:
     return (
         tile.warps <= _WARPS[fmt.pattern.block]
         and tile.shares <= max(1, windows)
+        and (tile.splits == 1 or _has_work(fmt, tile))
         and shared_bytes(fmt, tile) <= shared
     )
 
@@ -245,8 +290,9 @@ def predict(gpu: Machine, fmt: PackedFormat, rows: int, dtype: str, tile: Tile) 
     groups = tile.rows // COLUMNS
     row_tiles = _ceil(rows, tile.rows)
     tiles = fmt.padded_rows // LANES
-    thread_blocks = _ceil(tiles, tile.columns) * row_tiles
-    steps = _ceil(_ceil(fmt.slots, RUN * WINDOW), tile.shares) * (RUN // nnz)
+    thread_blocks = _ceil(tiles, tile.columns) * row_tiles * tile.splits
+    parts = tile.shares * tile.splits
+    steps = _ceil(_ceil(fmt.slots, RUN * WINDOW), parts) * (RUN // nnz)
 
     # of a warp and step: 32 rows by four blocks, one a lane and row
     products = 2 * WINDOW * block // 16 * groups
@@ -273,7 +319,7 @@ def predict(gpu: Machine, fmt: PackedFormat, rows: int, dtype: str, tile: Tile) 
     memory_bytes = from_memory + rows * (fmt.in_features + fmt.out_features) * itemsize
     memory_rate = min(gpu.bandwidth_gbps * 1e3 / clock / active, gpu.port_bytes_per_clock)
     l2_rate = min(gpu.l2_bytes_per_clock / active, gpu.port_bytes_per_clock)
-    staged = tile.rows * fmt.in_features * itemsize  # of a thread block
+    staged = tile.rows * fmt.in_features * itemsize / tile.splits  # of a thread block
 
     # clocks of a multiprocessor for its busiest share of thread blocks
     work = busiest * tile.warps * steps
@@ -292,7 +338,7 @@ def predict(gpu: Machine, fmt: PackedFormat, rows: int, dtype: str, tile: Tile) 
     clocks = max(busy + waits, latency)
     memory_us = memory_bytes / (gpu.bandwidth_gbps * 1e3)
     return Prediction(
-        total_us=gpu.launch_us + max(clocks / clock, memory_us),
+        total_us=gpu.launch_us + max(clocks / clock, memory_us) + _adding_us(gpu, fmt, rows, tile),
         memory_us=memory_us,
         l2_us=l2 / clock,
         issue_us=issue / clock,
@@ -316,18 +362,45 @@ def predict(gpu: Machine, fmt: PackedFormat, rows: int, dtype: str, tile: Tile) 
     )
 
 
+def _adding_us(gpu: Machine, fmt: PackedFormat, rows: int, tile: Tile) -> float:
+    """Microseconds of the second kernel, in which a thread adds the sums of one output.
+
+    Its launch, the sums through the level-2 cache, and a thread's chain of loads, as of the gather's.
+    """
+    if tile.splits == 1:
+        return 0.0
+    outputs = fmt.padded_rows * rows
+    # written by one kernel and read by the other
+    moved = 2 * tile.splits * outputs * 4
+    active = min(gpu.sm_count, _ceil(outputs, COLUMNS * LANES))
+    rate = min(gpu.l2_bytes_per_clock, gpu.port_bytes_per_clock * active)
+    chain = _ceil(tile.splits, gpu.shared_in_flight) * gpu.stage_ns * gpu.clock_ghz
+    chain += (tile.splits + gpu.instructions.kernel) * gpu.issue_clocks
+    return gpu.launch_us + (chain + moved / rate) / (gpu.clock_ghz * 1e3)
+
+
 def best(
     fmt: PackedFormat, rows: int, dtype: str, shared: int, gpu: Machine
 ) -> tuple[Tile, Prediction] | None:
     """The tile that is predicted fastest, and its prediction; None where none fits ``shared`` bytes.
+
+    Thread blocks share K where that is predicted a tenth faster: a second launch costs what it costs, while
+    what it gains is less certain.
 
     Parameters
     ----------
     fmt, rows, dtype, shared, gpu
         As for :func:`choose`, of a format that :func:`takes_format`.
     """
-    tried = [(tile, predict(gpu, fmt, rows, dtype, tile)) for tile in candidates(fmt, rows, shared)]
-    return min(tried, key=lambda one: one[1].total_us, default=None)
+    tried = [
+        (tile, predict(gpu, fmt, rows, dtype, tile))
+        for tile in candidates(fmt, rows, shared, gpu.sm_count)
+    ]
+    return min(
+        tried,
+        key=lambda one: one[1].total_us * (_SPLIT_WORTH if one[0].splits > 1 else 1),
+        default=None,
+    )
 
 
 @functools.lru_cache(maxsize=1024)

@@ -33,6 +33,9 @@ CASES = [
     (Case((32,), 40, 1032, "1:16", "bfloat16", "bfloat16"), Tile(16, 1, 4, 4)),
     (Case((4, 16), 70, 200, "8:32", epilogue=()), Tile(64, 4, 1, 2)),
     (Case((128,), 33, 35, "4:32", "bfloat16", "bfloat16"), None),
+    # thread blocks that share K: a part of the last one's is past the end, rows fill no tile of 8
+    (Case((17,), 70, 1032, "4:16", epilogue=("bias", "gelu")), Tile(24, 2, 2, 2, 4)),
+    (Case((3, 16), 64, 2048, "8:32", "bfloat16", "bfloat16", ("residual",)), Tile(16, 1, 4, 3, 8)),
     (Case(("m",), 50, 264, "4:16", at=((16,), (45,))), Tile(32, 1, 8, 2)),
 ]
 
@@ -64,10 +67,11 @@ def test_expand_is_right_and_breaks_no_rule(case: Case, tile: Tile | None) -> No
         check_close(case, args[-1], expected)
 
 
-def test_expand_is_the_same_in_any_order() -> None:
+@pytest.mark.parametrize("splits", [1, 4])
+def test_expand_is_the_same_in_any_order(splits: int) -> None:
     case = Case((16,), 64, 512, "4:16")
     fmt = _format(case)
-    kernel = _kernel(case, fmt, Tile(16, 1, 4, 2))
+    kernel = _kernel(case, fmt, Tile(16, 1, 4 // splits, 2, splits))
     args, expected = arguments(case, fmt, (16,))
     kernel(*args, order="random")
     check_close(case, args[-1], expected)
@@ -218,3 +222,29 @@ def test_a_symbolic_batch_states_its_kernels(symbolic: tuple[torch.nn.Module, Pa
     assert {check.result for check in found.parts} == {"pass"}
     (row,) = found.kernels
     assert len(row.kernels) == 3 and row.error is not None
+
+
+def test_split_kernels_are_captured_and_replayed(tmp_path: Path, emulated: device.Device) -> None:
+    """Their workspace is the library's, so that a CUDA graph finds it where it was."""
+    torch.manual_seed(0)
+    # what reads an input or writes a result is not captured
+    layers = torch.nn.ReLU(), torch.nn.Linear(4096, 64), torch.nn.LayerNorm(64)
+    module = torch.nn.Sequential(*layers).half().eval()
+    x = torch.zeros(16, 4096, dtype=torch.float16)
+    model = tb.from_torch(module, (x,)).prune("8:16")
+    with torch.no_grad():
+        module[1].weight.copy_(torch.from_numpy(model.params["1.weight"]))
+    module.double()
+    path = tb.compile(model, "h100", policy="always").save(tmp_path / "model.tvmb")
+    lib = tb.load(path, "emulated")
+    for call in range(3):
+        x = torch.randn(16, 4096, dtype=torch.float16)
+        with torch.no_grad():
+            torch.testing.assert_close(lib(x).double(), module(x.double()), rtol=2e-3, atol=2e-3)
+        launches = [x for x in emulated.launches() if "balanced_sparse_dense" in x.kernel]
+        emulated.forget()
+        assert [launch.grid[2] for launch in launches] == [8, 1]
+        assert launches[0].graph == (call > 0)
+    found = verify(path)
+    assert found.passed
+    assert 2 in [len(row.kernels) for row in found.kernels]
