@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 _GPUS = ("h100", "a100", "rtx-4090")
-_SHAPES = ((8192, 8192), (4096, 4096), (28672, 8192))
+_SHAPES = ((8192, 8192), (4096, 4096), (28672, 8192), (4096, 14336), (1024, 8192))
 _PATTERNS = ("8:16", "4:16", "2:16", "1:16", "8:32", "4:32")
 _ROWS = (1, 2, 4, 8, 9, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
@@ -25,7 +25,8 @@ _ROWS = (1, 2, 4, 8, 9, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 class Row:
     """Predicted microseconds of one multiplication; ``expand_us`` is empty up to 8 rows.
 
-    ``chosen`` is the sparse kernel that is compiled, or ``dense`` where cuBLAS is predicted faster.
+    ``expand_splits`` thread blocks share K in it. ``chosen`` is the sparse kernel that is compiled, or
+    ``dense`` where cuBLAS is predicted faster.
     """
 
     gpu: str
@@ -36,6 +37,7 @@ class Row:
     encoding: str
     gather_us: float
     expand_us: float | None
+    expand_splits: int | None
     cublas_us: float
     chosen: str
     ratio: float
@@ -53,17 +55,18 @@ def predict(gpu: str, n: int, k: int, pattern: str, m: int) -> Row:
     fmt = cuda.preferred_format(BalancedPattern(pattern), n, k, m, "float16", spec.target)
     knobs = kernel_model.choose(fmt, m, "float16", cuda_gather.shared_limit(spec.target), machine)
     gather = kernel_model.Model(machine, fmt, m, "float16").predict(knobs).total_us
-    expand = None
+    expand, splits = None, None
     if m >= expand_model.LEAST_ROWS and expand_model.takes_format(fmt, "float16"):
         shared = cuda_expand.shared_limit(spec.target)
         best = expand_model.best(fmt, m, "float16", shared, machine)
-        expand = None if best is None else best[1].total_us
+        if best is not None:
+            expand, splits = best[1].total_us, best[0].splits
     dense = cost.dense_us(spec, m, n, k, "float16", "cublas")
     times = {"gather": gather, "expand": expand, "dense": dense}
     known = {name: time for name, time in times.items() if time is not None}
     sparse = min(gather, expand if expand is not None else gather)
     return Row(
-        gpu, n, k, pattern, m, fmt.encoding, gather, expand, dense,
+        gpu, n, k, pattern, m, fmt.encoding, gather, expand, splits, dense,
         min(known, key=known.__getitem__), dense / sparse, kernel_model.CALIBRATION,
     )  # fmt: skip
 
@@ -73,7 +76,7 @@ def plot(rows: list[Row], path: Path, gpu: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * len(_SHAPES), 4.5))
+    figure = Figure(figsize=(4 * len(_SHAPES), 4.5))
     FigureCanvasAgg(figure)
     panels: Any = figure.subplots(1, len(_SHAPES), sharey=True, squeeze=False)
     for axes, (n, k) in zip(panels[0], _SHAPES, strict=True):

@@ -1,7 +1,7 @@
 """The expand kernel on CUDA without a GPU: registers and instructions as compiled, and as its model has them.
 
-Compiled with NVRTC and disassembled; nothing is timed. One row a pattern, M and architecture, for the tile
-that would be compiled, of an 8192 x 8192 layer in float16.
+Compiled with NVRTC and disassembled; nothing is timed. One row a layer, pattern, M and architecture, for the
+tile that would be compiled, in float16: of a large layer, and of one whose K thread blocks share.
 
     python benchmarks/expand_report.py -o expand.csv
 """
@@ -17,8 +17,8 @@ from shape_report import operator
 
 _GPUS = {"sm_90": "h100", "sm_80": "a100"}
 _PATTERNS = ("8:16", "4:16", "2:16", "1:16", "8:32", "4:32", "2:32")
-_ROWS = (9, 16, 32, 48, 64, 128)
-_SIZE = 8192
+# rows of activations for each (N, K)
+_ROWS = {(8192, 8192): (9, 16, 32, 48, 64, 128), (1024, 28672): (16, 64)}
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Row:
     Parameters
     ----------
     tile : str
-        Rows, columns, shares and stages.
+        Rows, columns, shares, stages and splits.
     registers, predicted_registers : int
         Of a thread.
     stack_bytes : int
@@ -44,6 +44,8 @@ class Row:
     """
 
     arch: str
+    n: int
+    k: int
     pattern: str
     m: int
     encoding: str
@@ -60,7 +62,7 @@ class Row:
     bound: str
 
 
-def report(arch: str, pattern: str, m: int) -> Row | None:
+def report(arch: str, n: int, k: int, pattern: str, m: int) -> Row | None:
     """A kernel; None where the gather is chosen."""
     from tvm_balanced import cudaemu, expand_model, nvrtc, targets
     from tvm_balanced.pattern import BalancedPattern
@@ -69,7 +71,7 @@ def report(arch: str, pattern: str, m: int) -> Row | None:
 
     target = targets.resolve(_GPUS[arch]).target
     form = BalancedPattern(pattern)
-    fmt = cuda.preferred_format(form, _SIZE, _SIZE, m, "float16", target)
+    fmt = cuda.preferred_format(form, n, k, m, "float16", target)
     chosen = cuda_expand.choose(fmt, m, "float16", target)
     if chosen is None:
         return None
@@ -77,16 +79,21 @@ def report(arch: str, pattern: str, m: int) -> Row | None:
     schedule = cuda_expand.apply(operator(fmt, m, "float16"), target, tile)
     assert schedule is not None
     source = cudaemu.from_tvm(schedule.mod, target).source
-    (kernel,) = StaticReport.of_cubins([(arch, nvrtc.compile_cubin(source, arch).cubin)])
-    if kernel.counts is None or kernel.counts.loop is None:
+    # where thread blocks share K there is a second kernel, without products
+    kernels = [
+        (kernel, kernel.counts.loop)
+        for kernel in StaticReport.of_cubins([(arch, nvrtc.compile_cubin(source, arch).cubin)])
+        if kernel.counts is not None and kernel.counts.loop is not None and kernel.counts.loop.hmma
+    ]
+    if len(kernels) != 1:
         raise click.ClickException(
             "instructions are counted by nvdisasm; pip install nvidia-cuda-nvdisasm"
         )
-    loop = kernel.counts.loop
+    ((kernel, loop),) = kernels
     slots = expand_model.WINDOW * expand_model.RUN
     weights = expand_model.LANES * slots * form.block // form.nnz
     return Row(
-        *(arch, pattern, m, fmt.encoding, "-".join(str(v) for v in asdict(tile).values())),
+        *(arch, n, k, pattern, m, fmt.encoding, "-".join(str(v) for v in asdict(tile).values())),
         *(kernel.resources.registers, told.registers, kernel.resources.stack_bytes),
         told.shared_bytes,
         *(loop.instructions, slots * told.instructions_per_slot),
@@ -100,7 +107,13 @@ def report(arch: str, pattern: str, m: int) -> Row | None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 def main(archs: tuple[str, ...], output: Path) -> None:
     """Write a row for each kernel to OUTPUT."""
-    found = [report(arch, p, m) for arch in archs for m in _ROWS for p in _PATTERNS]
+    found = [
+        report(arch, *shape, pattern, m)
+        for arch in archs
+        for shape, every in _ROWS.items()
+        for m in every
+        for pattern in _PATTERNS
+    ]
     rows = [row for row in found if row is not None]
     with output.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
