@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import tvm
 
 import tvm_balanced as tb
 from tvm_balanced import cudaemu, expand_model, kernel_model, static_report, targets
@@ -17,6 +18,7 @@ from tvm_balanced.errors import ToolchainError
 from tvm_balanced.expand_model import Tile
 from tvm_balanced.packing import Layout, PackedFormat
 from tvm_balanced.pattern import BalancedPattern
+from tvm_balanced.pipeline import TIR_PIPELINE
 from tvm_balanced.schedules import cuda, cuda_expand
 from tvm_balanced.schedules.rules import RULE, first_match
 from tvm_balanced.verification import verify
@@ -249,3 +251,19 @@ def test_a_library_states_its_kernels(library: tuple[torch.nn.Module, Path]) -> 
     # two for any M; two of thread blocks that share K
     assert [len(row.kernels) for row in sparse] == [2, 2]
     assert all(row.error is not None and row.result == "pass" for row in sparse)
+
+
+def test_rows_of_all_batch_axes_choose_the_kernel() -> None:
+    case = Case(("b", "s"), 40, 4096, "8:16")
+    fmt = _format(case)
+    func = first_match(fused_kernel(case, fmt), target(), cuda.BALANCED_RULES)
+    assert func is not None
+    kernel = cudaemu.from_tvm(tvm.IRModule({"main": func}), target(), pipeline=TIR_PIPELINE)
+    names = []
+    for lead in ((2, 4), (3, 3), (4, 5)):
+        args, expected = arguments(case, fmt, lead)
+        (launch,) = kernel.plan(args)
+        names.append(launch.kernel)
+        kernel(*args)
+        check_close(case, args[-1], expected)
+    assert names[0] != names[1] == names[2]
