@@ -23,7 +23,7 @@ _ROWS = (1, 2, 4, 8, 9, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 @dataclass(frozen=True)
 class Row:
-    """Predicted microseconds of one multiplication; ``expand_us`` is empty up to 8 rows.
+    """Predicted microseconds of one multiplication; ``expand_us`` is empty up to 4 rows.
 
     ``expand_splits`` thread blocks share K in it. ``chosen`` is the sparse kernel that is compiled, or
     ``dense`` where cuBLAS is predicted faster.
@@ -62,12 +62,12 @@ def predict(gpu: str, n: int, k: int, pattern: str, m: int) -> Row:
         if best is not None:
             expand, splits = best[1].total_us, best[0].splits
     dense = cost.dense_us(spec, m, n, k, "float16", "cublas")
-    times = {"gather": gather, "expand": expand, "dense": dense}
-    known = {name: time for name, time in times.items() if time is not None}
-    sparse = min(gather, expand if expand is not None else gather)
+    taken = cuda_expand.choose(fmt, m, "float16", spec.target) is not None
+    sparse = expand if taken and expand is not None else gather
+    kernel = "dense" if dense < sparse else "expand" if taken else "gather"
     return Row(
         gpu, n, k, pattern, m, fmt.encoding, gather, expand, splits, dense,
-        min(known, key=known.__getitem__), dense / sparse, kernel_model.CALIBRATION,
+        kernel, dense / sparse, kernel_model.CALIBRATION,
     )  # fmt: skip
 
 

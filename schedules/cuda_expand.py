@@ -1,6 +1,6 @@
 """The CUDA expand schedule: sparse stream from memory, dense fragments on chip, tensor cores.
 
-For 9 rows of activations and more. The weight is read in the gather's layout ``r32v8`` and becomes dense
+For 5 rows of activations and more. The weight is read in the gather's layout ``r32v8`` and becomes dense
 just before it is multiplied: sparse bytes, dense arithmetic. Rows of the weight are the 16 rows of
 ``mma.sync.m16n8k16``, rows of activations its 8 columns; sums are float32.
 

@@ -22,8 +22,12 @@ ROWS = 4  # rows of the weight that a lane owns
 COLUMNS = 8  # rows of activations in a product
 SUM_STRIDE = 36  # floats from one row of sums to the next: rows 2t of all t are in different banks
 
-# up to 8 rows of activations are one tile of the gather, which was laid out for them
-LEAST_ROWS = 9
+# fewer rows of activations are the gather's, which memory bounds there: half a product's columns would be
+# padding, and what this model calls a gain of a few percent is less than it can tell
+LEAST_ROWS = 5
+# up to so many rows, one tile of the gather, it has to be predicted so much faster than that
+_FEW_ROWS = 8
+_FEW_WORTH = 1.1
 # rows of activations that a symbolic M is taken for
 _SYMBOLIC_ROWS = 32
 _STATIC_ROWS = 64  # of activations in a tile, at most: 64 sums a lane
@@ -414,6 +418,8 @@ def choose(
 ) -> tuple[Tile, Prediction] | None:
     """Tile and prediction where this kernel is predicted faster than the gather; None elsewhere.
 
+    From 5 rows on; up to 8 it has to be a tenth faster.
+
     Parameters
     ----------
     fmt : PackedFormat
@@ -434,7 +440,12 @@ def choose(
         return None
     knobs = kernel_model.choose(fmt, rows, dtype, static_shared, gpu)
     gather = kernel_model.Model(gpu, fmt, rows, dtype).predict(knobs)
-    return found if found[1].total_us < gather.total_us else None
+    return found if found[1].total_us * _worth(rows) < gather.total_us else None
+
+
+def _worth(rows: int) -> float:
+    """How much faster than the gather this kernel has to be predicted."""
+    return _FEW_WORTH if rows <= _FEW_ROWS else 1.0
 
 
 @functools.lru_cache(maxsize=1024)
@@ -444,7 +455,7 @@ def by_rows(
     """Tiles for a symbolic M, each with the M it serves from; the gather serves M below the first.
 
     A tile takes over at the M from which on it is predicted no slower than what came before, for every
-    M up to 512.
+    M up to 512 (and a tenth faster up to 8).
 
     Parameters
     ----------
@@ -471,7 +482,8 @@ def by_rows(
             break
         tile = min(fitting)[2]
         own = {m: predict(gpu, fmt, m, dtype, tile).total_us for m in compared}
-        first = max((m + 1 for m in compared if own[m] > times[m]), default=LEAST_ROWS)
+        slower = (m + 1 for m in compared if own[m] * _worth(m) > times[m])
+        first = max(slower, default=LEAST_ROWS)
         if first > _COMPARED_ROWS:
             continue
         found = [(m, other) for m, other in found if m < first] + [(first, tile)]

@@ -46,12 +46,12 @@ def _bound(stmt):
         stmt = stmt.body
 
 
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", [1, 4])
 def test_few_rows_are_the_gathers(rows: int) -> None:
     spaces = tuned.spaces(_func(rows), target())
     assert [space.kernel for space in spaces] == ["cuda_gather"]
 
 
 def test_the_kernel_model_estimates_no_expand_kernel() -> None:
-    assert model_runner.can_estimate(tuned.workload(_func(8), target()), target())
+    assert model_runner.can_estimate(tuned.workload(_func(4), target()), target())
     assert not model_runner.can_estimate(tuned.workload(_func(40), target()), target())
