@@ -221,7 +221,7 @@ def choose(
     fmt : PackedFormat
         Any.
     rows : int or None
-        M; None when symbolic, which is the gather's.
+        M; None when symbolic, which is for :mod:`tvm_balanced.schedules.cuda_by_rows`.
     dtype : str
         Of values and activations.
     target : tvm.target.Target

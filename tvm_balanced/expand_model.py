@@ -425,7 +425,7 @@ def choose(
     fmt : PackedFormat
         Any.
     rows : int or None
-        M; a symbolic one is left to the gather, which serves every M.
+        M; a symbolic one has several kernels, see :func:`by_rows`.
     dtype : str
         Of values and activations.
     shared, static_shared : int
