@@ -16,18 +16,19 @@ from typing import Any
 import click
 
 _GPUS = ("h100", "a100", "rtx-4090")
-_SHAPES = ((8192, 8192), (4096, 4096), (28672, 8192))
+_SHAPES = ((8192, 8192), (4096, 4096), (28672, 8192), (4096, 14336), (1024, 8192))
 _PATTERNS = ("8:16", "4:16", "2:16", "1:16", "8:32", "4:32")
 _ROWS = (1, 2, 4, 8, 9, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 @dataclass(frozen=True)
 class Row:
-    """Predicted microseconds of one multiplication; ``expand_us`` is empty up to 8 rows.
+    """Predicted microseconds of one multiplication; ``expand_us`` is empty up to 4 rows.
 
     At 2:4 it is the kernel for sparse tensor cores, ``sparse_mma``, in the place of the expand kernel, and
     empty for one row.
-    ``chosen`` is the sparse kernel that is compiled, or ``dense`` where cuBLAS is predicted faster.
+    ``expand_splits`` thread blocks share K in it. ``chosen`` is the sparse kernel that is compiled, or
+    ``dense`` where cuBLAS is predicted faster.
     """
 
     gpu: str
@@ -38,6 +39,7 @@ class Row:
     encoding: str
     gather_us: float
     expand_us: float | None
+    expand_splits: int | None
     cublas_us: float
     chosen: str
     ratio: float
@@ -48,27 +50,30 @@ def predict(gpu: str, n: int, k: int, pattern: str, m: int) -> Row:
     """All three kernels, float16."""
     from tvm_balanced import cost, expand_model, kernel_model, sparse_mma_model, targets
     from tvm_balanced.pattern import BalancedPattern
-    from tvm_balanced.schedules import cuda, cuda_expand, cuda_gather
+    from tvm_balanced.schedules import cuda, cuda_expand, cuda_gather, cuda_sparse_mma
 
     spec = targets.resolve(gpu)
     machine = kernel_model.machine(targets.gpu_figures(spec.target))
     fmt = cuda.preferred_format(BalancedPattern(pattern), n, k, m, "float16", spec.target)
     knobs = kernel_model.choose(fmt, m, "float16", cuda_gather.shared_limit(spec.target), machine)
     gather = kernel_model.Model(machine, fmt, m, "float16").predict(knobs).total_us
-    expand = None
-    for model in (expand_model, sparse_mma_model):
+    tensor, expand, splits, taken = "expand", None, None, False
+    for model, rule, name in (
+        (expand_model, cuda_expand, "expand"),
+        (sparse_mma_model, cuda_sparse_mma, "sparse_mma"),
+    ):
         if m >= model.LEAST_ROWS and model.takes_format(fmt, "float16"):
             shared = cuda_expand.shared_limit(spec.target)
             best = model.best(fmt, m, "float16", shared, machine)
-            expand = None if best is None else best[1].total_us
-    tensor = "sparse_mma" if sparse_mma_model.takes_format(fmt, "float16") else "expand"
+            if best is not None:
+                tensor, expand, splits = name, best[1].total_us, best[0].splits
+                taken = rule.choose(fmt, m, "float16", spec.target) is not None
     dense = cost.dense_us(spec, m, n, k, "float16", "cublas")
-    times = {"gather": gather, tensor: expand, "dense": dense}
-    known = {name: time for name, time in times.items() if time is not None}
-    sparse = min(gather, expand if expand is not None else gather)
+    sparse = expand if taken and expand is not None else gather
+    kernel = "dense" if dense < sparse else tensor if taken else "gather"
     return Row(
-        gpu, n, k, pattern, m, fmt.encoding, gather, expand, dense,
-        min(known, key=known.__getitem__), dense / sparse, kernel_model.CALIBRATION,
+        gpu, n, k, pattern, m, fmt.encoding, gather, expand, splits, dense,
+        kernel, dense / sparse, kernel_model.CALIBRATION,
     )  # fmt: skip
 
 
@@ -77,7 +82,7 @@ def plot(rows: list[Row], path: Path, gpu: str, patterns: tuple[str, ...]) -> No
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * len(_SHAPES), 4.5))
+    figure = Figure(figsize=(4 * len(_SHAPES), 4.5))
     FigureCanvasAgg(figure)
     panels: Any = figure.subplots(1, len(_SHAPES), sharey=True, squeeze=False)
     for axes, (n, k) in zip(panels[0], _SHAPES, strict=True):

@@ -1,7 +1,7 @@
 """The tensor-core kernels without a GPU: registers and instructions as compiled, and as their models say.
 
-Compiled with NVRTC and disassembled; nothing is timed. One row a pattern, M and architecture, for the tile
-that would be compiled, of an 8192 x 8192 layer in float16.
+Compiled with NVRTC and disassembled; nothing is timed. One row a layer, pattern, M and architecture, for the
+tile that would be compiled, in float16: of a large layer, and of one whose K thread blocks share.
 
     python benchmarks/expand_report.py -o expand.csv
     python benchmarks/expand_report.py --pattern 2:4 -o sparse_mma.csv
@@ -18,8 +18,8 @@ from shape_report import operator
 
 _GPUS = {"sm_90": "h100", "sm_80": "a100"}
 _PATTERNS = ("8:16", "4:16", "2:16", "1:16", "8:32", "4:32", "2:32")
-_ROWS = (9, 16, 32, 48, 64, 128)
-_SIZE = 8192
+# rows of activations for each (N, K)
+_ROWS = {(8192, 8192): (8, 9, 16, 32, 48, 64, 128), (1024, 28672): (16, 64)}
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Row:
     Parameters
     ----------
     tile : str
-        Rows, columns, shares and stages.
+        Rows, columns, shares, stages and splits.
     registers, predicted_registers : int
         Of a thread.
     stack_bytes : int
@@ -45,6 +45,8 @@ class Row:
     """
 
     arch: str
+    n: int
+    k: int
     pattern: str
     m: int
     encoding: str
@@ -61,7 +63,7 @@ class Row:
     bound: str
 
 
-def report(arch: str, pattern: str, m: int) -> Row | None:
+def report(arch: str, n: int, k: int, pattern: str, m: int) -> Row | None:
     """A kernel; None where the gather is chosen."""
     from tvm_balanced import cudaemu, expand_model, nvrtc, targets
     from tvm_balanced.pattern import BalancedPattern
@@ -70,7 +72,7 @@ def report(arch: str, pattern: str, m: int) -> Row | None:
 
     target = targets.resolve(_GPUS[arch]).target
     form = BalancedPattern(pattern)
-    fmt = cuda.preferred_format(form, _SIZE, _SIZE, m, "float16", target)
+    fmt = cuda.preferred_format(form, n, k, m, "float16", target)
     rule = cuda_sparse_mma if pattern == "2:4" else cuda_expand
     chosen = rule.choose(fmt, m, "float16", target)
     if chosen is None:
@@ -79,16 +81,21 @@ def report(arch: str, pattern: str, m: int) -> Row | None:
     schedule = rule.apply(operator(fmt, m, "float16"), target, tile)
     assert schedule is not None
     source = cudaemu.from_tvm(schedule.mod, target).source
-    (kernel,) = StaticReport.of_cubins([(arch, nvrtc.compile_cubin(source, arch).cubin)])
-    if kernel.counts is None or kernel.counts.loop is None:
+    # where thread blocks share K there is a second kernel, without products
+    kernels = [
+        (kernel, kernel.counts.loop)
+        for kernel in StaticReport.of_cubins([(arch, nvrtc.compile_cubin(source, arch).cubin)])
+        if kernel.counts is not None and kernel.counts.loop is not None and kernel.counts.loop.hmma
+    ]
+    if len(kernels) != 1:
         raise click.ClickException(
             "instructions are counted by nvdisasm; pip install nvidia-cuda-nvdisasm"
         )
-    loop = kernel.counts.loop
+    ((kernel, loop),) = kernels
     slots = expand_model.WINDOW * expand_model.RUN
     weights = expand_model.LANES * slots * form.block // form.nnz
     return Row(
-        *(arch, pattern, m, fmt.encoding, "-".join(str(v) for v in asdict(tile).values())),
+        *(arch, n, k, pattern, m, fmt.encoding, "-".join(str(v) for v in asdict(tile).values())),
         *(kernel.resources.registers, told.registers, kernel.resources.stack_bytes),
         told.shared_bytes,
         *(loop.instructions, slots * told.instructions_per_slot),
@@ -103,7 +110,13 @@ def report(arch: str, pattern: str, m: int) -> Row | None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 def main(archs: tuple[str, ...], patterns: tuple[str, ...], output: Path) -> None:
     """Write a row for each kernel to OUTPUT."""
-    found = [report(arch, p, m) for arch in archs for m in _ROWS for p in patterns]
+    found = [
+        report(arch, *shape, pattern, m)
+        for arch in archs
+        for shape, every in _ROWS.items()
+        for m in every
+        for pattern in patterns
+    ]
     rows = [row for row in found if row is not None]
     with output.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ def _format(problem: Any, target: Any, encoding: str | None, outputs: int | None
 
 def report(problem: Any, arch: str, encoding: str | None, emulate: bool) -> Row:
     """Everything about one multiplication on one architecture."""
-    from tvm_balanced import cost, cudaemu, nvrtc, targets
+    from tvm_balanced import cost, cudaemu, kernel_model, nvrtc, targets
     from tvm_balanced.kernel_model import SUSTAINED_BANDWIDTH
     from tvm_balanced.packing import numpy_dtype
     from tvm_balanced.pipeline import TIR_PIPELINE
@@ -178,7 +178,9 @@ def report(problem: Any, arch: str, encoding: str | None, emulate: bool) -> Row:
     if kernel.occupancy is not None:
         row.occupancy, row.resident_blocks = kernel.occupancy.share, kernel.occupancy.blocks
 
-    told = cost.predicted(spec, m, fmt, dtype)
+    # of this kernel, whichever the compiler chooses
+    gpu = replace(kernel_model.machine(figures), launch_us=spec.launch_us)
+    told = kernel_model.Model(gpu, fmt, m, dtype).predict(kernel_model.Knobs(**asdict(tile)))
     row.predicted_us, row.bound = told.total_us, told.bound
     row.bytes_in_flight = told.bytes_in_flight
     row.needed_bytes_in_flight = told.needed_bytes_in_flight

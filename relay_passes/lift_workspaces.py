@@ -36,6 +36,7 @@ from tvm import relax, s_tir, tirx
 from tvm.relax.expr_functor import PyExprMutator, PyExprVisitor, mutator, visitor
 
 from tvm_balanced.relay_passes.weight_chain import call_name
+from tvm_balanced.schedules.rules import ROWS_FROM
 
 
 @tvm.transform.module_pass(opt_level=0, name="LiftWorkspaces")
@@ -80,7 +81,7 @@ def with_signatures_of(mod: tvm.IRModule, scheduled: tvm.IRModule) -> tvm.IRModu
     -------
     tvm.IRModule
         The kernels of ``mod`` alone; what a scheduled one has more parameters of, the unscheduled one
-        has too, and does not use.
+        has too, and does not use. Where M decides what is launched, they say by which.
     """
     kernels = {}
     for gvar, func in mod.functions_items():
@@ -88,7 +89,11 @@ def with_signatures_of(mod: tvm.IRModule, scheduled: tvm.IRModule) -> tvm.IRModu
             at, count = _end_of_buffers(func), len(func.params)
             more = list(scheduled[gvar.name_hint].params[at:])
             fresh = [tvm.ir.Var(var.name, var.ty) for var in more[: len(more) - (count - at)]]
-            kernels[gvar] = _insert(func, fresh, func.body) if fresh else func
+            kernel = _insert(func, fresh, func.body) if fresh else func
+            attrs = scheduled[gvar.name_hint].attrs
+            if attrs is not None and ROWS_FROM in attrs:
+                kernel = kernel.with_attr(ROWS_FROM, attrs[ROWS_FROM])
+            kernels[gvar] = kernel
     return tvm.IRModule(kernels)
 
 

@@ -10,11 +10,18 @@ import tvm
 from tvm_balanced import expand_model, kernel_model, sparse_mma_model
 from tvm_balanced.packing import BITMAP, BITMAP_BLOCKS, ENCODINGS, Layout, PackedFormat
 from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.schedules import cuda_expand, cuda_fallback, cuda_gather, cuda_sparse_mma
+from tvm_balanced.schedules import (
+    cuda_by_rows,
+    cuda_expand,
+    cuda_fallback,
+    cuda_gather,
+    cuda_sparse_mma,
+)
 from tvm_balanced.targets import gpu_figures
 
-# the first two take different patterns, and only what they are predicted faster for than the third
-BALANCED_RULES = (cuda_sparse_mma, cuda_expand, cuda_gather, cuda_fallback)
+# a symbolic M is the first one's; the next two take different patterns, and only what they are predicted
+# faster for than the gather
+BALANCED_RULES = (cuda_by_rows, cuda_sparse_mma, cuda_expand, cuda_gather, cuda_fallback)
 
 _LANES = 32
 _LOAD_BYTES = 16
@@ -111,6 +118,31 @@ def predicted(
     if expands is not None:
         return expand_model.predict(launched, fmt, rows, dtype, expands[0])
     knobs = kernel_model.choose(fmt, rows, dtype, cuda_gather.shared_limit(target), gpu)
+    return kernel_model.Model(launched, fmt, rows, dtype).predict(knobs)
+
+
+def predicted_symbolic(
+    fmt: PackedFormat,
+    rows: int,
+    dtype: str,
+    target: tvm.target.Target,
+    launch_us: float | None = None,
+) -> kernel_model.Prediction:
+    """The prediction for a layer whose number of rows is symbolic, when it is called with ``rows``.
+
+    Parameters
+    ----------
+    fmt, rows, dtype, target, launch_us
+        As for :func:`predicted`.
+    """
+    gpu = kernel_model.machine(gpu_figures(target))
+    launched = gpu if launch_us is None else dataclasses.replace(gpu, launch_us=launch_us)
+    tile = None
+    for first, serves in cuda_by_rows.kernels(fmt, dtype, target):
+        tile = serves if first <= rows else tile
+    if tile is not None:
+        return expand_model.predict(launched, fmt, rows, dtype, tile)
+    knobs = kernel_model.choose(fmt, None, dtype, cuda_gather.shared_limit(target), gpu)
     return kernel_model.Model(launched, fmt, rows, dtype).predict(knobs)
 
 

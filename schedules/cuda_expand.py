@@ -1,6 +1,6 @@
 """The CUDA expand schedule: sparse stream from memory, dense fragments on chip, tensor cores.
 
-For 9 rows of activations and more. The weight is read in the gather's layout ``r32v8`` and becomes dense
+For 5 rows of activations and more. The weight is read in the gather's layout ``r32v8`` and becomes dense
 just before it is multiplied: sparse bytes, dense arithmetic. Rows of the weight are the 16 rows of
 ``mma.sync.m16n8k16``, rows of activations its 8 columns; sums are float32.
 
@@ -8,6 +8,7 @@ Thread map, for tiles of ``Tile.rows`` rows of activations by ``32 * Tile.column
 
     blockIdx.x  -> 32 * columns outputs       threadIdx.x -> lane (g, t) = (lane / 4, lane % 4)
     blockIdx.y  -> a tile of rows             threadIdx.y -> a warp's 32 outputs, and its share of K
+    blockIdx.z  -> a share of K, where ``Tile.splits`` says so
 
 **A lane owns whole blocks.** Of a fragment's row g, lane (g, t) holds 4 of 16 columns. Which columns of K
 these are is free as long as weights and activations agree, so a warp takes four runs of 8 slots (a *window*)
@@ -22,7 +23,8 @@ work on, so that one 16-byte load of shared memory is the fragments of two ``mma
 bank conflicts.
 
 Warps that share K add their sums in shared memory in a fixed order, eight rows of activations at a time,
-and finish the output there, 32 neighbouring outputs to a warp.
+and finish the output there, 32 neighbouring outputs to a warp. Where thread blocks share K too, they leave
+their sums in memory, and a second kernel adds them in the order of K, a thread to an output.
 
 What a lane does to its blocks depends on its number and on data in a way that no schedule primitive
 derives from the operator, so the kernel is written as TensorIR here, with the steps of a warp as CUDA device
@@ -55,6 +57,7 @@ from tvm_balanced.schedules.balanced_block import BalancedBlock, find
 from tvm_balanced.targets import gpu_figures
 
 BLOCK_EXPAND = "balanced_expand"
+BLOCK_ADD = "balanced_add"
 
 # Each function is one step of a warp or a lane. They are handed addresses, not buffers: TVM would put a
 # barrier between a lane's stores and loads of its own columns.
@@ -218,7 +221,7 @@ def choose(
     fmt : PackedFormat
         Any.
     rows : int or None
-        M; None when symbolic, which is the gather's.
+        M; None when symbolic, which is for :mod:`tvm_balanced.schedules.cuda_by_rows`.
     dtype : str
         Of values and activations.
     target : tvm.target.Target
@@ -354,17 +357,19 @@ class _Kernel:
         self.words = self.block // 2
         self.runs = fmt.slots // RUN
         self.blocks_of_run = RUN // self.nnz
-        self.windows = _ceil(_ceil(self.runs, WINDOW), tile.shares)
+        self.windows = _ceil(_ceil(self.runs, WINDOW), tile.shares * tile.splits)
         self.steps = self.windows * self.blocks_of_run
         self.tiles = fmt.padded_rows // LANES
         self.pieces = WINDOW * self.block // 8  # of 16 bytes, of one row of activations in a step
         # widest copy that keeps the rows of activations aligned
         self.width = max(w for w in (16, 8, 4, 2) if fmt.in_features * 2 % w == 0)
-        self.bx, self.by, self.warp, self.lane = (
-            tirx.Var(name, "int32") for name in ("bx", "by", "warp", "lane")
+        self.bx, self.by, self.bz, self.warp, self.lane = (
+            tirx.Var(name, "int32") for name in ("bx", "by", "bz", "warp", "lane")
         )
         self.column = self.warp % tile.columns
         self.share = self.warp // tile.columns
+        # of K, among those of all thread blocks
+        self.part = self.bz * tile.shares + self.share if tile.splits > 1 else self.share
         self.t, self.g = self.lane % 4, self.lane // 4
         scope = "shared" if self.memory.total <= 48 << 10 else "shared.dyn"
         self.shared = tirx.decl_buffer(
@@ -382,6 +387,11 @@ class _Kernel:
         ]
         self.dense = self._local(ROWS * self.words, "uint32", "dense")
         self.total = self._local(1, "float32", "total")
+        self.partial = None
+        if tile.splits > 1:
+            extents = (tile.splits, rows, fmt.padded_rows)
+            shape = [tirx.const(extent, "int64") for extent in extents]
+            self.partial = tirx.decl_buffer(shape, "float32", name="expand_partial")
 
     @staticmethod
     def _local(extent: int, dtype: str, name: str) -> Any:
@@ -408,26 +418,31 @@ class _Kernel:
                 *self._finish(),
             ]
         )
+        # loops are unrolled by the CUDA compiler, so that the text stays short
+        body = tirx.AttrStmt(_int(0), "pragma_unroll_explicit", _int(0), body)
+        tile = self.tile
+        row_tiles = (self.rows + (tile.rows - 1)) // tile.rows
+        threads = [
+            (self.lane, LANES, "threadIdx.x"),
+            (self.warp, tile.warps, "threadIdx.y"),
+            *([(self.bz, tile.splits, "blockIdx.z")] if tile.splits > 1 else []),
+            (self.by, row_tiles, "blockIdx.y"),
+            (self.bx, _ceil(self.tiles, tile.columns), "blockIdx.x"),
+        ]
         params = list(self.func.params)
         reads = [
-            _whole(buffer)
+            buffer
             for buffer in params
             if isinstance(buffer.ty, tirx.BufferType) and not buffer.same_as(self.epilogue.output)
         ]
-        # loops are unrolled by the CUDA compiler, so that the text stays short
-        body = tirx.AttrStmt(_int(0), "pragma_unroll_explicit", _int(0), body)
-        block = s_tir.SBlock([], reads, [_whole(self.epilogue.output)], BLOCK_EXPAND, body)
-        stmt: Any = s_tir.SBlockRealize([], True, block)
-        tile = self.tile
-        row_tiles = (self.rows + (tile.rows - 1)) // tile.rows
-        for var, extent, thread in (
-            (self.lane, LANES, "threadIdx.x"),
-            (self.warp, tile.warps, "threadIdx.y"),
-            (self.by, row_tiles, "blockIdx.y"),
-            (self.bx, _ceil(self.tiles, tile.columns), "blockIdx.x"),
-        ):
-            stmt = _bound(var, _int(extent), thread, stmt)
-        root = s_tir.SBlock([], [], [], "root", stmt)
+        if self.partial is None:
+            stmt = _nest(BLOCK_EXPAND, body, reads, self.epilogue.output, threads)
+        else:
+            stmt = tirx.SeqStmt(
+                [_nest(BLOCK_EXPAND, body, reads, self.partial, threads), self._add(reads)]
+            )
+        held = [] if self.partial is None else [self.partial]
+        root = s_tir.SBlock([], [], [], "root", stmt, alloc_buffers=held)
         return tirx.PrimFunc(
             params, s_tir.SBlockRealize([], True, root), self.func.ret_type, self.func.attrs
         )
@@ -461,9 +476,11 @@ class _Kernel:
 
     def _load(self, window: Any, held: Any) -> list[Any]:
         """The slots of a window that a lane owns."""
-        tile = tirx.min(self.bx * self.tile.columns + self.column, self.tiles - 1)
-        run = (self.share * self.windows + window) * WINDOW + self.t
+        tile = self.bx * self.tile.columns + self.column
+        run = (self.part * self.windows + window) * WINDOW + self.t
         valid = tirx.all(window < self.windows, run < self.runs)
+        if self.tiles % self.tile.columns:
+            valid, tile = tirx.all(valid, tile < self.tiles), tirx.min(tile, self.tiles - 1)
         run = tirx.min(run, self.runs - 1)
 
         def load(i: Any) -> Any:
@@ -496,7 +513,7 @@ class _Kernel:
         threads = tile.columns * LANES
         count = tile.rows * self.pieces
         window, part = step // self.blocks_of_run, step % self.blocks_of_run
-        first = (self.share * self.windows + window) * WINDOW
+        first = (self.part * self.windows + window) * WINDOW
 
         def copy(i: Any) -> Any:
             at = i * threads + self.column * LANES + self.lane
@@ -623,10 +640,10 @@ class _Kernel:
         return [_loop(tile.rows // COLUMNS, finish, unroll=True)]
 
     def _write(self, row: Any, column: Any, at: Any) -> Any:
-        """One output, from its sums at byte ``at``."""
+        """One output, or one sum of a thread block, from the sums at byte ``at``."""
         from tvm.backend.cuda.op import cuda_func_call
 
-        tile, memory, epilogue = self.tile, self.memory, self.epilogue
+        tile, memory = self.tile, self.memory
         stride = tile.columns * memory.sums // 4
         added = cuda_func_call(
             f"balanced_total<{tile.shares}, {stride}>",
@@ -634,7 +651,29 @@ class _Kernel:
             source_code=_source("balanced_total"),
             return_type="float32",
         )
-        total = tirx.BufferLoad(self.total, [_int(0)])
+        if self.partial is not None:
+            stmt: Any = tirx.BufferStore(self.partial, added, [self.bz, row, column])
+            columns, ragged = self.fmt.padded_rows, self.tiles % tile.columns
+        else:
+            stmt = tirx.SeqStmt(
+                [
+                    tirx.BufferStore(self.total, added, [_int(0)]),
+                    self._output(row, column, self.total),
+                ]
+            )
+            columns = self.fmt.out_features
+            ragged = self.tiles % tile.columns or self.fmt.padded_rows != columns
+        conditions = []
+        if not isinstance(self.rows, int) or self.rows % tile.rows:
+            conditions.append(row < self.rows)
+        if ragged:
+            conditions.append(column < columns)
+        return tirx.IfThenElse(tirx.all(*conditions), stmt, None) if conditions else stmt
+
+    def _output(self, row: Any, column: Any, held: Any) -> Any:
+        """What follows the operator, of the sum in the register ``held``."""
+        epilogue = self.epilogue
+        total = tirx.BufferLoad(held, [_int(0)])
         place = [*cuda_gather._unravel(row, self.lead), column]
 
         def placed(load: Any) -> Any:
@@ -646,18 +685,53 @@ class _Kernel:
             for axis, index in zip(epilogue.axes, place, strict=True)
         ]
         value = cuda_gather._substitute(value, dict(zip(epilogue.axes, place, strict=True)))
+        return tirx.BufferStore(epilogue.output, value, place)
+
+    def _add(self, reads: list[Any]) -> Any:
+        """The second kernel: a thread adds the sums of one output, in the order of K, and finishes it."""
+        bx, by, warp, lane = (
+            tirx.Var(f"{name}_add", "int32") for name in ("bx", "by", "warp", "lane")
+        )
+        held = self._local(1, "float32", "sum")
+        row, column = by * COLUMNS + warp, bx * LANES + lane
+
+        def add(split: Any) -> Any:
+            before = tirx.BufferLoad(held, [_int(0)])
+            partial = tirx.BufferLoad(self.partial, [split, row, column])
+            return tirx.BufferStore(held, before + partial, [_int(0)])
+
         stmt: Any = tirx.SeqStmt(
             [
-                tirx.BufferStore(self.total, added, [_int(0)]),
-                tirx.BufferStore(epilogue.output, value, place),
+                tirx.BufferStore(held, tirx.const(0.0, "float32"), [_int(0)]),
+                _loop(self.tile.splits, add, unroll=True, name="split"),
+                self._output(row, column, held),
             ]
         )
-        conditions = []
-        if not isinstance(self.rows, int) or self.rows % tile.rows:
-            conditions.append(row < self.rows)
-        if self.tiles % tile.columns or self.fmt.padded_rows != self.fmt.out_features:
+        conditions = [row < self.rows] if self.rows % COLUMNS else []
+        if self.fmt.padded_rows != self.fmt.out_features:
             conditions.append(column < self.fmt.out_features)
-        return tirx.IfThenElse(tirx.all(*conditions), stmt, None) if conditions else stmt
+        if conditions:
+            stmt = tirx.IfThenElse(tirx.all(*conditions), stmt, None)
+        threads = [
+            (lane, LANES, "threadIdx.x"),
+            (warp, min(COLUMNS, self.rows), "threadIdx.y"),
+            (by, _ceil(self.rows, COLUMNS), "blockIdx.y"),
+            (bx, self.tiles, "blockIdx.x"),
+        ]
+        body = tirx.SeqStmt([tirx.AllocBuffer(held), stmt])
+        body = tirx.AttrStmt(_int(0), "pragma_unroll_explicit", _int(0), body)
+        return _nest(BLOCK_ADD, body, [*reads, self.partial], self.epilogue.output, threads)
+
+
+def _nest(
+    name: str, body: Any, reads: list[Any], written: Any, threads: list[tuple[Any, Any, str]]
+) -> Any:
+    """A block in its thread loops, the innermost first in ``threads``: one kernel."""
+    block = s_tir.SBlock([], [_whole(b) for b in reads], [_whole(written)], name, body)
+    stmt: Any = s_tir.SBlockRealize([], True, block)
+    for var, extent, thread in threads:
+        stmt = _bound(var, _int(extent), thread, stmt)
+    return stmt
 
 
 def _barrier() -> Any:

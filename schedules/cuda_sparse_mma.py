@@ -252,6 +252,8 @@ class _Kernel(cuda_expand._Kernel):
         ]
         self.metadata = self._local(ROWS // 2, "uint32", "metadata")
         self.total = self._local(1, "float32", "total")
+        # thread blocks do not share K here
+        self.partial = None
 
     def build(self) -> tirx.PrimFunc:
         """Same parameters, same results."""

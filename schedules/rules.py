@@ -10,6 +10,8 @@ from tvm import tirx
 
 SCHEDULED = "tirx.is_scheduled"  # TVM's own mark: DLight leaves such kernels alone
 RULE = "tvm_balanced.schedule"  # name of the rule, for reports and tests
+# of a kernel of symbolic shapes with several launches: the M from which on each behind the first one runs
+ROWS_FROM = "tvm_balanced.rows_from"
 
 
 def first_match(

@@ -29,6 +29,7 @@ from tvm_balanced.records import DEFAULT_KERNEL, KERNEL_NOTE, KNOB_NOTE
 from tvm_balanced.schedules import (
     cpu_half,
     cpu_math,
+    cuda_by_rows,
     cuda_expand,
     cuda_gather,
     llvm_batch_lanes,
@@ -220,10 +221,14 @@ def _expand(func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target
         or cuda_expand.choose(fmt, found.rows, found.value_dtype, target) is None
     ):
         return []
-    choices = expand_model.choices(fmt, found.rows)
+    rows, count = found.rows, gpu_figures(target).sm_count
+    choices = expand_model.choices(fmt, rows, count)
 
     def valid(values: Mapping[str, int]) -> bool:
-        return expand_model.is_legal(fmt, shared, expand_model.Tile(**values))
+        tile = expand_model.Tile(**values)
+        if tile.splits > expand_model.idle_times(fmt, rows, tile, count):
+            return False
+        return expand_model.is_legal(fmt, shared, tile)
 
     def build(values: Mapping[str, int]) -> Any:
         return cuda_expand.apply(func, target, expand_model.Tile(**values))
@@ -441,7 +446,7 @@ class ScheduleTuned:
     def _one(self, name: str, func: tirx.PrimFunc) -> tuple[str, str, tirx.PrimFunc | None]:
         plain = workload(func, self.target)
         if plain is None:
-            return DEFAULT, "symbolic shapes", None
+            return DEFAULT, self._symbolic(func), None
         choice = self.choices.get(workload_hash(plain)) if self.choices else None
         if choice is None:
             return DEFAULT, "no record", None
@@ -455,6 +460,12 @@ class ScheduleTuned:
             )
             return DEFAULT, "its record does not fit", None
         return ("tuned" if choice.method == "measured" else "estimated"), note, scheduled
+
+    def _symbolic(self, func: tirx.PrimFunc) -> str:
+        """The note of a kernel with symbolic shapes, which names what runs from which M on."""
+        found = find(func) if self.target.kind.name == "cuda" else None
+        ranges = [] if found is None else cuda_by_rows.ranges(found, self.target)
+        return f"symbolic shapes: {cuda_by_rows.told(ranges)}" if ranges else "symbolic shapes"
 
     def _apply(
         self, func: tirx.PrimFunc, plain: tvm.IRModule, choice: Any

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from tvm_balanced import kernel_model
 from tvm_balanced.packing import PackedFormat, numpy_dtype
-from tvm_balanced.schedules import cuda
+from tvm_balanced.schedules import cuda, cuda_by_rows
 
 if TYPE_CHECKING:
     from tvm_balanced.targets import TargetSpec
@@ -30,6 +30,8 @@ _CUDA_DENSE_LATENCY_US = 1.4
 _CUBLAS_BANDWIDTH = kernel_model.SUSTAINED_BANDWIDTH  # as much as is granted to our own kernel
 _CUBLAS_TENSOR = 0.7
 _CUBLAS_FP32 = 0.8
+# rows of activations at which kernels of a symbolic batch are compared with a dense one
+_COMPARED_ROWS = (1, 2, 4, 8, 9, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 _LLVM_BANDWIDTH = 0.8
 # seen on two Zen 5 cores at M = 32: 100 us for a dense 384 x 1536 layer, 518 us for 4096 x 4096 at 2:16
 _LLVM_DENSE_ARITHMETIC = 0.9
@@ -92,6 +94,42 @@ def sparse_us(spec: TargetSpec, rows: int, fmt: PackedFormat, dtype: str) -> flo
     arithmetic = 2.0 * rows * slots / (spec.fp32_tflops * 1e6 * share)
     memory = moved / (spec.bandwidth_gbps * 1e3 * _LLVM_BANDWIDTH)
     return spec.launch_us + max(arithmetic, memory)
+
+
+def symbolic_text(
+    spec: TargetSpec, fmt: PackedFormat, dtype: str, dense: str = "dlight"
+) -> str | None:
+    """Which kernels serve a symbolic number of rows, from which M on each, and where dense would win.
+
+    Parameters
+    ----------
+    spec : TargetSpec
+        Where it runs.
+    fmt : PackedFormat
+        Of the weight.
+    dtype : str
+        Of values and activations.
+    dense : str
+        Whose dense kernel it is compared with, as for :func:`dense_us`.
+
+    Returns
+    -------
+    str or None
+        None where one kernel serves every M.
+    """
+    served = cuda_by_rows.kernels(fmt, dtype, spec.target) if spec.kind == "cuda" else []
+    if not served:
+        return None
+    shape = fmt.out_features, fmt.in_features
+    slower = 0
+    for rows in _COMPARED_ROWS:
+        told = cuda.predicted_symbolic(fmt, rows, dtype, spec.target, spec.launch_us)
+        if told.total_us <= dense_us(spec, rows, *shape, dtype, dense):
+            slower = 0
+        else:
+            slower = slower or rows
+    until = f"; dense predicted faster at M = {slower} and above" if slower else ""
+    return f"{cuda_by_rows.told(served)}{until}"
 
 
 def predicted(

@@ -7,6 +7,7 @@ was compared with SASS (``docs/expand.md``). Nothing here was measured on a GPU:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -21,11 +22,19 @@ ROWS = 4  # rows of the weight that a lane owns
 COLUMNS = 8  # rows of activations in a product
 SUM_STRIDE = 36  # floats from one row of sums to the next: rows 2t of all t are in different banks
 
-# up to 8 rows of activations are one tile of the gather, which was laid out for them
-LEAST_ROWS = 9
+# fewer rows of activations are the gather's, which memory bounds there: half a product's columns would be
+# padding, and what this model calls a gain of a few percent is less than it can tell
+LEAST_ROWS = 5
+# up to so many rows, one tile of the gather, it has to be predicted so much faster than that
+_FEW_ROWS = 8
+_FEW_WORTH = 1.1
 # rows of activations that a symbolic M is taken for
 _SYMBOLIC_ROWS = 32
 _STATIC_ROWS = 64  # of activations in a tile, at most: 64 sums a lane
+# rows of activations in the tiles that share a symbolic M, and up to which M they are compared: a whole
+# number of every kernel's tiles, from which on times repeat themselves
+_HEIGHTS = (16, 32, 64)
+_COMPARED_ROWS = 512
 # whole blocks to a run of slots; 1:32 spills
 _PATTERNS = {(nnz, block) for nnz in (1, 2, 4, 8) for block in (16, 32)} - {(1, 32)}
 # of a thread block; two times eight warps leave 128 registers, which blocks of 32 spill
@@ -33,7 +42,7 @@ _WARPS = {16: 8, 32: 4}
 
 # instructions of a warp: for a slot of one of a lane's four rows (store, clear), for reading a block back
 # besides one load a word, for a product (with half a load), for a copy of 16 bytes of activations; within 8 %
-# of the loops of 84 kernels for sm_90 and sm_80
+# of the loops of 96 kernels of large layers for sm_90 and sm_80
 _SLOT_INSTRUCTIONS = 10
 _ROW_INSTRUCTIONS = 2
 _PRODUCT_INSTRUCTIONS = 1.3
@@ -48,6 +57,8 @@ _TENSOR_SHARE = {"sm_90": 0.6, "sm_100": 0.3}
 _OWN_TENSOR_SHARE = 0.85
 # share of the time that the busiest of the multiprocessor's own resources works, with a barrier in every step
 _OVERLAP = 0.8
+# how much faster a tile with a second launch has to be
+_SPLIT_WORTH = 1.1
 
 
 @dataclass(frozen=True)
@@ -64,12 +75,15 @@ class Tile:
         Warps that share K: 1, 2, 4 or 8.
     stages : int
         Steps of activations in shared memory at a time.
+    splits : int
+        Thread blocks that share K; with more than one a second kernel adds their sums.
     """
 
     rows: int
     columns: int
     shares: int
     stages: int
+    splits: int = 1
 
     @property
     def warps(self) -> int:
@@ -147,8 +161,12 @@ def _fitting(fmt: PackedFormat, height: int, columns: int, shared: int) -> Tile 
         height = _ceil(height // COLUMNS, 2) * COLUMNS
 
 
-def candidates(fmt: PackedFormat, rows: int | None, shared: int) -> list[Tile]:
+def candidates(
+    fmt: PackedFormat, rows: int | None, shared: int, multiprocessors: int | None = None
+) -> list[Tile]:
     """Tiles worth asking the model about: every number of warps side by side, full height and half of it.
+
+    Where they leave multiprocessors idle, their K is also shared by thread blocks.
 
     Parameters
     ----------
@@ -158,21 +176,51 @@ def candidates(fmt: PackedFormat, rows: int | None, shared: int) -> list[Tile]:
         M; None when symbolic, which is taken for 32.
     shared : int
         Bytes of shared memory that a thread block may take; where nothing fits there are none.
+    multiprocessors : int, optional
+        Of the GPU; thread blocks share K only where it is given, and M too.
     """
     full = _height(rows)
     half = _ceil(full // COLUMNS, 2) * COLUMNS
-    found: dict[Tile, None] = {}
-    for height in (full, half):
-        columns = 1
-        while columns <= _WARPS[fmt.pattern.block]:
-            tile = _fitting(fmt, height, columns, shared)
-            if tile is not None:
-                found[tile] = None
-            columns *= 2
-    return list(found)
+    found = [tile for height in (full, half) for tile in _side_by_side(fmt, height, shared)]
+    if rows is not None and multiprocessors is not None:
+        found += [
+            dataclasses.replace(tile, splits=1 << i)
+            for tile in found
+            for i in range(1, idle_times(fmt, rows, tile, multiprocessors).bit_length())
+        ]
+    return [tile for tile in dict.fromkeys(found) if tile.splits == 1 or _has_work(fmt, tile)]
 
 
-def choices(fmt: PackedFormat, rows: int) -> dict[str, tuple[int, ...]]:
+def idle_times(fmt: PackedFormat, rows: int, tile: Tile, multiprocessors: int) -> int:
+    """How many thread blocks can share K before some wait: by a tile that does not, at least one.
+
+    Parameters
+    ----------
+    fmt, rows
+        The layer's format and M.
+    tile : Tile
+        Its ``splits`` do not matter.
+    multiprocessors : int
+        Of the GPU.
+    """
+    thread_blocks = _ceil(fmt.padded_rows // LANES, tile.columns) * _ceil(rows, tile.rows)
+    return max(1, multiprocessors // thread_blocks)
+
+
+def _has_work(fmt: PackedFormat, tile: Tile) -> bool:
+    """Whether the last warp that shares K has a window of it."""
+    windows, parts = _ceil(fmt.slots, RUN * WINDOW), tile.shares * tile.splits
+    return (parts - 1) * _ceil(windows, parts) < windows
+
+
+def _side_by_side(fmt: PackedFormat, height: int, shared: int) -> list[Tile]:
+    """Tiles of a height, lower where it does not fit, with every number of warps side by side."""
+    warps = _WARPS[fmt.pattern.block]
+    tiles = [_fitting(fmt, height, 1 << i, shared) for i in range(warps.bit_length())]
+    return [tile for tile in tiles if tile is not None]
+
+
+def choices(fmt: PackedFormat, rows: int, multiprocessors: int = 1) -> dict[str, tuple[int, ...]]:
     """Values of each knob for a tuner, which :func:`is_legal` allows together or not.
 
     Parameters
@@ -181,17 +229,21 @@ def choices(fmt: PackedFormat, rows: int) -> dict[str, tuple[int, ...]]:
         One that :func:`takes_format`.
     rows : int
         M.
+    multiprocessors : int
+        Of the GPU: thread blocks share K as long as some are idle.
     """
     warps = _WARPS[fmt.pattern.block]
     powers = tuple(1 << i for i in range(warps.bit_length()))
     heights = {_height(rows)}
     while min(heights) > COLUMNS:
         heights.add(_ceil(min(heights) // COLUMNS, 2) * COLUMNS)
+    idle = idle_times(fmt, rows, Tile(max(heights), warps, 1, 2), multiprocessors)
     return {
         "rows": tuple(sorted(heights)),
         "columns": powers,
         "shares": powers,
         "stages": (2, 3, 4),
+        "splits": tuple(1 << i for i in range(idle.bit_length())),
     }
 
 
@@ -211,12 +263,13 @@ def is_legal(fmt: PackedFormat, shared: int, tile: Tile) -> bool:
     return (
         tile.warps <= _WARPS[fmt.pattern.block]
         and tile.shares <= max(1, windows)
+        and (tile.splits == 1 or _has_work(fmt, tile))
         and shared_bytes(fmt, tile) <= shared
     )
 
 
 def estimated_registers(fmt: PackedFormat, tile: Tile) -> int:
-    """Registers of a thread: ptxas, 84 kernels for sm_90 and sm_80; most within 20, all within 40."""
+    """Registers of a thread: ptxas, 123 kernels for sm_90 and sm_80; most within 20, all within 40."""
     return min(255, round(63 + 2.2 * fmt.pattern.block + 1.45 * tile.rows))
 
 
@@ -241,8 +294,9 @@ def predict(gpu: Machine, fmt: PackedFormat, rows: int, dtype: str, tile: Tile) 
     groups = tile.rows // COLUMNS
     row_tiles = _ceil(rows, tile.rows)
     tiles = fmt.padded_rows // LANES
-    thread_blocks = _ceil(tiles, tile.columns) * row_tiles
-    steps = _ceil(_ceil(fmt.slots, RUN * WINDOW), tile.shares) * (RUN // nnz)
+    thread_blocks = _ceil(tiles, tile.columns) * row_tiles * tile.splits
+    parts = tile.shares * tile.splits
+    steps = _ceil(_ceil(fmt.slots, RUN * WINDOW), parts) * (RUN // nnz)
 
     # of a warp and step: 32 rows by four blocks, one a lane and row
     products = 2 * WINDOW * block // 16 * groups
@@ -269,7 +323,7 @@ def predict(gpu: Machine, fmt: PackedFormat, rows: int, dtype: str, tile: Tile) 
     memory_bytes = from_memory + rows * (fmt.in_features + fmt.out_features) * itemsize
     memory_rate = min(gpu.bandwidth_gbps * 1e3 / clock / active, gpu.port_bytes_per_clock)
     l2_rate = min(gpu.l2_bytes_per_clock / active, gpu.port_bytes_per_clock)
-    staged = tile.rows * fmt.in_features * itemsize  # of a thread block
+    staged = tile.rows * fmt.in_features * itemsize / tile.splits  # of a thread block
 
     # clocks of a multiprocessor for its busiest share of thread blocks
     work = busiest * tile.warps * steps
@@ -288,7 +342,7 @@ def predict(gpu: Machine, fmt: PackedFormat, rows: int, dtype: str, tile: Tile) 
     clocks = max(busy + waits, latency)
     memory_us = memory_bytes / (gpu.bandwidth_gbps * 1e3)
     return Prediction(
-        total_us=gpu.launch_us + max(clocks / clock, memory_us),
+        total_us=gpu.launch_us + max(clocks / clock, memory_us) + _adding_us(gpu, fmt, rows, tile),
         memory_us=memory_us,
         l2_us=l2 / clock,
         issue_us=issue / clock,
@@ -312,18 +366,45 @@ def predict(gpu: Machine, fmt: PackedFormat, rows: int, dtype: str, tile: Tile) 
     )
 
 
+def _adding_us(gpu: Machine, fmt: PackedFormat, rows: int, tile: Tile) -> float:
+    """Microseconds of the second kernel, in which a thread adds the sums of one output.
+
+    Its launch, the sums through the level-2 cache, and a thread's chain of loads, as of the gather's.
+    """
+    if tile.splits == 1:
+        return 0.0
+    outputs = fmt.padded_rows * rows
+    # written by one kernel and read by the other
+    moved = 2 * tile.splits * outputs * 4
+    active = min(gpu.sm_count, _ceil(outputs, COLUMNS * LANES))
+    rate = min(gpu.l2_bytes_per_clock, gpu.port_bytes_per_clock * active)
+    chain = _ceil(tile.splits, gpu.shared_in_flight) * gpu.stage_ns * gpu.clock_ghz
+    chain += (tile.splits + gpu.instructions.kernel) * gpu.issue_clocks
+    return gpu.launch_us + (chain + moved / rate) / (gpu.clock_ghz * 1e3)
+
+
 def best(
     fmt: PackedFormat, rows: int, dtype: str, shared: int, gpu: Machine
 ) -> tuple[Tile, Prediction] | None:
     """The tile that is predicted fastest, and its prediction; None where none fits ``shared`` bytes.
+
+    Thread blocks share K where that is predicted a tenth faster: a second launch costs what it costs, while
+    what it gains is less certain.
 
     Parameters
     ----------
     fmt, rows, dtype, shared, gpu
         As for :func:`choose`, of a format that :func:`takes_format`.
     """
-    tried = [(tile, predict(gpu, fmt, rows, dtype, tile)) for tile in candidates(fmt, rows, shared)]
-    return min(tried, key=lambda one: one[1].total_us, default=None)
+    tried = [
+        (tile, predict(gpu, fmt, rows, dtype, tile))
+        for tile in candidates(fmt, rows, shared, gpu.sm_count)
+    ]
+    return min(
+        tried,
+        key=lambda one: one[1].total_us * (_SPLIT_WORTH if one[0].splits > 1 else 1),
+        default=None,
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -337,12 +418,14 @@ def choose(
 ) -> tuple[Tile, Prediction] | None:
     """Tile and prediction where this kernel is predicted faster than the gather; None elsewhere.
 
+    From 5 rows on; up to 8 it has to be a tenth faster.
+
     Parameters
     ----------
     fmt : PackedFormat
         Any.
     rows : int or None
-        M; a symbolic one is left to the gather, which serves every M.
+        M; a symbolic one has several kernels, see :func:`by_rows`.
     dtype : str
         Of values and activations.
     shared, static_shared : int
@@ -357,7 +440,55 @@ def choose(
         return None
     knobs = kernel_model.choose(fmt, rows, dtype, static_shared, gpu)
     gather = kernel_model.Model(gpu, fmt, rows, dtype).predict(knobs)
-    return found if found[1].total_us < gather.total_us else None
+    return found if found[1].total_us * _worth(rows) < gather.total_us else None
+
+
+def _worth(rows: int) -> float:
+    """How much faster than the gather this kernel has to be predicted."""
+    return _FEW_WORTH if rows <= _FEW_ROWS else 1.0
+
+
+@functools.lru_cache(maxsize=1024)
+def by_rows(
+    fmt: PackedFormat, dtype: str, shared: int, static_shared: int, gpu: Machine
+) -> tuple[tuple[int, Tile], ...]:
+    """Tiles for a symbolic M, each with the M it serves from; the gather serves M below the first.
+
+    A tile takes over at the M from which on it is predicted no slower than what came before, for every
+    M up to 512 (and a tenth faster up to 8).
+
+    Parameters
+    ----------
+    fmt, dtype, shared, static_shared, gpu
+        As for :func:`choose`.
+
+    Returns
+    -------
+    tuple of (int, Tile)
+        By ascending M; empty where the gather serves every M.
+    """
+    if not takes_format(fmt, dtype):
+        return ()
+    knobs = kernel_model.choose(fmt, None, dtype, static_shared, gpu)
+    compared = range(LEAST_ROWS, _COMPARED_ROWS + 1)
+    times = {m: kernel_model.Model(gpu, fmt, m, dtype).predict(knobs).total_us for m in compared}
+    found: list[tuple[int, Tile]] = []
+    for height in _HEIGHTS:
+        fitting = [
+            (predict(gpu, fmt, height, dtype, tile).total_us, i, tile)
+            for i, tile in enumerate(_side_by_side(fmt, height, shared))
+        ]
+        if not fitting:
+            break
+        tile = min(fitting)[2]
+        own = {m: predict(gpu, fmt, m, dtype, tile).total_us for m in compared}
+        slower = (m + 1 for m in compared if own[m] * _worth(m) > times[m])
+        first = max(slower, default=LEAST_ROWS)
+        if first > _COMPARED_ROWS:
+            continue
+        found = [(m, other) for m, other in found if m < first] + [(first, tile)]
+        times.update((m, own[m]) for m in compared if m >= first)
+    return tuple(found)
 
 
 def _ceil(value: int, by: int) -> int:

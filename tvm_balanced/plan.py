@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tvm
 
-from tvm_balanced.cost import dense_us, sparse_us
+from tvm_balanced.cost import dense_us, sparse_us, symbolic_text
 from tvm_balanced.errors import InputError
 from tvm_balanced.model import Model
 from tvm_balanced.packing import VALUE_DTYPES, PackedFormat, check_weight, is_balanced, numpy_dtype
@@ -224,6 +224,9 @@ def _decide(
         return dense(reason, **shared), None
     if spec.kind == "cuda" and not assumed and _by_sparse_mma(spec, batches, fmt, layer.dtype):
         note = f", by sparse tensor cores{note}"
+    if any(use.rows is None for use in layer.uses):
+        served = symbolic_text(spec, fmt, layer.dtype, dense_by)
+        note += f"; any M: {served}" if served else ""
     if policies[layer.name] == "always":
         reason = f'policy is "always"; predicted {gain:.2f}x{note}'
     else:

@@ -387,10 +387,68 @@ def _check_kernels(
     try:
         for name, func in chosen.items():
             tell(name)
-            yield _check_kernel(module, name, func, device, emulated, seed, symbol)
+            values = _symbols(func, symbol)
+            rows = [_check_kernel(module, name, func, device, emulated, seed, n) for n in values]
+            yield _together(rows, values)
     finally:
         if emulated is not None:
             emulated.mode()
+
+
+def _symbols(func: Any, symbol: int) -> list[int]:
+    """Values of symbolic extents that a kernel is called with, several where M decides what is launched.
+
+    The least of each range of M that the schedule tells apart, but ``symbol`` for the range that it is in.
+    """
+    from tvm import tirx
+
+    from tvm_balanced.kernel_arguments import Facts, symbols_of
+    from tvm_balanced.schedules.balanced_block import find
+    from tvm_balanced.schedules.rules import ROWS_FROM
+
+    found = find(func) if func.attrs is not None and ROWS_FROM in func.attrs else None
+    if found is None:
+        return [symbol]
+    firsts = [int(first) for first in func.attrs[ROWS_FROM]]
+    axes = [v for v in found.block.iter_vars if v.iter_type == tirx.IterVar.DataPar]
+    lead = [axis.dom.extent for axis in axes[:-1]]
+    numbers = dict.fromkeys(symbols_of(func), 1)
+    facts = Facts(func, numbers)
+
+    def range_of(value: int) -> int:
+        numbers.update(dict.fromkeys(numbers, value))
+        rows = math.prod(facts.number(extent) for extent in lead)
+        return sum(first <= rows for first in firsts)
+
+    by_range = {range_of(value): value for value in range(firsts[-1], 0, -1)}
+    return [value for _, value in sorted({**by_range, range_of(symbol): symbol}.items())]
+
+
+def _together(rows: Sequence[KernelCheck], values: Sequence[int]) -> KernelCheck:
+    """One row of a kernel that was called several times, with symbolic extents of ``values``."""
+    if len(rows) == 1:
+        return rows[0]
+    worst = min(rows, key=lambda row: (FAIL, UNCHECKED, PASS).index(row.result))
+
+    def total(name: str) -> int | None:
+        counts = [count for row in rows if (count := getattr(row, name)) is not None]
+        return sum(counts) if counts else None
+
+    judged = [row for row in rows if row.error is not None and row.limit]
+    nearest = max(judged, key=lambda row: (row.error or 0.0) / (row.limit or 1.0), default=worst)
+    value = values[rows.index(worst)]
+    return replace(
+        worst,
+        detail=f"symbolic extents of {value}: {worst.detail}" if worst.detail else "",
+        kernels=tuple(dict.fromkeys(kernel for row in rows for kernel in row.kernels)),
+        blocks=total("blocks") or 0,
+        checked_blocks=total("checked_blocks") or 0,
+        races=total("races"),
+        bounds=total("bounds"),
+        unwritten=total("unwritten"),
+        error=nearest.error,
+        limit=nearest.limit,
+    )
 
 
 def _check_kernel(

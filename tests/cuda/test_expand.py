@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import tvm
 
+import tvm_balanced as tb
 from tvm_balanced import cudaemu, expand_model, kernel_model, static_report, targets
+from tvm_balanced.artifact import read_manifest
+from tvm_balanced.cudaemu import device
 from tvm_balanced.errors import ToolchainError
 from tvm_balanced.expand_model import Tile
 from tvm_balanced.packing import Layout, PackedFormat
 from tvm_balanced.pattern import BalancedPattern
+from tvm_balanced.pipeline import TIR_PIPELINE
 from tvm_balanced.schedules import cuda, cuda_expand
 from tvm_balanced.schedules.rules import RULE, first_match
+from tvm_balanced.verification import verify
 
 from .conftest import Case, arguments, check_close, fused_kernel, packed_format, target
 from .cubins import compile_cubin
@@ -27,6 +35,9 @@ CASES = [
     (Case((32,), 40, 1032, "1:16", "bfloat16", "bfloat16"), Tile(16, 1, 4, 4)),
     (Case((4, 16), 70, 200, "8:32", epilogue=()), Tile(64, 4, 1, 2)),
     (Case((128,), 33, 35, "4:32", "bfloat16", "bfloat16"), None),
+    # thread blocks that share K: a part of the last one's is past the end, rows fill no tile of 8
+    (Case((17,), 70, 1032, "4:16", epilogue=("bias", "gelu")), Tile(24, 2, 2, 2, 4)),
+    (Case((3, 16), 64, 2048, "8:32", "bfloat16", "bfloat16", ("residual",)), Tile(16, 1, 4, 3, 8)),
     (Case(("m",), 50, 264, "4:16", at=((16,), (45,))), Tile(32, 1, 8, 2)),
 ]
 
@@ -58,10 +69,11 @@ def test_expand_is_right_and_breaks_no_rule(case: Case, tile: Tile | None) -> No
         check_close(case, args[-1], expected)
 
 
-def test_expand_is_the_same_in_any_order() -> None:
+@pytest.mark.parametrize("splits", [1, 4])
+def test_expand_is_the_same_in_any_order(splits: int) -> None:
     case = Case((16,), 64, 512, "4:16")
     fmt = _format(case)
-    kernel = _kernel(case, fmt, Tile(16, 1, 4, 2))
+    kernel = _kernel(case, fmt, Tile(16, 1, 4 // splits, 2, splits))
     args, expected = arguments(case, fmt, (16,))
     kernel(*args, order="random")
     check_close(case, args[-1], expected)
@@ -138,13 +150,14 @@ def test_expand_leaves_what_is_not_its_own(
 
 
 def test_dispatch_by_rows() -> None:
-    """Up to 8 rows, symbolic rows and small layers are the gather's; of the rest the faster one is taken."""
+    """Up to 4 rows and small layers are the gather's; of the rest the faster one is taken."""
     taken = {}
-    for lead in (8, 9, 64, "m"):
+    for lead in (4, 5, 9, 64, "m"):
         case = Case((lead,), 4096, 4096, "4:16", at=((16,),))
         func = fused_kernel(case, _format(case))
         taken[lead] = first_match(func, target(), cuda.BALANCED_RULES).attrs[RULE]
-    assert taken == {8: "cuda_gather", 9: "cuda_expand", 64: "cuda_expand", "m": "cuda_gather"}
+    expands = dict.fromkeys((5, 9, 64), "cuda_expand")
+    assert taken == {4: "cuda_gather", **expands, "m": "cuda_by_rows"}
 
 
 @pytest.mark.parametrize("rows", [9, 17, 64, 100, 256, None])
@@ -164,3 +177,94 @@ def test_candidates_fit(rows: int | None, pattern: str, shared: int) -> None:
 def test_no_tile_where_nothing_fits() -> None:
     fmt = _format(Case((16,), 64, 512, "4:16"))
     assert expand_model.candidates(fmt, 16, 1024) == []
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, Path]:
+    """A layer amid a model, for 16 rows of activations and for any number of them."""
+    torch.manual_seed(0)
+    # what reads an input or writes a result is not captured into CUDA graphs
+    layers = torch.nn.ReLU(), torch.nn.Linear(4096, 64), torch.nn.LayerNorm(64)
+    module = torch.nn.Sequential(*layers).half().eval()
+    batch = torch.export.Dim("batch", min=1, max=512)
+    x = torch.zeros(4, 4096, dtype=torch.float16)
+    model = tb.from_torch(module, (x,), dynamic_shapes=({0: batch},)).prune("8:16")
+    with torch.no_grad():
+        module[1].weight.copy_(torch.from_numpy(model.params["1.weight"]))
+    compiled = tb.compile(model, "h100", policy="always", buckets=[16])
+    path = compiled.save(tmp_path_factory.mktemp("expand") / "model.tvmb")
+    return module.double(), path
+
+
+def _launched(
+    library: tuple[torch.nn.Module, Path], emulated: device.Device, rows: int
+) -> list[device.DeviceLaunch]:
+    """Launches of the layer's kernels for a number of rows, whose results were right."""
+    module, path = library
+    x = torch.randn(rows, 4096, dtype=torch.float16)
+    emulated.forget()
+    got = tb.load(path, "emulated")(x).double()
+    with torch.no_grad():
+        torch.testing.assert_close(got, module(x.double()), rtol=4e-3, atol=4e-3)
+    return [launch for launch in emulated.launches() if "balanced_sparse" in launch.kernel]
+
+
+def test_a_symbolic_batch_chooses_its_kernel(
+    library: tuple[torch.nn.Module, Path], emulated: device.Device
+) -> None:
+    """On both sides of the M from which on the expand kernel runs, with the same weight."""
+    launched = {rows: _launched(library, emulated, rows) for rows in (1, 8, 9, 70)}
+    assert [len(launches) for launches in launched.values()] == [1] * 4
+    gather, same, expand, too = (launches[0] for launches in launched.values())
+    assert gather.kernel == same.kernel != expand.kernel == too.kernel
+    assert not any(launch.graph for launch in (gather, same, expand, too))
+    assert (expand.grid[1], too.grid[1]) == (1, 5)
+
+
+def test_split_kernels_are_captured_and_replayed(
+    library: tuple[torch.nn.Module, Path], emulated: device.Device
+) -> None:
+    """Their workspace is the library's, so that a CUDA graph finds it where it was."""
+    module, path = library
+    lib = tb.load(path, "emulated")
+    for call in range(3):
+        x = torch.randn(16, 4096, dtype=torch.float16)
+        with torch.no_grad():
+            torch.testing.assert_close(lib(x).double(), module(x.double()), rtol=4e-3, atol=4e-3)
+        launches = [x for x in emulated.launches() if "balanced_sparse" in x.kernel]
+        emulated.forget()
+        assert [launch.grid[2] for launch in launches] == [8, 1]
+        assert launches[0].graph == (call > 0)
+
+
+def test_a_library_states_its_kernels(library: tuple[torch.nn.Module, Path]) -> None:
+    """Manifest and report name them, and ``verify`` runs each."""
+    _, path = library
+    manifest = read_manifest(path)
+    told = "cuda_gather; from M = 9 cuda_expand, 16 rows a tile"
+    notes = [kernel["note"] for kernel in manifest.coverage if kernel["balanced"]]
+    assert sorted(notes) == ["no record", f"symbolic shapes: {told}"]
+    assert f"any M: {told}" in manifest.layers[0]["reason"]
+    found = verify(path)
+    assert found.passed
+    assert {check.result for check in found.parts} == {"pass"}
+    sparse = [row for row in found.kernels if "balanced_sparse" in row.name]
+    # two for any M; two of thread blocks that share K
+    assert [len(row.kernels) for row in sparse] == [2, 2]
+    assert all(row.error is not None and row.result == "pass" for row in sparse)
+
+
+def test_rows_of_all_batch_axes_choose_the_kernel() -> None:
+    case = Case(("b", "s"), 40, 4096, "8:16")
+    fmt = _format(case)
+    func = first_match(fused_kernel(case, fmt), target(), cuda.BALANCED_RULES)
+    assert func is not None
+    kernel = cudaemu.from_tvm(tvm.IRModule({"main": func}), target(), pipeline=TIR_PIPELINE)
+    names = []
+    for lead in ((2, 4), (3, 3), (4, 5)):
+        args, expected = arguments(case, fmt, lead)
+        (launch,) = kernel.plan(args)
+        names.append(launch.kernel)
+        kernel(*args)
+        check_close(case, args[-1], expected)
+    assert names[0] != names[1] == names[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tvm import tirx
 
 from tests.cuda.conftest import Case, fused_kernel, packed_format, target
 from tvm_balanced.schedules import cuda_expand, tuned
@@ -24,13 +25,19 @@ def test_every_point_is_a_kernel() -> None:
         packed_format(Case((40,), 4096, 4096, "4:16"), "u4"), 40, "float16", target()
     )
     assert vars(default) in points
+    assert {point["splits"] for point in points} == {1, 2, 4, 8}
     for point in points[::5]:
         built = space.build(point)
+        body = built.mod["main"].body.block.body
+        kernels = list(body.seq) if isinstance(body, tirx.SeqStmt) else [body]
+        assert len(kernels) == 1 + (point["splits"] > 1)
         threads = {
-            str(loop.thread_binding.thread_tag): int(loop.extent)
-            for loop in _bound(built.mod["main"].body.block.body)
+            str(loop.thread_binding.thread_tag): int(loop.extent) for loop in _bound(kernels[0])
         }
         assert threads["threadIdx.y"] == point["columns"] * point["shares"]
+        assert threads.get("blockIdx.z", 1) == point["splits"]
+        blocks = threads["blockIdx.x"] * threads["blockIdx.y"] * point["splits"]
+        assert point["splits"] == 1 or blocks <= 132
 
 
 def _bound(stmt):
@@ -39,12 +46,12 @@ def _bound(stmt):
         stmt = stmt.body
 
 
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", [1, 4])
 def test_few_rows_are_the_gathers(rows: int) -> None:
     spaces = tuned.spaces(_func(rows), target())
     assert [space.kernel for space in spaces] == ["cuda_gather"]
 
 
 def test_the_kernel_model_estimates_no_expand_kernel() -> None:
-    assert model_runner.can_estimate(tuned.workload(_func(8), target()), target())
+    assert model_runner.can_estimate(tuned.workload(_func(4), target()), target())
     assert not model_runner.can_estimate(tuned.workload(_func(40), target()), target())

@@ -6,7 +6,7 @@ import pytest
 
 from tvm_balanced import cost, expand_model, kernel_model, targets
 from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.schedules import cuda, cuda_expand
+from tvm_balanced.schedules import cuda, cuda_by_rows, cuda_expand
 
 H100 = targets.resolve("h100")
 
@@ -37,6 +37,22 @@ def test_chosen_only_where_faster_than_the_gather(gpu):
     assert taken
 
 
+def test_few_rows_have_to_gain_a_tenth():
+    machine = kernel_model.machine(targets.GPUS["h100"])
+    taken = set()
+    for n in (8192, 28672):
+        for pattern in ("4:16", "1:16", "4:32"):
+            for rows in (5, 8):
+                fmt = layer(pattern, n, 8192, rows)
+                knobs = kernel_model.choose(fmt, rows, "float16", 48 << 10, machine)
+                gather = kernel_model.Model(machine, fmt, rows, "float16").predict(knobs)
+                _, told = expand_model.best(fmt, rows, "float16", 227 << 10, machine)
+                found = chosen(fmt, rows) is not None
+                assert found == (told.total_us * 1.1 < gather.total_us)
+                taken.add(found)
+    assert taken == {True, False}
+
+
 def test_plan_goes_by_the_kernel_that_is_chosen():
     fmt = layer()
     _, prediction = chosen(fmt, 32)
@@ -49,7 +65,7 @@ def test_plan_goes_by_the_kernel_that_is_chosen():
 
 @pytest.mark.parametrize(
     ("pattern", "rows", "dtype"),
-    [("4:16", 8, "float16"), ("4:16", None, "float16"), ("4:16", 32, "float32"),
+    [("4:16", 4, "float16"), ("4:16", None, "float16"), ("4:16", 32, "float32"),
      ("3:16", 32, "float16"), ("4:64", 32, "float16")],
 )  # fmt: skip
 def test_the_rest_is_the_gathers(pattern, rows, dtype):
@@ -85,3 +101,69 @@ def test_prediction_follows_work():
     assert slow.total_us > base.total_us
     for part in ("memory", "l2", "issue", "arithmetic", "shared"):
         assert getattr(base, f"{part}_us") + base.launch_us <= base.total_us
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "rows", "splits"),
+    [
+        (1024, 28672, 32, 16),
+        (512, 16384, 16, 8),
+        (1024, 28672, None, 1),  # the sums of a symbolic M would need memory of unknown size
+        (8192, 8192, 32, 1),  # a thread block for nearly every multiprocessor
+        (768, 3072, 16, 1),  # not worth the second launch
+    ],
+)
+def test_thread_blocks_share_long_rows_of_small_layers(n, k, rows, splits):
+    fmt, machine = layer(n=n, k=k), kernel_model.machine(targets.GPUS["h100"])
+    tiles = expand_model.candidates(fmt, rows, 227 << 10, machine.sm_count)
+    if rows is None:
+        assert {tile.splits for tile in tiles} == {splits}
+        return
+    tile, told = expand_model.best(fmt, rows, "float16", 227 << 10, machine)
+    assert tile.splits == splits
+    assert expand_model.is_legal(fmt, 227 << 10, tile)
+    whole = [
+        expand_model.predict(machine, fmt, rows, "float16", one).total_us
+        for one in tiles
+        if one.splits == 1
+    ]
+    assert told.total_us <= min(whole)
+
+
+@pytest.mark.parametrize("gpu", ["h100", "a100"])
+@pytest.mark.parametrize("pattern", ["4:16", "1:16", "4:32"])
+def test_kernels_of_a_symbolic_batch_take_over_where_they_are_faster(gpu, pattern):
+    spec = targets.resolve(gpu)
+    machine = kernel_model.machine(targets.gpu_figures(spec.target))
+    fmt = layer(pattern, 4096, 4096)
+    tiles = expand_model.by_rows(fmt, "float16", 160 << 10, 48 << 10, machine)
+    firsts = [first for first, _ in tiles]
+    assert firsts == sorted(set(firsts)) and firsts[0] >= expand_model.LEAST_ROWS
+    knobs = kernel_model.choose(fmt, None, "float16", 48 << 10, machine)
+
+    def predicted(serves, rows):
+        if serves is None:
+            return kernel_model.Model(machine, fmt, rows, "float16").predict(knobs).total_us
+        return expand_model.predict(machine, fmt, rows, "float16", serves).total_us
+
+    before = None
+    for first, tile in tiles:
+        for rows in (first, first + 7, 100, 256, 512):
+            if rows >= first:
+                assert predicted(tile, rows) <= predicted(before, rows)
+        before = tile
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dtype"), [("4:16", "float32"), ("3:16", "float16"), ("4:64", "float16")]
+)
+def test_a_symbolic_batch_of_other_formats_is_the_gathers(pattern, dtype):
+    assert cuda_by_rows.kernels(layer(pattern, dtype=dtype), dtype, H100.target) == []
+
+
+def test_a_symbolic_batch_times_known_rows_needs_no_kernel_for_fewer():
+    every = cuda_by_rows.kernels(layer(), "float16", H100.target)
+    assert [first for first, _ in every] == [1, 5, 17, 33]
+    fewer = cuda_by_rows.kernels(layer(), "float16", H100.target, least=16)
+    assert fewer == every[1:]
+    assert cuda_by_rows.told(fewer).startswith("cuda_expand, 16 rows a tile; from M = 17, 32 rows")

@@ -235,6 +235,7 @@ class TVMKernel:
         functions = {gvar.name_hint: func for gvar, func in host.functions.items()}
         if function is None and len(functions) != 1:
             raise EmulatorError(f"name one of the module's functions: {', '.join(functions)}")
+        self._functions = functions
         self._host = functions[function] if function is not None else next(iter(functions.values()))
         self._modules: dict[bool, Module] = {}
 
@@ -243,6 +244,12 @@ class TVMKernel:
         if instrument not in self._modules:
             self._modules[instrument] = Module(self.source, instrument)
         return self._modules[instrument]
+
+    def function(self, name: str) -> TVMKernel:
+        """Another function of the same module, whose kernels are compiled together with this one's."""
+        other = copy.copy(self)
+        other._host = self._functions[name]
+        return other
 
     def with_source(self, source: str) -> TVMKernel:
         """The same launches of other CUDA C, to see what a change by hand does."""
