@@ -9,7 +9,7 @@ WORKERS ?= 2
 
 help:
 	@echo "make demo        two models from training to a library (about 3 minutes)"
-	@echo "make accuracy    what patterns of zeros cost: table and plots (about 45 minutes; goes on where it stopped)"
+	@echo "make accuracy    what patterns of zeros cost: table and plots (an hour of CPU time; goes on where it stopped)"
 	@echo "make test        the tests"
 	@echo "make test-large  the tests with models in their stated sizes (minutes, gigabytes)"
 	@echo "make lint        ruff and mypy"
@@ -32,7 +32,7 @@ demo: $(VENV)/.all
 	$(BIN)/tvm-balanced demo --output build/demo
 
 accuracy: $(VENV)/.dev
-	OMP_NUM_THREADS=2 $(BIN)/python -W ignore -m examples.accuracy.run --workers $(WORKERS) \
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m examples.accuracy.run --workers $(WORKERS) \
 	    -o build/accuracy $(ACCURACY_ARGS)
 
 test: $(VENV)/.dev

@@ -162,6 +162,10 @@ def plot(found: Rows, path: Path, times: Rows = ()) -> None:
             speeds[row["pattern"], row["sparsity"]] = dense / row["us"]
             runners[row["pattern"]] = row["runner"]
     names = sorted({row["task"] for row in found})
+    patterns = sorted({row["pattern"] for row in found})
+    colours = {pattern: f"C{number}" for number, pattern in enumerate(patterns)}
+    # ten colours in turns: the styles tell those apart that share one
+    styles = {pattern: "-" if number < 10 else "--" for number, pattern in enumerate(patterns)}
     figure, panels = plt.subplots(1, len(names), figsize=(5 * len(names), 4.5), squeeze=False)
     for panel, task in zip(panels[0], names, strict=True):
         rows_of = [row for row in found if row["task"] == task]
@@ -174,7 +178,10 @@ def plot(found: Rows, path: Path, times: Rows = ()) -> None:
             points = [point for point in points if point[0] is not None]
             if points:
                 label = f"{pattern} ({runners[pattern]})" if times else pattern
-                panel.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
+                panel.plot(
+                    *zip(*points, strict=True), styles[pattern], color=colours[pattern],
+                    marker="o", markersize=4, label=label,
+                )  # fmt: skip
         for row in rows_of:
             if row["pattern"] == "dense":
                 panel.axhline(row["score"], color="black", linewidth=0.8, label="dense")

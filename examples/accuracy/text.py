@@ -79,7 +79,15 @@ def varied_sentences(count: int, words: Sequence[str], seed: int = 0) -> list[st
 
 def library_text(size: int) -> str:
     """The first ``size`` characters of the prose in Python's standard library, in a fixed order."""
-    return " ".join(dict.fromkeys(_docstrings()))[:size]
+    found: dict[str, None] = {}
+    length = 0
+    for sentence in _docstrings():
+        if sentence not in found:
+            found[sentence] = None
+            length += len(sentence) + 1
+            if length > size:
+                break
+    return " ".join(found)[:size]
 
 
 def _docstrings() -> Iterator[str]:

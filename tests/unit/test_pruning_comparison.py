@@ -122,7 +122,7 @@ def test_a_small_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, zeros, close", [("CNN", 0.75, 0), ("LSTM", 0.75, 1e-4)])
 def test_the_compiled_network_scores_as_the_trained_one(name, zeros, close, monkeypatch):
-    monkeypatch.setattr(tasks, "LETTERS", 2000)
+    monkeypatch.setattr(tasks, "LETTERS", 200)
     monkeypatch.setattr(tasks, "LENGTH", 3)
     row = tasks.check(name, zeros, epochs=2)
     assert row["library"] == pytest.approx(row["torch"], abs=close)
