@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-large lint bench clean
+.PHONY: help demo accuracy test test-large lint bench clean
 
 help:
 	@echo "make demo        two models from training to a library (about 3 minutes)"
+	@echo "make accuracy    what patterns of zeros cost: table and plots (an hour of CPU time; goes on where it stopped)"
 	@echo "make test        the tests"
 	@echo "make test-large  the tests with models in their stated sizes (minutes, gigabytes)"
 	@echo "make lint        ruff and mypy"
@@ -29,6 +30,10 @@ $(VENV)/.dev: setup.cfg pyproject.toml | $(BIN)/python
 
 demo: $(VENV)/.all
 	$(BIN)/tvm-balanced demo --output build/demo
+
+accuracy: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m examples.accuracy.run --workers $(WORKERS) \
+	    -o build/accuracy $(ACCURACY_ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not large and not gpu' $(PYTEST_ARGS)

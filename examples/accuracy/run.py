@@ -1,115 +1,159 @@
-"""Train, prune and compare: ``python -m examples.accuracy.run --task MLP -o build/accuracy``.
+"""Train, prune, compare: ``python -m examples.accuracy.run -o build/accuracy``.
 
-Rows go to ``rows.jsonl`` as they come, the paired differences to ``table.txt``, and quality against the share
-of zeros to ``quality.png`` where Matplotlib is installed.
+Rows go to ``rows.jsonl`` as they come, and those already there of the same settings are not run again. Then
+``table.md``, ``summary.csv``, ``quality.png`` and ``speed.png`` are made of all rows.
 """
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-import torch
-
-from examples.accuracy import tasks
 
 SPARSITIES = (0.5, 0.75, 0.875, 0.9375)
-# what a pattern is compared with, at the same share of zeros
-AGAINST = "unstructured"
+NAMES = ("MLP", "CNN", "LSTM", "MiniLM", "speed")
+
+# a task and what else says which of its runs: seed and fold, pattern, or nothing
+Unit = tuple[Any, ...]
 
 
-def differences(rows: Sequence[dict[str, Any]], against: str = AGAINST) -> list[dict[str, Any]]:
-    """Mean of each pattern's score and of its paired differences to ``against``, with 95 % intervals.
+def units(names: Sequence[str], seeds: int) -> list[Unit]:
+    """All that is to be run, in an order that leaves every task with some seeds where it is stopped."""
+    from examples.accuracy import minilm, tasks
 
-    Pairs share task, fold, seed and share of zeros. The interval is Student's; folds share training data,
-    so it is narrower than that of independent runs would be.
-    """
-    from scipy.stats import t
-
-    groups: dict[tuple[str, float, str], dict[tuple[int, int], float]] = defaultdict(dict)
-    for row in rows:
-        groups[row["task"], row["sparsity"], row["pattern"]][row["seed"], row["fold"]] = row[
-            "score"
-        ]
-    found = []
-    for (task, sparsity, pattern), scores in sorted(groups.items()):
-        base = groups.get((task, sparsity, against), {})
-        pairs = np.array([scores[key] - base[key] for key in scores if key in base])
-        row = {"task": task, "sparsity": sparsity, "pattern": pattern, "runs": len(scores)}
-        row["score"] = float(np.mean(list(scores.values())))
-        if len(pairs) > 1 and pattern != against:
-            half = t.ppf(0.975, len(pairs) - 1) * pairs.std(ddof=1) / len(pairs) ** 0.5
-            row |= {"difference": float(pairs.mean()), "half": float(half)}
-        found.append(row)
+    found: list[Unit] = []
+    if "MiniLM" in names:
+        # the longest first, for both workers to be busy to the end
+        found += [("MiniLM", "distilled")]
+        found += [("MiniLM", pattern) for pattern in minilm.PATTERNS]
+    found += [
+        (name, seed, fold)
+        for seed in range(seeds)
+        for name in tasks.TASKS
+        if name in names
+        for fold in range(tasks.FOLDS[name])
+    ]
     return found
 
 
-def table(found: Iterable[dict[str, Any]]) -> str:
-    """The differences as text, one line a pattern."""
-    lines = [
-        f"{'task':5} {'zeros':>7} {'pattern':14} {'runs':>4} {'score':>8}  minus {AGAINST}, 95 %"
-    ]
-    for row in found:
-        shown = f"{row['difference']:+.2f} ± {row['half']:.2f}" if "half" in row else ""
-        lines.append(
-            f"{row['task']:5} {row['sparsity']:7.2%} {row['pattern']:14} {row['runs']:4} "
-            f"{row['score']:8.2f}  {shown}"
-        )
-    return "\n".join(lines)
+def settings(unit: Unit) -> str:
+    """What a unit's rows depend on, apart from the code."""
+    from examples.accuracy import minilm, tasks
+
+    if unit[0] == "MiniLM":
+        chain = f"{minilm.CHAIN} at {minilm.RATE}" if unit[1] == "distilled" else ""
+        return f"{minilm.CALIBRATION} sentences {chain}".strip()
+    if unit[0] == "speed":
+        from examples.accuracy import speed
+
+        return f"{speed.SIZE} {speed.THREADS} threads"
+    letters = f", {tasks.LETTERS} letters" if unit[0] == "LSTM" else ""
+    return f"{tasks.EPOCHS[unit[0]]} epochs{letters}"
 
 
-def plot(found: Sequence[dict[str, Any]], path: Path) -> None:
-    """Quality against zeros, one line a pattern, one panel a task."""
-    import matplotlib.pyplot as plt
+def results(unit: Unit) -> Iterator[dict[str, Any]]:
+    """The rows of a unit, as they come."""
+    from examples.accuracy import minilm, tasks
 
-    names = sorted({row["task"] for row in found})
-    figure, panels = plt.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False)
-    for panel, task in zip(panels[0], names, strict=True):
-        mine = [row for row in found if row["task"] == task]
-        for pattern in dict.fromkeys(row["pattern"] for row in mine if row["sparsity"] > 0):
-            points = [(100 * r["sparsity"], r["score"]) for r in mine if r["pattern"] == pattern]
-            panel.plot(*zip(*points, strict=True), marker="o", label=pattern)
-        for row in mine:
-            if row["pattern"] == "dense":
-                panel.axhline(row["score"], color="black", linewidth=0.8, label="dense")
-        panel.set(title=task, xlabel="zeros, %")
-        panel.set_ylabel("perplexity" if task == "LSTM" else "accuracy, %")
-        panel.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    if unit == ("MiniLM", "distilled"):
+        yield from minilm.distilled()
+    elif unit[0] == "MiniLM":
+        yield from minilm.compare(unit[1])
+    elif unit[0] == "speed":
+        from examples.accuracy import speed
+
+        yield from speed.measure(SPARSITIES)
+    else:
+        name, seed, fold = unit
+        yield from tasks.compare(name, seed, fold, SPARSITIES)
+        if unit in (("CNN", 0, 0), ("LSTM", 0, 0)):
+            yield tasks.check(name, 0.875)
+
+
+def work(unit: Unit, path: Path) -> float:
+    """Run a unit in this process and append its rows; CPU seconds."""
+    import torch
+
+    torch.set_num_threads(1)
+    began = time.process_time()
+    about = {"unit": list(unit), "settings": settings(unit)}
+    for row in results(unit):
+        # one write a row: another process appends to the same file
+        with path.open("a") as file:
+            file.write(json.dumps({**about, **row}) + "\n")
+    seconds = time.process_time() - began
+    with path.open("a") as file:
+        file.write(json.dumps({**about, "cpu_seconds": round(seconds, 1)}) + "\n")
+    return seconds
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file, of each the last; also those of units that were not run to their end, or otherwise."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        row = json.loads(line)
+        kinds = ("sparsity", "pattern", "method", "rows", "kind")
+        found[(tuple(row["unit"]), *(row.get(key) for key in kinds))] = row
+    return list(found.values())
+
+
+def unit_of(row: dict[str, Any]) -> Unit:
+    """The unit that a row of a file is of."""
+    return tuple(row["unit"])
+
+
+def finished(rows: Sequence[dict[str, Any]]) -> set[tuple[Unit, str]]:
+    """Units that were run to their end, and under which settings."""
+    return {(unit_of(row), row["settings"]) for row in rows if "cpu_seconds" in row}
 
 
 @click.command()
-@click.option("--task", "names", multiple=True, type=click.Choice(["MLP", "CNN", "LSTM"]))
+@click.option("--task", "names", multiple=True, type=click.Choice(NAMES), help="All by default.")
 @click.option("--seeds", default=5, show_default=True, help="Of each fold.")
+@click.option("--workers", default=2, show_default=True, help="Processes, of one thread each.")
 @click.option("-o", "--output", default="build/accuracy", show_default=True)
-def main(names: tuple[str, ...], seeds: int, output: str) -> None:
-    """Compare patterns of zeros on small trained tasks."""
-    torch.set_num_threads(1)
+@click.option("--report-only", is_flag=True, help="Run nothing; table and plots of the rows there.")
+def main(names: tuple[str, ...], seeds: int, workers: int, output: str, report_only: bool) -> None:
+    """Compare patterns of zeros on small trained tasks and on MiniLM."""
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    with (folder / "rows.jsonl").open("w") as file:
-        for name in names or ("MLP", "CNN", "LSTM"):
-            work = (
-                tasks.characters(click.echo, SPARSITIES, seeds)
-                if name == "LSTM"
-                else tasks.digits(click.echo, name, SPARSITIES, seeds)
-            )
-            for row in work:
-                rows.append(row)
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-    found = differences(rows)
-    (folder / "table.txt").write_text(table(found) + "\n")
-    plot(found, folder / "quality.png")
-    click.echo(table(found))
+    path = folder / "rows.jsonl"
+    names = names or NAMES
+    done = finished(read(path))
+    began = time.perf_counter()
+    if not report_only:
+        # times are taken while nothing else runs
+        if "speed" in names and (("speed",), settings(("speed",))) not in done:
+            click.echo("speed of a layer")
+            work(("speed",), path)
+        todo = [unit for unit in units(names, seeds) if (unit, settings(unit)) not in done]
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context) as pool:
+            jobs = {pool.submit(work, unit, path): unit for unit in todo}
+            for number, job in enumerate(as_completed(jobs), 1):
+                name = " ".join(str(part) for part in jobs[job])
+                minutes = (time.perf_counter() - began) / 60
+                click.echo(
+                    f"{number} of {len(todo)}: {name}, {job.result():.0f} s of CPU time, "
+                    f"{minutes:.1f} minutes since the start"
+                )
+    from examples.accuracy import report
+
+    rows = read(path)
+    done = finished(rows)
+    # half a unit would give some patterns more runs than others; other settings are another experiment
+    rows = [row for row in rows if (unit_of(row), settings(unit_of(row))) in done]
+    rows = [row for row in rows if row["settings"] == settings(unit_of(row))]
+    report.write(rows, folder)
+    click.echo((folder / "table.md").read_text())
+    spent = sum(row["cpu_seconds"] for row in rows if "cpu_seconds" in row)
+    click.echo(f"{spent / 60:.1f} minutes of CPU time in all rows")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import ast
 import random
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 PAIRS = Path(__file__).with_name("sentences.txt")
@@ -52,9 +52,42 @@ def calibration_sentences(count: int, seed: int = 0) -> list[str]:
     return chosen
 
 
+def varied_sentences(count: int, words: Sequence[str], seed: int = 0) -> list[str]:
+    """Sentences of the kind of :func:`calibration_sentences`, a third of the words drawn from ``words``.
+
+    They mean nothing, but a model that learns to answer as another one does sees far more of its vocabulary.
+    One in four is left as it is.
+    """
+    draw = random.Random(seed)
+    read = sorted(set(_docstrings()))
+    tested = {sentence for triple in triples() for sentence in triple}
+    found: dict[str, None] = {}
+    while len(found) < count:
+        if draw.random() < 0.5:
+            sentence = draw.choice(read)
+        else:
+            parts = (draw.choice(kind) for kind in (_SUBJECTS, _VERBS, _OBJECTS, _ENDS))
+            sentence = " ".join(parts) + "."
+        if draw.random() < 0.75:
+            sentence = " ".join(
+                draw.choice(words) if draw.random() < 1 / 3 else word for word in sentence.split()
+            )
+        if sentence not in tested:
+            found[sentence] = None
+    return list(found)
+
+
 def library_text(size: int) -> str:
     """The first ``size`` characters of the prose in Python's standard library, in a fixed order."""
-    return " ".join(dict.fromkeys(_docstrings()))[:size]
+    found: dict[str, None] = {}
+    length = 0
+    for sentence in _docstrings():
+        if sentence not in found:
+            found[sentence] = None
+            length += len(sentence) + 1
+            if length > size:
+                break
+    return " ".join(found)[:size]
 
 
 def _docstrings() -> Iterator[str]:
