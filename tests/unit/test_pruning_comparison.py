@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from examples.accuracy import report, run, tasks, text
 from examples.accuracy.patterns import Tiles, rules
+from tvm_balanced import calibration_text
 
 
 @pytest.fixture(autouse=True)
@@ -43,19 +44,19 @@ def test_balanced_blocks_only_where_they_hold_the_share():
 
 def test_calibration_text_is_not_what_is_tested_on(monkeypatch):
     # reading all of the standard library takes seconds
-    read = list(itertools.islice(text._docstrings(), 100))
-    monkeypatch.setattr(text, "_docstrings", lambda: read)
+    read = list(itertools.islice(calibration_text.docstring_sentences(), 100))
+    monkeypatch.setattr(calibration_text, "docstring_sentences", lambda: read)
     triples = text.triples()
     tested = {sentence for triple in triples for sentence in triple}
     assert len(triples) == 30 and len(tested) == 90
-    drawn = text.calibration_sentences(100)
+    drawn = calibration_text.calibration_sentences(100)
     assert len(set(drawn)) == 100 and not tested & set(drawn)
-    assert drawn == text.calibration_sentences(100)
+    assert drawn == calibration_text.calibration_sentences(100)
 
 
 def test_sentences_to_distil_from_are_varied_and_not_those_tested_on(monkeypatch):
-    read = list(itertools.islice(text._docstrings(), 100))
-    monkeypatch.setattr(text, "_docstrings", lambda: read)
+    read = list(itertools.islice(calibration_text.docstring_sentences(), 100))
+    monkeypatch.setattr(text, "docstring_sentences", lambda: read)
     drawn = text.varied_sentences(300, ["zebra", "quartz"])
     assert len(set(drawn)) == 300
     assert not {sentence for triple in text.triples() for sentence in triple} & set(drawn)
