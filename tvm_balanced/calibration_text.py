@@ -47,7 +47,7 @@ def calibration_sentences(count: int, seed: int = 0) -> list[str]:
         Of the choice.
     """
     draw = random.Random(seed)
-    made = set()
+    made: set[str] = set()
     while len(made) < count // 2:
         made.add(made_sentence(draw))
     read = sorted(set(docstring_sentences()))
