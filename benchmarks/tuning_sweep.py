@@ -87,12 +87,12 @@ class _Bench:
         from tvm_balanced.tuning import measure
 
         self.ms, self.measure = ms, measure
-        self.task, self.spec, self.cache = task, spec, cache
+        self.task, self.spec = task, spec
         self.info = ms.arg_info.ArgInfo.from_prim_func(task.mod["main"])
         signature = measure.signature([one.as_json() for one in self.info])
-        self.feeds = {signature: measure.Feed(task.index_bound, task.weights, task.between)}
+        feeds = {signature: measure.Feed(task.index_bound, task.weights, task.between)}
         self.builder = measure.ProcessBuilder(core_count(), measure.make_library)
-        self.runner = measure.LocalRunner(self.feeds, cache)
+        self.runner = measure.LocalRunner(feeds, cache)
 
     def build(self, points: Sequence[tuple[str, dict[str, int]]]) -> list[str]:
         """Paths of the libraries of ``points``."""
@@ -122,23 +122,14 @@ class _Bench:
         return found
 
     def by_turns(self, points: Sequence[tuple[str, dict[str, int]]]) -> list[list[float]]:
-        """Seconds of the runs of each point, in rounds over all of them in this process."""
-        import tvm
-
-        device = tvm.cpu()
+        """Seconds of each point in each of the rounds over all of them."""
         paths = self.build(points)
-        modules = [tvm.runtime.load_module(path) for path in paths]
-        arguments = self.measure.LocalArguments(self.feeds, self.cache)
-        args = arguments(device, [one.as_json() for one in self.info], 1)
-        timer = self.measure.LocalTimer(self.cache)
-        found: list[list[float]] = [[] for _ in points]
-        order = list(range(len(points)))
-        for _ in range(_ROUNDS):
-            random.shuffle(order)
-            for i in order:
-                found[i] += timer.time(modules[i], device, args)
+        inputs = [self.ms.runner.RunnerInput(path, "cpu", self.info) for path in paths]
+        found = self.runner.by_turns(inputs, _ROUNDS)
         for path in paths:
             self.measure.remove_artifact(path)
+        if found is None:
+            raise SystemExit("the process that measured by turns ended or hung")
         return found
 
 

@@ -126,22 +126,31 @@ def speed_table(rows: Rows) -> str:
 
 
 def write(rows: Rows, folder: Path) -> None:
-    """``table.md``, ``summary.csv``, ``quality.png`` and, where times are there, ``speed.png``."""
+    """``table.md``, ``summary.csv``, ``scores.csv`` and plots: ``quality.png``, with times ``speed.png``."""
     found = differences(rows)
     parts = [table(found), compiled_table(rows), minilm_table(rows), speed_table(rows)]
     (folder / "table.md").write_text("\n\n".join(parts) + "\n")
     columns = (
         "task", "sparsity", "pattern", "runs", "score", "difference", "half", "corrected",
     )  # fmt: skip
-    with (folder / "summary.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
+    _write_csv(folder / "summary.csv", columns, found)
+    # what the differences are made of
+    scores = [{**row, "score": f"{row['score']:.4f}"} for row in rows if "score" in row]
+    _write_csv(
+        folder / "scores.csv", ("task", "seed", "fold", "sparsity", "pattern", "score"), scores
+    )
     if found:
         plot(found, folder / "quality.png")
         times = [row for row in rows if "us" in row]
         if times:
             plot(found, folder / "speed.png", times)
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Rows) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def plot(found: Rows, path: Path, times: Rows = ()) -> None:

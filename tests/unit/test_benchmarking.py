@@ -8,6 +8,7 @@ from tvm_balanced import benchmark_peers as peers
 from tvm_balanced import benchmark_results as results
 from tvm_balanced import benchmarking
 from tvm_balanced.benchmark_shapes import LayerShape, Problem
+from tvm_balanced.benchmarking import library_problems
 from tvm_balanced.errors import InputError, ToolchainError
 
 PROBLEM = Problem("test", LayerShape("layer", 64, 256), 2, "4:16", "float32")
@@ -154,12 +155,12 @@ def test_layers_of_a_library_are_problems(tmp_path):
     model = tb.from_torch(module, (torch.randn(5, 32),)).prune("4:16")
     library = tb.load(tb.compile(model, "llvm", policy="always").save(tmp_path / "m.tvmb"))
     # both layers have one shape
-    (problem,) = benchmarking.library_problems(library)
+    (problem,) = library_problems(library)
     assert (problem.layer.n, problem.layer.k, problem.m) == (32, 32, 5)
     assert (problem.pattern, problem.dtype) == ("4:16", "float32")
     dense = tb.load(tb.compile(model, "llvm", policy="never").save(tmp_path / "d.tvmb"))
     with pytest.raises(InputError, match="no layer that runs sparse"):
-        benchmarking.library_problems(dense)
+        library_problems(dense)
 
 
 def test_whole_model_rows(machine):

@@ -119,6 +119,7 @@ def test_a_small_run(tmp_path, monkeypatch):
     assert answer.exit_code == 0, answer.output
     assert "| MLP | 93.75 % | balanced 16 | 1 |" in answer.output
     assert (tmp_path / "quality.png").stat().st_size > 5000
+    assert len((tmp_path / "scores.csv").read_text().splitlines()) == 1 + len(rows)
 
 
 @pytest.mark.parametrize("name, zeros, close", [("CNN", 0.75, 0), ("LSTM", 0.75, 1e-4)])
