@@ -65,7 +65,7 @@ class Row:
 
 def report(arch: str, n: int, k: int, pattern: str, m: int) -> Row | None:
     """A kernel; None where the gather is chosen."""
-    from tvm_balanced import cudaemu, expand_model, nvrtc, targets
+    from tvm_balanced import cudaemu, nvrtc, targets, tensor_core_model
     from tvm_balanced.pattern import BalancedPattern
     from tvm_balanced.schedules import cuda, cuda_expand, cuda_sparse_mma
     from tvm_balanced.static_report import StaticReport
@@ -92,8 +92,8 @@ def report(arch: str, n: int, k: int, pattern: str, m: int) -> Row | None:
             "instructions are counted by nvdisasm; pip install nvidia-cuda-nvdisasm"
         )
     ((kernel, loop),) = kernels
-    slots = expand_model.WINDOW * expand_model.RUN
-    weights = expand_model.LANES * slots * form.block // form.nnz
+    slots = tensor_core_model.WINDOW * tensor_core_model.RUN
+    weights = tensor_core_model.LANES * slots * form.block // form.nnz
     return Row(
         *(arch, n, k, pattern, m, fmt.encoding, "-".join(str(v) for v in asdict(tile).values())),
         *(kernel.resources.registers, told.registers, kernel.resources.stack_bytes),

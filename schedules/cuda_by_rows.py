@@ -18,12 +18,12 @@ import tvm
 from tvm import s_tir, tirx
 
 from tvm_balanced import expand_model, kernel_model
-from tvm_balanced.expand_model import Tile
 from tvm_balanced.packing import PackedFormat
 from tvm_balanced.schedules import cuda_expand, cuda_gather
 from tvm_balanced.schedules.balanced_block import BalancedBlock, find
 from tvm_balanced.schedules.rules import ROWS_FROM
 from tvm_balanced.targets import gpu_figures
+from tvm_balanced.tensor_core_model import Tile
 
 
 def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | None:

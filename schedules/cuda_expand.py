@@ -40,21 +40,13 @@ import tvm_ffi
 from tvm import s_tir, tirx
 
 from tvm_balanced import expand_model, kernel_model
-from tvm_balanced.expand_model import (
-    COLUMNS,
-    LANES,
-    ROWS,
-    RUN,
-    SUM_STRIDE,
-    WINDOW,
-    Memory,
-    Tile,
-)
+from tvm_balanced.expand_model import Memory
 from tvm_balanced.ops import BLOCK_DATA
 from tvm_balanced.packing import ENCODINGS, PackedFormat
 from tvm_balanced.schedules import cuda_gather
 from tvm_balanced.schedules.balanced_block import BalancedBlock, find
 from tvm_balanced.targets import gpu_figures
+from tvm_balanced.tensor_core_model import COLUMNS, LANES, ROWS, RUN, SUM_STRIDE, WINDOW, Tile
 
 BLOCK_EXPAND = "balanced_expand"
 BLOCK_ADD = "balanced_add"

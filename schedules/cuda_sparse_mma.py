@@ -30,7 +30,6 @@ import tvm
 from tvm import s_tir, tirx
 
 from tvm_balanced import kernel_model, sparse_mma_model
-from tvm_balanced.expand_model import COLUMNS, LANES, ROWS, RUN, WINDOW, Tile
 from tvm_balanced.packing import PackedFormat
 from tvm_balanced.schedules import cuda_expand, cuda_gather
 from tvm_balanced.schedules.balanced_block import BalancedBlock, find
@@ -47,6 +46,7 @@ from tvm_balanced.schedules.cuda_expand import (
 )
 from tvm_balanced.sparse_mma_model import WINDOW_COLUMNS, Memory
 from tvm_balanced.targets import gpu_figures
+from tvm_balanced.tensor_core_model import COLUMNS, LANES, ROWS, RUN, WINDOW, Tile
 
 BLOCK_SPARSE_MMA = "balanced_sparse_mma"
 

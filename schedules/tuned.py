@@ -41,6 +41,7 @@ from tvm_balanced.schedules.cpu_common import lanes as lanes_of
 from tvm_balanced.schedules.cpu_common import vector_bits
 from tvm_balanced.schedules.rules import RULE, SCHEDULED, replaced
 from tvm_balanced.targets import gpu_figures
+from tvm_balanced.tensor_core_model import Tile
 
 # of the kernel with lanes over the batch: steps of the parallel loop that are tried, the largest ones, and
 # bytes of activations, from a part of the first cache to all of a usual K
@@ -225,13 +226,13 @@ def _expand(func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target
     choices = expand_model.choices(fmt, rows, count)
 
     def valid(values: Mapping[str, int]) -> bool:
-        tile = expand_model.Tile(**values)
+        tile = Tile(**values)
         if tile.splits > expand_model.idle_times(fmt, rows, tile, count):
             return False
         return expand_model.is_legal(fmt, shared, tile)
 
     def build(values: Mapping[str, int]) -> Any:
-        return cuda_expand.apply(func, target, expand_model.Tile(**values))
+        return cuda_expand.apply(func, target, Tile(**values))
 
     return [Space("cuda_expand", choices, valid, build)]
 

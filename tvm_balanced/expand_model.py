@@ -1,26 +1,32 @@
-"""How long the CUDA expand kernel takes: its knobs, counted work, and a prediction.
+"""How long the CUDA expand kernel takes: its tiles, counted work, and a prediction.
 
-The counterpart of :mod:`tvm_balanced.kernel_model` for ``schedules/cuda_expand.py``, with the same view of a
-GPU and the same kind of prediction. What a warp executes for a block of weights is counted from the code and
-was compared with SASS (``docs/expand.md``). Nothing here was measured on a GPU: it ranks.
+For ``schedules/cuda_expand.py``; :mod:`tvm_balanced.tensor_core_model` makes a time of the work. What a warp
+executes for a block of weights is counted from the code and was compared with SASS (``docs/expand.md``).
+Nothing here was measured on a GPU: it ranks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from dataclasses import dataclass
 
-from tvm_balanced import kernel_model
+from tvm_balanced import kernel_model, tensor_core_model
 from tvm_balanced.kernel_model import Machine, Prediction
 from tvm_balanced.packing import ENCODINGS, PackedFormat
-
-LANES = 32
-RUN = 8  # slots that a lane loads at once
-WINDOW = 4  # runs of a window, one for each lane of a fragment's row
-ROWS = 4  # rows of the weight that a lane owns
-COLUMNS = 8  # rows of activations in a product
-SUM_STRIDE = 36  # floats from one row of sums to the next: rows 2t of all t are in different banks
+from tvm_balanced.tensor_core_model import (
+    COLUMNS,
+    ITEMSIZE,
+    LANES,
+    ROWS,
+    RUN,
+    SUM_STRIDE,
+    WINDOW,
+    Tile,
+    Work,
+    ceil,
+    reads_layout,
+    windows_of,
+)
 
 # fewer rows of activations are the gather's, which memory bounds there: half a product's columns would be
 # padding, and what this model calls a gain of a few percent is less than it can tell
@@ -47,48 +53,8 @@ _SLOT_INSTRUCTIONS = 10
 _ROW_INSTRUCTIONS = 2
 _PRODUCT_INSTRUCTIONS = 1.3
 _COPY_INSTRUCTIONS = 3
-# what a step waits for at the least: a barrier, a load from shared memory, a chain of products
-_STEP_CLOCKS = 150
-# eight rows of sums: two barriers, stores, loads, the output
-_SUMS_CLOCKS = 150
-# share of the tensor cores' rate that mma.sync reaches: all but overheads where it is their own instruction;
-# the full rate of later ones takes wgmma or tcgen05. Assumed, not measured
-_TENSOR_SHARE = {"sm_90": 0.6, "sm_100": 0.3}
-_OWN_TENSOR_SHARE = 0.85
-# share of the time that the busiest of the multiprocessor's own resources works, with a barrier in every step
-_OVERLAP = 0.8
 # how much faster a tile with a second launch has to be
 _SPLIT_WORTH = 1.1
-
-
-@dataclass(frozen=True)
-class Tile:
-    """The knobs of the schedule.
-
-    Parameters
-    ----------
-    rows : int
-        Rows of activations in a tile, a multiple of 8.
-    columns : int
-        Warps side by side, 32 outputs each; they share staged activations.
-    shares : int
-        Warps that share K: 1, 2, 4 or 8.
-    stages : int
-        Steps of activations in shared memory at a time.
-    splits : int
-        Thread blocks that share K; with more than one a second kernel adds their sums.
-    """
-
-    rows: int
-    columns: int
-    shares: int
-    stages: int
-    splits: int = 1
-
-    @property
-    def warps(self) -> int:
-        """Warps of a thread block."""
-        return self.columns * self.shares
 
 
 class Memory:
@@ -128,10 +94,8 @@ def takes_format(fmt: PackedFormat, dtype: str) -> bool:
     dtype : str
         Of values and activations.
     """
-    layout = fmt.layout
     return (
-        dtype in ("float16", "bfloat16")
-        and (layout.rows, layout.vector, layout.skew) == (LANES, RUN, 1)
+        reads_layout(fmt, dtype)
         and fmt.encoding in ("u4", "u8")
         and (fmt.pattern.nnz, fmt.pattern.block) in _PATTERNS
     )
@@ -139,13 +103,13 @@ def takes_format(fmt: PackedFormat, dtype: str) -> bool:
 
 def _height(rows: int | None) -> int:
     """Rows of activations in a tile: an even share, in whole products."""
-    wanted = _SYMBOLIC_ROWS if rows is None else _ceil(rows, _ceil(rows, _STATIC_ROWS))
-    return _ceil(wanted, COLUMNS) * COLUMNS
+    wanted = _SYMBOLIC_ROWS if rows is None else ceil(rows, ceil(rows, _STATIC_ROWS))
+    return ceil(wanted, COLUMNS) * COLUMNS
 
 
 def _fitting(fmt: PackedFormat, height: int, columns: int, shared: int) -> Tile | None:
     """The largest tile up to ``height`` rows with ``columns`` warps side by side that fits."""
-    windows = _ceil(fmt.slots, RUN * WINDOW)
+    windows = windows_of(fmt)
     while True:
         shares = _WARPS[fmt.pattern.block] // columns
         while shares > 1 and windows < shares:
@@ -158,7 +122,7 @@ def _fitting(fmt: PackedFormat, height: int, columns: int, shared: int) -> Tile 
             shares //= 2
         if height == COLUMNS:
             return None
-        height = _ceil(height // COLUMNS, 2) * COLUMNS
+        height = ceil(height // COLUMNS, 2) * COLUMNS
 
 
 def candidates(
@@ -180,7 +144,7 @@ def candidates(
         Of the GPU; thread blocks share K only where it is given, and M too.
     """
     full = _height(rows)
-    half = _ceil(full // COLUMNS, 2) * COLUMNS
+    half = ceil(full // COLUMNS, 2) * COLUMNS
     found = [tile for height in (full, half) for tile in _side_by_side(fmt, height, shared)]
     if rows is not None and multiprocessors is not None:
         found += [
@@ -203,7 +167,7 @@ def idle_times(fmt: PackedFormat, rows: int, tile: Tile, multiprocessors: int) -
     multiprocessors : int
         Of the GPU.
     """
-    thread_blocks = _ceil(fmt.padded_rows // LANES, tile.columns) * _ceil(rows, tile.rows)
+    thread_blocks = ceil(fmt.padded_rows // LANES, tile.columns) * ceil(rows, tile.rows)
     return max(1, multiprocessors // thread_blocks)
 
 
@@ -212,8 +176,8 @@ def _may_split(fmt: PackedFormat, tile: Tile) -> bool:
     # ptxas holds such kernels to 128 registers: 4:32 on sm_80 spills 8 bytes
     if fmt.pattern.block == 32 and tile.columns == 4:
         return False
-    windows, parts = _ceil(fmt.slots, RUN * WINDOW), tile.shares * tile.splits
-    return (parts - 1) * _ceil(windows, parts) < windows
+    windows, parts = windows_of(fmt), tile.shares * tile.splits
+    return (parts - 1) * ceil(windows, parts) < windows
 
 
 def _side_by_side(fmt: PackedFormat, height: int, shared: int) -> list[Tile]:
@@ -239,7 +203,7 @@ def choices(fmt: PackedFormat, rows: int, multiprocessors: int = 1) -> dict[str,
     powers = tuple(1 << i for i in range(warps.bit_length()))
     heights = {_height(rows)}
     while min(heights) > COLUMNS:
-        heights.add(_ceil(min(heights) // COLUMNS, 2) * COLUMNS)
+        heights.add(ceil(min(heights) // COLUMNS, 2) * COLUMNS)
     idle = idle_times(fmt, rows, Tile(max(heights), warps, 1, 2), multiprocessors)
     return {
         "rows": tuple(sorted(heights)),
@@ -262,7 +226,7 @@ def is_legal(fmt: PackedFormat, shared: int, tile: Tile) -> bool:
     tile : Tile
         The knobs.
     """
-    windows = _ceil(fmt.slots, RUN * WINDOW)
+    windows = windows_of(fmt)
     return (
         tile.warps <= _WARPS[fmt.pattern.block]
         and tile.shares <= max(1, windows)
@@ -293,97 +257,25 @@ def predict(gpu: Machine, fmt: PackedFormat, rows: int, dtype: str, tile: Tile) 
         The knobs.
     """
     block, nnz = fmt.pattern.block, fmt.pattern.nnz
-    itemsize = 2
     groups = tile.rows // COLUMNS
-    row_tiles = _ceil(rows, tile.rows)
-    tiles = fmt.padded_rows // LANES
-    thread_blocks = _ceil(tiles, tile.columns) * row_tiles * tile.splits
-    parts = tile.shares * tile.splits
-    steps = _ceil(_ceil(fmt.slots, RUN * WINDOW), parts) * (RUN // nnz)
-
     # of a warp and step: 32 rows by four blocks, one a lane and row
     products = 2 * WINDOW * block // 16 * groups
     copies = tile.rows * WINDOW * block // COLUMNS / (tile.columns * LANES)
     instructions: float = ROWS * (_SLOT_INSTRUCTIONS * nnz + block // 2 + _ROW_INSTRUCTIONS)
     instructions += products * _PRODUCT_INSTRUCTIONS + copies * _COPY_INSTRUCTIONS
-    step_bytes = LANES * WINDOW * nnz * (itemsize + ENCODINGS[fmt.encoding] / 8)
+    stream_bytes = LANES * WINDOW * nnz * (ITEMSIZE + ENCODINGS[fmt.encoding] / 8)
     expanding = ROWS * (2 * nnz + block // 2)
-    # a load of 16 bytes a lane is four wavefronts, and so is a copy
-    wavefronts = expanding + groups * block // COLUMNS * 4 + copies * 4 + step_bytes / 128
-    flops = 2.0 * LANES * WINDOW * block * tile.rows
-
-    shared = shared_bytes(fmt, tile)
-    registers = estimated_registers(fmt, tile)
-    fits = kernel_model.resident_blocks(gpu.arch, registers, shared, tile.warps * LANES)
-    busiest = _ceil(thread_blocks, gpu.sm_count)
-    resident = max(1, min(fits, busiest))
-    active = thread_blocks / busiest
-
-    clock = gpu.clock_ghz * 1e3  # clocks in a microsecond
-    stream = fmt.nbytes(dtype)
-    from_memory = stream * (1 + (row_tiles - 1 if stream > gpu.l2_bytes / 2 else 0))
-    share = from_memory / (stream * row_tiles)
-    memory_bytes = from_memory + rows * (fmt.in_features + fmt.out_features) * itemsize
-    memory_rate = min(gpu.bandwidth_gbps * 1e3 / clock / active, gpu.port_bytes_per_clock)
-    l2_rate = min(gpu.l2_bytes_per_clock / active, gpu.port_bytes_per_clock)
-    staged = tile.rows * fmt.in_features * itemsize / tile.splits  # of a thread block
-
-    # clocks of a multiprocessor for its busiest share of thread blocks
-    work = busiest * tile.warps * steps
-    memory = work * step_bytes * share / memory_rate
-    l2 = busiest * staged / l2_rate + work * step_bytes / l2_rate
-    issue = work * instructions / gpu.schedulers
-    rate = gpu.tensor_flops_per_clock * _TENSOR_SHARE.get(gpu.arch, _OWN_TENSOR_SHARE)
-    tensor = work * flops / rate
-    in_shared = work * wavefronts
-    end = groups * _SUMS_CLOCKS
-    chain = steps * max(_STEP_CLOCKS, instructions * gpu.issue_clocks)
-    waits = (gpu.memory_ns + gpu.stage_ns) * gpu.clock_ghz + end
-    latency = _ceil(busiest, resident) * (chain + waits)
-    # the first loads of a wave of thread blocks are waited for; in later waves others work meanwhile
-    busy = max(memory, l2, max(issue, tensor, in_shared) / _OVERLAP)
-    clocks = max(busy + waits, latency)
-    memory_us = memory_bytes / (gpu.bandwidth_gbps * 1e3)
-    return Prediction(
-        total_us=gpu.launch_us + max(clocks / clock, memory_us) + _adding_us(gpu, fmt, rows, tile),
-        memory_us=memory_us,
-        l2_us=l2 / clock,
-        issue_us=issue / clock,
-        arithmetic_us=tensor / clock,
-        shared_us=in_shared / clock,
-        latency_us=latency / clock,
-        launch_us=gpu.launch_us,
-        stream_bytes=int(stream * row_tiles),
-        staged_bytes=int(staged * thread_blocks),
-        instructions_per_slot=instructions / (WINDOW * nnz),
-        wavefronts_per_slot=wavefronts / (WINDOW * nnz),
-        registers=registers,
-        shared_bytes=shared,
-        thread_blocks=thread_blocks,
-        resident=resident,
-        waves=thread_blocks / (max(1, fits) * gpu.sm_count),
-        idle_share=1 - thread_blocks / (busiest * gpu.sm_count),
-        # a window is on its way while the one before is worked on
-        bytes_in_flight=resident * tile.warps * step_bytes * (RUN // nnz),
-        needed_bytes_in_flight=gpu.needed_bytes_in_flight,
+    work = Work(
+        window_steps=RUN // nnz,
+        instructions=instructions,
+        # a load of 16 bytes a lane is four wavefronts, and so is a copy
+        wavefronts=expanding + groups * block // COLUMNS * 4 + copies * 4 + stream_bytes / 128,
+        flops=2.0 * LANES * WINDOW * block * tile.rows,
+        stream_bytes=stream_bytes,
+        registers=estimated_registers(fmt, tile),
+        shared_bytes=shared_bytes(fmt, tile),
     )
-
-
-def _adding_us(gpu: Machine, fmt: PackedFormat, rows: int, tile: Tile) -> float:
-    """Microseconds of the second kernel, in which a thread adds the sums of one output.
-
-    Its launch, the sums through the level-2 cache, and a thread's chain of loads, as of the gather's.
-    """
-    if tile.splits == 1:
-        return 0.0
-    outputs = fmt.padded_rows * rows
-    # written by one kernel and read by the other
-    moved = 2 * tile.splits * outputs * 4
-    active = min(gpu.sm_count, _ceil(outputs, COLUMNS * LANES))
-    rate = min(gpu.l2_bytes_per_clock, gpu.port_bytes_per_clock * active)
-    chain = _ceil(tile.splits, gpu.shared_in_flight) * gpu.stage_ns * gpu.clock_ghz
-    chain += (tile.splits + gpu.instructions.kernel) * gpu.issue_clocks
-    return gpu.launch_us + (chain + moved / rate) / (gpu.clock_ghz * 1e3)
+    return tensor_core_model.predict(gpu, fmt, rows, dtype, tile, work)
 
 
 def best(
@@ -439,11 +331,9 @@ def choose(
     if rows is None or rows < LEAST_ROWS or not takes_format(fmt, dtype):
         return None
     found = best(fmt, rows, dtype, shared, gpu)
-    if found is None:
-        return None
-    knobs = kernel_model.choose(fmt, rows, dtype, static_shared, gpu)
-    gather = kernel_model.Model(gpu, fmt, rows, dtype).predict(knobs)
-    return found if found[1].total_us * _worth(rows) < gather.total_us else None
+    return tensor_core_model.faster_than_gather(
+        found, fmt, rows, dtype, static_shared, gpu, _worth(rows)
+    )
 
 
 def _worth(rows: int) -> float:
@@ -492,7 +382,3 @@ def by_rows(
         found = [(m, other) for m, other in found if m < first] + [(first, tile)]
         times.update((m, own[m]) for m in compared if m >= first)
     return tuple(found)
-
-
-def _ceil(value: int, by: int) -> int:
-    return -(-value // by)

@@ -1,30 +1,30 @@
 """How long the CUDA kernel for sparse tensor cores takes at 2:4: counted work, and a prediction.
 
-The counterpart of :mod:`tvm_balanced.expand_model` for ``schedules/cuda_sparse_mma.py``, with the same knobs,
-the same view of a GPU and the same kind of prediction. Nothing here was measured on a GPU: it ranks.
+For ``schedules/cuda_sparse_mma.py``; :mod:`tvm_balanced.tensor_core_model` makes a time of the work.
+Nothing here was measured on a GPU: it ranks.
 """
 
 from __future__ import annotations
 
 import functools
 
-from tvm_balanced import kernel_model
-from tvm_balanced.expand_model import (
-    _OVERLAP,
-    _OWN_TENSOR_SHARE,
-    _STEP_CLOCKS,
-    _SUMS_CLOCKS,
-    _TENSOR_SHARE,
+from tvm_balanced import tensor_core_model
+from tvm_balanced.kernel_model import Machine, Prediction
+from tvm_balanced.packing import ENCODINGS, PackedFormat
+from tvm_balanced.tensor_core_model import (
     COLUMNS,
+    ITEMSIZE,
     LANES,
     ROWS,
     RUN,
     SUM_STRIDE,
     WINDOW,
     Tile,
+    Work,
+    ceil,
+    reads_layout,
+    windows_of,
 )
-from tvm_balanced.kernel_model import Machine, Prediction
-from tvm_balanced.packing import PackedFormat
 
 # one row of activations is the gather's, which reads the same bytes and multiplies no padding
 LEAST_ROWS = 2
@@ -74,10 +74,8 @@ def takes_format(fmt: PackedFormat, dtype: str) -> bool:
     dtype : str
         Of values and activations.
     """
-    layout = fmt.layout
     return (
-        dtype in ("float16", "bfloat16")
-        and (layout.rows, layout.vector, layout.skew) == (LANES, RUN, 1)
+        reads_layout(fmt, dtype)
         and fmt.encoding == "u2"
         and (fmt.pattern.nnz, fmt.pattern.block) == (2, 4)
     )
@@ -95,9 +93,9 @@ def candidates(fmt: PackedFormat, rows: int, shared: int) -> list[Tile]:
     shared : int
         Bytes of shared memory that a thread block may take; where nothing fits there are none.
     """
-    full = _ceil(_ceil(rows, _ceil(rows, _MOST_ROWS)), COLUMNS) * COLUMNS
-    half = _ceil(full // COLUMNS, 2) * COLUMNS
-    windows = _ceil(fmt.slots, RUN * WINDOW)
+    full = ceil(ceil(rows, ceil(rows, _MOST_ROWS)), COLUMNS) * COLUMNS
+    half = ceil(full // COLUMNS, 2) * COLUMNS
+    windows = windows_of(fmt)
     found: dict[Tile, None] = {}
     for height in (full, half):
         for columns in (1, 2, 4, 8):
@@ -140,76 +138,23 @@ def predict(gpu: Machine, fmt: PackedFormat, rows: int, dtype: str, tile: Tile) 
     tile : Tile
         The knobs.
     """
-    itemsize = 2
     groups = tile.rows // COLUMNS
-    row_tiles = _ceil(rows, tile.rows)
-    thread_blocks = _ceil(fmt.padded_rows // LANES, tile.columns) * row_tiles
-    windows = _ceil(_ceil(fmt.slots, RUN * WINDOW), tile.shares)
-
     # of a warp and window: 32 rows by 64 columns
     copies = tile.rows * WINDOW_COLUMNS // 4 / (tile.columns * LANES)
-    instructions = (
-        _WINDOW_INSTRUCTIONS + 2 * groups * _PRODUCT_INSTRUCTIONS + copies * _COPY_INSTRUCTIONS
+    stream_bytes = LANES * WINDOW * RUN * (ITEMSIZE + ENCODINGS[fmt.encoding] / 8)
+    work = Work(
+        window_steps=1,
+        instructions=_WINDOW_INSTRUCTIONS
+        + 2 * groups * _PRODUCT_INSTRUCTIONS
+        + copies * _COPY_INSTRUCTIONS,
+        # an ldmatrix is four wavefronts, a copy of 8 bytes a lane two, a shuffle one
+        wavefronts=2 * groups * 4 + copies * 2 + ROWS + stream_bytes / 128,
+        flops=2.0 * LANES * WINDOW_COLUMNS * tile.rows / _SPARSE_RATE,
+        stream_bytes=stream_bytes,
+        registers=estimated_registers(tile),
+        shared_bytes=shared_bytes(tile),
     )
-    window_bytes = LANES * WINDOW * RUN * (itemsize + 2 / 8)
-    # an ldmatrix is four wavefronts, a copy of 8 bytes a lane two, a shuffle one
-    wavefronts = 2 * groups * 4 + copies * 2 + ROWS + window_bytes / 128
-    flops = 2.0 * LANES * WINDOW_COLUMNS * tile.rows
-
-    shared = shared_bytes(tile)
-    registers = estimated_registers(tile)
-    fits = kernel_model.resident_blocks(gpu.arch, registers, shared, tile.warps * LANES)
-    busiest = _ceil(thread_blocks, gpu.sm_count)
-    resident = max(1, min(fits, busiest))
-    active = thread_blocks / busiest
-
-    clock = gpu.clock_ghz * 1e3  # clocks in a microsecond
-    stream = fmt.nbytes(dtype)
-    from_memory = stream * (1 + (row_tiles - 1 if stream > gpu.l2_bytes / 2 else 0))
-    share = from_memory / (stream * row_tiles)
-    memory_bytes = from_memory + rows * (fmt.in_features + fmt.out_features) * itemsize
-    memory_rate = min(gpu.bandwidth_gbps * 1e3 / clock / active, gpu.port_bytes_per_clock)
-    l2_rate = min(gpu.l2_bytes_per_clock / active, gpu.port_bytes_per_clock)
-    staged = tile.rows * fmt.in_features * itemsize  # of a thread block
-
-    # clocks of a multiprocessor for its busiest share of thread blocks
-    work = busiest * tile.warps * windows
-    memory = work * window_bytes * share / memory_rate
-    l2 = busiest * staged / l2_rate + work * window_bytes / l2_rate
-    issue = work * instructions / gpu.schedulers
-    rate = gpu.tensor_flops_per_clock * _TENSOR_SHARE.get(gpu.arch, _OWN_TENSOR_SHARE)
-    tensor = work * flops / (rate * _SPARSE_RATE)
-    in_shared = work * wavefronts
-    chain = windows * max(_STEP_CLOCKS, instructions * gpu.issue_clocks)
-    waits = (gpu.memory_ns + gpu.stage_ns) * gpu.clock_ghz + groups * _SUMS_CLOCKS
-    latency = _ceil(busiest, resident) * (chain + waits)
-    busy = max(memory, l2, max(issue, tensor, in_shared) / _OVERLAP)
-    clocks = max(busy + waits, latency)
-    memory_us = memory_bytes / (gpu.bandwidth_gbps * 1e3)
-    slots = WINDOW * RUN
-    return Prediction(
-        total_us=gpu.launch_us + max(clocks / clock, memory_us),
-        memory_us=memory_us,
-        l2_us=l2 / clock,
-        issue_us=issue / clock,
-        arithmetic_us=tensor / clock,
-        shared_us=in_shared / clock,
-        latency_us=latency / clock,
-        launch_us=gpu.launch_us,
-        stream_bytes=int(stream * row_tiles),
-        staged_bytes=int(staged * thread_blocks),
-        instructions_per_slot=instructions / slots,
-        wavefronts_per_slot=wavefronts / slots,
-        registers=registers,
-        shared_bytes=shared,
-        thread_blocks=thread_blocks,
-        resident=resident,
-        waves=thread_blocks / (max(1, fits) * gpu.sm_count),
-        idle_share=1 - thread_blocks / (busiest * gpu.sm_count),
-        # a window is on its way while the one before is worked on
-        bytes_in_flight=resident * tile.warps * window_bytes,
-        needed_bytes_in_flight=gpu.needed_bytes_in_flight,
-    )
+    return tensor_core_model.predict(gpu, fmt, rows, dtype, tile, work)
 
 
 def best(
@@ -253,12 +198,4 @@ def choose(
     if rows is None or rows < LEAST_ROWS or not takes_format(fmt, dtype):
         return None
     found = best(fmt, rows, dtype, shared, gpu)
-    if found is None:
-        return None
-    knobs = kernel_model.choose(fmt, rows, dtype, static_shared, gpu)
-    gather = kernel_model.Model(gpu, fmt, rows, dtype).predict(knobs)
-    return found if found[1].total_us < gather.total_us else None
-
-
-def _ceil(value: int, by: int) -> int:
-    return -(-value // by)
+    return tensor_core_model.faster_than_gather(found, fmt, rows, dtype, static_shared, gpu)

@@ -15,12 +15,12 @@ from tvm_balanced import cudaemu, expand_model, kernel_model, static_report, tar
 from tvm_balanced.artifact import read_manifest
 from tvm_balanced.cudaemu import device
 from tvm_balanced.errors import ToolchainError
-from tvm_balanced.expand_model import Tile
 from tvm_balanced.packing import Layout, PackedFormat
 from tvm_balanced.pattern import BalancedPattern
 from tvm_balanced.pipeline import TIR_PIPELINE
 from tvm_balanced.schedules import cuda, cuda_expand
 from tvm_balanced.schedules.rules import RULE, first_match
+from tvm_balanced.tensor_core_model import Tile
 from tvm_balanced.verification import verify
 
 from .conftest import Case, arguments, check_close, fused_kernel, packed_format, target

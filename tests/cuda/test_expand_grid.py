@@ -10,6 +10,7 @@ import tvm
 from tvm_balanced import cudaemu, expand_model
 from tvm_balanced.packing import PackedFormat
 from tvm_balanced.schedules import cuda_expand
+from tvm_balanced.tensor_core_model import Tile
 
 from .conftest import Case, arguments, check_close, fused_kernel, packed_format, target
 
@@ -31,7 +32,7 @@ def _format(case: Case) -> PackedFormat:
     return packed_format(case, "u4" if case.pattern.endswith(":16") else "u8")
 
 
-def _tile(case: Case) -> expand_model.Tile:
+def _tile(case: Case) -> Tile:
     """One of those that are compared, another one at another place of the grid."""
     (rows,) = case.shapes[0]
     tiles = expand_model.candidates(_format(case), rows, 99 << 10)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from tvm import te, tirx
 
-from tvm_balanced import cudaemu, expand_model, ops
+from tvm_balanced import cudaemu, ops
 from tvm_balanced.packing import PackedFormat
 from tvm_balanced.schedules import cuda, cuda_fallback
+from tvm_balanced.tensor_core_model import Tile
 
 from .conftest import Case, arguments, packed_format, target
 
@@ -84,7 +85,7 @@ def test_cast_after_the_operator(rule: Any) -> None:
     func = te.create_prim_func([x, values, indices, wide], index_dtype_override="int64")
     # of so few rows the kernels for tensor cores take only what they are told to
     tensor = rule in (cuda.cuda_expand, cuda.cuda_sparse_mma)
-    tile = [expand_model.Tile(8, 1, 2, 2)] if tensor else []
+    tile = [Tile(8, 1, 2, 2)] if tensor else []
     sch = rule.apply(func, target(), *tile)
     assert sch is not None
     args, expected = arguments(case, fmt, (3,))

@@ -24,11 +24,11 @@ from tvm_balanced import (
 )
 from tvm_balanced.cudaemu import EmulatorError
 from tvm_balanced.errors import ToolchainError
-from tvm_balanced.expand_model import Tile
 from tvm_balanced.packing import Layout, PackedFormat
 from tvm_balanced.pattern import BalancedPattern
 from tvm_balanced.schedules import cuda, cuda_sparse_mma
 from tvm_balanced.schedules.rules import RULE, first_match
+from tvm_balanced.tensor_core_model import Tile
 from tvm_balanced.verification import verify
 
 from .conftest import (
