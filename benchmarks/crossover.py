@@ -50,7 +50,13 @@ def predict(gpu: str, n: int, k: int, pattern: str, m: int) -> Row:
     """All three kernels, float16."""
     from tvm_balanced import cost, expand_model, kernel_model, sparse_mma_model, targets
     from tvm_balanced.pattern import BalancedPattern
-    from tvm_balanced.schedules import cuda, cuda_expand, cuda_gather, cuda_sparse_mma
+    from tvm_balanced.schedules import (
+        cuda,
+        cuda_expand,
+        cuda_gather,
+        cuda_sparse_mma,
+        cuda_tensor_core,
+    )
 
     spec = targets.resolve(gpu)
     machine = kernel_model.machine(targets.gpu_figures(spec.target))
@@ -63,7 +69,7 @@ def predict(gpu: str, n: int, k: int, pattern: str, m: int) -> Row:
         (sparse_mma_model, cuda_sparse_mma, "sparse_mma"),
     ):
         if m >= model.LEAST_ROWS and model.takes_format(fmt, "float16"):
-            shared = cuda_expand.shared_limit(spec.target)
+            shared = cuda_tensor_core.shared_limit(spec.target)
             best = model.best(fmt, m, "float16", shared, machine)
             if best is not None:
                 tensor, expand, splits = name, best[1].total_us, best[0].splits

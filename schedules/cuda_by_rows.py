@@ -19,7 +19,7 @@ from tvm import s_tir, tirx
 
 from tvm_balanced import expand_model, kernel_model
 from tvm_balanced.packing import PackedFormat
-from tvm_balanced.schedules import cuda_expand, cuda_gather
+from tvm_balanced.schedules import cuda_expand, cuda_gather, cuda_tensor_core
 from tvm_balanced.schedules.balanced_block import BalancedBlock, find
 from tvm_balanced.schedules.rules import ROWS_FROM
 from tvm_balanced.targets import gpu_figures
@@ -92,7 +92,7 @@ def kernels(
     tiles = expand_model.by_rows(
         fmt,
         dtype,
-        cuda_expand.shared_limit(target),
+        cuda_tensor_core.shared_limit(target),
         cuda_gather.shared_limit(target),
         kernel_model.machine(gpu_figures(target)),
     )

@@ -32,6 +32,7 @@ from tvm_balanced.schedules import (
     cuda_by_rows,
     cuda_expand,
     cuda_gather,
+    cuda_tensor_core,
     llvm_batch_lanes,
     llvm_permute,
 )
@@ -215,7 +216,7 @@ def _gather(func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target
 
 def _expand(func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target) -> list[Space]:
     """The tiles of the expand kernel, where it is the default; elsewhere it is predicted slower."""
-    fmt, shared = found.fmt, cuda_expand.shared_limit(target)
+    fmt, shared = found.fmt, cuda_tensor_core.shared_limit(target)
     if (
         found.rows is None
         or not cuda_expand.takes(found)
