@@ -83,7 +83,7 @@ class _Bench:
     def __init__(self, task: Any, spec: Any, cache: str) -> None:
         from tvm.s_tir import meta_schedule as ms
 
-        from tvm_balanced.targets import core_count
+        from tvm_balanced.threads import core_count
         from tvm_balanced.tuning import measure
 
         self.ms, self.measure = ms, measure

@@ -32,6 +32,7 @@ from tvm import s_tir, tirx
 from tvm_balanced import kernel_model, sparse_mma_model
 from tvm_balanced.packing import PackedFormat
 from tvm_balanced.schedules import cuda_tensor_core
+from tvm_balanced.schedules.balanced_block import BalancedBlock
 from tvm_balanced.schedules.cuda_tensor_core import at, call, loop
 from tvm_balanced.sparse_mma_model import WINDOW_COLUMNS, Memory
 from tvm_balanced.tensor_core_model import COLUMNS, LANES, ROWS, WINDOW, Tile
@@ -112,6 +113,11 @@ def apply(
         are taken that are predicted faster than the gather.
     """
     return cuda_tensor_core.schedule(sparse_mma_model, _Kernel, func, target, tile)
+
+
+def takes(found: BalancedBlock) -> bool:
+    """Whether the operator's format and types are this schedule's."""
+    return cuda_tensor_core.takes(sparse_mma_model, found)
 
 
 class _Kernel(cuda_tensor_core.Kernel):

@@ -7,9 +7,9 @@ activations by ``row_tile`` registers of weight rows keeps its sums in registers
 are loaded once per tile, a block of activations once per register of weight rows.
 
 Thread map: groups of ``group`` registers of weight rows -> threads, in equal shares; slots of a row ->
-one thread, in the order of K. A tail of the batch runs through tiles of the exact size (of 4, 2 and 1
-where the batch is symbolic), which costs full tiles nothing. With AVX2 a larger batch runs with lanes
-over the batch instead, chosen when the kernel runs where the batch is symbolic.
+one thread, in the order of K. The batch is cut into tiles of even height (where it is symbolic into
+full ones, and a tail of 2 and 1). With AVX2, or wide blocks, a larger batch runs with lanes over the batch
+instead, chosen when the kernel runs where the batch is symbolic.
 
 Knobs: :class:`Knobs`, whose defaults :func:`default_knobs` gives.
 """
@@ -41,7 +41,7 @@ class Knobs:
     Parameters
     ----------
     batch_tile : int
-        Rows of activations in a full tile.
+        Most rows of activations in a tile.
     row_tile : tuple of int
         Registers of weight rows in a tile, by rows of activations: entry ``i`` is for tiles of up to
         ``2 ** i`` rows.
@@ -49,8 +49,8 @@ class Knobs:
         Registers of weight rows that one step of the parallel loop handles.
     """
 
-    batch_tile: int = 8
-    row_tile: tuple[int, ...] = (4, 4, 4, 2)
+    batch_tile: int = 4
+    row_tile: tuple[int, ...] = (4, 4, 4)
     group: int = 4
 
     def rows_for(self, tile: int) -> int:
@@ -68,6 +68,10 @@ def lanes_of(target: tvm.target.Target) -> int | None:
 def default_knobs(lanes: int, registers: int) -> Knobs:
     """Tile sizes that keep the sums in registers: 32 of them with AVX-512, 16 with AVX2.
 
+    Tiles of several registers of weight rows read as many streams of weights at a time, which matters where
+    these come from memory: with AVX-512 4 by 4 was up to 1.4 times as fast as 8 by 2. Blocks of more registers
+    leave fewer for sums.
+
     Parameters
     ----------
     lanes : int
@@ -75,9 +79,31 @@ def default_knobs(lanes: int, registers: int) -> Knobs:
     registers : int
         Registers that hold one block of activations.
     """
-    if lanes == 16:
-        return Knobs() if registers <= 2 else Knobs(8, (4, 4, 2, 1), 4)
-    return Knobs(4, (4, 2, 1), 4)
+    if lanes == 8:
+        return Knobs(4, (4, 2, 1), 4)
+    if registers <= 2:
+        return Knobs()
+    return Knobs(2, (1, 4), 4) if registers <= 4 else Knobs(4, (1,), 4)
+
+
+def tile_heights(rows: int, most: int) -> list[tuple[int, int]]:
+    """Cut a batch into as few tiles as ``most`` rows a tile allow, of heights that differ by one at most.
+
+    Parameters
+    ----------
+    rows : int
+        Of activations.
+    most : int
+        Rows of a tile.
+
+    Returns
+    -------
+    list of (height, tiles)
+        The higher ones first.
+    """
+    tiles = -(-rows // most)
+    height, more = divmod(rows, tiles)
+    return [(height + 1, more)] * bool(more) + [(height, tiles - more)]
 
 
 def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | None:
@@ -113,8 +139,8 @@ def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | No
 def batch_limit(lanes: int, registers: int) -> int | None:
     """Rows of activations from which lanes over the batch are faster; None for never.
 
-    With AVX-512 permutes won at every batch that was tried (1 to 64). With AVX2 a permute serves one row
-    of activations, and a lookup in two or more registers costs a blend for each permute but the first.
+    A lookup in two or more registers costs a blend for each permute but the first. With AVX-512 permutes of
+    blocks of up to 32 won at every batch that was tried (1 to 128), those of 64 where N is small.
 
     Parameters
     ----------
@@ -124,7 +150,7 @@ def batch_limit(lanes: int, registers: int) -> int | None:
         Registers that hold one block of activations.
     """
     if lanes == 16:
-        return None
+        return None if registers <= 4 else 6 if registers <= 8 else 3
     return {1: 12, 2: 5}.get(registers, 3)
 
 
@@ -194,14 +220,10 @@ class _Kernel:
         """All rows of activations by ``count`` registers of weight rows."""
         rows, tile = self.parts.rows, self.knobs.batch_tile
         if isinstance(rows, int):
-            whole, rest = divmod(rows, tile)
-            pieces = []
-            if whole:
-                pieces.append(
-                    nest.loop(whole, lambda i: self._tiles(i * tile, tile, first, count), name="mo")
-                )
-            if rest:
-                pieces.append(self._tiles(tirx.const(whole * tile, nest.INDEX), rest, first, count))
+            pieces, begin = [], 0
+            for height, tiles in tile_heights(rows, tile):
+                pieces.append(self._equal_tiles(begin, height, tiles, first, count))
+                begin += height * tiles
             return nest.sequence(pieces)
         pieces = [
             nest.loop(rows // tile, lambda i: self._tiles(i * tile, tile, first, count), name="mo")
@@ -217,6 +239,12 @@ class _Kernel:
             )
             size //= 2
         return nest.sequence(pieces)
+
+    def _equal_tiles(self, begin: int, height: int, tiles: int, first: Any, count: int) -> Any:
+        """``tiles`` tiles of ``height`` rows of activations each, from row ``begin``."""
+        return nest.loop(
+            tiles, lambda i: self._tiles(i * height + begin, height, first, count), name="mo"
+        )
 
     def _tiles(self, m: Any, rows: int, first: Any, count: int) -> Any:
         width = self.knobs.rows_for(rows)
@@ -302,8 +330,11 @@ class _Kernel:
             stored = self.indices[nest.ramp(run * layout.rows + sub * lanes, lanes)]
             wide = tirx.Cast(nest.vector("int32", lanes), stored)
             if self.fmt.encoding == "u4":
-                # permutes of 16 lanes look at four bits only; narrower ones compare all of them
-                wide = wide >> _splat(4, lanes) if s % 2 else wide & _splat(15, lanes)
+                if s % 2:
+                    wide = wide >> _splat(4, lanes)
+                elif lanes != 16 or self.registers != 1:
+                    # a permute of one register of 16 lanes looks at four bits only
+                    wide = wide & _splat(15, lanes)
             at = (tile * self.fmt.slots + start + s) * layout.rows + sub * lanes
             value = nest.load_float(self.values, at, lanes)
             index[r] = tirx.Var(f"index_{s}_{r}", nest.vector("int32", lanes))

@@ -24,7 +24,7 @@ import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 
-from tvm_balanced import expand_model, kernel_model
+from tvm_balanced import expand_model, kernel_model, sparse_mma_model
 from tvm_balanced.records import DEFAULT_KERNEL, KERNEL_NOTE, KNOB_NOTE
 from tvm_balanced.schedules import (
     cpu_half,
@@ -32,6 +32,7 @@ from tvm_balanced.schedules import (
     cuda_by_rows,
     cuda_expand,
     cuda_gather,
+    cuda_sparse_mma,
     cuda_tensor_core,
     llvm_batch_lanes,
     llvm_permute,
@@ -50,6 +51,15 @@ _GROUPS = 5
 _CHUNKS = (8192, 16384, 32768, 65536, 262144)
 
 KERNEL, KNOB, DEFAULT = KERNEL_NOTE, KNOB_NOTE, DEFAULT_KERNEL
+
+
+# notes of kernels with their default schedule
+_NO_RECORD, _NO_FIT, _DEFAULT_BEST = (
+    "no record",
+    "its record does not fit",
+    "the default was fastest",
+)
+_NO_KERNEL = (_NO_RECORD, _NO_FIT, _DEFAULT_BEST)
 
 
 class MismatchError(Exception):
@@ -99,7 +109,7 @@ def spaces(func: tirx.PrimFunc, target: tvm.target.Target) -> list[Space]:
     if found is None or found.rows is None:
         return []
     if target.kind.name == "cuda":
-        return [*_expand(func, found, target), *_gather(func, found, target)]
+        return [*_tensor_cores(func, found, target), *_gather(func, found, target)]
     parts = nest.take_apart(func)
     if parts is None or not isinstance(parts.rows, int):
         return []
@@ -122,36 +132,24 @@ def _permute(parts: nest.Parts, target: tvm.target.Target) -> list[Space]:
         or registers > llvm_permute.MAX_REGISTERS[lanes]
     ):
         return []
-    most = 32 if lanes == 16 else 16
+    # sums of a tile; the other registers hold activations, indices and values
+    most = 24 if lanes == 16 else 12
     rows = int(parts.rows)
     columns = fmt.padded_rows // lanes
-    tiles = tuple(size for size in (1, 2, 3, 4, 6, 8, 12) if size <= rows)
+    heights = {-(-rows // tiles) for tiles in range(1, rows + 1)}
     groups = tuple(size for size in _powers(16) if size <= columns) or (1,)
-    widths = tuple(size for size in (1, 2, 3, 4, 8) if size <= columns) or (1,)
-    choices = {"batch_tile": tiles, "row_tile": widths, "tail_tile": widths, "group": groups}
+    choices = {
+        "batch_tile": tuple(sorted(height for height in heights if height <= most)),
+        "row_tile": tuple(size for size in (1, 2, 3, 4, 8) if size <= columns) or (1,),
+        "group": groups,
+    }
 
     def knobs(values: Mapping[str, int]) -> llvm_permute.Knobs:
-        tile = values["batch_tile"]
-        full = (tile - 1).bit_length()
-        return dataclasses.replace(
-            llvm_permute.default_knobs(lanes, registers),
-            batch_tile=tile,
-            row_tile=(*[values["tail_tile"]] * full, values["row_tile"]),
-            group=values["group"],
-        )
+        return llvm_permute.Knobs(values["batch_tile"], (values["row_tile"],), values["group"])
 
     def valid(values: Mapping[str, int]) -> bool:
-        tile, group = values["batch_tile"], values["group"]
-        rest = rows % tile
-        # of tiles that do not occur only one value counts
-        same_entry = rest and (rest - 1).bit_length() == (tile - 1).bit_length()
-        if (not rest or same_entry) and values["tail_tile"] != widths[0]:
-            return False
-        wide = max(values["row_tile"], values["tail_tile"] if rest and not same_entry else 1)
-        if wide > group:
-            return False
-        sums = max(tile * values["row_tile"], rest * values["tail_tile"])
-        return sums <= most
+        height, width = values["batch_tile"], values["row_tile"]
+        return width <= values["group"] and height * width <= most
 
     def build(values: Mapping[str, int]) -> Any:
         return llvm_permute.schedule(parts, lanes, knobs(values))
@@ -214,15 +212,24 @@ def _gather(func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target
     return [Space("cuda_gather", choices, valid, build)]
 
 
-def _expand(func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target) -> list[Space]:
-    """The tiles of the expand kernel, where it is the default; elsewhere it is predicted slower."""
+def _tensor_cores(
+    func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target
+) -> list[Space]:
+    """The tiles of the kernels for tensor cores, where one is the default; else they are predicted slower."""
+    spaces = [_sparse_mma(func, found, target), _expand(func, found, target)]
+    return [space for space in spaces if space is not None]
+
+
+def _expand(
+    func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target
+) -> Space | None:
     fmt, shared = found.fmt, cuda_tensor_core.shared_limit(target)
     if (
         found.rows is None
         or not cuda_expand.takes(found)
         or cuda_expand.choose(fmt, found.rows, found.value_dtype, target) is None
     ):
-        return []
+        return None
     rows, count = found.rows, gpu_figures(target).sm_count
     choices = expand_model.choices(fmt, rows, count)
 
@@ -235,7 +242,27 @@ def _expand(func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target
     def build(values: Mapping[str, int]) -> Any:
         return cuda_expand.apply(func, target, Tile(**values))
 
-    return [Space("cuda_expand", choices, valid, build)]
+    return Space("cuda_expand", choices, valid, build)
+
+
+def _sparse_mma(
+    func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target
+) -> Space | None:
+    fmt, shared = found.fmt, cuda_tensor_core.shared_limit(target)
+    if (
+        found.rows is None
+        or not cuda_sparse_mma.takes(found)
+        or cuda_sparse_mma.choose(fmt, found.rows, found.value_dtype, target) is None
+    ):
+        return None
+
+    def valid(values: Mapping[str, int]) -> bool:
+        return sparse_mma_model.is_legal(fmt, shared, Tile(**values))
+
+    def build(values: Mapping[str, int]) -> Any:
+        return cuda_sparse_mma.apply(func, target, Tile(**values))
+
+    return Space("cuda_sparse_mma", sparse_mma_model.choices(found.rows), valid, build)
 
 
 # --- workloads
@@ -397,7 +424,7 @@ class Coverage:
     balanced : bool
         Whether it holds the balanced operator.
     note : str
-        What the record says (kernel and knobs), or why there is none.
+        What the record says (kernel and knobs), or which kernel is the default and why there is no record.
     """
 
     kernel: str
@@ -445,13 +472,33 @@ class ScheduleTuned:
             self.coverage.append(Coverage(name, schedule, has_balanced_block(func), note))
         return replaced(mod, updated)
 
+    def name_defaults(self, mod: tvm.IRModule) -> None:
+        """Say in ``coverage`` which of our kernels the default schedules of a module are.
+
+        Parameters
+        ----------
+        mod : tvm.IRModule
+            After the default schedules.
+        """
+        rules = {
+            str(gvar.name_hint): str(func.attrs[RULE])
+            for gvar, func in mod.functions_items()
+            if isinstance(func, tirx.PrimFunc) and func.attrs is not None and RULE in func.attrs
+        }
+        self.coverage = [
+            dataclasses.replace(one, note=f"{rules[one.kernel]}: {one.note}")
+            if one.balanced and one.kernel in rules and one.note in _NO_KERNEL
+            else one
+            for one in self.coverage
+        ]
+
     def _one(self, name: str, func: tirx.PrimFunc) -> tuple[str, str, tirx.PrimFunc | None]:
         plain = workload(func, self.target)
         if plain is None:
             return DEFAULT, self._symbolic(func), None
         choice = self.choices.get(workload_hash(plain)) if self.choices else None
         if choice is None:
-            return DEFAULT, "no record", None
+            return DEFAULT, _NO_RECORD, None
         try:
             scheduled, note = self._apply(func, plain, choice)
         # a damaged trace fails in TVM with errors of many classes; the default schedule always works
@@ -460,7 +507,7 @@ class ScheduleTuned:
             self.problems.append(
                 f"the record of {name} in {choice.folder} does not fit: {lines[-1]}"
             )
-            return DEFAULT, "its record does not fit", None
+            return DEFAULT, _NO_FIT, None
         return ("tuned" if choice.method == "measured" else "estimated"), note, scheduled
 
     def _symbolic(self, func: tirx.PrimFunc) -> str:
@@ -486,7 +533,7 @@ class ScheduleTuned:
             ), "TVM's rules"
         kernel, knobs = found
         if kernel == DEFAULT:
-            return None, "the default was fastest"
+            return None, _DEFAULT_BEST
         told = ", ".join(f"{name} {value}" for name, value in knobs.items())
         return build_for(func, self.target, kernel, knobs), f"{kernel}: {told}"
 

@@ -34,7 +34,8 @@ from tvm_balanced.benchmark_shapes import Problem
 from tvm_balanced.doctor import cpu_model
 from tvm_balanced.errors import InputError, ToolchainError, TvmBalancedError
 from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.targets import LLVM_LEVELS, core_count, cpu_flags, detect_driver, resolve
+from tvm_balanced.targets import LLVM_LEVELS, cpu_flags, detect_driver, resolve
+from tvm_balanced.threads import core_count, use_cores
 from tvm_balanced.timing import Clock, Load, Timing, copies_for, make_clock, short
 
 if TYPE_CHECKING:
@@ -72,8 +73,9 @@ def make_machine(target: str = "auto", threads: int | None = None) -> Machine:
     """
     if target not in TARGETS:
         raise InputError(f'target "{target}" cannot be measured here; choose {", ".join(TARGETS)}')
-    # read when TVM's pool of threads starts
+    # of the processes that this one starts, too
     os.environ["TVM_NUM_THREADS"] = str(threads or core_count())
+    use_cores()
     try:
         import torch
     except ImportError as error:

@@ -27,7 +27,7 @@ from tvm_balanced.errors import TvmBalancedError
 from tvm_balanced.frontend import from_torch
 from tvm_balanced.frontend.optional import need
 from tvm_balanced.model import Model
-from tvm_balanced.targets import core_count
+from tvm_balanced.threads import core_count
 from tvm_balanced.training import GradualPruner
 
 Tell = Callable[[str], None]

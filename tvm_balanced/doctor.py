@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tvm_balanced import nvrtc, targets, toolchain
+from tvm_balanced import nvrtc, targets, threads, toolchain
 from tvm_balanced._version import __version__
 from tvm_balanced.errors import ToolchainError, TvmBalancedError
 
@@ -91,7 +91,7 @@ def collect() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": {
             "model": cpu_model(),
-            "cores": _attempt(targets.core_count)["value"],
+            "cores": _attempt(threads.core_count)["value"],
             "features": _attempt(lambda: sorted(targets.cpu_flags()))["value"] or [],
         },
         "tvm": {"problem": tvm["problem"]},

@@ -13,6 +13,7 @@ import functools
 from tvm_balanced import kernel_model, tensor_core_model
 from tvm_balanced.kernel_model import Machine, Prediction
 from tvm_balanced.packing import ENCODINGS, PackedFormat
+from tvm_balanced.static_report import KernelResources
 from tvm_balanced.tensor_core_model import (
     COLUMNS,
     ITEMSIZE,
@@ -240,7 +241,14 @@ def estimated_registers(fmt: PackedFormat, tile: Tile) -> int:
     return min(255, round(63 + 2.2 * fmt.pattern.block + 1.45 * tile.rows))
 
 
-def predict(gpu: Machine, fmt: PackedFormat, rows: int, dtype: str, tile: Tile) -> Prediction:
+def predict(
+    gpu: Machine,
+    fmt: PackedFormat,
+    rows: int,
+    dtype: str,
+    tile: Tile,
+    compiled: KernelResources | None = None,
+) -> Prediction:
     """Predicted time of a launch, with its parts.
 
     Parameters
@@ -255,6 +263,8 @@ def predict(gpu: Machine, fmt: PackedFormat, rows: int, dtype: str, tile: Tile) 
         Of values and activations.
     tile : Tile
         The knobs.
+    compiled : KernelResources, optional
+        Of the compiled kernel, for its registers instead of estimated ones.
     """
     block, nnz = fmt.pattern.block, fmt.pattern.nnz
     groups = tile.rows // COLUMNS
@@ -275,7 +285,7 @@ def predict(gpu: Machine, fmt: PackedFormat, rows: int, dtype: str, tile: Tile) 
         registers=estimated_registers(fmt, tile),
         shared_bytes=shared_bytes(fmt, tile),
     )
-    return tensor_core_model.predict(gpu, fmt, rows, dtype, tile, work)
+    return tensor_core_model.predict(gpu, fmt, rows, dtype, tile, work, compiled)
 
 
 def best(

@@ -107,6 +107,7 @@ def build(
         mod = tvm.transform.Sequential([by_records, *schedule_passes(target)])(fused)
         if on_fused is not None:
             on_fused(with_signatures_of(fused, mod))
+        by_records.name_defaults(mod)
         if on_scheduled is not None:
             on_scheduled([asdict(kernel) for kernel in by_records.coverage], by_records.problems)
         mod = tvm.transform.Sequential(lower_passes(target))(mod)

@@ -27,6 +27,7 @@ from tvm_balanced.cuda_source import file_stem, join_kernels
 from tvm_balanced.errors import ArtifactError, InputError, ToolchainError
 from tvm_balanced.report import Report
 from tvm_balanced.targets import cpu_flags, detect_driver
+from tvm_balanced.threads import use_cores
 
 # generated code loads whole vector registers from the start of a tensor
 _ALIGNMENT = 64
@@ -355,6 +356,8 @@ class Library:
         if not hasattr(self._local, "machine"):
             from tvm import relax
 
+            if self.manifest.target.kind == "llvm":
+                use_cores()
             self._local.machine = relax.VirtualMachine(self._module, self._device)
         return self._local.machine
 

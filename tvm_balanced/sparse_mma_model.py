@@ -11,6 +11,7 @@ import functools
 from tvm_balanced import tensor_core_model
 from tvm_balanced.kernel_model import Machine, Prediction
 from tvm_balanced.packing import ENCODINGS, PackedFormat
+from tvm_balanced.static_report import KernelResources
 from tvm_balanced.tensor_core_model import (
     COLUMNS,
     ITEMSIZE,
@@ -93,11 +94,10 @@ def candidates(fmt: PackedFormat, rows: int, shared: int) -> list[Tile]:
     shared : int
         Bytes of shared memory that a thread block may take; where nothing fits there are none.
     """
-    full = ceil(ceil(rows, ceil(rows, _MOST_ROWS)), COLUMNS) * COLUMNS
-    half = ceil(full // COLUMNS, 2) * COLUMNS
+    full = _full_height(rows)
     windows = windows_of(fmt)
     found: dict[Tile, None] = {}
-    for height in (full, half):
+    for height in (full, _half(full)):
         for columns in (1, 2, 4, 8):
             shares = _WARPS // columns
             while shares > 1 and windows < shares:
@@ -115,6 +115,54 @@ def candidates(fmt: PackedFormat, rows: int, shared: int) -> list[Tile]:
     return list(found)
 
 
+def choices(rows: int) -> dict[str, tuple[int, ...]]:
+    """Values of each knob for a tuner, which :func:`is_legal` allows together or not.
+
+    Parameters
+    ----------
+    rows : int
+        M.
+    """
+    powers = tuple(1 << i for i in range(_WARPS.bit_length()))
+    heights = {_full_height(rows)}
+    while min(heights) > COLUMNS:
+        heights.add(_half(min(heights)))
+    return {
+        "rows": tuple(sorted(heights)),
+        "columns": powers,
+        "shares": powers,
+        "stages": (2, 3, 4),
+    }
+
+
+def is_legal(fmt: PackedFormat, shared: int, tile: Tile) -> bool:
+    """Whether a tile fits ``shared`` bytes and a thread block, and every warp has a window of K.
+
+    Parameters
+    ----------
+    fmt : PackedFormat
+        One that :func:`takes_format`.
+    shared : int
+        Bytes of shared memory that a thread block may take.
+    tile : Tile
+        The knobs.
+    """
+    return (
+        tile.warps <= _WARPS
+        and tile.shares <= max(1, windows_of(fmt))
+        and shared_bytes(tile) <= shared
+    )
+
+
+def _full_height(rows: int) -> int:
+    """Rows of activations in a tile: an even share, in whole products."""
+    return ceil(ceil(rows, ceil(rows, _MOST_ROWS)), COLUMNS) * COLUMNS
+
+
+def _half(height: int) -> int:
+    return ceil(height // COLUMNS, 2) * COLUMNS
+
+
 def estimated_registers(tile: Tile) -> int:
     """Registers of a thread: ptxas, 12 kernels; it stays within 128 up to 64 rows of activations."""
     if tile.rows <= 64:
@@ -122,7 +170,14 @@ def estimated_registers(tile: Tile) -> int:
     return min(255, round(128 + 1.85 * (tile.rows - 64)))
 
 
-def predict(gpu: Machine, fmt: PackedFormat, rows: int, dtype: str, tile: Tile) -> Prediction:
+def predict(
+    gpu: Machine,
+    fmt: PackedFormat,
+    rows: int,
+    dtype: str,
+    tile: Tile,
+    compiled: KernelResources | None = None,
+) -> Prediction:
     """Predicted time of a launch, with its parts.
 
     Parameters
@@ -137,6 +192,8 @@ def predict(gpu: Machine, fmt: PackedFormat, rows: int, dtype: str, tile: Tile) 
         Of values and activations.
     tile : Tile
         The knobs.
+    compiled : KernelResources, optional
+        Of the compiled kernel, for its registers instead of estimated ones.
     """
     groups = tile.rows // COLUMNS
     # of a warp and window: 32 rows by 64 columns
@@ -154,7 +211,7 @@ def predict(gpu: Machine, fmt: PackedFormat, rows: int, dtype: str, tile: Tile) 
         registers=estimated_registers(tile),
         shared_bytes=shared_bytes(tile),
     )
-    return tensor_core_model.predict(gpu, fmt, rows, dtype, tile, work)
+    return tensor_core_model.predict(gpu, fmt, rows, dtype, tile, work, compiled)
 
 
 def best(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import platform
 import re
 import subprocess
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tvm_balanced.errors import InputError, ToolchainError
+from tvm_balanced.threads import core_count
 
 if TYPE_CHECKING:
     import tvm
@@ -502,13 +502,6 @@ def cpu_flags(cpuinfo: str = "/proc/cpuinfo") -> frozenset[str]:
         return frozenset()
     flags = set(lines[0].partition(":")[2].split()) if lines else set()
     return frozenset(feature for feature, flag in CPU_FLAGS.items() if flag in flags)
-
-
-def core_count() -> int:
-    """CPU cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _local_llvm(name: str) -> TargetSpec:

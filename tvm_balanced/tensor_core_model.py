@@ -7,11 +7,14 @@ it goes through; :func:`predict` makes a time of it, with the view of a GPU of
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 
 from tvm_balanced import kernel_model
 from tvm_balanced.kernel_model import Machine, Prediction
 from tvm_balanced.packing import PackedFormat
+from tvm_balanced.static_report import KernelResources
 
 LANES = 32
 RUN = 8  # slots that a lane loads at once
@@ -91,7 +94,13 @@ class Work:
 
 
 def predict(
-    gpu: Machine, fmt: PackedFormat, rows: int, dtype: str, tile: Tile, warp: Work
+    gpu: Machine,
+    fmt: PackedFormat,
+    rows: int,
+    dtype: str,
+    tile: Tile,
+    warp: Work,
+    compiled: KernelResources | None = None,
 ) -> Prediction:
     """Predicted time of a launch (two, where thread blocks share K), with its parts.
 
@@ -109,7 +118,12 @@ def predict(
         The knobs.
     warp : Work
         With that tile.
+    compiled : KernelResources, optional
+        Of the compiled kernel: its registers count instead of estimated ones; its shared memory is allotted
+        when it is launched and stands in ``warp``. Where it cannot be launched the time is infinite.
     """
+    if compiled is not None:
+        warp = dataclasses.replace(warp, registers=compiled.registers)
     groups = tile.rows // COLUMNS
     row_tiles = ceil(rows, tile.rows)
     thread_blocks = ceil(fmt.padded_rows // LANES, tile.columns) * row_tiles * tile.splits
@@ -147,8 +161,9 @@ def predict(
     clocks = max(busy + waits, latency)
     memory_us = memory_bytes / (gpu.bandwidth_gbps * 1e3)
     slots = WINDOW * RUN // warp.window_steps
+    total_us = gpu.launch_us + max(clocks / clock, memory_us) + _adding_us(gpu, fmt, rows, tile)
     return Prediction(
-        total_us=gpu.launch_us + max(clocks / clock, memory_us) + _adding_us(gpu, fmt, rows, tile),
+        total_us=math.inf if compiled is not None and not fits else total_us,
         memory_us=memory_us,
         l2_us=l2 / clock,
         issue_us=issue / clock,

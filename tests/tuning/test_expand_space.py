@@ -7,7 +7,6 @@ from tvm import tirx
 
 from tests.cuda.conftest import Case, fused_kernel, packed_format, target
 from tvm_balanced.schedules import cuda_expand, tuned
-from tvm_balanced.tuning import model_runner
 
 
 def _func(rows: int, pattern: str = "4:16"):
@@ -50,8 +49,3 @@ def _bound(stmt):
 def test_few_rows_are_the_gathers(rows: int) -> None:
     spaces = tuned.spaces(_func(rows), target())
     assert [space.kernel for space in spaces] == ["cuda_gather"]
-
-
-def test_the_kernel_model_estimates_no_expand_kernel() -> None:
-    assert model_runner.can_estimate(tuned.workload(_func(4), target()), target())
-    assert not model_runner.can_estimate(tuned.workload(_func(40), target()), target())

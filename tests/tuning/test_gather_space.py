@@ -19,7 +19,7 @@ from tvm_balanced.kernel_model import Knobs
 from tvm_balanced.pipeline import TIR_PIPELINE
 from tvm_balanced.schedules import cuda_gather, tuned
 from tvm_balanced.targets import GPUS
-from tvm_balanced.tuning import gather_model
+from tvm_balanced.tuning.kernel_models import Candidate, features
 from tvm_balanced.tuning.space import point_schedule
 
 ROOM = 48 << 10
@@ -130,5 +130,6 @@ def test_a_trace_replays_to_the_same_kernel() -> None:
 def test_features_tell_points_apart() -> None:
     mod = _workload(SMALL)
     (space,) = tuned.spaces(mod["main"], target())
-    told = {tuple(gather_model.features(mod, target(), point)) for point in space.points()}
+    candidates = [Candidate.of(space.kernel, point) for point in space.points()]
+    told = {tuple(features(mod, target(), candidate)) for candidate in candidates}
     assert len(told) > len(space.points()) / 2

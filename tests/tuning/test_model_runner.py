@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from tvm_balanced.records import Environment, RecordFolder
 from tvm_balanced.schedules import tuned
 from tvm_balanced.static_report import KernelResources
 from tvm_balanced.targets import GPUS, resolve
-from tvm_balanced.tuning import gather_model, runners
+from tvm_balanced.tuning import kernel_models, runners
+from tvm_balanced.tuning.kernel_models import Candidate
 from tvm_balanced.tuning.model_runner import can_estimate, estimate
 from tvm_balanced.tuning.run import tune
 from tvm_balanced.tuning.runners import Runner
@@ -36,17 +38,67 @@ def workload() -> Any:
 def test_an_estimate_is_of_the_compiled_kernel(workload: Any) -> None:
     assert can_estimate(workload, target())
     found = estimate(default_schedule(workload).mod, target())
-    operator = gather_model.operator_of(workload)
-    knobs = gather_model.Knobs(**found.knobs)
+    operator = kernel_models.operator_of(workload)
+    candidate = Candidate.of(found.kernel, found.knobs)
     compiled = KernelResources("main", found.registers, 0, found.shared_bytes, None)
-    told = gather_model.predict(operator, target(), knobs, compiled)
+    told = kernel_models.predict(operator, target(), candidate, compiled)
     assert found.seconds == pytest.approx(told.total_us * 1e-6)
-    assert found.registers != gather_model.predict(operator, target(), knobs).registers
+    assert found.registers != kernel_models.predict(operator, target(), candidate).registers
+
+
+def _layer(pattern: str, encoding: str, rows: int) -> Any:
+    case = Case((rows,), 1024, 1024, pattern)
+    return tuned.workload(fused_kernel(case, packed_format(case, encoding)), target())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "encoding", "kernel"),
+    [("4:16", "u4", "cuda_expand"), ("2:4", "u2", "cuda_sparse_mma")],
+    ids=["expand", "sparse-mma"],
+)
+def test_kernels_for_tensor_cores_are_estimated_with_their_registers(
+    pattern: str, encoding: str, kernel: str
+) -> None:
+    mod = _layer(pattern, encoding, 40)
+    assert can_estimate(mod, target())
+    found = estimate(default_schedule(mod).mod, target())
+    assert found.kernel == kernel
+    operator = kernel_models.operator_of(mod)
+    candidate = kernel_models.default_candidate(operator, target())
+    assert candidate == Candidate.of(kernel, found.knobs)
+
+    def seconds(registers: int) -> float:
+        compiled = KernelResources("main", registers, 0, 0, None)
+        told = kernel_models.predict(operator, target(), candidate, compiled)
+        assert told.registers == registers
+        return told.total_us * 1e-6
+
+    assert found.seconds == pytest.approx(seconds(found.registers))
+    # more registers than a multiprocessor has
+    assert seconds(4096) == math.inf
+    (space, gather) = tuned.spaces(mod["main"], target())
+    assert (space.kernel, gather.kernel) == (kernel, "cuda_gather")
+    assert {**candidate.values(), "splits": 1} in [
+        {"splits": 1, **point} for point in space.points()
+    ]
+    other = estimate(point_schedule(mod, gather, gather.points()[0]).mod, target())
+    assert other.kernel == "cuda_gather" and other.seconds > found.seconds
+
+
+def test_features_tell_tiles_of_tensor_cores_apart() -> None:
+    for layer in (("4:16", "u4"), ("2:4", "u2")):
+        mod = _layer(*layer, 40)
+        space, _ = tuned.spaces(mod["main"], target())
+        points = space.points()
+        candidates = [Candidate.of(space.kernel, point) for point in points]
+        told = {tuple(kernel_models.features(mod, target(), one)) for one in candidates}
+        assert len(points) > 10 and len(told) > len(points) / 2
 
 
 def test_registers_of_the_compiled_kernel_decide_what_is_resident(workload: Any) -> None:
-    operator = gather_model.operator_of(workload)
-    knobs = gather_model.knobs_of(default_schedule(workload).mod, target())
+    operator = kernel_models.operator_of(workload)
+    knobs = kernel_models.candidate_of(default_schedule(workload).mod, target()).knobs
+    assert isinstance(knobs, kernel_model.Knobs)
 
     def resident(registers: int) -> int:
         resources = KernelResources("main", registers, 0, 1024, None)
@@ -61,7 +113,7 @@ def test_a_kernel_that_spills_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case((16,), 64, 128, "4:16")
     mod = tuned.workload(fused_kernel(case, packed_format(case)), target())
     assert mod is not None
-    (space,) = tuned.spaces(mod["main"], target())
+    *_, space = tuned.spaces(mod["main"], target())
     tallest = max(space.points(), key=lambda point: point["vector"] * point["groups"])
     compile_cubin = nvrtc.compile_cubin
 

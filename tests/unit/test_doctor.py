@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from tvm_balanced import doctor, nvrtc, targets, toolchain
+from tvm_balanced import doctor, nvrtc, targets, threads, toolchain
 from tvm_balanced.errors import ToolchainError
 from tvm_balanced.targets import DetectedGpu, Driver
 
@@ -108,7 +108,7 @@ def test_without_a_compiler_nothing_compiles(monkeypatch):
         (targets, "detect_driver"),
         (targets, "resolve"),
         (targets, "cpu_flags"),
-        (targets, "core_count"),
+        (threads, "core_count"),
         (toolchain, "find_cxx"),
         (toolchain, "missing_cuda_packages"),
         (doctor, "_check_tvm"),

@@ -30,7 +30,8 @@ from tvm_balanced.cudaemu.module import ORDERS, SCALARS, Module
 from tvm_balanced.cudaemu.report import Report
 from tvm_balanced.errors import InputError, ToolchainError
 from tvm_balanced.static_report import SM_LIMITS
-from tvm_balanced.targets import GPUS, REPRESENTATIVE, core_count
+from tvm_balanced.targets import GPUS, REPRESENTATIVE
+from tvm_balanced.threads import core_count
 
 log = logging.getLogger(__name__)
 

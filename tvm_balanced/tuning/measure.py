@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from tvm_balanced.threads import use_cores
+
 CACHES = ("model", "cold", "hot")
 
 # of one candidate
@@ -224,6 +226,11 @@ class LocalTimer(Timer):
 
     def __call__(self, module: Any, device: Any, _config: Any, args: Any) -> list[float]:
         return self.time(module, device, args)
+
+    def time(self, module: Any, device: Any, repeated_args: Sequence[Sequence[Any]]) -> list[float]:
+        """As the base class, on the threads that a library has."""
+        use_cores()
+        return super().time(module, device, repeated_args)
 
 
 class LocalRunner:

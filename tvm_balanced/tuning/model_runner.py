@@ -1,8 +1,8 @@
-"""A runner for CUDA without a GPU: candidates are compiled, and the kernel model says what they would take.
+"""A runner for CUDA without a GPU: candidates are compiled, and their kernels' models say what they would take.
 
-NVRTC compiles each candidate for its architecture. The registers and the shared memory that it occupies
-stand in the cubin and go into the model, in place of what the model estimates; a kernel that spills, or
-that the GPU could not launch, fails. What comes out are estimates: their records are kept apart, below
+NVRTC compiles each candidate for its architecture. The registers and the static shared memory that it
+occupies stand in the cubin and go into the model, in place of what the model estimates; a kernel that spills,
+or that the GPU could not launch, fails. What comes out are estimates: their records are kept apart, below
 ``estimates/``, and never stand before a measured one.
 """
 
@@ -34,6 +34,8 @@ class Estimate:
         Of a thread and of a thread block, as compiled.
     resident : int
         Thread blocks on a multiprocessor at a time.
+    kernel : str
+        Which of ours.
     knobs : dict of str to int
         Of the kernel.
     """
@@ -42,11 +44,12 @@ class Estimate:
     registers: int
     shared_bytes: int
     resident: int
+    kernel: str
     knobs: dict[str, int]
 
 
 def can_estimate(mod: Any, target: Any) -> bool:
-    """Whether the model knows a workload's default kernel, and so has something to compare with.
+    """Whether a model knows a workload's default kernel, and so has something to compare with.
 
     Parameters
     ----------
@@ -55,11 +58,16 @@ def can_estimate(mod: Any, target: Any) -> bool:
     target : tvm.target.Target
         Where it will run.
     """
-    from tvm_balanced.schedules import cuda_gather, tuned
+    from tvm_balanced.schedules import tuned
+    from tvm_balanced.tuning import kernel_models
 
     func = mod["main"]
-    kernels = {space.kernel for space in tuned.spaces(func, target)}
-    return kernels == {"cuda_gather"} and cuda_gather.apply(func, target) is not None
+    spaces = tuned.spaces(func, target)
+    if not spaces or any(space.kernel not in kernel_models.KERNELS for space in spaces):
+        return False
+    default = kernel_models.default_candidate(kernel_models.operator_of(mod), target)
+    space = next((space for space in spaces if space.kernel == default.kernel), None)
+    return space is not None and space.build(default.values()) is not None
 
 
 def estimate(mod: Any, target: Any) -> Estimate:
@@ -75,7 +83,7 @@ def estimate(mod: Any, target: Any) -> Estimate:
     Raises
     ------
     MismatchError
-        When the candidate is no gather kernel.
+        When there is no model of the candidate's kernel.
     ToolchainError
         When it does not compile, or NVRTC is missing.
     TvmBalancedError
@@ -86,9 +94,9 @@ def estimate(mod: Any, target: Any) -> Estimate:
     from tvm_balanced.pipeline import TIR_PIPELINE
     from tvm_balanced.schedules import tuned
     from tvm_balanced.static_report import kernel_resources
-    from tvm_balanced.tuning import gather_model
+    from tvm_balanced.tuning import kernel_models
 
-    knobs = gather_model.knobs_of(mod, target)
+    candidate = kernel_models.candidate_of(mod, target)
     source, _ = lower(tuned.realize(mod, target), target, TIR_PIPELINE)
     kernels = kernel_resources(nvrtc.compile_cubin(source, str(target.attrs["arch"])).cubin)
     for kernel in kernels:
@@ -96,14 +104,19 @@ def estimate(mod: Any, target: Any) -> Estimate:
             raise TvmBalancedError(f"{kernel.name} spills: {kernel.stack_bytes} bytes a thread")
     # the second of two kernels only adds sums
     first = kernels[0]
-    told = gather_model.predict(gather_model.operator_of(mod), target, knobs, first)
+    told = kernel_models.predict(kernel_models.operator_of(mod), target, candidate, first)
     if not math.isfinite(told.total_us):
         raise TvmBalancedError(
             f"{first.name} cannot be launched with {first.registers} registers a thread and "
-            f"{first.shared_bytes} bytes of shared memory"
+            f"{told.shared_bytes} bytes of shared memory"
         )
     return Estimate(
-        told.total_us * 1e-6, first.registers, first.shared_bytes, told.resident, asdict(knobs)
+        told.total_us * 1e-6,
+        first.registers,
+        told.shared_bytes,
+        told.resident,
+        candidate.kernel,
+        candidate.values(),
     )
 
 

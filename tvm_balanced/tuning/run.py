@@ -22,7 +22,8 @@ from tvm_balanced import records
 from tvm_balanced._version import __version__
 from tvm_balanced.errors import InputError
 from tvm_balanced.records import Environment, Record, RecordFolder
-from tvm_balanced.targets import TargetSpec, core_count, resolve
+from tvm_balanced.targets import TargetSpec, resolve
+from tvm_balanced.threads import core_count
 from tvm_balanced.tuning import measure
 from tvm_balanced.tuning.result import KernelResult, Status, TuningResult
 from tvm_balanced.tuning.runners import Runner
@@ -115,7 +116,7 @@ class _Tuner:
         self.database = ms.database.MemoryDatabase()
         self.estimates = estimates
         if estimates:
-            from tvm_balanced.tuning.gather_model import ModelScores
+            from tvm_balanced.tuning.kernel_models import ModelScores
 
             # what is searched for is the model's opinion, so there is nothing to learn
             self.model: Any = ModelScores(spec.target)
@@ -609,14 +610,14 @@ def tune_tasks(
 def _with_estimates(
     tasks: Sequence[Task], spec: TargetSpec
 ) -> tuple[list[Task], list[KernelResult]]:
-    """The tasks that the kernel model has an opinion on, and what to say of the others."""
+    """The tasks that the kernel models have an opinion on, and what to say of the others."""
     from tvm_balanced.tuning.model_runner import can_estimate
 
     known = [task for task in tasks if can_estimate(task.mod, spec.target)]
     if not known:
         raise InputError(
-            f"none of the {len(tasks)} kernels can be estimated for {spec.name}: the kernel model knows "
-            "sparse layers with static shapes that the gather kernel runs; give a model or policy with some"
+            f"none of the {len(tasks)} kernels can be estimated for {spec.name}: the kernel models know "
+            "sparse layers with static shapes; give a model or policy with some"
         )
     keys = {task.key for task in known}
     others = [KernelResult.of(task, estimated=True) for task in tasks if task.key not in keys]

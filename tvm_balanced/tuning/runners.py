@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tvm_balanced.errors import InputError, ToolchainError
-from tvm_balanced.targets import core_count
+from tvm_balanced.threads import core_count
 from tvm_balanced.tuning import measure, model_runner
 from tvm_balanced.tuning.rpc import RpcRunner, Tracker, make_shared
 

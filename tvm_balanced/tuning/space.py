@@ -15,7 +15,7 @@ from tvm.s_tir import meta_schedule as ms
 
 from tvm_balanced.ops import BLOCK_MAIN
 from tvm_balanced.schedules import tuned
-from tvm_balanced.tuning import gather_model
+from tvm_balanced.tuning import kernel_models
 
 # columns of a candidate's features that hold its knobs
 _KNOB_COLUMNS = 8
@@ -166,9 +166,10 @@ class KernelFeatures(ms.feature_extractor.PyFeatureExtractor):  # type: ignore[m
         kernel, knobs = found
         key = (str(context.task_name), kernel, tuple(knobs.values()))
         if key not in self.known:
-            if kernel == gather_model.KERNEL:
-                # what the kernel model counts is known without making the kernel, which takes long
-                parts = gather_model.features(candidate.sch.mod, self.target, knobs)
+            if kernel in kernel_models.KERNELS:
+                # what the kernel's model counts is known without making the kernel, which takes long
+                counted = kernel_models.Candidate.of(kernel, knobs)
+                parts = kernel_models.features(candidate.sch.mod, self.target, counted)
                 self.known[key] = _table(np.zeros((1, _STORE_COLUMNS)), knobs, parts)
             else:
                 real = tuned.realize(candidate.sch.mod, self.target)
@@ -188,7 +189,7 @@ class KernelFeatures(ms.feature_extractor.PyFeatureExtractor):  # type: ignore[m
 
 def _table(stores: Any, knobs: Mapping[str, int], parts: Sequence[float]) -> Any:
     """Features of stores beside those of the whole kernel, which are the same for all of them."""
-    columns = np.zeros((stores.shape[0], _KNOB_COLUMNS + gather_model.PARTS))
+    columns = np.zeros((stores.shape[0], _KNOB_COLUMNS + kernel_models.PARTS))
     for i, value in enumerate(list(knobs.values())[:_KNOB_COLUMNS]):
         columns[:, i] = math.log2(1 + value)
     for i, part in enumerate(parts):
