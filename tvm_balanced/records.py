@@ -50,7 +50,7 @@ _TARGET_KEYS = ("kind", "arch", "mcpu", "mattr", "num-cores", "max_shared_memory
 # times the best: what the default schedule may take and still be chosen. Measured: four kernels of MiniLM,
 # 4 to 13 % faster by themselves, made the model slower (docs/tuning.md). Estimated: the model itself takes
 # nearer ones for equal
-_NEAR = 1.1
+_NEAR = 1.05
 
 _LOCK = ".lock"
 _LOST = b"null"

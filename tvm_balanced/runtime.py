@@ -234,6 +234,7 @@ class Library:
             if not self._checked:
                 self.check()
             import tvm
+            import tvm_ffi
 
             device = tvm.cpu()
             if self.emulated:
@@ -254,7 +255,11 @@ class Library:
             with _CUDA_CALLS.shared():
                 self._params = {name: _place(array, device) for name, array in stored.items()}
             try:
-                self._module = tvm.runtime.load_module(str(self.path / LIBRARY))
+                # tvm.runtime.load_module keeps code and constants until the process ends. What a CUDA library
+                # leaves in the driver (captured graphs) was not tried without its code
+                self._module = tvm_ffi.load_module(
+                    self.path / LIBRARY, keep_module_alive=self.manifest.target.kind == "cuda"
+                )
             except Exception as error:
                 raise ArtifactError(
                     f"{self.path / LIBRARY} cannot be loaded "

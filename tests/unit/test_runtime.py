@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -175,6 +176,21 @@ def test_an_answer_is_not_overwritten_by_the_next(library):
     kept = first.copy()
     library(_x(3) + 1)
     np.testing.assert_array_equal(first, kept)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell")
+def test_a_library_that_is_no_longer_used_leaves_memory(path, tmp_path):
+    """TVM's own loader keeps code and constants; answers outlive both here."""
+    copy = _copy(path, tmp_path)
+    code = str(copy / "lib.so")
+    library = runtime.load(copy)
+    answer = library(tvm.runtime.tensor(_x()))
+    before = answer.numpy().copy()
+    assert code in Path("/proc/self/maps").read_text()
+    del library
+    gc.collect()
+    assert code not in Path("/proc/self/maps").read_text()
+    np.testing.assert_array_equal(answer.numpy(), before)
 
 
 def test_names_work_as_well_as_positions(library):
