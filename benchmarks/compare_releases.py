@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,26 @@ class _Release:
     def close(self) -> None:
         """End the process."""
         self._process.kill()
+
+
+@dataclass(frozen=True)
+class _Gain:
+    """How many times faster one is than another, turn by turn, and 95 % of the median by resampling turns."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, before: _Release, after: _Release) -> _Gain:
+        """Of two that took turns."""
+        gains = np.array(before.turns) / np.array(after.turns)
+        draws = np.random.default_rng(0).choice(gains, (2000, len(gains)))
+        low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
+        return cls(float(np.median(gains)), float(low), float(high))
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f}x (95 % {self.low:.3f} to {self.high:.3f})"
 
 
 @click.group()
@@ -132,7 +153,8 @@ def minilm(
 
     columns = (
         *("model", "pattern", "release", "ms", "p20_ms", "p80_ms", "turns"),
-        *("gain", "gain_low", "gain_high", *results.ENVIRONMENT),
+        *("gain", "gain_low", "gain_high", "step", "step_low", "step_high"),
+        *results.ENVIRONMENT,
     )
     built = build("minilm", "stated", "float32")
     inputs = tuple(built.inputs)
@@ -152,17 +174,14 @@ def minilm(
     finally:
         for release in releases:
             release.close()
-    first = np.array(releases[0].turns)
     machine, rows = make_machine("llvm"), []
-    for release in releases:
+    for i, release in enumerate(releases):
         low, middle, high = np.percentile(release.seconds, [20, 50, 80]) * 1e3
-        gains = first / np.array(release.turns)
-        # of the median over turns, by resampling them
-        draws = np.random.default_rng(0).choice(gains, (2000, len(gains)))
-        sure = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
+        gain = _Gain.of(releases[0], release)
+        step = _Gain.of(releases[max(0, i - 1)], release)
         click.echo(
-            f"{release.name}: {middle:.3f} ms ({low:.3f} to {high:.3f}), "
-            f"{np.median(gains):.3f}x, 95 % {sure[0]:.3f} to {sure[1]:.3f}, {len(gains)} turns"
+            f"{release.name}: {middle:.3f} ms ({low:.3f} to {high:.3f}), {gain}; "
+            f"over the one before {step}; {len(release.turns)} turns"
         )
         rows.append(
             {
@@ -172,10 +191,13 @@ def minilm(
                 "ms": middle,
                 "p20_ms": low,
                 "p80_ms": high,
-                "turns": len(gains),
-                "gain": float(np.median(gains)),
-                "gain_low": sure[0],
-                "gain_high": sure[1],
+                "turns": len(release.turns),
+                "gain": gain.median,
+                "gain_low": gain.low,
+                "gain_high": gain.high,
+                "step": step.median,
+                "step_low": step.low,
+                "step_high": step.high,
                 **environment(machine),
                 "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
                 "load": f"{os.getloadavg()[0]:.2f}",

@@ -220,9 +220,7 @@ def _tensor_cores(
     return [space for space in spaces if space is not None]
 
 
-def _expand(
-    func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target
-) -> Space | None:
+def _expand(func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target) -> Space | None:
     fmt, shared = found.fmt, cuda_tensor_core.shared_limit(target)
     if (
         found.rows is None

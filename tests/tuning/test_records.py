@@ -201,11 +201,21 @@ def _default(*seconds: float) -> Record:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "first"), [(1.09e-6, True), (1.11e-6, False)], ids=["hardly", "clearly"]
+    ("kind", "seconds", "first"),
+    [
+        ("llvm", 1.04e-6, True),
+        ("llvm", 1.06e-6, False),
+        ("cuda", 1.09e-6, True),
+        ("cuda", 1.11e-6, False),
+    ],
+    ids=["hardly", "clearly", "hardly-predicted", "clearly-predicted"],
 )
-def test_the_default_gives_way_only_to_what_is_clearly_faster(seconds: float, first: bool) -> None:
-    default = _default(seconds)
-    ranked = records.rank([_record("1", 1, 1e-6), default])
+def test_the_default_gives_way_only_to_what_is_clearly_faster(
+    kind: str, seconds: float, first: bool
+) -> None:
+    target = {**TARGET, "kind": kind}
+    default = dataclasses.replace(_default(seconds), target=target)
+    ranked = records.rank([_record("1", 1, 1e-6, target=target), default])
     assert (ranked[0].record == default) is first
     assert len(ranked) == 2
 
