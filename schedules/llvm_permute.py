@@ -69,7 +69,7 @@ def default_knobs(lanes: int, registers: int) -> Knobs:
     """Tile sizes that keep the sums in registers: 32 of them with AVX-512, 16 with AVX2.
 
     Tiles of several registers of weight rows read as many streams of weights at a time, which matters where
-    these come from memory: on Zen 5 4 by 4 was up to 1.4 times as fast as 8 by 2, and slower only for short K.
+    these come from memory: on Zen 5 4 by 4 was up to 1.4 times as fast as 8 by 2, slower only for short K.
     Blocks of more registers leave fewer for sums.
 
     Parameters

@@ -1,4 +1,4 @@
-"""A runner for CUDA without a GPU: candidates are compiled, and the kernels' models say what they would take.
+"""A runner for CUDA without a GPU: candidates are compiled, and a model of their kernel says what they take.
 
 NVRTC compiles each candidate for its architecture. The registers and the static shared memory that it
 occupies stand in the cubin and go into the model, in place of what the model estimates; a kernel that spills,

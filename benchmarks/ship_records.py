@@ -1,0 +1,43 @@
+"""The records worth shipping: of each kernel the best schedule, where one is faster than the default.
+
+Tune, then::
+
+    python benchmarks/ship_records.py LOGS/amd-epyc-znver5-2-cores -o tuning_logs
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from tvm_balanced import records
+
+
+@click.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("-o", "--output", default="tuning_logs", show_default=True, type=click.Path(path_type=Path))
+def main(folders: tuple[Path, ...], output: Path) -> None:
+    """Write the best records of FOLDERS, of one device each, into folders of the same names."""
+    for folder in folders:
+        found, problems = records.read_folder(folder)
+        if problems:
+            raise SystemExit(f"{folder}: {problems[0]}; give records that can be read")
+        kernels: dict[str, list[records.Record]] = {}
+        for record in found:
+            kernels.setdefault(record.workload[0], []).append(record)
+        chosen = []
+        for group in kernels.values():
+            best = records.rank(group)[0].record
+            if not records.is_default(best.trace):
+                # the last time of it is the one that was taken beside the default's
+                chosen.append([r for r in group if r.trace_text == best.trace_text][-1])
+        environment = records.Environment.read(folder / records.ENVIRONMENT)
+        place = records.RecordFolder(output / folder.name, dataclasses.replace(environment))
+        place.append(chosen)
+        click.echo(f"{folder.name}: {len(chosen)} of {len(kernels)} kernels are faster tuned")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""The records shipped with the package: readable, measured, and schedules of their kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tvm
+from tvm import s_tir
+from tvm.s_tir import meta_schedule as ms
+
+from tvm_balanced import records
+from tvm_balanced.schedules import tuned
+
+SHIPPED = Path(__file__).resolve().parents[2] / "tuning_logs"
+FOLDERS = sorted(path.parent for path in SHIPPED.glob(f"*/{records.ENVIRONMENT}"))
+
+
+def test_there_are_some() -> None:
+    assert FOLDERS
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_shipped_records_serve_their_kernels(folder: Path) -> None:
+    found, problems = records.read_folder(folder)
+    assert found and not problems
+    environment = records.Environment.read(folder / records.ENVIRONMENT)
+    assert environment.method == "measured" and environment.device == folder.name
+    assert environment.tvm == records.tvm_version()
+    for record in found:
+        workload = ms.database.Workload.from_json(list(record.workload))
+        assert tuned.workload_hash(workload.mod) == record.workload[0]
+        sch = s_tir.Schedule(workload.mod)
+        s_tir.schedule.Trace.apply_json_to_schedule(record.trace, sch)
+        assert not records.is_default(record.trace)
+        target = tvm.target.Target(dict(record.target))
+        assert tuned.realize(sch.mod, target)["main"].attrs["tirx.is_scheduled"]
