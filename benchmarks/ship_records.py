@@ -7,7 +7,6 @@ Tune, then::
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import click
@@ -17,7 +16,9 @@ from tvm_balanced import records
 
 @click.command()
 @click.argument("folders", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("-o", "--output", default="tuning_logs", show_default=True, type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", default="tuning_logs", show_default=True, type=click.Path(path_type=Path)
+)
 def main(folders: tuple[Path, ...], output: Path) -> None:
     """Write the best records of FOLDERS, of one device each, into folders of the same names."""
     for folder in folders:
@@ -29,12 +30,13 @@ def main(folders: tuple[Path, ...], output: Path) -> None:
             kernels.setdefault(record.workload[0], []).append(record)
         chosen = []
         for group in kernels.values():
-            best = records.rank(group)[0].record
-            if not records.is_default(best.trace):
-                # the last time of it is the one that was taken beside the default's
-                chosen.append([r for r in group if r.trace_text == best.trace_text][-1])
+            best = records.rank(group)[0]
+            # measured twice: the last time was taken by turns with the default
+            if best.times > 1 and not records.is_default(best.record.trace):
+                text = best.record.trace_text
+                chosen.append([record for record in group if record.trace_text == text][-1])
         environment = records.Environment.read(folder / records.ENVIRONMENT)
-        place = records.RecordFolder(output / folder.name, dataclasses.replace(environment))
+        place = records.RecordFolder(output / folder.name, environment)
         place.append(chosen)
         click.echo(f"{folder.name}: {len(chosen)} of {len(kernels)} kernels are faster tuned")
 
