@@ -216,51 +216,48 @@ def _tensor_cores(
     func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target
 ) -> list[Space]:
     """The tiles of the kernels for tensor cores, where one is the default; else they are predicted slower."""
-    spaces = [_sparse_mma(func, found, target), _expand(func, found, target)]
-    return [space for space in spaces if space is not None]
-
-
-def _expand(func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target) -> Space | None:
+    rows = found.rows
+    if rows is None:
+        return []
     fmt, shared = found.fmt, cuda_tensor_core.shared_limit(target)
-    if (
-        found.rows is None
-        or not cuda_expand.takes(found)
-        or cuda_expand.choose(fmt, found.rows, found.value_dtype, target) is None
-    ):
-        return None
-    rows, count = found.rows, gpu_figures(target).sm_count
-    choices = expand_model.choices(fmt, rows, count)
 
-    def valid(values: Mapping[str, int]) -> bool:
-        tile = Tile(**values)
-        if tile.splits > expand_model.idle_times(fmt, rows, tile, count):
-            return False
-        return expand_model.is_legal(fmt, shared, tile)
+    def space(
+        kernel: str, rule: Any, choices: Mapping[str, tuple[int, ...]], fits: Callable[[Tile], bool]
+    ) -> Space:
+        return Space(
+            kernel,
+            choices,
+            lambda values: fits(Tile(**values)),
+            lambda values: rule.apply(func, target, Tile(**values)),
+        )
 
-    def build(values: Mapping[str, int]) -> Any:
-        return cuda_expand.apply(func, target, Tile(**values))
+    def default(rule: Any) -> bool:
+        return rule.takes(found) and rule.choose(fmt, rows, found.value_dtype, target) is not None
 
-    return Space("cuda_expand", choices, valid, build)
-
-
-def _sparse_mma(
-    func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target
-) -> Space | None:
-    fmt, shared = found.fmt, cuda_tensor_core.shared_limit(target)
-    if (
-        found.rows is None
-        or not cuda_sparse_mma.takes(found)
-        or cuda_sparse_mma.choose(fmt, found.rows, found.value_dtype, target) is None
-    ):
-        return None
-
-    def valid(values: Mapping[str, int]) -> bool:
-        return sparse_mma_model.is_legal(fmt, shared, Tile(**values))
-
-    def build(values: Mapping[str, int]) -> Any:
-        return cuda_sparse_mma.apply(func, target, Tile(**values))
-
-    return Space("cuda_sparse_mma", sparse_mma_model.choices(found.rows), valid, build)
+    spaces = []
+    if default(cuda_sparse_mma):
+        spaces.append(
+            space(
+                "cuda_sparse_mma",
+                cuda_sparse_mma,
+                sparse_mma_model.choices(rows),
+                lambda tile: sparse_mma_model.is_legal(fmt, shared, tile),
+            )
+        )
+    if default(cuda_expand):
+        count = gpu_figures(target).sm_count
+        spaces.append(
+            space(
+                "cuda_expand",
+                cuda_expand,
+                expand_model.choices(fmt, rows, count),
+                lambda tile: (
+                    tile.splits <= expand_model.idle_times(fmt, rows, tile, count)
+                    and expand_model.is_legal(fmt, shared, tile)
+                ),
+            )
+        )
+    return spaces
 
 
 # --- workloads

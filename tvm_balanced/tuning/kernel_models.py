@@ -147,7 +147,10 @@ def predict(
     rows = found.rows or 1
     if isinstance(candidate.knobs, Tile):
         _, model = _TENSOR_CORES[candidate.kernel]
-        return model.predict(gpu, found.fmt, rows, found.value_dtype, candidate.knobs, compiled)
+        told: Prediction = model.predict(
+            gpu, found.fmt, rows, found.value_dtype, candidate.knobs, compiled
+        )
+        return told
     return kernel_model.Model(gpu, found.fmt, rows, found.data_dtype).predict(
         candidate.knobs, compiled
     )
