@@ -50,7 +50,8 @@ _TARGET_KEYS = ("kind", "arch", "mcpu", "mattr", "num-cores", "max_shared_memory
 # times the best: what the default schedule may take and still be chosen. By turns in one process times are
 # sure to one or two percent; kernels that were faster by so little made MiniLM slower (docs/tuning.md).
 # Those of GPUs are predicted as yet, and the model cannot tell nearer ones apart
-_NEAR = {"llvm": 1.05, "cuda": 1.1}
+_NEAR = {"llvm": 1.05}
+_NEAR_OTHERS = 1.1
 
 _LOCK = ".lock"
 _LOST = b"null"
@@ -540,7 +541,7 @@ def rank(records: Iterable[Record]) -> list[Ranked]:
     ]
     ranked.sort(key=lambda entry: (entry.times < 2, entry.seconds))
     for entry in ranked[1:]:
-        near = _NEAR[str(entry.record.target["kind"])]
+        near = _NEAR.get(str(entry.record.target.get("kind")), _NEAR_OTHERS)
         if is_default(entry.record.trace) and entry.seconds <= ranked[0].seconds * near:
             ranked.remove(entry)
             return [entry, *ranked]
