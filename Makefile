@@ -8,7 +8,7 @@ WORKERS ?= 2
 .PHONY: help demo accuracy test test-large lint bench clean
 
 help:
-	@echo "make demo        two models from training to a library (about 3 minutes)"
+	@echo "make demo        two models from training to a library (2 to 3 minutes)"
 	@echo "make accuracy    what patterns of zeros cost: table and plots (20 to 60 minutes of CPU time; goes on where it stopped)"
 	@echo "make test        the tests"
 	@echo "make test-large  the tests with models in their stated sizes (minutes, gigabytes)"
