@@ -69,8 +69,7 @@ def default_knobs(lanes: int, registers: int) -> Knobs:
     """Tile sizes that keep the sums in registers: 32 of them with AVX-512, 16 with AVX2.
 
     Tiles of several registers of weight rows read as many streams of weights at a time, which matters where
-    these come from memory: on Zen 5 4 by 4 was up to 1.4 times as fast as 8 by 2, slower only for short K.
-    Blocks of more registers leave fewer for sums.
+    these come from memory; blocks of more registers leave fewer for sums. Measured on Zen 5 (docs/tuning.md).
 
     Parameters
     ----------
@@ -140,7 +139,7 @@ def batch_limit(lanes: int, registers: int) -> int | None:
     """Rows of activations from which lanes over the batch are faster; None for never.
 
     A lookup in two or more registers costs a blend for each permute but the first. With AVX-512 permutes of
-    blocks of up to 32 won at every batch that was tried (1 to 128), those of 64 where N is small.
+    blocks of up to 32 won at every batch that was tried, those of 64 where N is small (docs/tuning.md).
 
     Parameters
     ----------

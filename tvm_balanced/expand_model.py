@@ -25,6 +25,9 @@ from tvm_balanced.tensor_core_model import (
     Tile,
     Work,
     ceil,
+    even_share,
+    half,
+    halves,
     reads_layout,
     windows_of,
 )
@@ -104,8 +107,7 @@ def takes_format(fmt: PackedFormat, dtype: str) -> bool:
 
 def _height(rows: int | None) -> int:
     """Rows of activations in a tile: an even share, in whole products."""
-    wanted = _SYMBOLIC_ROWS if rows is None else ceil(rows, ceil(rows, _STATIC_ROWS))
-    return ceil(wanted, COLUMNS) * COLUMNS
+    return _SYMBOLIC_ROWS if rows is None else even_share(rows, _STATIC_ROWS)
 
 
 def _fitting(fmt: PackedFormat, height: int, columns: int, shared: int) -> Tile | None:
@@ -123,7 +125,7 @@ def _fitting(fmt: PackedFormat, height: int, columns: int, shared: int) -> Tile 
             shares //= 2
         if height == COLUMNS:
             return None
-        height = ceil(height // COLUMNS, 2) * COLUMNS
+        height = half(height)
 
 
 def candidates(
@@ -145,8 +147,7 @@ def candidates(
         Of the GPU; thread blocks share K only where it is given, and M too.
     """
     full = _height(rows)
-    half = ceil(full // COLUMNS, 2) * COLUMNS
-    found = [tile for height in (full, half) for tile in _side_by_side(fmt, height, shared)]
+    found = [tile for height in (full, half(full)) for tile in _side_by_side(fmt, height, shared)]
     if rows is not None and multiprocessors is not None:
         found += [
             dataclasses.replace(tile, splits=1 << i)
@@ -202,12 +203,10 @@ def choices(fmt: PackedFormat, rows: int, multiprocessors: int = 1) -> dict[str,
     """
     warps = _WARPS[fmt.pattern.block]
     powers = tuple(1 << i for i in range(warps.bit_length()))
-    heights = {_height(rows)}
-    while min(heights) > COLUMNS:
-        heights.add(ceil(min(heights) // COLUMNS, 2) * COLUMNS)
-    idle = idle_times(fmt, rows, Tile(max(heights), warps, 1, 2), multiprocessors)
+    heights = halves(_height(rows))
+    idle = idle_times(fmt, rows, Tile(heights[-1], warps, 1, 2), multiprocessors)
     return {
-        "rows": tuple(sorted(heights)),
+        "rows": heights,
         "columns": powers,
         "shares": powers,
         "stages": (2, 3, 4),

@@ -22,7 +22,9 @@ from tvm_balanced.tensor_core_model import (
     WINDOW,
     Tile,
     Work,
-    ceil,
+    even_share,
+    half,
+    halves,
     reads_layout,
     windows_of,
 )
@@ -94,10 +96,10 @@ def candidates(fmt: PackedFormat, rows: int, shared: int) -> list[Tile]:
     shared : int
         Bytes of shared memory that a thread block may take; where nothing fits there are none.
     """
-    full = _full_height(rows)
+    full = even_share(rows, _MOST_ROWS)
     windows = windows_of(fmt)
     found: dict[Tile, None] = {}
-    for height in (full, _half(full)):
+    for height in (full, half(full)):
         for columns in (1, 2, 4, 8):
             shares = _WARPS // columns
             while shares > 1 and windows < shares:
@@ -124,11 +126,8 @@ def choices(rows: int) -> dict[str, tuple[int, ...]]:
         M.
     """
     powers = tuple(1 << i for i in range(_WARPS.bit_length()))
-    heights = {_full_height(rows)}
-    while min(heights) > COLUMNS:
-        heights.add(_half(min(heights)))
     return {
-        "rows": tuple(sorted(heights)),
+        "rows": halves(even_share(rows, _MOST_ROWS)),
         "columns": powers,
         "shares": powers,
         "stages": (2, 3, 4),
@@ -152,15 +151,6 @@ def is_legal(fmt: PackedFormat, shared: int, tile: Tile) -> bool:
         and tile.shares <= max(1, windows_of(fmt))
         and shared_bytes(tile) <= shared
     )
-
-
-def _full_height(rows: int) -> int:
-    """Rows of activations in a tile: an even share, in whole products."""
-    return ceil(ceil(rows, ceil(rows, _MOST_ROWS)), COLUMNS) * COLUMNS
-
-
-def _half(height: int) -> int:
-    return ceil(height // COLUMNS, 2) * COLUMNS
 
 
 def estimated_registers(tile: Tile) -> int:

@@ -248,6 +248,21 @@ def windows_of(fmt: PackedFormat) -> int:
     return ceil(fmt.slots, RUN * WINDOW)
 
 
+def even_share(rows: int, most: int) -> int:
+    """Height of tiles that ``rows`` of activations are cut into evenly: whole products, at most ``most``."""
+    return ceil(ceil(rows, ceil(rows, most)), COLUMNS) * COLUMNS
+
+
+def half(height: int) -> int:
+    """Half of a tile's height, in whole products."""
+    return ceil(height // COLUMNS, 2) * COLUMNS
+
+
+def halves(height: int) -> tuple[int, ...]:
+    """A tile's height, half of it, and so on down to one product; ascending."""
+    return (*halves(half(height)), height) if height > COLUMNS else (height,)
+
+
 def ceil(value: int, by: int) -> int:
     """``value / by``, rounded up."""
     return -(-value // by)

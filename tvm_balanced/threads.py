@@ -24,14 +24,11 @@ _CGROUP = Path("/sys/fs/cgroup")
 _configured = threading.local()
 
 
-def _cpus() -> list[int]:
+def cpus() -> list[int]:
+    """Logical CPUs that the calling thread may run on, ascending."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
-
-
-# before anything ties the thread that asks to one of them
-CPUS = _cpus()
 
 
 def _text(path: Path) -> str | None:
@@ -66,7 +63,7 @@ def core_count(topology: Path = _TOPOLOGY, cgroup: Path = _CGROUP) -> int:
     """
     cores = {
         _text(topology / f"cpu{cpu}" / "topology" / "thread_siblings_list") or str(cpu)
-        for cpu in CPUS
+        for cpu in cpus()
     }
     quota = _quota(cgroup)
     count = len(cores) if quota is None else min(len(cores), math.ceil(quota))
@@ -87,13 +84,13 @@ def use_cores() -> None:
 
     Where ``$TVM_BIND_THREADS`` is set, TVM's pool stays as TVM sets it up. Nothing is done the second time.
     """
-    if _BIND in os.environ or getattr(_configured, "count", None) == thread_count():
+    count = thread_count()
+    if _BIND in os.environ or getattr(_configured, "count", None) == count:
         return
     import tvm
 
-    count = thread_count()
-    # as many CPUs as threads at the least: TVM has no more threads than it is given CPUs
-    cpus = [CPUS[i % len(CPUS)] for i in range(max(count, len(CPUS)))]
-    configure = tvm.get_global_func("runtime.config_threadpool")
-    configure(_SHARE_CPUS, count, [str(cpu) for cpu in cpus])
+    # TVM has no more threads than it is given CPUs; the calling thread keeps those it may run on
+    allowed = cpus()
+    given = [str(allowed[i % len(allowed)]) for i in range(max(count, len(allowed)))]
+    tvm.get_global_func("runtime.config_threadpool")(_SHARE_CPUS, count, given)
     _configured.count = count

@@ -47,7 +47,7 @@ def test_cores_are_what_a_process_may_use(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(threads, "CPUS", [0, 1, 2, 3])
+    monkeypatch.setattr(threads, "cpus", lambda: [0, 1, 2, 3])
     assert threads.core_count(*_machine(tmp_path, siblings, limits)) == expected
 
 
@@ -78,6 +78,9 @@ import torch
 import tvm
 import tvm_balanced as tb
 
+# as a server does with its workers
+if os.environ.get("ONE_CPU"):
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 layer = torch.nn.Linear(512, 512).eval()
 library = tb.compile(tb.from_torch(layer, (torch.randn(64, 512),)).prune("4:16"), "llvm", logs=False)
 before = sorted(os.sched_getaffinity(0))
@@ -94,13 +97,20 @@ print(json.dumps([before, sorted(os.sched_getaffinity(0)), found]))
 """
 
 
-@pytest.mark.parametrize("count", [None, 1, 3], ids=["cores", "one", "more-than-cpus"])
-def test_a_library_uses_the_cores_and_ties_its_caller_to_none(count: int | None) -> None:
+@pytest.mark.parametrize(
+    ("count", "one_cpu"),
+    [(None, ""), (1, ""), (3, ""), (None, "yes")],
+    ids=["cores", "one", "more-than-cpus", "tied-by-its-user"],
+)
+def test_a_library_uses_the_cores_and_leaves_its_caller_on_them(
+    count: int | None, one_cpu: str
+) -> None:
     environment = {
         name: value
         for name, value in os.environ.items()
         if name not in ("TVM_NUM_THREADS", "OMP_NUM_THREADS", "TVM_BIND_THREADS")
     }
+    environment["ONE_CPU"] = one_cpu
     if count is not None:
         environment["TVM_NUM_THREADS"] = str(count)
     told = subprocess.run(
@@ -112,5 +122,5 @@ def test_a_library_uses_the_cores_and_ties_its_caller_to_none(count: int | None)
     )
     before, after, found = json.loads(told.stdout)
     assert after == before
-    expected = count or threads.core_count()
+    expected = 1 if one_cpu else count or threads.core_count()
     assert found == [expected, expected]
