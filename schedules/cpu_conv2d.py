@@ -10,6 +10,8 @@ from tvm import s_tir, tirx
 from tvm_balanced.schedules import cpu_common, cpu_elementwise
 from tvm_balanced.schedules.cpu_matmul import epilogue, operands, used_iters
 
+NAME = "cpu_conv2d"
+
 # positions of the iterators of a convolution block: n, c_out, h, w, c_in, kh, kw
 _KINDS = "SSSSRRR"
 _PIXELS = 7

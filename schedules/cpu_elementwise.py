@@ -9,6 +9,8 @@ from tvm import s_tir, tirx
 
 from tvm_balanced.schedules import cpu_common
 
+NAME = "cpu_elementwise"
+
 
 def schedule_spatial(sch: s_tir.Schedule, rv: Any, target: tvm.target.Target) -> None:
     """Thread map of one spatial block: outer axes fused -> threads, last axis -> vector lanes.

@@ -7,6 +7,8 @@ from tvm import s_tir, tirx
 
 from tvm_balanced.schedules import cpu_common, cpu_elementwise
 
+NAME = "cpu_fallback"
+
 
 def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | None:
     """Thread map per block: leading spatial axes fused -> threads; spatial blocks also vectorised.

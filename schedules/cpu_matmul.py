@@ -15,6 +15,8 @@ from tvm import s_tir, tirx
 
 from tvm_balanced.schedules import cpu_common, cpu_elementwise
 
+NAME = "cpu_matmul"
+
 # below this many rows a transposed weight is read once along K and never repacked
 _FEW_ROWS = 4
 

@@ -14,6 +14,8 @@ from tvm import s_tir, tirx
 
 from tvm_balanced.schedules import cpu_common
 
+NAME = "cpu_rows"
+
 
 def _rows_of(blocks: list[cpu_common.Block]) -> int | None:
     """How many leading spatial axes all blocks share, None where they differ or reductions mix."""

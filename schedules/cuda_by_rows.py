@@ -25,6 +25,8 @@ from tvm_balanced.schedules.rules import ROWS_FROM
 from tvm_balanced.targets import gpu_figures
 from tvm_balanced.tensor_core_model import Tile
 
+NAME = "cuda_by_rows"
+
 
 def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | None:
     """Schedule ``func``, or None when its M is known or the gather is predicted fastest for every M.
@@ -114,7 +116,7 @@ def told(served: Sequence[tuple[int, Tile | None]]) -> str:
     words = []
     for i, (first, tile) in enumerate(served):
         start = f"from M = {first}" if i else ""
-        kernel = "cuda_gather" if tile is None else "cuda_expand"
+        kernel = (cuda_gather if tile is None else cuda_expand).NAME
         if i == 0 or served[i - 1][1] is None:
             start = f"{start} {kernel}".strip()
         words.append(start if tile is None else f"{start}, {tile.rows} rows a tile")

@@ -34,6 +34,8 @@ from tvm_balanced.schedules.balanced_block import BalancedBlock
 from tvm_balanced.schedules.cuda_tensor_core import at, call, loop
 from tvm_balanced.tensor_core_model import COLUMNS, ROWS, RUN, WINDOW, Tile
 
+NAME = "cuda_expand"
+
 _SOURCE = r"""
 // stores of halves and loads of words reach the same bytes: volatile keeps them in their order
 // where a lane keeps the column that slot SLOT of a run stands in: two columns to a word, a bank to a lane

@@ -59,6 +59,8 @@ from tvm_balanced.packing import BITMAP, ENCODINGS, PackedFormat
 from tvm_balanced.schedules.balanced_block import BalancedBlock, find
 from tvm_balanced.targets import GPUS, GpuFigures, gpu_figures
 
+NAME = "cuda_gather"
+
 BLOCK_ROWS = "balanced_rows"
 BLOCK_VALUES = "balanced_values"
 BLOCK_INDICES = "balanced_indices"

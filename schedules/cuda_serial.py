@@ -13,6 +13,8 @@ import tvm
 from tvm import s_tir, tirx
 from tvm.s_tir.dlight import ScheduleRule
 
+NAME = "cuda_serial"
+
 _THREADS = 256
 
 

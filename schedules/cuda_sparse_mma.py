@@ -37,6 +37,8 @@ from tvm_balanced.schedules.cuda_tensor_core import at, call, loop
 from tvm_balanced.sparse_mma_model import WINDOW_COLUMNS, Memory
 from tvm_balanced.tensor_core_model import COLUMNS, LANES, ROWS, WINDOW, Tile
 
+NAME = "cuda_sparse_mma"
+
 _BLOCK_BYTES = 8  # of activations: four columns
 
 _SOURCE = r"""

@@ -25,6 +25,8 @@ from tvm_balanced.packing import PackedFormat
 from tvm_balanced.schedules import llvm_nest as nest
 from tvm_balanced.schedules.cpu_common import lanes as lanes_of
 
+NAME = "llvm_batch_lanes"
+
 # slots written out in the body of the innermost loop
 _UNROLL = 8
 

@@ -13,6 +13,8 @@ from tvm import s_tir, tirx
 from tvm_balanced.ops import BLOCK_MAIN
 from tvm_balanced.schedules.cpu_common import attempt
 
+NAME = "llvm_fallback"
+
 
 def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | None:
     """Schedule ``func``, or None when it does not hold exactly one balanced operator.

@@ -27,6 +27,8 @@ from tvm_balanced.schedules import llvm_batch_lanes
 from tvm_balanced.schedules import llvm_nest as nest
 from tvm_balanced.schedules.cpu_common import has_feature
 
+NAME = "llvm_permute"
+
 # a block is looked up in at most this many registers; beyond, one load per lane is as fast
 MAX_REGISTERS = {16: 16, 8: 8}
 

@@ -9,7 +9,7 @@ import tvm
 from tvm import tirx
 
 SCHEDULED = "tirx.is_scheduled"  # TVM's own mark: DLight leaves such kernels alone
-RULE = "tvm_balanced.schedule"  # name of the rule, for reports and tests
+RULE = "tvm_balanced.schedule"  # NAME of the rule; manifests and records hold it, whatever its file is called
 # of a kernel of symbolic shapes with several launches: the M from which on each behind the first one runs
 ROWS_FROM = "tvm_balanced.rows_from"
 
@@ -21,8 +21,7 @@ def first_match(
     for rule in rules:
         sch = rule.apply(func, target)
         if sch is not None:
-            name = rule.__name__.rpartition(".")[2]
-            return sch.mod["main"].with_attr(SCHEDULED, True).with_attr(RULE, name)
+            return sch.mod["main"].with_attr(SCHEDULED, True).with_attr(RULE, rule.NAME)
     return None
 
 

@@ -154,7 +154,7 @@ def _permute(parts: nest.Parts, target: tvm.target.Target) -> list[Space]:
     def build(values: Mapping[str, int]) -> Any:
         return llvm_permute.schedule(parts, lanes, knobs(values))
 
-    return [Space("llvm_permute", choices, valid, build)]
+    return [Space(llvm_permute.NAME, choices, valid, build)]
 
 
 def _batch_lanes(parts: nest.Parts, target: tvm.target.Target) -> list[Space]:
@@ -191,7 +191,7 @@ def _batch_lanes(parts: nest.Parts, target: tvm.target.Target) -> list[Space]:
     def build(values: Mapping[str, int]) -> Any:
         return llvm_batch_lanes.schedule(parts, lanes, knobs(values))
 
-    return [Space("llvm_batch_lanes", choices, valid, build)]
+    return [Space(llvm_batch_lanes.NAME, choices, valid, build)]
 
 
 def _gather(func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target) -> list[Space]:
@@ -209,7 +209,7 @@ def _gather(func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target
     def build(values: Mapping[str, int]) -> Any:
         return cuda_gather.apply(func, target, cuda_gather.Tile(**values))
 
-    return [Space("cuda_gather", choices, valid, build)]
+    return [Space(cuda_gather.NAME, choices, valid, build)]
 
 
 def _tensor_cores(
@@ -222,10 +222,10 @@ def _tensor_cores(
     fmt, shared = found.fmt, cuda_tensor_core.shared_limit(target)
 
     def space(
-        kernel: str, rule: Any, choices: Mapping[str, tuple[int, ...]], fits: Callable[[Tile], bool]
+        rule: Any, choices: Mapping[str, tuple[int, ...]], fits: Callable[[Tile], bool]
     ) -> Space:
         return Space(
-            kernel,
+            rule.NAME,
             choices,
             lambda values: fits(Tile(**values)),
             lambda values: rule.apply(func, target, Tile(**values)),
@@ -238,7 +238,6 @@ def _tensor_cores(
     if default(cuda_sparse_mma):
         spaces.append(
             space(
-                "cuda_sparse_mma",
                 cuda_sparse_mma,
                 sparse_mma_model.choices(rows),
                 lambda tile: sparse_mma_model.is_legal(fmt, shared, tile),
@@ -248,7 +247,6 @@ def _tensor_cores(
         count = gpu_figures(target).sm_count
         spaces.append(
             space(
-                "cuda_expand",
                 cuda_expand,
                 expand_model.choices(fmt, rows, count),
                 lambda tile: (

@@ -20,7 +20,7 @@ from tvm_balanced.pipeline import TIR_PIPELINE
 from tvm_balanced.schedules import cuda_fallback, cuda_gather
 from tvm_balanced.schedules.balanced_block import find
 
-from .conftest import FOLDER
+from .conftest import HERE
 
 ARCHITECTURES = ("sm_80", "sm_90")
 
@@ -61,7 +61,7 @@ def _text(rule: Any, case: Case, layout: str, arch: str) -> str:
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_text_is_as_stored(name: str, check_golden: Callable[[str, str], None]) -> None:
-    check_golden(f"{name}.cu", _text(*KERNELS[name], ARCHITECTURES[0]))
+    check_golden(f"cuda/{name}.cu", _text(*KERNELS[name], ARCHITECTURES[0]))
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -71,6 +71,6 @@ def test_text_does_not_depend_on_the_architecture(name: str) -> None:
 
 
 def test_files_are_few_and_small() -> None:
-    files = list(FOLDER.iterdir())
+    files = list((HERE / "cuda").iterdir())
     assert {file.name for file in files} == {f"{name}.cu" for name in KERNELS}
     assert sum(file.stat().st_size for file in files) < 96 << 10
