@@ -25,6 +25,7 @@ import tvm_ffi
 from tvm import s_tir, tirx
 
 from tvm_balanced import expand_model, kernel_model, sparse_mma_model
+from tvm_balanced.packing import PackedFormat
 from tvm_balanced.records import DEFAULT_KERNEL, KERNEL_NOTE, KNOB_NOTE
 from tvm_balanced.schedules import (
     cpu_half,
@@ -109,7 +110,9 @@ def spaces(func: tirx.PrimFunc, target: tvm.target.Target) -> list[Space]:
     if found is None or found.rows is None:
         return []
     if target.kind.name == "cuda":
-        return [*_tensor_cores(func, found, target), *_gather(func, found, target)]
+        return [
+            space for kind in (_sparse_mma, _expand, _gather) for space in kind(func, found, target)
+        ]
     parts = nest.take_apart(func)
     if parts is None or not isinstance(parts.rows, int):
         return []
@@ -212,50 +215,56 @@ def _gather(func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target
     return [Space(cuda_gather.NAME, choices, valid, build)]
 
 
-def _tensor_cores(
+def _tile_space(
+    rule: Any,
+    func: tirx.PrimFunc,
+    found: BalancedBlock,
+    target: tvm.target.Target,
+    choices: Callable[[PackedFormat, int], Mapping[str, tuple[int, ...]]],
+    fits: Callable[[PackedFormat, int, Tile], bool],
+) -> list[Space]:
+    """The tiles of a kernel for tensor cores where it is the default; else it is predicted slower."""
+    fmt, rows = found.fmt, found.rows
+    if rows is None or not rule.takes(found):
+        return []
+    if rule.choose(fmt, rows, found.value_dtype, target) is None:
+        return []
+    space = Space(
+        rule.NAME,
+        choices(fmt, rows),
+        lambda values: fits(fmt, rows, Tile(**values)),
+        lambda values: rule.apply(func, target, Tile(**values)),
+    )
+    return [space]
+
+
+def _sparse_mma(
     func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target
 ) -> list[Space]:
-    """The tiles of the kernels for tensor cores, where one is the default; else they are predicted slower."""
-    rows = found.rows
-    if rows is None:
-        return []
-    fmt, shared = found.fmt, cuda_tensor_core.shared_limit(target)
+    shared = cuda_tensor_core.shared_limit(target)
+    return _tile_space(
+        cuda_sparse_mma,
+        func,
+        found,
+        target,
+        lambda fmt, rows: sparse_mma_model.choices(rows),
+        lambda fmt, rows, tile: sparse_mma_model.is_legal(fmt, shared, tile),
+    )
 
-    def space(
-        rule: Any, choices: Mapping[str, tuple[int, ...]], fits: Callable[[Tile], bool]
-    ) -> Space:
-        return Space(
-            rule.NAME,
-            choices,
-            lambda values: fits(Tile(**values)),
-            lambda values: rule.apply(func, target, Tile(**values)),
-        )
 
-    def default(rule: Any) -> bool:
-        return rule.takes(found) and rule.choose(fmt, rows, found.value_dtype, target) is not None
-
-    spaces = []
-    if default(cuda_sparse_mma):
-        spaces.append(
-            space(
-                cuda_sparse_mma,
-                sparse_mma_model.choices(rows),
-                lambda tile: sparse_mma_model.is_legal(fmt, shared, tile),
-            )
-        )
-    if default(cuda_expand):
-        count = gpu_figures(target).sm_count
-        spaces.append(
-            space(
-                cuda_expand,
-                expand_model.choices(fmt, rows, count),
-                lambda tile: (
-                    tile.splits <= expand_model.idle_times(fmt, rows, tile, count)
-                    and expand_model.is_legal(fmt, shared, tile)
-                ),
-            )
-        )
-    return spaces
+def _expand(func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target) -> list[Space]:
+    shared, count = cuda_tensor_core.shared_limit(target), gpu_figures(target).sm_count
+    return _tile_space(
+        cuda_expand,
+        func,
+        found,
+        target,
+        lambda fmt, rows: expand_model.choices(fmt, rows, count),
+        lambda fmt, rows, tile: (
+            tile.splits <= expand_model.idle_times(fmt, rows, tile, count)
+            and expand_model.is_legal(fmt, shared, tile)
+        ),
+    )
 
 
 # --- workloads
