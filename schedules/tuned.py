@@ -110,20 +110,19 @@ def spaces(func: tirx.PrimFunc, target: tvm.target.Target) -> list[Space]:
     if found is None or found.rows is None:
         return []
     if target.kind.name == "cuda":
-        return [
-            space for kind in (_sparse_mma, _expand, _gather) for space in kind(func, found, target)
-        ]
+        kinds = (sparse_mma_space, expand_space, gather_space)
+        return [space for kind in kinds for space in kind(func, found, target)]
     parts = nest.take_apart(func)
     if parts is None or not isinstance(parts.rows, int):
         return []
-    return [*_permute(parts, target), *_batch_lanes(parts, target)]
+    return [*permute_space(parts, target), *batch_lanes_space(parts, target)]
 
 
 def _powers(limit: int) -> tuple[int, ...]:
     return tuple(1 << i for i in range(max(1, limit).bit_length()))
 
 
-def _permute(parts: nest.Parts, target: tvm.target.Target) -> list[Space]:
+def permute_space(parts: nest.Parts, target: tvm.target.Target) -> list[Space]:
     lanes = llvm_permute.lanes_of(target)
     fmt = parts.fmt
     if lanes is None:
@@ -160,7 +159,7 @@ def _permute(parts: nest.Parts, target: tvm.target.Target) -> list[Space]:
     return [Space(llvm_permute.NAME, choices, valid, build)]
 
 
-def _batch_lanes(parts: nest.Parts, target: tvm.target.Target) -> list[Space]:
+def batch_lanes_space(parts: nest.Parts, target: tvm.target.Target) -> list[Space]:
     lanes = lanes_of(target)
     fmt = parts.fmt
     registers = -(-int(parts.rows) // lanes)
@@ -197,7 +196,7 @@ def _batch_lanes(parts: nest.Parts, target: tvm.target.Target) -> list[Space]:
     return [Space(llvm_batch_lanes.NAME, choices, valid, build)]
 
 
-def _gather(func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target) -> list[Space]:
+def gather_space(func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target) -> list[Space]:
     """The tiles of the gather kernel: what is bound to threads and blocks, and what a thread block stages."""
     if not cuda_gather.takes(found) or found.rows is None:
         return []
@@ -215,7 +214,7 @@ def _gather(func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target
     return [Space(cuda_gather.NAME, choices, valid, build)]
 
 
-def _tile_space(
+def tile_space(
     rule: Any,
     func: tirx.PrimFunc,
     found: BalancedBlock,
@@ -238,11 +237,11 @@ def _tile_space(
     return [space]
 
 
-def _sparse_mma(
+def sparse_mma_space(
     func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target
 ) -> list[Space]:
     shared = cuda_tensor_core.shared_limit(target)
-    return _tile_space(
+    return tile_space(
         cuda_sparse_mma,
         func,
         found,
@@ -252,9 +251,9 @@ def _sparse_mma(
     )
 
 
-def _expand(func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target) -> list[Space]:
+def expand_space(func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target) -> list[Space]:
     shared, count = cuda_tensor_core.shared_limit(target), gpu_figures(target).sm_count
-    return _tile_space(
+    return tile_space(
         cuda_expand,
         func,
         found,
