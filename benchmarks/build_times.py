@@ -25,9 +25,9 @@ def _seconds(call: Callable[[], Any], repeats: int = 3) -> tuple[float, Any]:
 
 
 def _layer() -> dict[str, float]:
-    from tvm_balanced.packing import pack, unpack
-    from tvm_balanced.pattern import BalancedPattern
-    from tvm_balanced.pruning import prune_weight
+    from tvm_balanced.format.packing import pack, unpack
+    from tvm_balanced.format.pattern import BalancedPattern
+    from tvm_balanced.pruning.magnitude import prune_weight
 
     pattern = BalancedPattern("4:16")
     weight = np.random.default_rng(0).standard_normal((4096, 11008), dtype=np.float32)
@@ -47,7 +47,7 @@ def _layer() -> dict[str, float]:
 
 def _minilm() -> dict[str, float]:
     import tvm_balanced as tb
-    from tvm_balanced.demo import sentence_encoder
+    from tvm_balanced.demo.minilm import sentence_encoder
 
     module, sentences = sentence_encoder()
     start = time.perf_counter()

@@ -148,8 +148,8 @@ def minilm(
     import torch
     from models import build
 
-    from tvm_balanced import benchmark_results as results
-    from tvm_balanced.benchmarking import environment, make_machine
+    from tvm_balanced.bench import results
+    from tvm_balanced.bench.operators import environment, make_machine
 
     columns = (
         *("model", "pattern", "release", "ms", "p20_ms", "p80_ms", "turns"),

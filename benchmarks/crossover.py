@@ -48,18 +48,21 @@ class Row:
 
 def predict(gpu: str, n: int, k: int, pattern: str, m: int) -> Row:
     """All three kernels, float16."""
-    from tvm_balanced import cost, expand_model, kernel_model, sparse_mma_model, targets
-    from tvm_balanced.pattern import BalancedPattern
-    from tvm_balanced.schedules import (
-        cuda,
-        cuda_expand,
-        cuda_gather,
-        cuda_sparse_mma,
-        cuda_tensor_core,
-    )
+    from tvm_balanced.format.pattern import BalancedPattern
+    from tvm_balanced.planning import cost
+    from tvm_balanced.schedules.cuda import expand as cuda_expand
+    from tvm_balanced.schedules.cuda import expand_model, sparse_mma_model
+    from tvm_balanced.schedules.cuda import gather as cuda_gather
+    from tvm_balanced.schedules.cuda import gather_model as kernel_model
+    from tvm_balanced.schedules.cuda import machine as cuda_machine
+    from tvm_balanced.schedules.cuda import sparse_mma as cuda_sparse_mma
+    from tvm_balanced.schedules.cuda import target as cuda
+    from tvm_balanced.schedules.cuda import tensor_core as cuda_tensor_core
+    from tvm_balanced.targets import gpus
+    from tvm_balanced.targets import resolve as targets
 
     spec = targets.resolve(gpu)
-    machine = kernel_model.machine(targets.gpu_figures(spec.target))
+    machine = cuda_machine.machine(gpus.gpu_figures(spec.target))
     fmt = cuda.preferred_format(BalancedPattern(pattern), n, k, m, "float16", spec.target)
     knobs = kernel_model.choose(fmt, m, "float16", cuda_gather.shared_limit(spec.target), machine)
     gather = kernel_model.Model(machine, fmt, m, "float16").predict(knobs).total_us
@@ -79,7 +82,7 @@ def predict(gpu: str, n: int, k: int, pattern: str, m: int) -> Row:
     kernel = "dense" if dense < sparse else tensor if taken else "gather"
     return Row(
         gpu, n, k, pattern, m, fmt.encoding, gather, expand, splits, dense,
-        kernel, dense / sparse, kernel_model.CALIBRATION,
+        kernel, dense / sparse, cuda_machine.CALIBRATION,
     )  # fmt: skip
 
 

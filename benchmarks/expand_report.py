@@ -65,10 +65,15 @@ class Row:
 
 def report(arch: str, n: int, k: int, pattern: str, m: int) -> Row | None:
     """A kernel; None where the gather is chosen."""
-    from tvm_balanced import cudaemu, nvrtc, targets, tensor_core_model
-    from tvm_balanced.pattern import BalancedPattern
-    from tvm_balanced.schedules import cuda, cuda_expand, cuda_sparse_mma
-    from tvm_balanced.static_report import StaticReport
+    from tvm_balanced.cuda import emulator as cudaemu
+    from tvm_balanced.cuda import nvrtc
+    from tvm_balanced.cuda.static_report import StaticReport
+    from tvm_balanced.format.pattern import BalancedPattern
+    from tvm_balanced.schedules.cuda import expand as cuda_expand
+    from tvm_balanced.schedules.cuda import sparse_mma as cuda_sparse_mma
+    from tvm_balanced.schedules.cuda import target as cuda
+    from tvm_balanced.schedules.cuda import tensor_core_model
+    from tvm_balanced.targets import resolve as targets
 
     target = targets.resolve(_GPUS[arch]).target
     form = BalancedPattern(pattern)

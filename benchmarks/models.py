@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from tvm_balanced.benchmarking import DTYPES, make_machine
+from tvm_balanced.bench.operators import DTYPES, make_machine
 
 MODELS = ("minilm", "lstm", "llama_decode")
 _MINILM = {
@@ -98,8 +98,8 @@ def main(
     as_json: bool,
 ) -> None:
     """Time whole models and print one table of ratios."""
-    from tvm_balanced import benchmark_results as results
-    from tvm_balanced.benchmark_models import measure_model
+    from tvm_balanced.bench import results
+    from tvm_balanced.bench.models import measure_model
 
     path = Path(destination) if destination else None
     if path is not None and path.exists():

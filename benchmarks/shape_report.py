@@ -122,7 +122,7 @@ def operator(fmt: Any, rows: int, dtype: str) -> Any:
 
 def _kernel(fmt: Any, rows: int, dtype: str, target: Any, tile: Any) -> Any:
     """The operator's gather kernel: an IRModule."""
-    from tvm_balanced.schedules import cuda_gather
+    from tvm_balanced.schedules.cuda import gather as cuda_gather
 
     schedule = cuda_gather.apply(operator(fmt, rows, dtype), target, tile)
     assert schedule is not None
@@ -130,9 +130,9 @@ def _kernel(fmt: Any, rows: int, dtype: str, target: Any, tile: Any) -> Any:
 
 
 def _format(problem: Any, target: Any, encoding: str | None, outputs: int | None = None) -> Any:
-    from tvm_balanced.packing import PackedFormat
-    from tvm_balanced.pattern import BalancedPattern
-    from tvm_balanced.schedules import cuda
+    from tvm_balanced.format.layout import PackedFormat
+    from tvm_balanced.format.pattern import BalancedPattern
+    from tvm_balanced.schedules.cuda import target as cuda
 
     pattern, n = BalancedPattern(problem.pattern), outputs or problem.layer.n
     fmt = cuda.preferred_format(pattern, n, problem.layer.k, problem.m, problem.dtype, target)
@@ -143,15 +143,21 @@ def _format(problem: Any, target: Any, encoding: str | None, outputs: int | None
 
 def report(problem: Any, arch: str, encoding: str | None, emulate: bool) -> Row:
     """Everything about one multiplication on one architecture."""
-    from tvm_balanced import cost, cudaemu, kernel_model, nvrtc, targets
-    from tvm_balanced.kernel_model import SUSTAINED_BANDWIDTH
-    from tvm_balanced.packing import numpy_dtype
-    from tvm_balanced.pipeline import TIR_PIPELINE
-    from tvm_balanced.schedules import cuda_gather
-    from tvm_balanced.static_report import StaticReport
+    from tvm_balanced.build.pipeline import TIR_PIPELINE
+    from tvm_balanced.cuda import emulator as cudaemu
+    from tvm_balanced.cuda import nvrtc
+    from tvm_balanced.cuda.static_report import StaticReport
+    from tvm_balanced.format.layout import numpy_dtype
+    from tvm_balanced.planning import cost
+    from tvm_balanced.schedules.cuda import gather as cuda_gather
+    from tvm_balanced.schedules.cuda import gather_model as kernel_model
+    from tvm_balanced.schedules.cuda import gather_tile, machine
+    from tvm_balanced.schedules.cuda.machine import SUSTAINED_BANDWIDTH
+    from tvm_balanced.targets import gpus
+    from tvm_balanced.targets import resolve as targets
 
     spec = targets.resolve(_GPUS[arch])
-    target, figures = spec.target, targets.GPUS[_GPUS[arch]]
+    target, figures = spec.target, gpus.GPUS[_GPUS[arch]]
     layer, m, dtype = problem.layer, problem.m, problem.dtype
     fmt = _format(problem, target, encoding)
     tile = cuda_gather.default_tile(fmt, m, dtype, cuda_gather.shared_limit(target), figures)
@@ -179,8 +185,8 @@ def report(problem: Any, arch: str, encoding: str | None, emulate: bool) -> Row:
         row.occupancy, row.resident_blocks = kernel.occupancy.share, kernel.occupancy.blocks
 
     # of this kernel, whichever the compiler chooses
-    gpu = replace(kernel_model.machine(figures), launch_us=spec.launch_us)
-    told = kernel_model.Model(gpu, fmt, m, dtype).predict(kernel_model.Knobs(**asdict(tile)))
+    gpu = replace(machine.machine(figures), launch_us=spec.launch_us)
+    told = kernel_model.Model(gpu, fmt, m, dtype).predict(gather_tile.Knobs(**asdict(tile)))
     row.predicted_us, row.bound = told.total_us, told.bound
     row.bytes_in_flight = told.bytes_in_flight
     row.needed_bytes_in_flight = told.needed_bytes_in_flight
@@ -200,11 +206,14 @@ def _count(row: Row, problem: Any, target: Any, tile: Any, encoding: str | None)
     """Run some thread blocks on the emulated device; all do the same work."""
     import numpy as np
 
-    from tvm_balanced import cudaemu, packing, pruning
+    from tvm_balanced.cuda import emulator as cudaemu
+    from tvm_balanced.format import layout as format_layout
+    from tvm_balanced.format import packing
+    from tvm_balanced.pruning import magnitude as pruning
 
     outputs = min(problem.layer.n, 32 * _EMULATED_BLOCKS)
     fmt = _format(problem, target, encoding, outputs)
-    dtype = packing.numpy_dtype(problem.dtype)
+    dtype = format_layout.numpy_dtype(problem.dtype)
     rng = np.random.default_rng(0)
     dense = rng.standard_normal((outputs, problem.layer.k)).astype("f4")
     weight = pruning.prune_weight(dense, fmt.pattern).astype(dtype)
@@ -247,7 +256,7 @@ def main(
     output: Path,
 ) -> None:
     """Write a row for every shape, pattern, M, dtype and architecture."""
-    from tvm_balanced import benchmark_shapes
+    from tvm_balanced.bench import shapes as benchmark_shapes
 
     names = [field.name for field in fields(Row)]
     done: set[tuple[str, ...]] = set()

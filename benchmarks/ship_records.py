@@ -11,7 +11,9 @@ from pathlib import Path
 
 import click
 
-from tvm_balanced import records
+from tvm_balanced.records import ranking, traces
+from tvm_balanced.records import record as records_record
+from tvm_balanced.records import store as records
 
 
 @click.command()
@@ -25,17 +27,17 @@ def main(folders: tuple[Path, ...], output: Path) -> None:
         found, problems = records.read_folder(folder)
         if problems:
             raise SystemExit(f"{folder}: {problems[0]}; give records that can be read")
-        kernels: dict[str, list[records.Record]] = {}
+        kernels: dict[str, list[records_record.Record]] = {}
         for record in found:
             kernels.setdefault(record.workload[0], []).append(record)
         chosen = []
         for group in kernels.values():
-            best = records.rank(group)[0]
+            best = ranking.rank(group)[0]
             # measured twice: the last time was taken by turns with the default
-            if best.times > 1 and not records.is_default(best.record.trace):
+            if best.times > 1 and not traces.is_default(best.record.trace):
                 text = best.record.trace_text
                 chosen.append([record for record in group if record.trace_text == text][-1])
-        environment = records.Environment.read(folder / records.ENVIRONMENT)
+        environment = records_record.Environment.read(folder / records.ENVIRONMENT)
         place = records.RecordFolder(output / folder.name, environment)
         place.append(chosen)
         click.echo(f"{folder.name}: {len(chosen)} of {len(kernels)} kernels are faster tuned")

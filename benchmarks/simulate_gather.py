@@ -65,8 +65,7 @@ class Configuration:
 
 def configurations() -> list[Configuration]:
     """What is simulated: for every shape the same number of tiles, drawn with a fixed seed."""
-    from tvm_balanced.kernel_model import chunk_unit
-    from tvm_balanced.schedules.cuda_gather import Tile
+    from tvm_balanced.schedules.cuda.gather_tile import Tile, chunk_unit
 
     rng = random.Random(20190127)
     drawn = []
@@ -96,8 +95,8 @@ def configurations() -> list[Configuration]:
 
 
 def _format(n: int, k: int, pattern: str) -> Any:
-    from tvm_balanced.packing import Layout, PackedFormat
-    from tvm_balanced.pattern import BalancedPattern
+    from tvm_balanced.format.layout import Layout, PackedFormat
+    from tvm_balanced.format.pattern import BalancedPattern
 
     parsed = BalancedPattern(pattern)
     return PackedFormat(n, k, parsed, Layout(32, 4), "u4" if parsed.block <= 16 else "u8")
@@ -114,8 +113,13 @@ def kernel_and_data(one: Configuration) -> tuple[Any, list[Any], Any]:
     import tvm
     from tvm import relax, tirx
 
-    from tvm_balanced import cudaemu, ops, packing, pruning, reference, targets
-    from tvm_balanced.schedules import cuda_gather
+    from tvm_balanced import ops
+    from tvm_balanced.cuda import emulator as cudaemu
+    from tvm_balanced.format import packing, reference
+    from tvm_balanced.pruning import magnitude as pruning
+    from tvm_balanced.schedules.cuda import gather as cuda_gather
+    from tvm_balanced.schedules.cuda import gather_tile
+    from tvm_balanced.targets import resolve as targets
 
     fmt = _format(one.n, one.k, one.pattern)
     shapes = {"x": (one.m, one.k), "values": fmt.values_shape, "indices": fmt.indices_shape}
@@ -133,7 +137,7 @@ def kernel_and_data(one: Configuration) -> tuple[Any, list[Any], Any]:
     )
     (func,) = (f for _, f in mod.functions_items() if isinstance(f, tirx.PrimFunc))
     target = targets.resolve("cuda-sm_86").target
-    tile = cuda_gather.Tile(one.vector, one.groups, one.warps, one.unroll, one.chunk)
+    tile = gather_tile.Tile(one.vector, one.groups, one.warps, one.unroll, one.chunk)
     schedule = cuda_gather.apply(func.with_attr("global_symbol", "main"), target, tile)
     assert schedule is not None
     rng = np.random.default_rng(0)
@@ -352,7 +356,7 @@ def simulate_command(output: Path, jobs: int) -> None:
 
 def simulated_gpu() -> Any:
     """The simulated GPU as the kernel model sees it: the simulator's configuration, and PTX for SASS."""
-    from tvm_balanced.kernel_model import Instructions, Machine
+    from tvm_balanced.schedules.cuda.machine import Instructions, Machine
 
     return Machine(
         arch="sm_86",
@@ -387,7 +391,8 @@ def simulated_gpu() -> Any:
 
 def predicted_cycles(one: Configuration) -> float:
     """What the kernel model predicts for the simulated GPU."""
-    from tvm_balanced.kernel_model import Knobs, Model
+    from tvm_balanced.schedules.cuda.gather_model import Model
+    from tvm_balanced.schedules.cuda.gather_tile import Knobs
 
     gpu = simulated_gpu()
     model = Model(gpu, _format(one.n, one.k, one.pattern), one.m, "float32")

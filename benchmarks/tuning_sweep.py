@@ -18,9 +18,9 @@ from typing import Any
 import click
 import numpy as np
 
-from tvm_balanced import benchmark_results as results
-from tvm_balanced.benchmarking import environment, make_machine
-from tvm_balanced.timing import CpuClock, Load, Timing
+from tvm_balanced.bench import results
+from tvm_balanced.bench.clock import CpuClock, Load, Timing
+from tvm_balanced.bench.operators import environment, make_machine
 
 SWEEP_COLUMNS = (
     *("n", "k", "m", "pattern", "cache", "space", "trials", "stage", "contender"),
@@ -51,16 +51,16 @@ def _annotated(task: Any, kernel: str, knobs: dict[str, int]) -> Any:
     from tvm import s_tir
 
     from tvm_balanced.ops import BLOCK_MAIN
-    from tvm_balanced.schedules import tuned
+    from tvm_balanced.schedules import workload
     from tvm_balanced.tuning.space import default_schedule
 
-    if kernel == tuned.DEFAULT:
+    if kernel == workload.DEFAULT:
         return default_schedule(task.mod).mod
     sch = s_tir.Schedule(task.mod)
     block = sch.get_sblock(BLOCK_MAIN)
-    sch.annotate(block, tuned.KERNEL, kernel)
+    sch.annotate(block, workload.KERNEL, kernel)
     for name, value in knobs.items():
-        sch.annotate(block, tuned.KNOB + name, value)
+        sch.annotate(block, workload.KNOB + name, value)
     return sch.mod
 
 
@@ -83,7 +83,7 @@ class _Bench:
     def __init__(self, task: Any, spec: Any, cache: str) -> None:
         from tvm.s_tir import meta_schedule as ms
 
-        from tvm_balanced.threads import core_count
+        from tvm_balanced.targets.host import core_count
         from tvm_balanced.tuning import measure
 
         self.ms, self.measure = ms, measure
@@ -135,13 +135,14 @@ class _Bench:
 
 def _chosen(folder: Path) -> tuple[str, dict[str, int]]:
     """What ``compile`` would take of the records."""
-    from tvm_balanced import records
+    from tvm_balanced.records import ranking, traces
+    from tvm_balanced.records import store as records
 
     known, problems = records.read_folder(folder)
     if problems:
         raise SystemExit(problems[0])
-    trace = records.rank(known)[0].record.trace
-    chosen = records.sampled_knobs(trace)
+    trace = ranking.rank(known)[0].record.trace
+    chosen = traces.sampled_knobs(trace)
     if chosen is None:
         raise SystemExit("the best record is of none of our kernels")
     return chosen
@@ -183,13 +184,13 @@ def operator(
 
 def _compare(problem: dict[str, Any], machine: Any, seed: int) -> list[dict[str, Any]]:
     """Rows of one operator: the sweep, best first, and what was measured by turns in the end."""
-    from tvm_balanced.schedules import tuned
+    from tvm_balanced.schedules import dispatch, workload
     from tvm_balanced.tuning.run import open_folder, tune_tasks
 
     spec, cache, trials = machine.spec, problem["cache"], problem["trials"]
     m = problem["m"]
     task = _operator_task(problem["n"], problem["k"], m, problem["pattern"], spec)
-    spaces = tuned.spaces(task.mod["main"], spec.target)
+    spaces = dispatch.spaces(task.mod["main"], spec.target)
     points = [(space.kernel, point) for space in spaces for point in space.points()]
     _say(f"M={m}: {task.detail}, {len(points)} points")
     with tempfile.TemporaryDirectory() as place:
@@ -207,7 +208,7 @@ def _compare(problem: dict[str, Any], machine: Any, seed: int) -> list[dict[str,
     random.shuffle(points)
     swept = bench.sweep(points, lambda done: _say(f"swept {done} of {len(points)}"))
     ranked = sorted(zip(points, swept, strict=True), key=lambda pair: statistics.median(pair[1]))
-    final = [("default", (tuned.DEFAULT, {})), ("tuned", chosen)]
+    final = [("default", (workload.DEFAULT, {})), ("tuned", chosen)]
     final += [("sweep", point) for point, _ in ranked[:_AGAIN]]
     again = bench.by_turns([point for _, point in final])
     stamp = _stamp(machine)

@@ -31,6 +31,8 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm_balanced.relay_passes.weight_chain import call_name
 
 _HALF = ("float16", "bfloat16")
+
+
 # accumulate into a result of another dtype by themselves
 _PRODUCTS = (
     "relax.matmul",
@@ -40,6 +42,8 @@ _PRODUCTS = (
     "relax.nn.conv1d_transpose",
     "relax.nn.conv2d_transpose",
 )
+
+
 # sum up in the dtype of their operands
 _REDUCTIONS = (
     "relax.sum",

@@ -11,12 +11,13 @@ After::
     y = R.call_dps_packed("tvm_balanced_cublas_matmul", (x, w, False, True), R.Tensor((8, 256), "float16"))
     scores = R.call_dps_packed("tvm_balanced_cublas_matmul", (q, k, False, False), ...)
 
-The function is in ``tvm_balanced/cublas_matmul.cpp``, which is compiled into the library. It sums in float32
-and rounds once, so this is to be run before :mod:`~tvm_balanced.relay_passes.accumulate_float32`, which
-would widen the results in memory. A transpose of the last two axes is an argument of cuBLAS and vanishes.
-Bias, activation and residual stay operators of their own and become a kernel behind the product. Products
-of other dtypes, of vectors, and with batches that are broadcast along some of their axes only, stay as they
-are, and so does the whole module when it has no product: running the pass twice changes nothing.
+The function is in ``tvm_balanced/build/cublas_matmul.cpp``, which is compiled into the library. It sums
+in float32 and rounds once, so this is to be run before
+:mod:`~tvm_balanced.relay_passes.accumulate_float32`, which would widen the results in memory. A transpose
+of the last two axes is an argument of cuBLAS and vanishes. Bias, activation and residual stay operators
+of their own and become a kernel behind the product. Products of other dtypes, of vectors, and with
+batches that are broadcast along some of their axes only, stay as they are, and so does the whole module
+when it has no product: running the pass twice changes nothing.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from tvm_balanced.relay_passes.find_dense import main_bindings
 from tvm_balanced.relay_passes.weight_chain import call_name
 
 FUNCTION = "tvm_balanced_cublas_matmul"
+
+
 _DTYPES = ("float32", "float16", "bfloat16")
 
 

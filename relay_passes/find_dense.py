@@ -18,7 +18,7 @@ from typing import Any
 import tvm
 from tvm import relax, tirx
 
-from tvm_balanced.packing import VALUE_DTYPES
+from tvm_balanced.format.layout import VALUE_DTYPES
 from tvm_balanced.relay_passes.weight_chain import Chain, call_name, static_shape, trace
 
 

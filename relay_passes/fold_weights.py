@@ -25,7 +25,7 @@ import tvm
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from tvm_balanced.packing import Array
+from tvm_balanced.format.weights import Array
 from tvm_balanced.relay_passes.find_dense import main_bindings, split_params
 from tvm_balanced.relay_passes.rewrite_params import drop_unused_weights, with_main
 from tvm_balanced.relay_passes.weight_chain import Chain, Step, apply_chain, trace

@@ -30,8 +30,8 @@ import tvm_ffi
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
+from tvm_balanced.format.layout import PackedFormat
 from tvm_balanced.ops import OP_NAME, balanced_sparse_dense, format_of
-from tvm_balanced.packing import PackedFormat
 from tvm_balanced.relay_passes.find_dense import main_bindings, split_params
 from tvm_balanced.relay_passes.rewrite_dense import INDICES, VALUES, packed_vars
 from tvm_balanced.relay_passes.rewrite_params import drop_unused_weights, with_main

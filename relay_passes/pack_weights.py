@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import tvm
 
+from tvm_balanced.format.layout import PackedFormat
+from tvm_balanced.format.packing import pack
+from tvm_balanced.format.weights import Array
 from tvm_balanced.ops import OP_NAME, format_of
-from tvm_balanced.packing import Array, PackedFormat, pack
 from tvm_balanced.relay_passes.find_dense import DenseLayer, main_bindings, split_params
 from tvm_balanced.relay_passes.merge_dense import SEPARATOR
 from tvm_balanced.relay_passes.rewrite_dense import INDICES, VALUES

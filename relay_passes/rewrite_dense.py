@@ -25,8 +25,8 @@ import tvm
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
+from tvm_balanced.format.layout import PackedFormat
 from tvm_balanced.ops import balanced_sparse_dense
-from tvm_balanced.packing import PackedFormat
 from tvm_balanced.relay_passes.find_dense import DenseLayer, find_dense, split_params
 from tvm_balanced.relay_passes.rewrite_params import drop_unused_weights, with_main
 

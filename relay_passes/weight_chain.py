@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from tvm import relax, tirx
 
-from tvm_balanced.packing import Array, numpy_dtype
+from tvm_balanced.format.layout import numpy_dtype
+from tvm_balanced.format.weights import Array
 
 _CHAIN_OPS = (
     "relax.permute_dims",

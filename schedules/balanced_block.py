@@ -8,8 +8,8 @@ from typing import Any
 import tvm_ffi
 from tvm import s_tir, tirx
 
+from tvm_balanced.format.layout import PackedFormat
 from tvm_balanced.ops import BLOCK_DATA, FORMAT_ATTR, parse_format
-from tvm_balanced.packing import PackedFormat
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,21 @@ import tvm
 from tvm import tirx
 
 from tvm_balanced.errors import InputError, TvmBalancedError
-from tvm_balanced.packing import PackedFormat
-from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.schedules import cpu_math, cuda, llvm
-from tvm_balanced.schedules.balanced_block import has_balanced_block
-from tvm_balanced.schedules.cpu import ScheduleForCpu
+from tvm_balanced.format.layout import PackedFormat
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.schedules.balanced_block import find, has_balanced_block
+from tvm_balanced.schedules.cuda import target as cuda
+from tvm_balanced.schedules.cuda.expand import expand_space
+from tvm_balanced.schedules.cuda.gather import gather_space
+from tvm_balanced.schedules.cuda.sparse_mma import sparse_mma_space
+from tvm_balanced.schedules.llvm import nest
+from tvm_balanced.schedules.llvm import target as llvm
+from tvm_balanced.schedules.llvm.batch_lanes import batch_lanes_space
+from tvm_balanced.schedules.llvm.permute import permute_space
+from tvm_balanced.schedules.llvm.rest import math as cpu_math
+from tvm_balanced.schedules.llvm.rest.rules import ScheduleForCpu
 from tvm_balanced.schedules.rules import SCHEDULED, first_match, replaced
+from tvm_balanced.schedules.space import Space
 
 _TARGETS = {"cuda": cuda, "llvm": llvm}
 
@@ -50,7 +59,7 @@ def preferred_format(
     target : tvm.target.Target
         Where the operator will run.
     encoding : str
-        Of the indices: ``"auto"``, ``"bitmap"`` or one of :data:`tvm_balanced.packing.ENCODINGS`.
+        Of the indices: ``"auto"``, ``"bitmap"`` or one of :data:`tvm_balanced.format.layout.ENCODINGS`.
 
     Raises
     ------
@@ -102,7 +111,7 @@ def schedule_rest(target: tvm.target.Target) -> Any:
         return ScheduleForCpu()
     from tvm.s_tir import dlight
 
-    from tvm_balanced.schedules.cuda_serial import Serial
+    from tvm_balanced.schedules.cuda.serial import Serial
 
     return dlight.ApplyDefaultSchedule(
         dlight.gpu.Matmul(),
@@ -112,3 +121,25 @@ def schedule_rest(target: tvm.target.Target) -> Any:
         dlight.gpu.Fallback(),
         Serial(),
     )
+
+
+def spaces(func: tirx.PrimFunc, target: tvm.target.Target) -> list[Space]:
+    """The spaces of a kernel that holds the balanced operator; empty for any other kernel.
+
+    Parameters
+    ----------
+    func : tirx.PrimFunc
+        Fused, unscheduled, with static shapes.
+    target : tvm.target.Target
+        Where it will run.
+    """
+    found = find(func)
+    if found is None or found.rows is None:
+        return []
+    if target.kind.name == "cuda":
+        kinds = (sparse_mma_space, expand_space, gather_space)
+        return [space for kind in kinds for space in kind(func, found, target)]
+    parts = nest.take_apart(func)
+    if parts is None or not isinstance(parts.rows, int):
+        return []
+    return [*permute_space(parts, target), *batch_lanes_space(parts, target)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tvm_balanced.cudaemu.device import Device
+    from tvm_balanced.cuda.emulator.device import Device
 
 # read when the libraries are loaded, here and in the processes that tests start. Tests run side by side,
 # so threads of PyTorch and NumPy that spin while they wait cost more than all of their work
@@ -30,7 +30,7 @@ os.environ.pop("TVM_BALANCED_LOGS", None)
 @pytest.fixture
 def emulated() -> Iterator[Device]:
     """The emulated CUDA device in its plain mode, whatever a test before left."""
-    from tvm_balanced.cudaemu import device
+    from tvm_balanced.cuda.emulator import device
 
     found = device.install("sm_90")
     found.reset()

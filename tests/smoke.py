@@ -8,7 +8,7 @@ import tvm
 from tvm import relax
 
 import tvm_balanced as tb
-from tvm_balanced import cudaemu
+from tvm_balanced.cuda import emulator as cudaemu
 
 
 def main(folder: str) -> None:

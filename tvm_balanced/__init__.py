@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tvm_balanced._version import __version__
 
 if TYPE_CHECKING:
-    from tvm_balanced.compiler import CompiledLibrary, compile
+    from tvm_balanced.build.compiler import CompiledLibrary, compile
     from tvm_balanced.errors import (
         ArtifactError,
         InputError,
@@ -19,32 +19,34 @@ if TYPE_CHECKING:
         ToolchainError,
         TvmBalancedError,
     )
+    from tvm_balanced.format.pattern import BalancedPattern
     from tvm_balanced.frontend import from_onnx, from_relax, from_torch, load_model
     from tvm_balanced.model import Model
-    from tvm_balanced.pattern import BalancedPattern
-    from tvm_balanced.pruning import prune_weight
-    from tvm_balanced.runtime import Library, load
-    from tvm_balanced.training import GradualPruner
+    from tvm_balanced.pruning.gradual import GradualPruner
+    from tvm_balanced.pruning.magnitude import prune_weight
+    from tvm_balanced.runtime.library import Library, load
+
 
 _HOME = {
     "ArtifactError": "errors",
-    "BalancedPattern": "pattern",
-    "CompiledLibrary": "compiler",
-    "GradualPruner": "training",
+    "BalancedPattern": "format.pattern",
+    "CompiledLibrary": "build.compiler",
+    "GradualPruner": "pruning.gradual",
     "InputError": "errors",
-    "Library": "runtime",
+    "Library": "runtime.library",
     "Model": "model",
     "OutputError": "errors",
     "ToolchainError": "errors",
     "TvmBalancedError": "errors",
-    "compile": "compiler",
+    "compile": "build.compiler",
     "from_onnx": "frontend",
     "from_relax": "frontend",
     "from_torch": "frontend",
-    "load": "runtime",
+    "load": "runtime.library",
     "load_model": "frontend",
-    "prune_weight": "pruning",
+    "prune_weight": "pruning.magnitude",
 }
+
 
 __all__ = [
     "ArtifactError",

@@ -11,9 +11,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tvm_balanced import nvrtc, targets, threads, toolchain
 from tvm_balanced._version import __version__
+from tvm_balanced.build import cxx as build_cxx
+from tvm_balanced.cuda import libraries, nvrtc
+from tvm_balanced.cuda import nvrtc as cuda_nvrtc
 from tvm_balanced.errors import ToolchainError, TvmBalancedError
+from tvm_balanced.targets import driver as targets_driver
+from tvm_balanced.targets import gpus as targets_gpus
+from tvm_balanced.targets import host
+from tvm_balanced.targets import resolve as targets
+from tvm_balanced.targets.host import cpu_model
 
 PACKAGES = (
     "apache-tvm",
@@ -29,7 +36,10 @@ PACKAGES = (
     "nvidia-cublas",
 )
 
+
 _CUBLAS = "libcublas.so.13"
+
+
 # in a process of its own: the library takes a second and hundreds of megabytes
 _CUBLAS_PROBE = """
 import ctypes, json, sys
@@ -65,9 +75,9 @@ def collect() -> dict[str, Any]:
         ``tvm``: what was found, each with a ``problem`` that is None when it is usable; ``targets``: one
         entry a target name with ``compiles``, ``runs`` and, where one is False, ``reason``.
     """
-    driver = _attempt(targets.detect_driver)
-    cxx = _attempt(toolchain.find_cxx)
-    missing = _attempt(toolchain.missing_cuda_packages)
+    driver = _attempt(targets_driver.detect_driver)
+    cxx = _attempt(build_cxx.find_cxx)
+    missing = _attempt(cuda_nvrtc.missing_cuda_packages)
     nvrtc_problem = missing["problem"]
     if not nvrtc_problem and missing["value"]:
         nvrtc_problem = (
@@ -91,8 +101,8 @@ def collect() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": {
             "model": cpu_model(),
-            "cores": _attempt(threads.core_count)["value"],
-            "features": _attempt(lambda: sorted(targets.cpu_flags()))["value"] or [],
+            "cores": _attempt(host.core_count)["value"],
+            "features": _attempt(lambda: sorted(host.cpu_flags()))["value"] or [],
         },
         "tvm": {"problem": tvm["problem"]},
         "cxx": {"path": cxx["value"], "problem": cxx["problem"]},
@@ -122,7 +132,7 @@ def cublas_places() -> list[str]:
     """
     from tvm_ffi import libinfo
 
-    runtime = Path(toolchain.find_cudart())
+    runtime = Path(libraries.find_cudart())
     packages = Path(libinfo.find_libtvm_ffi()).parent.parent.parent
     beside = [runtime.parent] if runtime.is_absolute() else []
     folders = [*beside, packages / "nvidia" / "cu13" / "lib"]
@@ -185,22 +195,10 @@ def _check_tvm() -> None:
         raise TvmBalancedError("TVM was built without LLVM: pip install apache-tvm")
 
 
-def cpu_model() -> str:
-    """What the system calls this CPU."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def _usable(name: str, found: dict[str, Any]) -> dict[str, Any]:
     resolved = _attempt(lambda: targets.resolve(name))
     spec: targets.TargetSpec | None = resolved["value"]
-    cuda = name in targets.GPUS or name.startswith("cuda")
+    cuda = name in targets_gpus.GPUS or name.startswith("cuda")
     building = [
         found["tvm"]["problem"],
         resolved["problem"],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tvm_balanced.errors import InputError
-from tvm_balanced.pattern import BalancedPattern
+from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.selection import per_layer, select
 
 if TYPE_CHECKING:
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from tvm_balanced.relay_passes.find_dense import DenseLayer
     from tvm_balanced.report import Report
-    from tvm_balanced.targets import TargetSpec
+    from tvm_balanced.targets.resolve import TargetSpec
+
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -118,8 +119,8 @@ class Model:
             For an unknown pattern, a block larger than a layer's K, NaN or Inf in a weight, a name that
             matches nothing, or when no layer is left to prune.
         """
-        from tvm_balanced.packing import check_weight, is_balanced
-        from tvm_balanced.pruning import balanced_mask, kept_energy
+        from tvm_balanced.format.weights import check_weight, is_balanced
+        from tvm_balanced.pruning.magnitude import balanced_mask, kept_energy
         from tvm_balanced.relay_passes.pack_weights import dense_weight
         from tvm_balanced.relay_passes.weight_chain import scatter_mask
 
@@ -210,6 +211,6 @@ class Model:
         -------
         Report
         """
-        from tvm_balanced.plan import make_plan
+        from tvm_balanced.planning.plan import make_plan
 
         return make_plan(self, target, pattern, ignore, policy, rows, encoding, dense).report

@@ -1,9 +1,9 @@
 """The operator ``relax.nn.balanced_sparse_dense``: registration, type inference, TensorIR.
 
 ``balanced_sparse_dense(data[..., K], values, indices)`` is ``data @ W.T`` for a packed balanced weight
-``W (N, K)``. What fixes the packed arrays (:class:`~tvm_balanced.packing.PackedFormat`) are attributes of
-the call, so that a schedule knows them and a tuning trace never changes an argument's shape.
-Accumulation is float32.
+``W (N, K)``. What fixes the packed arrays (:class:`~tvm_balanced.format.layout.PackedFormat`) are
+attributes of the call, so that a schedule knows them and a tuning trace never changes an argument's
+shape. Accumulation is float32.
 """
 
 from __future__ import annotations
@@ -17,18 +17,26 @@ from tvm import relax, te, tirx
 from tvm.relax.transform.legalize_ops.common import register_legalize
 
 from tvm_balanced.errors import InputError
-from tvm_balanced.packing import BITMAP, ENCODINGS, Layout, PackedFormat
-from tvm_balanced.pattern import BalancedPattern
+from tvm_balanced.format.layout import BITMAP, ENCODINGS, Layout, PackedFormat
+from tvm_balanced.format.pattern import BalancedPattern
 
 OP_NAME = "relax.nn.balanced_sparse_dense"
 
+
 # Names of the TensorIR blocks. They are stable API: schedules, the tuner and tests look blocks up by them.
 BLOCK_DATA = "balanced_data"
+
+
 BLOCK_MAIN = "balanced_sparse_dense"
+
+
 BLOCK_OUT = "balanced_out"
+
 
 # Block attribute that MetaSchedule's ApplyCustomRule looks up, and the one that holds the format.
 SCHEDULE_RULE = "balanced_sparse_dense"
+
+
 FORMAT_ATTR = "balanced_format"
 
 

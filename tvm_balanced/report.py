@@ -10,8 +10,13 @@ from typing import Any, overload
 # columns of a table that goes into a file or a pipe
 WIDE = 160
 
+
 _UNBOUNDED = 10_000
+
+
 _NAME_MIN = 24
+
+
 _REASON_MIN = 24
 
 

@@ -15,9 +15,11 @@ import numpy as np
 import torch
 
 from examples.accuracy.text import triples, varied_sentences
-from tvm_balanced.calibration import Batch, distill, prune_calibrated
-from tvm_balanced.calibration_text import calibration_sentences
-from tvm_balanced.demo import encoder_folder, sentence_encoder, token_batches
+from tvm_balanced.demo.minilm import encoder_folder, sentence_encoder, token_batches
+from tvm_balanced.demo.sentences import calibration_sentences
+from tvm_balanced.pruning.calibrated import prune_calibrated
+from tvm_balanced.pruning.distillation import distill
+from tvm_balanced.pruning.layers import Batch
 
 PATTERNS = ("8:16", "4:16", "2:16")
 METHODS = ("magnitude", "wanda", "sparsegpt")

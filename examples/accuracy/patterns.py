@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tvm_balanced.training import BalancedRule, MaskRule
+from tvm_balanced.pruning.gradual import BalancedRule, MaskRule
 
 
 @dataclass(frozen=True)

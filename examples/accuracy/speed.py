@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from examples.accuracy.patterns import rules
-from tvm_balanced.compiler import compile as compile_model
+from tvm_balanced.bench.clock import Load, make_clock
+from tvm_balanced.build.compiler import compile as compile_model
 from tvm_balanced.frontend import from_torch
-from tvm_balanced.timing import Load, make_clock
 
 SIZE = 1024
 # CPU time of one thread: wall time of two is that of whatever else the machine runs

@@ -20,9 +20,9 @@ from torch import nn
 
 from examples.accuracy.patterns import rules
 from examples.accuracy.text import library_text
-from tvm_balanced.compiler import compile as compile_model
+from tvm_balanced.build.compiler import compile as compile_model
 from tvm_balanced.frontend import from_torch
-from tvm_balanced.training import GradualPruner, MaskRule
+from tvm_balanced.pruning.gradual import GradualPruner, MaskRule
 
 TASKS = ("MLP", "CNN", "LSTM")
 FOLDS = {"MLP": 5, "CNN": 5, "LSTM": 1}

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from tvm_balanced.calibration_text import docstring_sentences, made_sentence
+from tvm_balanced.demo.sentences import docstring_sentences, made_sentence
 
 PAIRS = Path(__file__).with_name("sentences.txt")
 

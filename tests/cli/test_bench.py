@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tvm_balanced import benchmark_results as results
-from tvm_balanced.benchmark_peers import peer_names
+from tvm_balanced.bench import results
+from tvm_balanced.bench.peers import peer_names
 from tvm_balanced.cli import bench
 
 SET = ["bench", "--set", "minilm", "--layer", "minilm-attention", "--pattern", "4:16"]
@@ -58,10 +58,12 @@ def test_layers_of_a_library(run, library):
 
 
 def test_exhausted_time_limit_is_told(run, tmp_path, monkeypatch):
-    from tvm_balanced.benchmarking import Benchmark
+    from tvm_balanced.bench.operators import Benchmark
 
     monkeypatch.setattr(Benchmark, "measure", lambda self, problem: [])
-    monkeypatch.setattr("tvm_balanced.benchmarking.time.monotonic", iter(range(0, 900, 9)).__next__)
+    monkeypatch.setattr(
+        "tvm_balanced.bench.operators.time.monotonic", iter(range(0, 900, 9)).__next__
+    )
     answer = run(*SMALL, "--m", "1,2,4", "--time-limit", "12", "-o", tmp_path / "rows.csv")
     assert answer.code == 0, answer.err
     assert "not begun" in answer.out and "--resume goes on" in answer.out
@@ -80,7 +82,7 @@ def test_exhausted_time_limit_is_told(run, tmp_path, monkeypatch):
     ids=["m", "peer", "target", "resume", "set", "folder"],
 )  # fmt: skip
 def test_mistakes_are_told_before_anything_is_timed(run, monkeypatch, words, code, told):
-    from tvm_balanced.benchmarking import Benchmark
+    from tvm_balanced.bench.operators import Benchmark
 
     monkeypatch.setattr(Benchmark, "measure", lambda self, problem: pytest.fail("timed"))
     answer = run(*SMALL, *words)

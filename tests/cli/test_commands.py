@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tvm_balanced.checkpoint import PATTERNS_KEY, read_checkpoint
 from tvm_balanced.cli.main import COMMANDS
-from tvm_balanced.packing import is_balanced
-from tvm_balanced.pattern import BalancedPattern
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.format.weights import is_balanced
+from tvm_balanced.frontend.checkpoint import PATTERNS_KEY, read_checkpoint
 
 PATTERN = BalancedPattern("4:16")
 

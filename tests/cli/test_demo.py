@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from tvm_balanced import demo
+from tvm_balanced.demo import digits
+from tvm_balanced.demo import minilm as demo
 
 
 def test_digits_are_good_when_sparse(tmp_path):
     """At 87.5 % zeros the compiled classifier loses at most three points."""
-    dense, sparse = demo.digits(lambda step: None, tmp_path)["models"]
+    dense, sparse = digits.digits(lambda step: None, tmp_path)["models"]
     assert dense["sparse_layers"] == 0 and sparse["sparse_layers"] == 2
     assert dense["accuracy"] >= 0.96
     assert sparse["accuracy"] >= dense["accuracy"] - 0.03

@@ -206,7 +206,7 @@ def test_disk_full_while_pruning(run, here, request, monkeypatch, kind):
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("tvm_balanced.checkpoint.os.fsync", full)
+    monkeypatch.setattr("tvm_balanced.frontend.checkpoint.os.fsync", full)
     answer = run("prune", source, "--pattern", "4:16", "-o", here / f"o{source.suffix}")
     refused(answer, 2, "disk is full")
 
@@ -215,7 +215,7 @@ def test_disk_full_while_compiling(run, here, onnx_mlp, monkeypatch):
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("tvm_balanced.artifact.shutil.copyfileobj", full)
+    monkeypatch.setattr("tvm_balanced.artifact.folder.shutil.copyfileobj", full)
     refused(run("compile", onnx_mlp, "-o", here / "m.tvmb"), 2, "disk is full")
 
 
@@ -237,13 +237,13 @@ def test_wrong_input_at_run_time(run, here, library, tmp_path, array, words):
 
 def test_no_room_for_temporary_files(run, here, onnx_mlp, monkeypatch):
     full = shutil._ntuple_diskusage(10 << 20, 9 << 20, 1 << 20)
-    monkeypatch.setattr("tvm_balanced.compiler.shutil.disk_usage", lambda place: full)
+    monkeypatch.setattr("tvm_balanced.build.compiler.shutil.disk_usage", lambda place: full)
     refused(run("compile", onnx_mlp, "-o", here / "m.tvmb"), 2, "1 MiB left", "TMPDIR")
 
     def none() -> str:
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
 
-    monkeypatch.setattr("tvm_balanced.compiler.tempfile.gettempdir", none)
+    monkeypatch.setattr("tvm_balanced.build.compiler.tempfile.gettempdir", none)
     refused(run("compile", onnx_mlp, "-o", here / "m.tvmb"), 2, "TMPDIR")
 
 
@@ -307,15 +307,16 @@ def test_library_of_others(run, here, library, tmp_path, change, code, words):
 
 
 def test_library_for_a_gpu_that_is_not_here(run, here, library, tmp_path, monkeypatch):
-    from tvm_balanced import runtime, targets
+    from tvm_balanced.runtime import library as runtime
+    from tvm_balanced.targets import driver
 
     target = json.loads((library / "manifest.json").read_text())["target"]
     path = _edited(library, tmp_path, target={**target, "kind": "cuda", "arch": "sm_90"})
-    none = targets.Driver(None, (), "no NVIDIA driver (libcuda.so.1) is installed")
+    none = driver.Driver(None, (), "no NVIDIA driver (libcuda.so.1) is installed")
     monkeypatch.setattr(runtime, "detect_driver", lambda: none)
     refused(run("run", path, "--random"), 3, "sm_90", "no NVIDIA driver")
-    gpu = targets.DetectedGpu("Tesla X", "sm_80", 1, 1.0, 1, 1.0, 1, 1)
-    one = targets.Driver("13.0", (gpu,), None)
+    gpu = driver.DetectedGpu("Tesla X", "sm_80", 1, 1.0, 1, 1.0, 1, 1)
+    one = driver.Driver("13.0", (gpu,), None)
     monkeypatch.setattr(runtime, "detect_driver", lambda: one)
     refused(run("run", path, "--random"), 2)
 
@@ -341,10 +342,10 @@ def test_no_library(run, here, library, tmp_path, damage):
 
 
 def test_no_cuda_device(run, here, onnx_mlp, monkeypatch):
-    from tvm_balanced import targets
+    from tvm_balanced.targets import driver
 
-    none = targets.Driver(None, (), "no NVIDIA driver (libcuda.so.1) is installed")
-    monkeypatch.setattr(targets, "detect_driver", lambda: none)
+    none = driver.Driver(None, (), "no NVIDIA driver (libcuda.so.1) is installed")
+    monkeypatch.setattr(driver, "detect_driver", lambda: none)
     answer = run("compile", onnx_mlp, "--target", "cuda", "-o", here / "m.tvmb")
     refused(answer, 3, "cuda-sm_90")
 

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from tvm_balanced.checkpoint import PATTERNS_KEY, read_checkpoint
-from tvm_balanced.packing import is_balanced
-from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.pruning import prune_weight
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.format.weights import is_balanced
+from tvm_balanced.frontend.checkpoint import PATTERNS_KEY, read_checkpoint
+from tvm_balanced.pruning.magnitude import prune_weight
 
 ROWS, WIDTH = 4, 32
 

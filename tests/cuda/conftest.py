@@ -11,11 +11,15 @@ import numpy as np
 import tvm
 from tvm import relax, tirx
 
-from tvm_balanced import cudaemu, ops, packing, pruning, reference
-from tvm_balanced.packing import PackedFormat
-from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.schedules import cuda, cuda_gather
+from tvm_balanced import ops
+from tvm_balanced.cuda import emulator as cudaemu
+from tvm_balanced.format import layout, packing, reference
+from tvm_balanced.format.layout import PackedFormat
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.pruning import magnitude as pruning
 from tvm_balanced.schedules.balanced_block import find
+from tvm_balanced.schedules.cuda import gather as cuda_gather
+from tvm_balanced.schedules.cuda import target as cuda
 
 # of the largest result: rounding of the result's dtype, and of float32 sums in another order
 TOLERANCE = {"float32": 2e-6, "float16": 1.5e-3, "bfloat16": 1.2e-2}
@@ -140,7 +144,7 @@ def arguments(
 ) -> tuple[list[Any], Any]:
     """Arguments in the kernel's order, the output poisoned with NaN, and the float64 result."""
     rng = np.random.default_rng(seed)
-    dtype, out_dtype = packing.numpy_dtype(case.dtype), packing.numpy_dtype(case.out_dtype)
+    dtype, out_dtype = layout.numpy_dtype(case.dtype), layout.numpy_dtype(case.out_dtype)
     dense = rng.standard_normal((fmt.out_features, fmt.in_features)).astype("f4")
     weight = pruning.prune_weight(dense, fmt.pattern).astype(dtype)
     packed = packing.pack(weight, fmt.pattern, fmt.layout, fmt.encoding)

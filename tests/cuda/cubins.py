@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tvm_balanced import nvrtc
+from tvm_balanced.cuda import nvrtc
 
 
 def compile_cubin(source: str, arch: str) -> tuple[bytes, str]:

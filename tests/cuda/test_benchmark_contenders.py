@@ -3,16 +3,17 @@
 import pytest
 import torch
 
-from tvm_balanced import benchmark_peers as peers
-from tvm_balanced.benchmark_shapes import LayerShape, Problem
-from tvm_balanced.cudaemu import device
-from tvm_balanced.targets import resolve
+from tvm_balanced.bench import machine as bench_machine
+from tvm_balanced.bench import peers
+from tvm_balanced.bench.shapes import LayerShape, Problem
+from tvm_balanced.cuda.emulator import device
+from tvm_balanced.targets.resolve import resolve
 
 
 @pytest.fixture(scope="module")
 def machine():
     device.install("sm_90").reset()
-    return peers.Machine("emulated", resolve("cuda-sm_90"), torch.device("cpu"))
+    return bench_machine.Machine("emulated", resolve("cuda-sm_90"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

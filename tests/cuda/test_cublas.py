@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import tvm
 
-from tvm_balanced.cudaemu import EmulatorError, device
-from tvm_balanced.cudaemu.compiler import device_libraries, runtime
+from tvm_balanced.build.cxx import cxx_arguments, find_cxx
+from tvm_balanced.build.export import CUBLAS_SOURCE
+from tvm_balanced.cuda.emulator import EmulatorError, device
+from tvm_balanced.cuda.emulator.compiler import device_libraries, runtime
 from tvm_balanced.relay_passes.dense_cublas import FUNCTION
-from tvm_balanced.toolchain import CUBLAS_SOURCE, cxx_arguments, find_cxx
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}  # cudaDataType

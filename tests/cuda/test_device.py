@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tvm_balanced.cudaemu import EmulatorError, device
-from tvm_balanced.cudaemu.compiler import device_libraries
+from tvm_balanced.cuda.emulator import EmulatorError, device
+from tvm_balanced.cuda.emulator.compiler import device_libraries
 
 OK, INVALID_VALUE, OUT_OF_MEMORY, NO_BINARY = 0, 1, 2, 209
 ILLEGAL_ADDRESS, OUT_OF_RESOURCES = 700, 701
@@ -148,12 +148,14 @@ def _fresh(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_never_there_unasked() -> None:
-    done = _fresh("import tvm, tvm_balanced, tvm_balanced.cudaemu; print(tvm.cuda(0).exist)")
+    done = _fresh("import tvm, tvm_balanced, tvm_balanced.cuda.emulator; print(tvm.cuda(0).exist)")
     assert done.stdout.strip() == "False", done.stderr
 
 
 def test_says_so_when_it_is_asked_for() -> None:
-    done = _fresh("from tvm_balanced.cudaemu import device; print(device.install('sm_80').name)")
+    done = _fresh(
+        "from tvm_balanced.cuda.emulator import device; print(device.install('sm_80').name)"
+    )
     assert done.stdout.strip() == "emulated CUDA device (sm_80 on the CPU)", done.stderr
     assert "emulated CUDA device (sm_80 on the CPU) is in use" in done.stderr
 
@@ -165,7 +167,7 @@ def test_does_not_take_the_place_of_a_driver(soname: str, tmp_path: Any) -> None
     subprocess.run(["g++", "-shared", "-fPIC", "-x", "c", "-o", library, source], check=True)
     done = _fresh(
         f"import ctypes; ctypes.CDLL({str(library)!r}); "
-        "from tvm_balanced.cudaemu import device; device.install()"
+        "from tvm_balanced.cuda.emulator import device; device.install()"
     )
     assert f"this process has loaded {soname}" in done.stderr
     assert "ToolchainError" in done.stderr
@@ -384,8 +386,8 @@ def test_model_runs_as_a_cuda_graph(emulated: device.Device) -> None:
     import tvm
     from tvm import relax
 
-    from tvm_balanced import pipeline
-    from tvm_balanced.targets import resolve
+    from tvm_balanced.build import pipeline
+    from tvm_balanced.targets.resolve import resolve
 
     target = resolve("cuda-sm_90").target
     bb = relax.BlockBuilder()

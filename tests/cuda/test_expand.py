@@ -11,17 +11,21 @@ import torch
 import tvm
 
 import tvm_balanced as tb
-from tvm_balanced import cudaemu, expand_model, kernel_model, static_report, targets
-from tvm_balanced.artifact import read_manifest
-from tvm_balanced.cudaemu import device
+from tvm_balanced.artifact.manifest import read_manifest
+from tvm_balanced.build.pipeline import TIR_PIPELINE
+from tvm_balanced.cuda import emulator as cudaemu
+from tvm_balanced.cuda import sass
+from tvm_balanced.cuda.emulator import device
 from tvm_balanced.errors import ToolchainError
-from tvm_balanced.packing import Layout, PackedFormat
-from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.pipeline import TIR_PIPELINE
-from tvm_balanced.schedules import cuda, cuda_expand
+from tvm_balanced.format.layout import Layout, PackedFormat
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.schedules.cuda import expand as cuda_expand
+from tvm_balanced.schedules.cuda import expand_model, machine
+from tvm_balanced.schedules.cuda import target as cuda
+from tvm_balanced.schedules.cuda.tensor_core_model import Tile
 from tvm_balanced.schedules.rules import RULE, first_match
-from tvm_balanced.tensor_core_model import Tile
-from tvm_balanced.verification import verify
+from tvm_balanced.targets import gpus
+from tvm_balanced.verification.library import verify
 
 from .conftest import Case, arguments, check_close, fused_kernel, packed_format, target
 from .cubins import compile_cubin
@@ -107,7 +111,7 @@ def test_no_bank_conflicts(pattern: str) -> None:
 )
 def test_expand_compiles_to_tensor_cores(case: Case, arch: str) -> None:
     fmt = _format(case)
-    gpu = kernel_model.machine(targets.GPUS[{"sm_80": "a100", "sm_90": "h100"}[arch]])
+    gpu = machine.machine(gpus.GPUS[{"sm_80": "a100", "sm_90": "h100"}[arch]])
     found = expand_model.best(fmt, int(case.lead[0]), case.dtype, 96 << 10, gpu)
     assert found is not None
     tile, predicted = found
@@ -116,7 +120,7 @@ def test_expand_compiles_to_tensor_cores(case: Case, arch: str) -> None:
     registers = re.search(r"Used (\d+) registers", log)
     assert registers and int(registers[1]) <= 255, log
     try:
-        (counts,) = static_report.sass_counts(cubin).values()
+        (counts,) = sass.sass_counts(cubin).values()
     except ToolchainError as error:
         pytest.skip(str(error))
     assert counts.loop is not None

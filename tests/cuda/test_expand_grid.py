@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import tvm
 
-from tvm_balanced import cudaemu, expand_model
-from tvm_balanced.packing import PackedFormat
-from tvm_balanced.schedules import cuda_expand
-from tvm_balanced.tensor_core_model import Tile
+from tvm_balanced.cuda import emulator as cudaemu
+from tvm_balanced.format.layout import PackedFormat
+from tvm_balanced.schedules.cuda import expand as cuda_expand
+from tvm_balanced.schedules.cuda import expand_model
+from tvm_balanced.schedules.cuda.tensor_core_model import Tile
 
 from .conftest import Case, arguments, check_close, fused_kernel, packed_format, target
 

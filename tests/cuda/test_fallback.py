@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from tvm import te, tirx
 
-from tvm_balanced import cudaemu, ops
-from tvm_balanced.packing import PackedFormat
-from tvm_balanced.schedules import cuda, cuda_fallback
-from tvm_balanced.tensor_core_model import Tile
+from tvm_balanced import ops
+from tvm_balanced.cuda import emulator as cudaemu
+from tvm_balanced.format.layout import PackedFormat
+from tvm_balanced.schedules.cuda import fallback as cuda_fallback
+from tvm_balanced.schedules.cuda import target as cuda
+from tvm_balanced.schedules.cuda.tensor_core_model import Tile
 
 from .conftest import Case, arguments, packed_format, target
 

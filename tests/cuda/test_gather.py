@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from tvm_balanced import cudaemu
-from tvm_balanced.packing import Layout, PackedFormat
-from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.schedules import cuda_fallback, cuda_gather
+from tvm_balanced.cuda import emulator as cudaemu
+from tvm_balanced.format.layout import Layout, PackedFormat
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.schedules.cuda import fallback as cuda_fallback
+from tvm_balanced.schedules.cuda import gather as cuda_gather
 
 from .conftest import (
     Case,

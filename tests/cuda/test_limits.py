@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tvm_balanced import cudaemu
-from tvm_balanced.cudaemu.report import Access
-from tvm_balanced.packing import BITMAP, ENCODINGS, Layout, PackedFormat, pack, unpack
-from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.pruning import prune_weight
-from tvm_balanced.schedules import cuda_gather
+from tvm_balanced.cuda import emulator as cudaemu
+from tvm_balanced.cuda.emulator.report import Access
+from tvm_balanced.format.layout import BITMAP, ENCODINGS, Layout, PackedFormat
+from tvm_balanced.format.packing import pack, unpack
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.pruning.magnitude import prune_weight
+from tvm_balanced.schedules.cuda import gather as cuda_gather
+from tvm_balanced.schedules.cuda import gather_tile
 
 from .conftest import Case, arguments, gather_kernel, packed_format
 from .covering import all_pairs, pairs_of, possible_pairs
@@ -153,7 +155,7 @@ def test_skew_pads_little(k: int) -> None:
         assert fmt.slots <= 1.07 * plain.slots or fmt.layout.skew == 1
 
 
-def _tile_of_whole_gpu(*args: Any, multiprocessors: int = 0) -> cuda_gather.Tile:
+def _tile_of_whole_gpu(*args: Any, multiprocessors: int = 0) -> gather_tile.Tile:
     return _default_tile(*args)
 
 
@@ -165,7 +167,7 @@ def test_order_of_slots_saves_wavefronts(pattern: str, monkeypatch: pytest.Monke
     # elements of four rows, as a whole GPU is given; smaller ones conflict less
     monkeypatch.setattr(cuda_gather, "default_tile", _tile_of_whole_gpu)
     ordered = _measure(case, fmt, _BLOCKS)
-    monkeypatch.setattr("tvm_balanced.packing._is_spread", lambda fmt: False)
+    monkeypatch.setattr("tvm_balanced.format.packing._is_spread", lambda fmt: False)
     plain = _measure(case, fmt, _BLOCKS)
     assert ordered.shared_load_excess < 0.9 * plain.shared_load_excess
 

@@ -13,9 +13,11 @@ import tvm
 from scipy import special
 from tvm import relax
 
-from tvm_balanced import cudaemu, nvrtc, targets
-from tvm_balanced.packing import numpy_dtype
-from tvm_balanced.pipeline import TIR_PIPELINE, fuse_passes, schedule_passes
+from tvm_balanced.build.pipeline import TIR_PIPELINE, fuse_passes, schedule_passes
+from tvm_balanced.cuda import emulator as cudaemu
+from tvm_balanced.cuda import nvrtc
+from tvm_balanced.format.layout import numpy_dtype
+from tvm_balanced.targets import resolve as targets
 
 SHAPE = (16, 512)
 UNIT = 2.0**-24  # half a unit in the last place, relative to 1

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from tvm_balanced import cudaemu
-from tvm_balanced.schedules import cuda_fallback
+from tvm_balanced.cuda import emulator as cudaemu
+from tvm_balanced.schedules.cuda import fallback as cuda_fallback
 
 from .conftest import Case, arguments, fused_kernel, gather_kernel, packed_format, target
 

@@ -13,14 +13,15 @@ import tvm
 from tvm import te
 from tvm.s_tir import dlight
 
-from tvm_balanced import cudaemu
-from tvm_balanced.schedules import cuda_gather
+from tvm_balanced.cuda import emulator as cudaemu
+from tvm_balanced.schedules.cuda import gather as cuda_gather
+from tvm_balanced.schedules.cuda import gather_tile
 
 from .conftest import Case, arguments, check_close, fused_kernel, packed_format, target
 
 # two chunks of K, so that every barrier of the kernel has work before and after it
 _CASE = Case((2,), 64, 256, "4:16", "float32", "float32")
-_TILE = cuda_gather.Tile(vector=2, groups=1, warps=4, unroll=1, chunk=8)
+_TILE = gather_tile.Tile(vector=2, groups=1, warps=4, unroll=1, chunk=8)
 _BARRIERS = 4  # per chunk before and after staging, then before and after the partial sums
 _OUTPUT = "T_add_intermediate_ptr"
 

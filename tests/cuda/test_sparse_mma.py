@@ -12,24 +12,21 @@ import pytest
 import torch
 
 import tvm_balanced as tb
-from tvm_balanced import (
-    cudaemu,
-    kernel_model,
-    packing,
-    pruning,
-    reference,
-    sparse_mma_model,
-    static_report,
-    targets,
-)
-from tvm_balanced.cudaemu import EmulatorError
+from tvm_balanced.cuda import emulator as cudaemu
+from tvm_balanced.cuda import sass
+from tvm_balanced.cuda.emulator import EmulatorError
 from tvm_balanced.errors import ToolchainError
-from tvm_balanced.packing import Layout, PackedFormat
-from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.schedules import cuda, cuda_sparse_mma
+from tvm_balanced.format import packing, reference
+from tvm_balanced.format.layout import Layout, PackedFormat
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.pruning import magnitude as pruning
+from tvm_balanced.schedules.cuda import machine, sparse_mma_model
+from tvm_balanced.schedules.cuda import sparse_mma as cuda_sparse_mma
+from tvm_balanced.schedules.cuda import target as cuda
+from tvm_balanced.schedules.cuda.tensor_core_model import Tile
 from tvm_balanced.schedules.rules import RULE, first_match
-from tvm_balanced.tensor_core_model import Tile
-from tvm_balanced.verification import verify
+from tvm_balanced.targets import gpus
+from tvm_balanced.verification.library import verify
 
 from .conftest import (
     Case,
@@ -160,7 +157,7 @@ def test_metadata_that_does_not_ascend_is_reported() -> None:
 )
 def test_compiles_to_sparse_tensor_cores(case: Case, arch: str) -> None:
     fmt = packed_format(case)
-    gpu = kernel_model.machine(targets.GPUS[{"sm_80": "a100", "sm_90": "h100"}[arch]])
+    gpu = machine.machine(gpus.GPUS[{"sm_80": "a100", "sm_90": "h100"}[arch]])
     found = sparse_mma_model.best(fmt, int(case.lead[0]), case.dtype, 96 << 10, gpu)
     assert found is not None
     tile, predicted = found
@@ -169,7 +166,7 @@ def test_compiles_to_sparse_tensor_cores(case: Case, arch: str) -> None:
     registers = re.search(r"Used (\d+) registers", log)
     assert registers and abs(int(registers[1]) - predicted.registers) <= 40, log
     try:
-        (counts,) = static_report.sass_counts(cubin).values()
+        (counts,) = sass.sass_counts(cubin).values()
     except ToolchainError as error:
         pytest.skip(str(error))
     assert counts.loop is not None

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 import tvm_balanced as tb
-from tvm_balanced import cudaemu, kernel_model
-from tvm_balanced.cudaemu import device
-from tvm_balanced.pipeline import TIR_PIPELINE
-from tvm_balanced.schedules import cuda_gather
-from tvm_balanced.targets import GPUS
-from tvm_balanced.verification import verify
+from tvm_balanced.build.pipeline import TIR_PIPELINE
+from tvm_balanced.cuda import emulator as cudaemu
+from tvm_balanced.cuda.emulator import device
+from tvm_balanced.schedules.cuda import gather as cuda_gather
+from tvm_balanced.schedules.cuda import gather_model as kernel_model
+from tvm_balanced.schedules.cuda import gather_tile, machine
+from tvm_balanced.targets.gpus import GPUS
+from tvm_balanced.verification.library import verify
 
 from .conftest import Case, arguments, check_close, fused_kernel, packed_format, target
 
@@ -29,12 +31,12 @@ CASES = [
 
 def _kernel(case: Case) -> cudaemu.TVMKernel:
     """With the fastest tile that is split, whether or not that is worth a second launch."""
-    fmt, gpu = packed_format(case), kernel_model.machine(GPUS["h100"])
+    fmt, gpu = packed_format(case), machine.machine(GPUS["h100"])
     (rows,) = case.shapes[0]
     model = kernel_model.Model(gpu, fmt, rows, case.dtype)
-    every = kernel_model.candidates(fmt, rows, case.dtype, 48 << 10, gpu.sm_count, split=True)
+    every = gather_tile.candidates(fmt, rows, case.dtype, 48 << 10, gpu.sm_count, split=True)
     knobs = min((one for one in every if one.splits > 1), key=lambda one: model.bounds(one)[0])
-    sch = cuda_gather.apply(fused_kernel(case, fmt), target(), cuda_gather.Tile(**asdict(knobs)))
+    sch = cuda_gather.apply(fused_kernel(case, fmt), target(), gather_tile.Tile(**asdict(knobs)))
     assert sch is not None
     return cudaemu.from_tvm(sch.mod, target(), pipeline=TIR_PIPELINE)
 

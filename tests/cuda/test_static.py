@@ -6,12 +6,13 @@ import functools
 
 import pytest
 
-from tvm_balanced import cudaemu
+from tvm_balanced.build.pipeline import TIR_PIPELINE
+from tvm_balanced.cuda import emulator as cudaemu
+from tvm_balanced.cuda.sass import find_nvdisasm
+from tvm_balanced.cuda.static_report import KernelReport, StaticReport
 from tvm_balanced.errors import ToolchainError
-from tvm_balanced.pipeline import TIR_PIPELINE
-from tvm_balanced.schedules import cuda_gather
-from tvm_balanced.static_report import KernelReport, StaticReport, find_nvdisasm
-from tvm_balanced.targets import gpu_figures
+from tvm_balanced.schedules.cuda import gather as cuda_gather
+from tvm_balanced.targets.gpus import gpu_figures
 
 from .conftest import Case, fused_kernel, packed_format, target
 from .cubins import compile_cubin

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from tvm_balanced import cudaemu
-from tvm_balanced.packing import BITMAP, BITMAP_BLOCKS, ENCODINGS, Layout, PackedFormat
-from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.schedules import cuda_fallback
+from tvm_balanced.cuda import emulator as cudaemu
+from tvm_balanced.format.layout import BITMAP, BITMAP_BLOCKS, ENCODINGS, Layout, PackedFormat
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.schedules.cuda import fallback as cuda_fallback
 
 from .conftest import Case, arguments, check_close, fused_kernel, gather_kernel, target
 from .covering import Chosen, all_pairs, pairs_of, possible_pairs

@@ -19,11 +19,18 @@ from tvm import te
 
 import tvm_balanced as tb
 from tests.models.zoo import ZOO
-from tvm_balanced import nvrtc
 from tvm_balanced.cli.main import main
-from tvm_balanced.cudaemu import device
+from tvm_balanced.cuda import nvrtc
+from tvm_balanced.cuda.emulator import device
 from tvm_balanced.errors import ArtifactError, ToolchainError
-from tvm_balanced.verification import FAIL, PASS, UNCHECKED, Verification, _check_kernel, verify
+from tvm_balanced.verification.library import (
+    FAIL,
+    PASS,
+    UNCHECKED,
+    Verification,
+    _check_kernel,
+    verify,
+)
 
 RECOMPILED = "cubin made again of kernels/*.cu"
 

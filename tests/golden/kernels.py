@@ -11,12 +11,12 @@ from tvm import relax
 
 from tests.cuda.conftest import Case, fused_kernel, packed_format
 from tests.cuda.conftest import target as cuda_target
-from tvm_balanced import cudaemu
-from tvm_balanced.packing import Layout, PackedFormat
-from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.pipeline import TIR_PIPELINE, fuse_passes
-from tvm_balanced.schedules import llvm
+from tvm_balanced.build.pipeline import TIR_PIPELINE, fuse_passes
+from tvm_balanced.cuda import emulator as cudaemu
+from tvm_balanced.format.layout import Layout, PackedFormat
+from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.schedules.dispatch import ScheduleBalanced, schedule_rest
+from tvm_balanced.schedules.llvm import target as llvm
 from tvm_balanced.schedules.rules import RULE
 
 ARCH = "sm_90"

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from tests.cuda.conftest import Case, fused_kernel, packed_format, target
-from tvm_balanced import cudaemu
-from tvm_balanced.cuda_source import split_kernels
-from tvm_balanced.packing import Layout, PackedFormat
-from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.pipeline import TIR_PIPELINE
-from tvm_balanced.schedules import cuda_fallback, cuda_gather
+from tvm_balanced.build.pipeline import TIR_PIPELINE
+from tvm_balanced.cuda import emulator as cudaemu
+from tvm_balanced.cuda.source import split_kernels
+from tvm_balanced.format.layout import Layout, PackedFormat
+from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.schedules.balanced_block import find
+from tvm_balanced.schedules.cuda import fallback as cuda_fallback
+from tvm_balanced.schedules.cuda import gather as cuda_gather
 
 from .conftest import HERE
 

@@ -18,7 +18,8 @@ from tvm.s_tir import meta_schedule as ms
 
 import tvm_balanced as tb
 from tests.models.zoo import ZOO
-from tvm_balanced import nvrtc, records
+from tvm_balanced.cuda import nvrtc
+from tvm_balanced.records import store as records
 
 from .kernels import ARCH, CUDA, LLVM, LLVM_TARGETS, cuda_text, llvm_text, serial_text
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tvm_balanced import benchmark_peers as peers
-from tvm_balanced.benchmark_shapes import LayerShape, Problem
-from tvm_balanced.targets import detect_driver
+from tvm_balanced.bench import peers
+from tvm_balanced.bench.shapes import LayerShape, Problem
+from tvm_balanced.targets.driver import detect_driver
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,7 +20,7 @@ PROBLEM = Problem("test", LayerShape("layer", 4096, 4096), 8, "4:16", "float16")
 
 @pytest.fixture(scope="module")
 def rows():
-    from tvm_balanced.benchmarking import Benchmark, make_machine
+    from tvm_balanced.bench.operators import Benchmark, make_machine
 
     machine = make_machine("cuda")
     found = {}

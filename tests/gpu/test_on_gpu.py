@@ -7,8 +7,8 @@ import torch
 import tvm_balanced as tb
 from tests.models.test_compile import assert_close, load_weights
 from tests.models.zoo import ZOO
-from tvm_balanced.targets import detect_driver
-from tvm_balanced.toolchain import cuda_root
+from tvm_balanced.cuda.nvrtc import cuda_root
+from tvm_balanced.targets.driver import detect_driver
 
 pytestmark = [
     pytest.mark.gpu,

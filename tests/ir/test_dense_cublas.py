@@ -4,7 +4,7 @@ import pytest
 import tvm
 from tvm import relax, tirx
 
-from tvm_balanced.pipeline import fuse_passes
+from tvm_balanced.build.pipeline import fuse_passes
 from tvm_balanced.relay_passes.accumulate_float32 import accumulate_float32
 from tvm_balanced.relay_passes.dense_cublas import FUNCTION, cublas_calls, dense_cublas
 from tvm_balanced.relay_passes.find_dense import main_bindings

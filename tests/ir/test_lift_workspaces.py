@@ -9,11 +9,11 @@ from tvm.script import ir as I
 from tvm.script import relax as R
 from tvm.script import tirx as T
 
-from tvm_balanced.kernel_reference import seeded_arguments
-from tvm_balanced.pipeline import lower_passes
+from tvm_balanced.build.pipeline import lower_passes
 from tvm_balanced.relay_passes.find_dense import main_bindings
 from tvm_balanced.relay_passes.lift_workspaces import LiftWorkspaces, with_signatures_of
 from tvm_balanced.relay_passes.weight_chain import call_name
+from tvm_balanced.verification.arguments import seeded_arguments
 
 
 @I.ir_module(s_tir=True)

@@ -8,12 +8,12 @@ from tvm.ir import assert_structural_equal
 from tvm.script import ir as I
 from tvm.script import relax as R
 
-from tvm_balanced import pipeline
+from tvm_balanced.build import pipeline
 from tvm_balanced.errors import InputError
+from tvm_balanced.format.layout import Layout, PackedFormat
+from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.ops import OP_NAME, balanced_sparse_dense
-from tvm_balanced.packing import Layout, PackedFormat
-from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.pruning import prune_weight
+from tvm_balanced.pruning.magnitude import prune_weight
 from tvm_balanced.relay_passes.bucket_functions import bucket_functions
 from tvm_balanced.relay_passes.clean_names import CleanKernelNames
 from tvm_balanced.relay_passes.find_dense import find_dense, main_bindings

@@ -7,12 +7,11 @@ import tvm
 import tvm_ffi
 from tvm import tirx
 
-from tvm_balanced.kernel_reference import seeded_arguments
-from tvm_balanced.pipeline import fuse_passes
-from tvm_balanced.plan import make_plan
-from tvm_balanced.rewrite import rewrite_model
+from tvm_balanced.build.pipeline import fuse_passes, rewrite_model
+from tvm_balanced.planning.plan import make_plan
 from tvm_balanced.schedules.balanced_block import has_balanced_block
 from tvm_balanced.schedules.dispatch import ScheduleBalanced
+from tvm_balanced.verification.arguments import seeded_arguments
 
 
 @dataclass

@@ -12,8 +12,8 @@ import tvm
 import tvm_balanced as tb
 from tests.models.kernels import arguments, distinct_kernels, run_plain
 from tests.models.zoo import ZOO
-from tvm_balanced import cudaemu
-from tvm_balanced.targets import resolve
+from tvm_balanced.cuda import emulator as cudaemu
+from tvm_balanced.targets.resolve import resolve
 
 # run whole by tests/models/test_emulated_device.py
 WHOLE = ("lstm", "llama_decode", "llama_decode_bf16", "gpt2_prefill", "vgg16")
@@ -125,7 +125,7 @@ def test_cuda_builds_with_every_eligible_layer_sparse(name, size, arch, pruned, 
     _, model, _ = pruned(name, size)
     lib = tb.compile(model, f"cuda-{arch}", policy="always")
     assert {row.name for row in lib.report if row.decision == "sparse"} == eligible(model)
-    from tvm_balanced.toolchain import cubin_architectures
+    from tvm_balanced.cuda.cubin import cubin_architectures
 
     path = lib.save(tmp_path / "model.tvmb")
     assert cubin_architectures(path / "lib.so") == [arch]

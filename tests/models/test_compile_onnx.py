@@ -11,9 +11,9 @@ import torch
 import tvm_balanced as tb
 from tests.models.test_compile import check_kernels, eligible
 from tests.models.zoo import ZOO
-from tvm_balanced.checkpoint import write_onnx
+from tvm_balanced.cuda.cubin import cubin_architectures
+from tvm_balanced.frontend.checkpoint import write_onnx
 from tvm_balanced.frontend.torch_importer import to_numpy
-from tvm_balanced.toolchain import cubin_architectures
 
 
 def check(path, tmp_path, inputs, tolerance, input_shapes=None):

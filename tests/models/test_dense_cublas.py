@@ -14,11 +14,11 @@ from torch import nn
 import tvm_balanced as tb
 from tests.models.test_compile import assert_close, load_weights
 from tests.models.zoo import ZOO
-from tvm_balanced.artifact import read_manifest
+from tvm_balanced.artifact.manifest import read_manifest
 from tvm_balanced.cli.main import main
-from tvm_balanced.cudaemu import device
+from tvm_balanced.cuda.emulator import device
 from tvm_balanced.errors import InputError
-from tvm_balanced.verification import PASS, UNCHECKED, verify
+from tvm_balanced.verification.library import PASS, UNCHECKED, verify
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +138,7 @@ def test_plain_tvm_finds_the_function_in_the_library(llama, tmp_path):
 def _stand_ins():
     from pathlib import Path
 
-    from tvm_balanced.cudaemu.compiler import device_libraries, runtime
+    from tvm_balanced.cuda.emulator.compiler import device_libraries, runtime
 
     every = Path(device_libraries()._name)
     return runtime()._name, str(every), str(every.with_name("libcuda.so.1"))

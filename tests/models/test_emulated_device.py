@@ -11,8 +11,8 @@ import torch
 import tvm_balanced as tb
 from tests.models.test_compile import WHOLE, assert_close, eligible, load_weights
 from tests.models.zoo import ZOO, Built, _bert
+from tvm_balanced.cuda.libraries import load_cuda_runtime
 from tvm_balanced.errors import InputError, ToolchainError
-from tvm_balanced.toolchain import load_cuda_runtime
 
 pytestmark = pytest.mark.usefixtures("emulated")
 

@@ -12,8 +12,8 @@ import tvm
 from tvm import relax, tirx
 
 from tests.cuda.covering import Chosen, all_pairs
-from tvm_balanced.schedules import cpu_common
-from tvm_balanced.schedules.cpu import ScheduleForCpu
+from tvm_balanced.schedules.llvm.rest import common as cpu_common
+from tvm_balanced.schedules.llvm.rest.rules import ScheduleForCpu
 
 HOST = tvm.target.codegen.llvm_get_system_cpu()
 TARGETS = {
@@ -456,7 +456,7 @@ def test_repeated_bfloat16_loads_are_read_as_bits():
     import ml_dtypes
     from tvm import relax
 
-    from tvm_balanced.pipeline import build
+    from tvm_balanced.build.pipeline import build
 
     x = relax.Var("x", relax.TensorType((64, 5632), "bfloat16"))
     bb = relax.BlockBuilder()

@@ -12,17 +12,18 @@ import pytest
 import tvm
 from tvm import relax, tirx
 
-from tvm_balanced import ops, packing, pruning, reference
-from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.pipeline import TIR_PIPELINE
-from tvm_balanced.schedules import (
-    balanced_block,
-    llvm,
-    llvm_batch_lanes,
-    llvm_fallback,
-    llvm_nest,
-    llvm_permute,
-)
+from tvm_balanced import ops
+from tvm_balanced.build.pipeline import TIR_PIPELINE
+from tvm_balanced.format import layout as format_layout
+from tvm_balanced.format import packing, reference, weights
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.pruning import magnitude as pruning
+from tvm_balanced.schedules import balanced_block
+from tvm_balanced.schedules.llvm import batch_lanes as llvm_batch_lanes
+from tvm_balanced.schedules.llvm import fallback as llvm_fallback
+from tvm_balanced.schedules.llvm import nest as llvm_nest
+from tvm_balanced.schedules.llvm import permute as llvm_permute
+from tvm_balanced.schedules.llvm import target as llvm
 
 TARGETS = {
     "avx512": {"kind": "llvm", "mcpu": "x86-64-v4"},
@@ -53,7 +54,7 @@ TOLERANCE = {"float32": 5e-5, "float16": 2e-2, "bfloat16": 2e-1}
 class Case:
     """A kernel to check; a name in ``lead`` is a symbolic axis."""
 
-    fmt: packing.PackedFormat
+    fmt: format_layout.PackedFormat
     lead: tuple[int | str, ...]
     epilogue: str = "none"
     dtype: str = "float32"
@@ -115,12 +116,12 @@ def _run(vm: Any, case: Case, batch: int) -> float:
     fmt = case.fmt
     rng = np.random.default_rng(0)
 
-    def normal(*shape: int, dtype: str) -> packing.Array:
+    def normal(*shape: int, dtype: str) -> weights.Array:
         drawn = rng.standard_normal(shape).astype(np.float32)
-        return drawn.astype(packing.numpy_dtype(dtype))
+        return drawn.astype(format_layout.numpy_dtype(dtype))
 
     dense = rng.standard_normal((fmt.out_features, fmt.in_features)).astype(np.float32)
-    weight = pruning.prune_weight(dense, fmt.pattern).astype(packing.numpy_dtype(case.dtype))
+    weight = pruning.prune_weight(dense, fmt.pattern).astype(format_layout.numpy_dtype(case.dtype))
     packed = packing.pack(weight, fmt.pattern, fmt.layout, fmt.encoding)
     lead = [batch if isinstance(e, str) else e for e in case.lead]
     x = normal(*lead, fmt.in_features, dtype=case.dtype)
@@ -143,11 +144,11 @@ def _run(vm: Any, case: Case, batch: int) -> float:
 
 def _format(
     pattern: str, n: int, k: int, layout: str = "r16v1", encoding: str | None = None
-) -> packing.PackedFormat:
+) -> format_layout.PackedFormat:
     parsed = BalancedPattern(pattern)
     if encoding is None:
         encoding = "u4" if parsed.block <= 16 else "u8"
-    return packing.PackedFormat(n, k, parsed, packing.Layout.parse(layout), encoding)
+    return format_layout.PackedFormat(n, k, parsed, format_layout.Layout.parse(layout), encoding)
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -6,7 +6,8 @@ import pytest
 from tvm import tirx
 
 from tests.cuda.conftest import Case, fused_kernel, packed_format, target
-from tvm_balanced.schedules import cuda_expand, tuned
+from tvm_balanced.schedules import dispatch
+from tvm_balanced.schedules.cuda import expand as cuda_expand
 
 
 def _func(rows: int, pattern: str = "4:16"):
@@ -16,7 +17,7 @@ def _func(rows: int, pattern: str = "4:16"):
 
 def test_every_point_is_a_kernel() -> None:
     func = _func(40)
-    (space, gather) = tuned.spaces(func, target())
+    (space, gather) = dispatch.spaces(func, target())
     assert (space.kernel, gather.kernel) == ("cuda_expand", "cuda_gather")
     points = space.points()
     assert len(points) > 20
@@ -47,5 +48,5 @@ def _bound(stmt):
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_few_rows_are_the_gathers(rows: int) -> None:
-    spaces = tuned.spaces(_func(rows), target())
+    spaces = dispatch.spaces(_func(rows), target())
     assert [space.kernel for space in spaces] == ["cuda_gather"]

@@ -13,13 +13,15 @@ import tvm_ffi
 from tvm import s_tir
 
 from tests.cuda.conftest import Case, fused_kernel, packed_format, target
-from tvm_balanced import kernel_model
-from tvm_balanced.cudaemu.tvm_kernel import lower
-from tvm_balanced.kernel_model import Knobs
-from tvm_balanced.pipeline import TIR_PIPELINE
-from tvm_balanced.schedules import cuda_gather, tuned
-from tvm_balanced.targets import GPUS
-from tvm_balanced.tuning.kernel_models import Candidate, features
+from tvm_balanced.build.pipeline import TIR_PIPELINE
+from tvm_balanced.cuda.codegen import lower
+from tvm_balanced.schedules import dispatch, workload
+from tvm_balanced.schedules.cuda import gather as cuda_gather
+from tvm_balanced.schedules.cuda import gather_model as kernel_model
+from tvm_balanced.schedules.cuda import gather_tile, machine
+from tvm_balanced.schedules.cuda.gather_tile import Knobs
+from tvm_balanced.targets.gpus import GPUS
+from tvm_balanced.tuning.estimates import Candidate, features
 from tvm_balanced.tuning.space import point_schedule
 
 ROOM = 48 << 10
@@ -38,7 +40,7 @@ SHAPES = [
 
 
 def _workload(case: Case) -> tvm.IRModule:
-    found = tuned.workload(fused_kernel(case, packed_format(case)), target())
+    found = workload.workload(fused_kernel(case, packed_format(case)), target())
     assert found is not None
     return found
 
@@ -47,16 +49,16 @@ def _workload(case: Case) -> tvm.IRModule:
 def test_what_the_kernel_model_considers_is_in_the_space(case: Case) -> None:
     fmt, (rows,) = packed_format(case), case.shapes[0]
     layer = (fmt, rows, case.dtype, ROOM)
-    gpu = kernel_model.machine(GPUS["h100"])
-    choices = kernel_model.choices(*layer, gpu.sm_count)
+    gpu = machine.machine(GPUS["h100"])
+    choices = gather_tile.choices(*layer, gpu.sm_count)
     considered = {
         kernel_model.choose(*layer, gpu),
-        *kernel_model.candidates(*layer),
-        *kernel_model.candidates(*layer, gpu.sm_count, split=True),
+        *gather_tile.candidates(*layer),
+        *gather_tile.candidates(*layer, gpu.sm_count, split=True),
     }
     for knobs in considered:
         assert all(value in choices[name] for name, value in asdict(knobs).items()), knobs
-        assert kernel_model.is_legal(*layer, knobs), knobs
+        assert gather_tile.is_legal(*layer, knobs), knobs
 
 
 @pytest.mark.parametrize(
@@ -73,18 +75,18 @@ def test_what_the_kernel_model_considers_is_in_the_space(case: Case) -> None:
 )
 def test_what_would_be_wrong_or_idle_is_refused(change: dict[str, int]) -> None:
     layer = (packed_format(SMALL), 3, SMALL.dtype, ROOM)
-    good = asdict(kernel_model.choose(*layer, kernel_model.machine(GPUS["h100"])))
-    assert kernel_model.is_legal(*layer, Knobs(**good))
-    assert not kernel_model.is_legal(*layer, Knobs(**{**good, **change}))
+    good = asdict(kernel_model.choose(*layer, machine.machine(GPUS["h100"])))
+    assert gather_tile.is_legal(*layer, Knobs(**good))
+    assert not gather_tile.is_legal(*layer, Knobs(**{**good, **change}))
 
 
 def test_every_point_of_a_small_space_is_a_kernel() -> None:
     mod = _workload(SMALL)
-    (space,) = tuned.spaces(mod["main"], target())
+    (space,) = dispatch.spaces(mod["main"], target())
     points = space.points()
     assert len({tuple(point.items()) for point in points}) == len(points) > 10
     for point in points:
-        func = tuned.build_for(mod["main"], target(), space.kernel, point)
+        func = workload.build_for(mod["main"], target(), space.kernel, point)
         loops: list[Any] = []
         tvm_ffi.structural_walk(func.body, (tvm.tirx.For, loops.append), order="post")
         bound = {
@@ -99,29 +101,29 @@ def test_every_point_of_a_small_space_is_a_kernel() -> None:
 @pytest.mark.parametrize("case", [SMALL, *SHAPES[1:3]], ids=str)
 def test_estimated_shared_memory_is_what_a_kernel_declares(case: Case) -> None:
     mod, fmt = _workload(case), packed_format(case)
-    *_, space = tuned.spaces(mod["main"], target())
+    *_, space = dispatch.spaces(mod["main"], target())
     for point in random.Random(0).sample(space.points(), 4):
-        built = tuned.build_for(mod["main"], target(), space.kernel, point)
+        built = workload.build_for(mod["main"], target(), space.kernel, point)
         source, _ = lower(tvm.IRModule({"main": built}), target(), TIR_PIPELINE)
         declared = sum(
             SIZES[dtype] * int(length)
             for dtype, length in re.findall(r"__shared__ .*?(\w+) \w+\[(\d+)\];", source)
         )
-        assert declared == kernel_model.estimated_shared_bytes(fmt, case.dtype, Knobs(**point))
+        assert declared == gather_tile.estimated_shared_bytes(fmt, case.dtype, Knobs(**point))
 
 
 def test_a_trace_replays_to_the_same_kernel() -> None:
     mod = _workload(SMALL)
-    (space,) = tuned.spaces(mod["main"], target())
+    (space,) = dispatch.spaces(mod["main"], target())
     point = space.points()[-1]
     trace = point_schedule(mod, space, point).trace
     drawn = [step for step in trace.insts if step.kind.name == "SampleCategorical"]
     assert len(drawn) == len(space.choices)
     again = s_tir.Schedule(mod)
     s_tir.schedule.Trace.apply_json_to_schedule(trace.as_json(), again)
-    assert tuned.knobs_of(again.mod) == (space.kernel, point)
-    built = tuned.realize(again.mod, target())["main"]
-    tile = cuda_gather.Tile(**point)
+    assert workload.knobs_of(again.mod) == (space.kernel, point)
+    built = workload.realize(again.mod, target())["main"]
+    tile = gather_tile.Tile(**point)
     expected = cuda_gather.apply(mod["main"], target(), tile)
     assert expected is not None
     tvm.ir.assert_structural_equal(built.body, expected.mod["main"].body)
@@ -129,7 +131,7 @@ def test_a_trace_replays_to_the_same_kernel() -> None:
 
 def test_features_tell_points_apart() -> None:
     mod = _workload(SMALL)
-    (space,) = tuned.spaces(mod["main"], target())
+    (space,) = dispatch.spaces(mod["main"], target())
     candidates = [Candidate.of(space.kernel, point) for point in space.points()]
     told = {tuple(features(mod, target(), candidate)) for candidate in candidates}
     assert len(told) > len(space.points()) / 2

@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from tvm_balanced import records
-from tvm_balanced.records import Record
-from tvm_balanced.targets import resolve
+from tvm_balanced.records import lookup, traces
+from tvm_balanced.records import record as records_record
+from tvm_balanced.records import store as records
+from tvm_balanced.records.record import Record
+from tvm_balanced.targets.resolve import resolve
 
 pytestmark = pytest.mark.large
 
@@ -41,11 +43,11 @@ def _command(name: str, model: Path, logs: Path, *more: str) -> list[str]:
 
 
 def _folder(logs: Path) -> Path:
-    return logs / records.device_name(resolve("llvm"))
+    return logs / lookup.device_name(resolve("llvm"))
 
 
 def _schedules(found: list[Record]) -> set[tuple[str, str]]:
-    return {(r.workload[0], r.trace_text) for r in found if not records.is_default(r.trace)}
+    return {(r.workload[0], r.trace_text) for r in found if not traces.is_default(r.trace)}
 
 
 def _finished(told: Path) -> list[int]:
@@ -106,12 +108,12 @@ def test_two_tuners_share_a_folder(model: Path, tmp_path: Path) -> None:
     assert [process.returncode for process in running] == [0, 0]
     found, problems = records.read_folder(_folder(logs))
     assert not problems
-    environment = records.Environment.read(_folder(logs) / records.ENVIRONMENT)
+    environment = records_record.Environment.read(_folder(logs) / records.ENVIRONMENT)
     assert sorted(run["seed"] for run in environment.runs) == [1, 2]
     # each wrote the default schedule and its trials of both kernels
     trials = sum(kernel["trials"] for answer in answers for kernel in answer["kernels"])
     assert trials > len(_schedules(found)) / 2
-    assert sum(records.is_default(record.trace) for record in found) >= 4
+    assert sum(traces.is_default(record.trace) for record in found) >= 4
     assert len(found) >= trials + 4
 
 

@@ -13,7 +13,7 @@ from tvm.s_tir import meta_schedule as ms
 
 import tvm_balanced as tb
 from tvm_balanced.errors import OutputError
-from tvm_balanced.targets import resolve
+from tvm_balanced.targets.resolve import resolve
 from tvm_balanced.tuning import measure
 from tvm_balanced.tuning.run import open_folder, tune
 from tvm_balanced.tuning.space import default_schedule

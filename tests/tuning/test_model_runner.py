@@ -13,26 +13,36 @@ import torch
 import tvm_balanced as tb
 from tests.cuda.conftest import Case, fused_kernel, packed_format, target
 from tests.models.zoo import _bert
-from tvm_balanced import kernel_model, nvrtc, records
+from tvm_balanced.cuda import nvrtc
+from tvm_balanced.cuda.cubin import KernelResources
 from tvm_balanced.errors import InputError, ToolchainError, TvmBalancedError
-from tvm_balanced.records import Environment, RecordFolder
-from tvm_balanced.schedules import tuned
-from tvm_balanced.static_report import KernelResources
-from tvm_balanced.targets import GPUS, resolve
-from tvm_balanced.tuning import kernel_models, runners
-from tvm_balanced.tuning.kernel_models import Candidate
+from tvm_balanced.records import lookup as records_lookup
+from tvm_balanced.records import record as records_record
+from tvm_balanced.records import store as records
+from tvm_balanced.records import traces
+from tvm_balanced.records.record import Environment
+from tvm_balanced.records.store import RecordFolder
+from tvm_balanced.schedules import dispatch
+from tvm_balanced.schedules import workload as schedules_workload
+from tvm_balanced.schedules.cuda import gather_model as kernel_model
+from tvm_balanced.schedules.cuda import gather_tile, machine
+from tvm_balanced.targets.gpus import GPUS
+from tvm_balanced.targets.resolve import resolve
+from tvm_balanced.tuning import estimates as kernel_models
+from tvm_balanced.tuning import runners
+from tvm_balanced.tuning.estimates import Candidate
 from tvm_balanced.tuning.model_runner import can_estimate, estimate
 from tvm_balanced.tuning.run import tune
 from tvm_balanced.tuning.runners import Runner
 from tvm_balanced.tuning.space import default_schedule, point_schedule
-from tvm_balanced.verification import verify
+from tvm_balanced.verification.library import verify
 
 CASE = Case((3,), 64, 128, "4:16")
 
 
 @pytest.fixture(scope="module")
 def workload() -> Any:
-    return tuned.workload(fused_kernel(CASE, packed_format(CASE)), target())
+    return schedules_workload.workload(fused_kernel(CASE, packed_format(CASE)), target())
 
 
 def test_an_estimate_is_of_the_compiled_kernel(workload: Any) -> None:
@@ -48,7 +58,7 @@ def test_an_estimate_is_of_the_compiled_kernel(workload: Any) -> None:
 
 def _layer(pattern: str, encoding: str, rows: int) -> Any:
     case = Case((rows,), 1024, 1024, pattern)
-    return tuned.workload(fused_kernel(case, packed_format(case, encoding)), target())
+    return schedules_workload.workload(fused_kernel(case, packed_format(case, encoding)), target())
 
 
 @pytest.mark.parametrize(
@@ -76,7 +86,7 @@ def test_kernels_for_tensor_cores_are_estimated_with_their_registers(
     assert found.seconds == pytest.approx(seconds(found.registers))
     # more registers than a multiprocessor has
     assert seconds(4096) == math.inf
-    (space, gather) = tuned.spaces(mod["main"], target())
+    (space, gather) = dispatch.spaces(mod["main"], target())
     assert (space.kernel, gather.kernel) == (kernel, "cuda_gather")
     assert {**candidate.values(), "splits": 1} in [
         {"splits": 1, **point} for point in space.points()
@@ -88,7 +98,7 @@ def test_kernels_for_tensor_cores_are_estimated_with_their_registers(
 def test_features_tell_tiles_of_tensor_cores_apart() -> None:
     for layer in (("4:16", "u4"), ("2:4", "u2")):
         mod = _layer(*layer, 40)
-        space, _ = tuned.spaces(mod["main"], target())
+        space, _ = dispatch.spaces(mod["main"], target())
         points = space.points()
         candidates = [Candidate.of(space.kernel, point) for point in points]
         told = {tuple(kernel_models.features(mod, target(), one)) for one in candidates}
@@ -98,11 +108,11 @@ def test_features_tell_tiles_of_tensor_cores_apart() -> None:
 def test_registers_of_the_compiled_kernel_decide_what_is_resident(workload: Any) -> None:
     operator = kernel_models.operator_of(workload)
     knobs = kernel_models.candidate_of(default_schedule(workload).mod, target()).knobs
-    assert isinstance(knobs, kernel_model.Knobs)
+    assert isinstance(knobs, gather_tile.Knobs)
 
     def resident(registers: int) -> int:
         resources = KernelResources("main", registers, 0, 1024, None)
-        gpu = kernel_model.machine(GPUS["h100"], 1)
+        gpu = machine.machine(GPUS["h100"], 1)
         model = kernel_model.Model(gpu, operator.fmt, 200, "float16")
         return model.predict(knobs, resources).resident
 
@@ -111,9 +121,9 @@ def test_registers_of_the_compiled_kernel_decide_what_is_resident(workload: Any)
 
 def test_a_kernel_that_spills_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case((16,), 64, 128, "4:16")
-    mod = tuned.workload(fused_kernel(case, packed_format(case)), target())
+    mod = schedules_workload.workload(fused_kernel(case, packed_format(case)), target())
     assert mod is not None
-    *_, space = tuned.spaces(mod["main"], target())
+    *_, space = dispatch.spaces(mod["main"], target())
     tallest = max(space.points(), key=lambda point: point["vector"] * point["groups"])
     compile_cubin = nvrtc.compile_cubin
 
@@ -138,7 +148,7 @@ def test_a_kernel_that_does_not_compile_fails(
 def _tuned_and_verified(model: tb.Model, name: str, trials: int, place: Path) -> Any:
     """A run of the model runner, the library that uses its records, and the emulated device's opinion."""
     result = tune(model, name, trials=trials, logs=place, runner="model", policy="always")
-    assert result.estimated and result.folder.name == records.ESTIMATES
+    assert result.estimated and result.folder.name == records_lookup.ESTIMATES
     library = tb.compile(model, name, policy="always", logs=place)
     schedules = {entry["schedule"] for entry in library.coverage if entry["balanced"]}
     assert schedules == {"estimated"}
@@ -173,13 +183,18 @@ def test_a_small_model_is_tuned_by_estimates(
     assert not problems
     environment = Environment.read(result.folder / records.ENVIRONMENT)
     assert environment.runs[0]["runner"] == "model"
-    (default,) = [record for record in found if records.is_default(record.trace)]
+    (default,) = [record for record in found if traces.is_default(record.trace)]
     measured = Environment(
-        environment.device, environment.model, "cuda", "sm_80", records.tvm_version(), "measured"
+        environment.device,
+        environment.model,
+        "cuda",
+        "sm_80",
+        records_record.tvm_version(),
+        "measured",
     )
-    slow = records.Record(default.workload, default.trace, (1.0,), default.target, [])
+    slow = records_record.Record(default.workload, default.trace, (1.0,), default.target, [])
     RecordFolder(tmp_path / "late" / environment.device, measured).append([slow])
-    lookup = records.find(spec, [tmp_path, tmp_path / "late"], default.target)
+    lookup = records_lookup.find(spec, [tmp_path, tmp_path / "late"], default.target)
     choice = lookup.choices[default.workload[0]]
     assert (choice.method, choice.seconds) == ("measured", 1.0)
 

@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tvm_balanced import records
 from tvm_balanced.errors import InputError, OutputError
-from tvm_balanced.records import Environment, Record, RecordFolder
-from tvm_balanced.targets import TargetSpec, resolve
+from tvm_balanced.records import lookup as records_lookup
+from tvm_balanced.records import ranking, traces
+from tvm_balanced.records import record as records_record
+from tvm_balanced.records import store as records
+from tvm_balanced.records.record import Environment, Record
+from tvm_balanced.records.store import RecordFolder
+from tvm_balanced.targets.resolve import TargetSpec, resolve
 
 WRITERS = Path(__file__).with_name("writers.py")
 TARGET = {"kind": "llvm", "mcpu": "znver3", "num-cores": 2}
@@ -22,9 +26,9 @@ TARGET = {"kind": "llvm", "mcpu": "znver3", "num-cores": 2}
 def _trace(knob: int, kernel: str = "llvm_permute") -> list[object]:
     steps = [
         ["GetSBlock", [], ["balanced_sparse_dense", "main"], ["b0"]],
-        ["Annotate", ["b0", f'"{kernel}"'], [records.KERNEL_NOTE], []],
+        ["Annotate", ["b0", f'"{kernel}"'], [traces.KERNEL_NOTE], []],
         ["SampleCategorical", [], [[1, 2, 4], [0.25, 0.25, 0.5]], ["v1"]],
-        ["Annotate", ["b0", "v1"], [records.KNOB_NOTE + "group"], []],
+        ["Annotate", ["b0", "v1"], [traces.KNOB_NOTE + "group"], []],
     ]
     return [steps, [[2, knob]]]
 
@@ -43,11 +47,11 @@ def spec() -> TargetSpec:
 
 def _environment(spec: TargetSpec, **other: str) -> Environment:
     fields = {
-        "device": records.device_name(spec),
+        "device": records_lookup.device_name(spec),
         "model": "a CPU",
         "kind": spec.kind,
         "arch": spec.arch,
-        "tvm": records.tvm_version(),
+        "tvm": records_record.tvm_version(),
         "method": "measured",
     }
     return Environment(**{**fields, **other}, runs=({"seed": 0},))
@@ -55,9 +59,9 @@ def _environment(spec: TargetSpec, **other: str) -> Environment:
 
 def _folder(place: Path, spec: TargetSpec, *found: Record, **other: str) -> Path:
     environment = _environment(spec, **other)
-    folder = place / records.device_name(spec)
+    folder = place / records_lookup.device_name(spec)
     if environment.method == "estimated":
-        folder = folder / records.ESTIMATES
+        folder = folder / records_lookup.ESTIMATES
     RecordFolder(folder, environment).append(found)
     return folder
 
@@ -108,7 +112,7 @@ def test_truncated_anywhere_it_is_read_without_what_is_lost(
     whole = (folder / name).read_bytes()
     for size in range(0, len(whole) - 1, 10):
         (folder / name).write_bytes(whole[:size])
-        lookup = records.find(spec, [tmp_path], TARGET)
+        lookup = records_lookup.find(spec, [tmp_path], TARGET)
         lost = [r for r in written if r.workload[0] not in lookup.choices]
         between_lines = (
             size == 0 or whole[size - 1 : size] == b"\n" or whole[size : size + 1] == b"\n"
@@ -155,7 +159,7 @@ def test_foreign_records_are_passed_over_and_never_overwritten(
 ) -> None:
     folder = _folder(tmp_path, spec, _record("1", 0, 2e-6), **other)
     before = (folder / records.RECORDS).read_bytes()
-    lookup = records.find(spec, [tmp_path], TARGET)
+    lookup = records_lookup.find(spec, [tmp_path], TARGET)
     assert not lookup.choices
     assert told in str(lookup.warning())
     with pytest.raises(OutputError, match="--logs"):
@@ -167,14 +171,14 @@ def test_a_newer_format_is_passed_over(tmp_path: Path, spec: TargetSpec) -> None
     folder = _folder(tmp_path, spec, _record("1", 0, 2e-6))
     document = json.loads((folder / records.ENVIRONMENT).read_text())
     (folder / records.ENVIRONMENT).write_text(json.dumps({**document, "format_version": 99}))
-    lookup = records.find(spec, [tmp_path], TARGET)
+    lookup = records_lookup.find(spec, [tmp_path], TARGET)
     assert not lookup.choices and "99" in str(lookup.warning())
 
 
 def test_records_of_another_target_do_not_serve(tmp_path: Path, spec: TargetSpec) -> None:
     other = {**TARGET, "mcpu": "x86-64-v4"}
     _folder(tmp_path, spec, _record("1", 0, 1e-6, target=other), _record("1", 1, 9e-6))
-    lookup = records.find(spec, [tmp_path], TARGET)
+    lookup = records_lookup.find(spec, [tmp_path], TARGET)
     assert lookup.choices["1"].trace == _trace(1)
     assert "another target" in str(lookup.warning())
 
@@ -183,20 +187,20 @@ def test_a_measured_record_wins_over_a_faster_estimate(tmp_path: Path, spec: Tar
     early, late = tmp_path / "early", tmp_path / "late"
     _folder(early, spec, _record("1", 0, 1e-9), method="estimated")
     _folder(late, spec, _record("1", 1, 1e-3))
-    lookup = records.find(spec, [early, late], TARGET)
+    lookup = records_lookup.find(spec, [early, late], TARGET)
     assert (lookup.choices["1"].method, lookup.choices["1"].trace) == ("measured", _trace(1))
 
 
 def test_what_was_measured_twice_wins_over_one_lucky_time() -> None:
     lucky, steady = _record("1", 0, 1e-6), _record("1", 1, 2e-6)
-    ranked = records.rank([lucky, steady, dataclasses.replace(steady, run_secs=(4e-6,))])
+    ranked = ranking.rank([lucky, steady, dataclasses.replace(steady, run_secs=(4e-6,))])
     assert ranked[0].record == steady
     # the time that it was chosen by does not count
     assert ranked[0].seconds == pytest.approx(4e-6)
 
 
 def _default(*seconds: float) -> Record:
-    trace = [_trace(0, records.DEFAULT_KERNEL)[0][:2], []]
+    trace = [_trace(0, traces.DEFAULT_KERNEL)[0][:2], []]
     return dataclasses.replace(_record("1", 0, *seconds), trace=trace)
 
 
@@ -215,7 +219,7 @@ def test_the_default_gives_way_only_to_what_is_clearly_faster(
 ) -> None:
     target = {**TARGET, "kind": kind}
     default = dataclasses.replace(_default(seconds), target=target)
-    ranked = records.rank([_record("1", 1, 1e-6, target=target), default])
+    ranked = ranking.rank([_record("1", 1, 1e-6, target=target), default])
     assert (ranked[0].record == default) is first
     assert len(ranked) == 2
 
@@ -237,18 +241,18 @@ def test_prune_refuses_to_lose_what_cannot_be_read(tmp_path: Path, spec: TargetS
 
 
 def test_sampled_knobs_are_told() -> None:
-    assert records.sampled_knobs(_trace(2)) == ("llvm_permute", {"group": 4})
+    assert traces.sampled_knobs(_trace(2)) == ("llvm_permute", {"group": 4})
 
 
 def test_the_order_of_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(records.LOGS_VARIABLE, "/from/variable")
+    monkeypatch.setenv(records_lookup.LOGS_VARIABLE, "/from/variable")
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    found = records.places(tmp_path)
+    found = records_lookup.places(tmp_path)
     assert found[:3] == [
         tmp_path,
         Path("/from/variable"),
         Path("/cache/tvm-balanced/tuning_logs"),
     ]
-    assert found[3] == records.shipped_logs()
+    assert found[3] == records_lookup.shipped_logs()
     with pytest.raises(InputError, match="no folder"):
-        records.places(tmp_path / "missing")
+        records_lookup.places(tmp_path / "missing")

@@ -20,9 +20,10 @@ import torch
 from tvm.s_tir import meta_schedule as ms
 
 import tvm_balanced as tb
-from tvm_balanced import records
 from tvm_balanced.errors import ToolchainError
-from tvm_balanced.targets import resolve
+from tvm_balanced.records import record
+from tvm_balanced.records import store as records
+from tvm_balanced.targets.resolve import resolve
 from tvm_balanced.tuning.measure import Feed, remove_artifact, signature
 from tvm_balanced.tuning.result import Status
 from tvm_balanced.tuning.rpc import RpcRunner, Tracker, make_shared
@@ -175,7 +176,7 @@ def test_a_run_outlives_a_server(
     (kernel,) = result.kernels
     assert (kernel.trials, kernel.failures) == (8, 0)
     assert kernel.default_us is not None and kernel.best_us is not None
-    environment = records.Environment.read(result.folder / records.ENVIRONMENT)
+    environment = record.Environment.read(result.folder / records.ENVIRONMENT)
     assert (environment.runs[0]["runner"], environment.runs[0]["key"]) == ("rpc", KEY)
 
 

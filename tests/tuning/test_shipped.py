@@ -9,8 +9,10 @@ import tvm
 from tvm import s_tir
 from tvm.s_tir import meta_schedule as ms
 
-from tvm_balanced import records
-from tvm_balanced.schedules import tuned
+from tvm_balanced.records import record as records_record
+from tvm_balanced.records import store as records
+from tvm_balanced.records import traces
+from tvm_balanced.schedules import workload as schedules_workload
 
 SHIPPED = Path(__file__).resolve().parents[2] / "tuning_logs"
 FOLDERS = sorted(path.parent for path in SHIPPED.glob(f"*/{records.ENVIRONMENT}"))
@@ -24,14 +26,14 @@ def test_there_are_some() -> None:
 def test_shipped_records_serve_their_kernels(folder: Path) -> None:
     found, problems = records.read_folder(folder)
     assert found and not problems
-    environment = records.Environment.read(folder / records.ENVIRONMENT)
+    environment = records_record.Environment.read(folder / records.ENVIRONMENT)
     assert environment.method == "measured" and environment.device == folder.name
-    assert environment.tvm == records.tvm_version()
+    assert environment.tvm == records_record.tvm_version()
     for record in found:
         workload = ms.database.Workload.from_json(list(record.workload))
-        assert tuned.workload_hash(workload.mod) == record.workload[0]
+        assert schedules_workload.workload_hash(workload.mod) == record.workload[0]
         sch = s_tir.Schedule(workload.mod)
         s_tir.schedule.Trace.apply_json_to_schedule(record.trace, sch)
-        assert not records.is_default(record.trace)
+        assert not traces.is_default(record.trace)
         target = tvm.target.Target(dict(record.target))
-        assert tuned.realize(sch.mod, target)["main"].attrs["tirx.is_scheduled"]
+        assert schedules_workload.realize(sch.mod, target)["main"].attrs["tirx.is_scheduled"]

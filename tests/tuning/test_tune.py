@@ -12,11 +12,13 @@ import pytest
 import torch
 
 import tvm_balanced as tb
-from tvm_balanced import records
-from tvm_balanced.compiler import _target_json
+from tvm_balanced.build.compiler import _target_json
 from tvm_balanced.errors import InputError
-from tvm_balanced.schedules import tuned
-from tvm_balanced.targets import resolve
+from tvm_balanced.records import lookup, traces
+from tvm_balanced.records import record as records_record
+from tvm_balanced.records import store as records
+from tvm_balanced.schedules import dispatch, tuned, workload
+from tvm_balanced.targets.resolve import resolve
 from tvm_balanced.tuning.run import open_folder, tune
 from tvm_balanced.tuning.tasks import Task, find_tasks, fused_module
 
@@ -38,23 +40,23 @@ def task(model: tb.Model) -> Task:
     return found
 
 
-def _choice(task: Task, kernel: str, args_info: Any = None, **knobs: int) -> records.Choice:
+def _choice(task: Task, kernel: str, args_info: Any = None, **knobs: int) -> lookup.Choice:
     steps: list[Any] = [["GetSBlock", [], ["balanced_sparse_dense", "main"], ["b0"]]]
-    steps.append(["Annotate", ["b0", f'"{kernel}"'], [tuned.KERNEL], []])
-    steps += [["Annotate", ["b0", value], [tuned.KNOB + n], []] for n, value in knobs.items()]
+    steps.append(["Annotate", ["b0", f'"{kernel}"'], [workload.KERNEL], []])
+    steps += [["Annotate", ["b0", value], [workload.KNOB + n], []] for n, value in knobs.items()]
     args = args_info or [
         ["TENSOR", str(p.dtype), [int(e) for e in p.shape]] for p in task.mod["main"].params
     ]
-    return records.Choice((task.key, ""), [steps, []], args, 1e-6, "measured", "somewhere")
+    return lookup.Choice((task.key, ""), [steps, []], args, 1e-6, "measured", "somewhere")
 
 
 def test_every_point_of_a_space_is_scheduled(task: Task) -> None:
     target = resolve("llvm").target
-    for space in tuned.spaces(task.mod["main"], target):
+    for space in dispatch.spaces(task.mod["main"], target):
         points = space.points()
         assert points
         for point in (points[0], points[-1]):
-            assert tuned.build_for(task.mod["main"], target, space.kernel, point)
+            assert workload.build_for(task.mod["main"], target, space.kernel, point)
 
 
 def test_a_record_that_fits_is_used(task: Task) -> None:
@@ -104,7 +106,7 @@ def _no_json(folder: Path) -> None:
 
 def _another_tvm(folder: Path) -> None:
     path = folder / records.ENVIRONMENT
-    path.write_text(path.read_text().replace(records.tvm_version(), "0.1.0"))
+    path.write_text(path.read_text().replace(records_record.tvm_version(), "0.1.0"))
 
 
 def _another_gpu(folder: Path) -> None:
@@ -132,7 +134,7 @@ def test_records_that_cannot_be_used_cost_one_warning(
     spec = resolve("llvm")
     choice = _choice(task, "llvm_batch_lanes", sums=4)
     target = _target_json(spec)
-    record = records.Record(choice.workload, choice.trace, (1e-6,), target, choice.args_info)
+    record = records_record.Record(choice.workload, choice.trace, (1e-6,), target, choice.args_info)
     folder = open_folder(tmp_path, spec, "hot", 0, 1)
     folder.append([record])
     if damage is not None:
@@ -150,14 +152,14 @@ def test_records_that_cannot_be_used_cost_one_warning(
 
 @pytest.mark.large
 def test_a_small_space_is_measured_whole(model: tb.Model, task: Task, tmp_path: Path) -> None:
-    spaces = tuned.spaces(task.mod["main"], resolve("llvm").target)
+    spaces = dispatch.spaces(task.mod["main"], resolve("llvm").target)
     points = [(space.kernel, point) for space in spaces for point in space.points()]
     result = tune(model, "llvm", trials=len(points) + 1, logs=tmp_path, policy="always")
     found, _ = records.read_folder(result.folder)
     measured = [
-        records.sampled_knobs(text)
+        traces.sampled_knobs(text)
         for text in {
-            r.trace_text: r.trace for r in found if not records.is_default(r.trace)
+            r.trace_text: r.trace for r in found if not traces.is_default(r.trace)
         }.values()
     ]
     assert len(measured) == len(points)

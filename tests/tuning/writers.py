@@ -10,8 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from tvm_balanced import records
-from tvm_balanced.records import Environment, Record, RecordFolder
+from tvm_balanced.records import store as records
+from tvm_balanced.records.record import Environment, Record
+from tvm_balanced.records.store import RecordFolder
 
 TARGET = {"kind": "llvm", "mcpu": "znver3", "num-cores": 2}
 BATCH = 4

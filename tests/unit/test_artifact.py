@@ -12,13 +12,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tvm_balanced import artifact, targets
-from tvm_balanced._tensors import read_tensors, write_tensors
-from tvm_balanced.artifact import FunctionEntry, TensorEntry
-from tvm_balanced.cuda_source import normal_form
+from tvm_balanced.artifact import folder as artifact
+from tvm_balanced.artifact import manifest as artifact_manifest
+from tvm_balanced.artifact.exported import ExportedLibrary
+from tvm_balanced.artifact.manifest import FunctionEntry, TensorEntry
+from tvm_balanced.cuda.cubin import DeviceImage
+from tvm_balanced.cuda.source import normal_form
 from tvm_balanced.errors import ArtifactError, OutputError
-from tvm_balanced.runtime import Library
-from tvm_balanced.toolchain import DeviceImage, ExportedLibrary
+from tvm_balanced.runtime.library import Library
+from tvm_balanced.support.tensors import read_tensors, write_tensors
+from tvm_balanced.targets import resolve as targets
 
 SOURCE = """#define HEAD 1
 extern "C" __global__ void __launch_bounds__(64) first_kernel(float* __restrict__ a);
@@ -58,7 +61,7 @@ def _save(path, exported, **options):
 
 def test_what_is_written_is_read_back(tmp_path, exported):
     path = _save(tmp_path / "model.tvmb", exported)
-    manifest = artifact.read_manifest(path)
+    manifest = artifact_manifest.read_manifest(path)
     assert manifest.functions == FUNCTIONS
     assert (manifest.target.name, manifest.target.kind, manifest.target.arch) == (
         "h100",
@@ -93,7 +96,7 @@ def test_llvm_has_neither_kernels_nor_cubins(tmp_path, exported):
     library = replace(exported, cuda_source="", images=(), compiler={})
     functions = [replace(FUNCTIONS[0], params=())]
     path = artifact.save(tmp_path / "m.tvmb", library, targets.resolve("llvm-x86-64-v3"), functions)
-    manifest = artifact.read_manifest(path)
+    manifest = artifact_manifest.read_manifest(path)
     assert (manifest.device_code, manifest.cubins, manifest.compiler) == ("none", (), {})
     assert set(manifest.files) == {"lib.so", "report.txt"}
     assert "avx2" in manifest.target.features
@@ -201,7 +204,7 @@ def test_a_missing_file_is_found(tmp_path, exported):
 def test_calls_of_cublas_are_recorded(tmp_path, exported):
     call = {"function": "main", "name": "fc", "product": "float16 (n, 4) x (4, 2)"}
     path = _save(tmp_path / "model.tvmb", exported, dense="cublas", cublas=[call])
-    manifest = artifact.read_manifest(path)
+    manifest = artifact_manifest.read_manifest(path)
     assert (manifest.dense, manifest.cublas) == ("cublas", (call,))
 
 
@@ -241,7 +244,7 @@ def test_a_damaged_manifest_is_told_from_a_whole_one(tmp_path, exported, where, 
     _set(document, where, value)
     (path / "manifest.json").write_text(json.dumps(document))
     with pytest.raises(ArtifactError, match=message):
-        artifact.read_manifest(path)
+        artifact_manifest.read_manifest(path)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +269,7 @@ def test_a_manifest_lacking_a_field_is_refused(tmp_path, exported, field):
     del document[field]
     (path / "manifest.json").write_text(json.dumps(document))
     with pytest.raises(ArtifactError, match=f"lacks '{field}'"):
-        artifact.read_manifest(path)
+        artifact_manifest.read_manifest(path)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +280,7 @@ def test_a_manifest_lacking_a_field_is_refused(tmp_path, exported, field):
 def test_an_unreadable_manifest_is_refused(tmp_path, content, message):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(ArtifactError, match=message):
-        artifact.read_manifest(tmp_path)
+        artifact_manifest.read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["missing", "file", "empty"])
@@ -288,7 +291,7 @@ def test_what_is_no_artifact_is_refused(tmp_path, kind):
     elif kind == "empty":
         path.mkdir()
     with pytest.raises(ArtifactError, match=r"expected a \.tvmb folder"):
-        artifact.read_manifest(path)
+        artifact_manifest.read_manifest(path)
 
 
 def test_parameters_are_embedded_up_to_the_limit(monkeypatch):

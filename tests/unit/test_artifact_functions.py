@@ -5,10 +5,14 @@ import numpy as np
 import pytest
 from tvm import relax, tirx
 
-from tvm_balanced import _tensors, artifact, targets
-from tvm_balanced.cuda_source import file_stem
+from tvm_balanced.artifact import folder as artifact
+from tvm_balanced.artifact import functions as artifact_functions
+from tvm_balanced.artifact import manifest
+from tvm_balanced.artifact.exported import ExportedLibrary
+from tvm_balanced.cuda.source import file_stem
 from tvm_balanced.errors import ArtifactError, OutputError
-from tvm_balanced.toolchain import ExportedLibrary
+from tvm_balanced.support import tensors as _tensors
+from tvm_balanced.targets import resolve as targets
 
 
 def module(functions, order=("x", "w")):
@@ -29,9 +33,9 @@ def module(functions, order=("x", "w")):
 
 def test_functions_are_described_most_general_first():
     mod = module({"main_b8": 8, "main": "n"})
-    generic, bucket = artifact.describe_functions(mod, embedded=["w"])
+    generic, bucket = artifact_functions.describe_functions(mod, embedded=["w"])
     assert generic.name == "main"
-    assert generic.inputs == (artifact.TensorEntry("x", "float32", ("n", 4)),)
+    assert generic.inputs == (manifest.TensorEntry("x", "float32", ("n", 4)),)
     assert [output.shape for output in generic.outputs] == [("n", 2), ("n", 4)]
     assert generic.bindings == {}
     assert bucket.name == "main_b8"
@@ -40,14 +44,14 @@ def test_functions_are_described_most_general_first():
 
 
 def test_parameters_beside_are_not_inputs():
-    (entry,) = artifact.describe_functions(module({"main": 3}), beside=["w"])
+    (entry,) = artifact_functions.describe_functions(module({"main": 3}), beside=["w"])
     assert [tensor.name for tensor in entry.inputs] == ["x"]
     assert entry.params == ("w",)
 
 
 def test_parameters_before_inputs_are_refused():
     with pytest.raises(ArtifactError, match="come last"):
-        artifact.describe_functions(module({"main": 3}, order=("w", "x")), beside=["w"])
+        artifact_functions.describe_functions(module({"main": 3}, order=("w", "x")), beside=["w"])
 
 
 @pytest.mark.parametrize(
@@ -87,7 +91,7 @@ def small_disk(tmp_path):
 def test_really_full_disk_leaves_nothing_behind(tmp_path, small_disk):
     built = tmp_path / "built.so"
     built.write_bytes(b"\x7fELF")
-    (entry,) = artifact.describe_functions(module({"main": 3}), beside=["w"])
+    (entry,) = artifact_functions.describe_functions(module({"main": 3}), beside=["w"])
     with pytest.raises(OutputError, match="the disk is full"):
         artifact.save(
             small_disk / "m.tvmb",
@@ -115,6 +119,6 @@ def test_bounds_and_expressions_of_symbols_are_kept():
     with builder.function("main", [x], attrs={"tir_var_upper_bound": {"n": 16}}):
         out = builder.emit(relax.op.concat([x, x], 0))
         builder.emit_func_output(out)
-    (entry,) = artifact.describe_functions(builder.get())
+    (entry,) = artifact_functions.describe_functions(builder.get())
     assert entry.limits == {"n": 16}
     assert entry.outputs[0].shape in (("n * 2", 4), ("n + n", 4), ("2 * n", 4))

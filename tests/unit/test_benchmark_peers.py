@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from tvm_balanced import benchmark_peers as peers
-from tvm_balanced.benchmark_shapes import LayerShape, Problem
-from tvm_balanced.benchmarking import make_machine
-from tvm_balanced.packing import is_balanced
-from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.pruning import prune_weight
+from tvm_balanced.bench import machine as bench_machine
+from tvm_balanced.bench import peers
+from tvm_balanced.bench.operators import make_machine
+from tvm_balanced.bench.shapes import LayerShape, Problem
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.format.weights import is_balanced
+from tvm_balanced.pruning.magnitude import prune_weight
 
 BY_NAME = {peer.name: peer for peer in (peers.OWN, *peers.PEERS)}
 
@@ -68,12 +69,12 @@ def test_operator_says_what_it_runs(machine):
 
 @pytest.mark.parametrize("name", ["semi_structured", "triton"])
 def test_peer_that_needs_a_gpu_says_so(machine, name):
-    with pytest.raises(peers.PeerMissing, match="needs a GPU"):
+    with pytest.raises(bench_machine.PeerMissing, match="needs a GPU"):
         prepared(machine, name)
 
 
 def test_int4_says_which_shapes_it_does_not_take(machine):
-    with pytest.raises(peers.PeerMissing, match="takes no 64x200"):
+    with pytest.raises(bench_machine.PeerMissing, match="takes no 64x200"):
         prepared(machine, "int4", k=200)
 
 
@@ -118,9 +119,9 @@ def test_pruning_on_the_device_is_the_packages_own(pattern):
 
 def test_bfloat16_goes_to_numpy_and_back():
     tensor = torch.randn(5, 7).to(torch.bfloat16)
-    array = peers.to_numpy(tensor)
+    array = bench_machine.to_numpy(tensor)
     assert array.dtype.name == "bfloat16"
-    assert torch.equal(peers.from_numpy(array, torch.device("cpu")), tensor)
+    assert torch.equal(bench_machine.from_numpy(array, torch.device("cpu")), tensor)
 
 
 def test_weights_are_packed_once(machine):

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from tvm_balanced import benchmark_results as results
+from tvm_balanced.bench import results
 from tvm_balanced.errors import InputError, OutputError
 
 

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
-from tvm_balanced.benchmark_shapes import SETS, problems
+from tvm_balanced.bench.shapes import SETS, problems
 from tvm_balanced.errors import InputError
-from tvm_balanced.pattern import BalancedPattern
+from tvm_balanced.format.pattern import BalancedPattern
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from tvm_balanced import benchmark_peers as peers
-from tvm_balanced import benchmark_results as results
-from tvm_balanced import benchmarking
-from tvm_balanced.benchmark_shapes import LayerShape, Problem
-from tvm_balanced.benchmarking import library_problems
+from tvm_balanced.bench import machine as bench_machine
+from tvm_balanced.bench import operators as benchmarking
+from tvm_balanced.bench import peers, results
+from tvm_balanced.bench.operators import library_problems
+from tvm_balanced.bench.shapes import LayerShape, Problem
 from tvm_balanced.errors import InputError, ToolchainError
+from tvm_balanced.support import provenance
 
 PROBLEM = Problem("test", LayerShape("layer", 64, 256), 2, "4:16", "float32")
 
@@ -25,7 +26,7 @@ class Planted:
 
     def prepare(self, machine, problem, weights, data):
         if self.fault == "missing":
-            raise peers.PeerMissing("not on this machine")
+            raise bench_machine.PeerMissing("not on this machine")
         contender = peers.TorchDense().prepare(machine, problem, weights, data)
         make, seen = contender.make, []
 
@@ -126,7 +127,7 @@ def test_unknown_peer_is_told(bench):
 
 
 def test_emulated_device_is_not_timed(bench):
-    emulated = peers.Machine("emulated", bench.machine.spec, torch.device("cpu"))
+    emulated = bench_machine.Machine("emulated", bench.machine.spec, torch.device("cpu"))
     with pytest.raises(InputError, match="is not timed"):
         benchmarking.Benchmark(emulated)
 
@@ -145,7 +146,7 @@ def test_another_target_is_told():
 
 def test_commit_can_be_told_to_an_installed_copy(monkeypatch):
     monkeypatch.setenv("TVM_BALANCED_COMMIT", "0123456789")
-    assert benchmarking.commit() == "0123456789"
+    assert provenance.commit() == "0123456789"
 
 
 def test_layers_of_a_library_are_problems(tmp_path):
@@ -164,7 +165,7 @@ def test_layers_of_a_library_are_problems(tmp_path):
 
 
 def test_whole_model_rows(machine):
-    from tvm_balanced.benchmark_models import measure_model
+    from tvm_balanced.bench.models import measure_model
 
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.ReLU(), torch.nn.Linear(96, 32))
@@ -187,7 +188,7 @@ def test_whole_model_rows(machine):
 
 
 def test_whole_model_that_does_not_agree_is_not_timed(machine, monkeypatch):
-    from tvm_balanced import benchmark_models
+    from tvm_balanced.bench import models as benchmark_models
 
     monkeypatch.setattr(benchmark_models, "_load", lambda module, model: None)
     module = torch.nn.Linear(64, 32).eval()

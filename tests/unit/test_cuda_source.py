@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tvm_balanced.cuda_source import (
+from tvm_balanced.cuda.source import (
     file_stem,
     join_kernels,
     normal_form,

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tvm_balanced import cudaemu
-from tvm_balanced.cudaemu.translate import translate
+from tvm_balanced.cuda import emulator as cudaemu
+from tvm_balanced.cuda.emulator.translate import translate
 
 _ASYNC_COPY = r"""
 extern "C" __global__ void __launch_bounds__(128) copy(float* __restrict__ a, float* __restrict__ o) {

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tvm_balanced import targets, toolchain
+from tvm_balanced.build import cxx
+from tvm_balanced.build import export as toolchain
+from tvm_balanced.targets import resolve as targets
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "deploy_cpp"
 
@@ -31,7 +33,7 @@ def tiny():
 def program(tmp_path_factory):
     out = tmp_path_factory.mktemp("deploy") / "deploy"
     command = ["make", "-C", str(EXAMPLE), f"PYTHON={sys.executable}", f"OUT={out}"]
-    subprocess.run([*command, f"CXX={toolchain.find_cxx()}"], check=True, capture_output=True)
+    subprocess.run([*command, f"CXX={cxx.find_cxx()}"], check=True, capture_output=True)
     return out
 
 

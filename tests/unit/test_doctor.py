@@ -7,15 +7,21 @@ import subprocess
 
 import pytest
 
-from tvm_balanced import doctor, nvrtc, targets, threads, toolchain
+from tvm_balanced import doctor
+from tvm_balanced.build import cxx
+from tvm_balanced.build import export as toolchain
+from tvm_balanced.cuda import libraries, nvrtc
 from tvm_balanced.errors import ToolchainError
-from tvm_balanced.targets import DetectedGpu, Driver
+from tvm_balanced.targets import driver as targets_driver
+from tvm_balanced.targets import resolve as targets
+from tvm_balanced.targets import threads
+from tvm_balanced.targets.driver import DetectedGpu, Driver
 
 A10 = DetectedGpu("NVIDIA A10", "sm_86", 24 << 30, 600.0, 72, 1.695, 6 << 20, 101376)
 
 
 def _with_driver(monkeypatch, driver):
-    monkeypatch.setattr(targets, "detect_driver", lambda: driver)
+    monkeypatch.setattr(targets_driver, "detect_driver", lambda: driver)
     monkeypatch.setattr(toolchain, "missing_cuda_packages", list)
 
 
@@ -71,7 +77,7 @@ def test_cublas_is_the_first_that_loads(tmp_path):
         file.parent.mkdir()
     broken.write_text("no library")
     (tmp_path / "code.c").write_text(code)
-    compiler = [toolchain.find_cxx(), "-x", "c", "-shared", "-fPIC", tmp_path / "code.c"]
+    compiler = [cxx.find_cxx(), "-x", "c", "-shared", "-fPIC", tmp_path / "code.c"]
     subprocess.run([*compiler, "-o", stand_in], check=True)
     missing = str(tmp_path / "libcublas.so.13")
     found = doctor.find_cublas([missing, str(broken), str(stand_in)])
@@ -85,7 +91,7 @@ def test_cublas_is_the_first_that_loads(tmp_path):
 
 
 def test_cublas_is_looked_for_where_libraries_do(monkeypatch):
-    monkeypatch.setattr(toolchain, "find_cudart", lambda: "/cuda/lib64/libcudart.so.13")
+    monkeypatch.setattr(libraries, "find_cudart", lambda: "/cuda/lib64/libcudart.so.13")
     first, *_, last = doctor.cublas_places()
     assert (first, last) == ("/cuda/lib64/libcublas.so.13", "libcublas.so.13")
 
@@ -94,7 +100,7 @@ def test_without_a_compiler_nothing_compiles(monkeypatch):
     def none():
         raise ToolchainError("no C++ compiler was found")
 
-    monkeypatch.setattr(toolchain, "find_cxx", none)
+    monkeypatch.setattr(cxx, "find_cxx", none)
     found = doctor.collect()
     assert not any(entry["compiles"] for entry in found["targets"].values())
     assert found["targets"]["llvm"]["reason"] == "no C++ compiler was found"

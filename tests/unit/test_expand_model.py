@@ -4,9 +4,16 @@ from dataclasses import replace
 
 import pytest
 
-from tvm_balanced import cost, expand_model, kernel_model, targets
-from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.schedules import cuda, cuda_by_rows, cuda_expand
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.planning import cost
+from tvm_balanced.schedules.cuda import by_rows as cuda_by_rows
+from tvm_balanced.schedules.cuda import expand as cuda_expand
+from tvm_balanced.schedules.cuda import expand_model
+from tvm_balanced.schedules.cuda import gather_model as kernel_model
+from tvm_balanced.schedules.cuda import machine as cuda_machine
+from tvm_balanced.schedules.cuda import target as cuda
+from tvm_balanced.targets import gpus
+from tvm_balanced.targets import resolve as targets
 
 H100 = targets.resolve("h100")
 
@@ -22,7 +29,7 @@ def chosen(fmt, rows, dtype="float16", spec=H100):
 @pytest.mark.parametrize("gpu", ["h100", "a100", "rtx-4090"])
 def test_chosen_only_where_faster_than_the_gather(gpu):
     spec = targets.resolve(gpu)
-    machine = kernel_model.machine(targets.gpu_figures(spec.target))
+    machine = cuda_machine.machine(gpus.gpu_figures(spec.target))
     taken = 0
     for n, k in ((8192, 8192), (768, 3072), (50, 70)):
         for pattern in ("8:16", "2:16", "4:32"):
@@ -38,7 +45,7 @@ def test_chosen_only_where_faster_than_the_gather(gpu):
 
 
 def test_few_rows_have_to_gain_a_tenth():
-    machine = kernel_model.machine(targets.GPUS["h100"])
+    machine = cuda_machine.machine(gpus.GPUS["h100"])
     taken = set()
     for n in (8192, 28672):
         for pattern in ("4:16", "1:16", "4:32"):
@@ -87,7 +94,7 @@ def test_bitmaps_only_where_they_are_gathered():
 def test_prediction_follows_work():
     """More activations, more weights and slower memory take longer; parts are bounds from below."""
     fmt = layer()
-    machine = kernel_model.machine(targets.GPUS["h100"])
+    machine = cuda_machine.machine(gpus.GPUS["h100"])
 
     def predict(fmt, rows, machine=machine):
         _, prediction = expand_model.best(fmt, rows, "float16", 227 << 10, machine)
@@ -114,7 +121,7 @@ def test_prediction_follows_work():
     ],
 )
 def test_thread_blocks_share_long_rows_of_small_layers(n, k, rows, splits):
-    fmt, machine = layer(n=n, k=k), kernel_model.machine(targets.GPUS["h100"])
+    fmt, machine = layer(n=n, k=k), cuda_machine.machine(gpus.GPUS["h100"])
     tiles = expand_model.candidates(fmt, rows, 227 << 10, machine.sm_count)
     if rows is None:
         assert {tile.splits for tile in tiles} == {splits}
@@ -134,7 +141,7 @@ def test_thread_blocks_share_long_rows_of_small_layers(n, k, rows, splits):
 @pytest.mark.parametrize("pattern", ["4:16", "1:16", "4:32"])
 def test_kernels_of_a_symbolic_batch_take_over_where_they_are_faster(gpu, pattern):
     spec = targets.resolve(gpu)
-    machine = kernel_model.machine(targets.gpu_figures(spec.target))
+    machine = cuda_machine.machine(gpus.gpu_figures(spec.target))
     fmt = layer(pattern, 4096, 4096)
     tiles = expand_model.by_rows(fmt, "float16", 160 << 10, 48 << 10, machine)
     firsts = [first for first, _ in tiles]

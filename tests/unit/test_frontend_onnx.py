@@ -8,7 +8,8 @@ from onnx import TensorProto, helper, numpy_helper
 from tvm import relax
 
 from tvm_balanced.errors import InputError, ToolchainError
-from tvm_balanced.frontend import from_onnx, load_model, optional
+from tvm_balanced.frontend import from_onnx, load_model
+from tvm_balanced.support import optional
 
 RNG = np.random.default_rng(0)
 WEIGHTS = {

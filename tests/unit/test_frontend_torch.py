@@ -9,10 +9,11 @@ from tvm import relax
 
 import tvm_balanced as tb
 from tvm_balanced.errors import InputError, ToolchainError
-from tvm_balanced.frontend import from_torch, optional
-from tvm_balanced.frontend.bound_indices import bound_indices
+from tvm_balanced.frontend import from_torch
 from tvm_balanced.frontend.torch_importer import to_numpy
+from tvm_balanced.relay_passes.bound_indices import bound_indices
 from tvm_balanced.relay_passes.bucket_functions import symbolic_dims
+from tvm_balanced.support import optional
 
 
 class Tied(nn.Module):

@@ -5,13 +5,19 @@ from itertools import pairwise
 
 import pytest
 
-from tvm_balanced import cost, kernel_model, targets
 from tvm_balanced.errors import InputError
-from tvm_balanced.kernel_model import Knobs, Model
-from tvm_balanced.packing import Layout, PackedFormat
-from tvm_balanced.pattern import BalancedPattern
+from tvm_balanced.format.layout import Layout, PackedFormat
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.planning import cost
+from tvm_balanced.schedules.cuda import gather_model as kernel_model
+from tvm_balanced.schedules.cuda import gather_tile
+from tvm_balanced.schedules.cuda import machine as cuda_machine
+from tvm_balanced.schedules.cuda.gather_model import Model
+from tvm_balanced.schedules.cuda.gather_tile import Knobs
+from tvm_balanced.targets import driver, gpus
+from tvm_balanced.targets import resolve as targets
 
-H100 = kernel_model.machine(targets.GPUS["h100"])
+H100 = cuda_machine.machine(gpus.GPUS["h100"])
 ROOM = 48 << 10
 
 # LLM layers, MiniLM's, the LSTM's and the paper's own
@@ -34,7 +40,7 @@ def predict(fmt, rows, knobs, gpu=H100, dtype="float16"):
 
 def fastest(fmt, rows, gpu=H100, dtype="float16"):
     model = Model(gpu, fmt, rows, dtype)
-    return min(model.bounds(k)[0] for k in kernel_model.candidates(fmt, rows, dtype, ROOM))
+    return min(model.bounds(k)[0] for k in gather_tile.candidates(fmt, rows, dtype, ROOM))
 
 
 def test_bytes_and_memory_time_by_hand():
@@ -131,7 +137,7 @@ def test_more_rows_of_activations_are_not_faster(n, k):
 @pytest.mark.parametrize("rows", [1, 16])
 def test_a_better_gpu_is_not_slower(better, rows):
     fmt = layer(11008, 4096)
-    for knobs in kernel_model.candidates(fmt, rows, "float16", ROOM):
+    for knobs in gather_tile.candidates(fmt, rows, "float16", ROOM):
         before = Model(H100, fmt, rows, "float16").bounds(knobs)[0]
         after = Model(replace(H100, **better), fmt, rows, "float16").bounds(knobs)[0]
         assert after <= before * (1 + 1e-9), knobs
@@ -140,7 +146,7 @@ def test_a_better_gpu_is_not_slower(better, rows):
 def test_never_faster_than_memory_and_launch():
     for n, k in SHAPES:
         fmt = layer(n, k)
-        for knobs in kernel_model.candidates(fmt, 8, "float16", ROOM):
+        for knobs in gather_tile.candidates(fmt, 8, "float16", ROOM):
             told = Model(H100, fmt, 8, "float16").predict(knobs)
             assert told.total_us >= told.memory_us + H100.launch_us
 
@@ -149,12 +155,12 @@ def test_never_faster_than_memory_and_launch():
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_candidates_and_choice_are_legal(gpu, dtype):
     itemsize = 4 if dtype == "float32" else 2
-    machine = kernel_model.machine(targets.GPUS[gpu])
+    machine = cuda_machine.machine(gpus.GPUS[gpu])
     for n, k in SHAPES:
         for pattern in ("4:16", "16:256", "3:16"):
             fmt = layer(n, k, pattern, dtype)
             for rows in (1, 8, 13):
-                found = list(kernel_model.candidates(fmt, rows, dtype, ROOM))
+                found = list(gather_tile.candidates(fmt, rows, dtype, ROOM))
                 assert len(found) == len(set(found)) < 500
                 assert kernel_model.choose(fmt, rows, dtype, ROOM, machine) in found
                 for one in found:
@@ -180,7 +186,7 @@ def test_choice_is_near_the_fastest_and_reads_least_among_those():
             model = Model(H100, fmt, rows, "float16")
             timed = [
                 model.bounds(knobs)
-                for knobs in kernel_model.candidates(fmt, rows, "float16", ROOM, H100.sm_count)
+                for knobs in gather_tile.candidates(fmt, rows, "float16", ROOM, H100.sm_count)
             ]
             best = min(bounds[0] for bounds in timed)
             total, memory, stream, _ = model.bounds(
@@ -234,8 +240,8 @@ def test_a_second_launch_has_to_pay():
 def test_choice_depends_on_the_gpu():
     fmt = layer(2048, 4096)
     chosen = {
-        kernel_model.choose(fmt, 16, "float16", ROOM, kernel_model.machine(figures))
-        for figures in targets.GPUS.values()
+        kernel_model.choose(fmt, 16, "float16", ROOM, cuda_machine.machine(figures))
+        for figures in gpus.GPUS.values()
     }
     assert len(chosen) > 1
 
@@ -249,7 +255,7 @@ def test_symbolic_rows_are_taken_for_eight():
 
 def test_prediction_prints_its_parts_and_that_it_is_uncalibrated():
     text = str(predict(layer(4096, 4096), 1, (1, 1, 16, 4, 256)))
-    assert kernel_model.CALIBRATION == "uncalibrated"
+    assert cuda_machine.CALIBRATION == "uncalibrated"
     assert "us (uncalibrated), bound by" in text.splitlines()[0]
     assert "bytes_in_flight" in text
 
@@ -259,34 +265,34 @@ def test_other_layouts_and_architectures_are_refused():
     with pytest.raises(InputError, match="r1v8 is not of the gather kernel"):
         Model(H100, fmt, 1, "float16")
     with pytest.raises(InputError, match=r'"sm_61".*known are sm_80'):
-        kernel_model.machine(replace(targets.GPUS["h100"], arch="sm_61"))
+        cuda_machine.machine(replace(gpus.GPUS["h100"], arch="sm_61"))
 
 
 def test_plan_and_compiler_speak_of_the_same_prediction():
-    from tvm_balanced.schedules import cuda_gather
+    from tvm_balanced.schedules.cuda import gather as cuda_gather
 
     spec = targets.resolve("rtx-4090")
     fmt = layer(4096, 4096)
     tile = cuda_gather.default_tile(
-        fmt, 4, "float16", cuda_gather.shared_limit(spec.target), targets.GPUS["rtx-4090"]
+        fmt, 4, "float16", cuda_gather.shared_limit(spec.target), gpus.GPUS["rtx-4090"]
     )
-    machine = kernel_model.machine(targets.gpu_figures(spec.target))
+    machine = cuda_machine.machine(gpus.gpu_figures(spec.target))
     knobs = Knobs(**asdict(tile))
     told = Model(machine, fmt, 4, "float16").predict(knobs)
     assert cost.sparse_us(spec, 4, fmt, "float16") == pytest.approx(told.total_us)
 
 
-@pytest.mark.parametrize("name", sorted(targets.GPUS))
+@pytest.mark.parametrize("name", sorted(gpus.GPUS))
 def test_a_target_names_its_gpu(name):
-    assert targets.gpu_figures(targets.resolve(name).target) == targets.GPUS[name]
+    assert gpus.gpu_figures(targets.resolve(name).target) == gpus.GPUS[name]
 
 
 def test_a_detected_gpu_is_told_by_its_target():
-    gpu = targets.DetectedGpu(
+    gpu = driver.DetectedGpu(
         "NVIDIA GeForce RTX 4070", "sm_89", 12 << 30, 504.0, 46, 2.475, 36 << 20, 99 << 10
     )
-    target = targets.cuda_target("sm_89", gpu)
+    target = gpus.cuda_target("sm_89", gpu)
     assert str(target.attrs["model"]) == "46 SM, 504 GB/s, 2.475 GHz"
-    assert targets.gpu_figures(target) == targets.detected_figures(gpu)
+    assert gpus.gpu_figures(target) == gpus.detected_figures(gpu)
     spec = targets.resolve(target)
     assert (spec.cores, spec.bandwidth_gbps) == (46, 504.0)

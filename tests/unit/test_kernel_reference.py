@@ -12,19 +12,18 @@ from tvm.script import tirx as T
 import tvm_balanced as tb
 from tests.models.kernels import fused_kernels, run_plain
 from tests.models.zoo import ZOO
-from tvm_balanced import kernel_reference, ops, packing, reference
-from tvm_balanced.kernel_reference import (
-    Deviation,
-    KernelReferenceError,
-    difference,
-    evaluate,
-    output_positions,
-    seeded_arguments,
-    tolerance,
-)
-from tvm_balanced.packing import BalancedTensor, Layout, PackedFormat, is_balanced, unpack
-from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.targets import resolve
+from tvm_balanced import ops
+from tvm_balanced.format import layout, reference
+from tvm_balanced.format.layout import Layout, PackedFormat
+from tvm_balanced.format.packing import BalancedTensor, unpack
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.format.weights import is_balanced
+from tvm_balanced.targets.resolve import resolve
+from tvm_balanced.verification import interpreter as kernel_reference
+from tvm_balanced.verification.arguments import seeded_arguments
+from tvm_balanced.verification.interpreter import evaluate
+from tvm_balanced.verification.tensorir import KernelReferenceError, output_positions
+from tvm_balanced.verification.tolerance import Deviation, difference, tolerance
 
 
 def kernel(*tensors):
@@ -44,13 +43,13 @@ def value_of(func, *inputs):
             }
         )
     shape = [symbols[e] if e in symbols else int(e) for e in out.ty.shape]
-    empty = np.zeros(shape, packing.numpy_dtype(str(out.ty.dtype)))
+    empty = np.zeros(shape, layout.numpy_dtype(str(out.ty.dtype)))
     (value,) = evaluate(func, [*inputs, empty]).values()
     return value
 
 
 def normal(*shape, dtype="float32", seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(packing.numpy_dtype(dtype))
+    return np.random.default_rng(seed).standard_normal(shape).astype(layout.numpy_dtype(dtype))
 
 
 def close(got, expected):

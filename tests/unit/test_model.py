@@ -7,10 +7,10 @@ import pytest
 from tvm import relax
 
 from tvm_balanced.errors import InputError
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.format.weights import is_balanced
 from tvm_balanced.model import Model
-from tvm_balanced.packing import is_balanced
-from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.pruning import prune_weight
+from tvm_balanced.pruning.magnitude import prune_weight
 
 
 def build(shapes, rows=1, dtype="float32", transposed=True, seed=0):
@@ -218,7 +218,7 @@ def test_a_model_prints_in_one_line():
 
 
 def test_compile_names_what_is_no_imported_model():
-    from tvm_balanced.compiler import compile as compile_model
+    from tvm_balanced.build.compiler import compile as compile_model
 
     with pytest.raises(InputError, match=r"a dict was given.*from_torch"):
         compile_model({}, "llvm")

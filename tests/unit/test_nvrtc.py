@@ -11,7 +11,7 @@ import pytest
 import tvm
 import tvm_ffi
 
-from tvm_balanced import nvrtc
+from tvm_balanced.cuda import nvrtc
 from tvm_balanced.errors import ToolchainError
 
 KERNEL = """

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import tvm_balanced as tb
-from tvm_balanced import nvrtc
-from tvm_balanced.cuda_source import join_kernels, split_kernels
-from tvm_balanced.runtime import Library
+from tvm_balanced.cuda import nvrtc
+from tvm_balanced.cuda.source import join_kernels, split_kernels
+from tvm_balanced.runtime.library import Library
 
 pytestmark = pytest.mark.skipif(
     bool(nvrtc.missing_cuda_packages()), reason="NVRTC from PyPI is not installed"
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 RECOMPILE = """
 import hashlib, json, sys
 from tvm_balanced import nvrtc
-from tvm_balanced.runtime import Library
+from tvm_balanced.runtime.library import Library
 
 library = Library(sys.argv[1])
 cubin = nvrtc.compile_cubin(library.source(), library.manifest.target.arch).cubin

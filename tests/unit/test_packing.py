@@ -7,21 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tvm_balanced.errors import InputError
-from tvm_balanced.packing import (
+from tvm_balanced.format.layout import (
     BITMAP,
     BITMAP_BLOCKS,
     ENCODINGS,
-    BalancedTensor,
     Layout,
     PackedFormat,
-    is_balanced,
     numpy_dtype,
-    pack,
-    unpack,
 )
-from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.pruning import balanced_mask, detect_pattern, kept_energy, prune_weight
-from tvm_balanced.reference import balanced_sparse_dense
+from tvm_balanced.format.packing import BalancedTensor, pack, unpack
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.format.reference import balanced_sparse_dense
+from tvm_balanced.format.weights import detect_pattern, is_balanced
+from tvm_balanced.pruning.magnitude import balanced_mask, kept_energy, prune_weight
 
 DTYPES = ["float32", "float16", "bfloat16"]
 

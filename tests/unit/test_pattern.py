@@ -3,7 +3,7 @@
 import pytest
 
 from tvm_balanced.errors import InputError
-from tvm_balanced.pattern import BalancedPattern
+from tvm_balanced.format.pattern import BalancedPattern
 
 
 def test_text_numbers_and_copy_are_equal():

@@ -7,17 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from tvm_balanced.calibration import (
-    copy_of,
-    distill,
-    find_linear,
-    prune_calibrated,
-    sparsegpt,
-    wanda,
-)
 from tvm_balanced.errors import InputError
-from tvm_balanced.packing import is_balanced
-from tvm_balanced.pattern import BalancedPattern
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.format.weights import is_balanced
+from tvm_balanced.pruning.calibrated import prune_calibrated, sparsegpt, wanda
+from tvm_balanced.pruning.distillation import distill
+from tvm_balanced.pruning.layers import copy_of, find_linear
 
 FORM = BalancedPattern("2:8")
 
@@ -120,7 +115,7 @@ def test_sparsegpt_has_the_least_error_of_the_three(columns):
 
 
 def _magnitude(weight):
-    from tvm_balanced.pruning import balanced_mask
+    from tvm_balanced.pruning.magnitude import balanced_mask
 
     return balanced_mask(weight, FORM)
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from examples.accuracy import report, run, tasks, text
 from examples.accuracy.patterns import Tiles, rules
-from tvm_balanced import calibration_text
+from tvm_balanced.demo import sentences as calibration_text
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import tvm_balanced as tb
-from tvm_balanced.calibration import agreement, copy_of, prune_calibrated
 from tvm_balanced.errors import InputError
-from tvm_balanced.sensitivity import (
+from tvm_balanced.pruning.calibrated import prune_calibrated
+from tvm_balanced.pruning.layers import agreement, copy_of
+from tvm_balanced.pruning.sensitivity import (
     LayerChoice,
     Option,
     Selection,

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from tvm_balanced.errors import InputError
-from tvm_balanced.packing import is_balanced
-from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.pruning import balanced_mask
-from tvm_balanced.training import GradualPruner, largest_of_blocks
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.format.weights import is_balanced
+from tvm_balanced.pruning.gradual import GradualPruner
+from tvm_balanced.pruning.magnitude import balanced_mask
+from tvm_balanced.pruning.masks import largest_of_blocks
 
 WIDTH = 32
 

@@ -16,9 +16,16 @@ import pytest
 import torch
 import tvm
 
-from tvm_balanced import artifact, runtime, targets, toolchain
+from tvm_balanced.artifact import folder as artifact
+from tvm_balanced.artifact import functions as artifact_functions
+from tvm_balanced.artifact import manifest
+from tvm_balanced.build import export as toolchain
+from tvm_balanced.cuda import cubin, libraries, nvrtc
 from tvm_balanced.errors import ArtifactError, InputError, ToolchainError
-from tvm_balanced.targets import DetectedGpu, Driver
+from tvm_balanced.runtime import arguments, checks
+from tvm_balanced.runtime import library as runtime
+from tvm_balanced.targets import resolve as targets
+from tvm_balanced.targets.driver import DetectedGpu, Driver
 
 HERE = Path(__file__).parent
 H100 = DetectedGpu("NVIDIA H100 80GB HBM3", "sm_90", 80 << 30, 3352.0, 132, 1.98, 50 << 20, 232448)
@@ -37,7 +44,9 @@ def tiny():
 def _make(folder, tiny, mod, params, *, target="llvm", embed=True, layers=()):
     spec = targets.resolve(target)
     embedded, beside = (params, {}) if embed else ({}, params)
-    functions = artifact.describe_functions(mod, embedded=list(embedded), beside=list(beside))
+    functions = artifact_functions.describe_functions(
+        mod, embedded=list(embedded), beside=list(beside)
+    )
     exported = toolchain.export_library(
         mod, spec, folder / "lib.so", params=embedded, build="tiny_model:build"
     )
@@ -53,7 +62,7 @@ def path(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cuda_path(tiny, tmp_path_factory):
-    if toolchain.missing_cuda_packages():
+    if nvrtc.missing_cuda_packages():
         pytest.skip("NVRTC from PyPI is not installed")
     folder = tmp_path_factory.mktemp("cuda")
     return _make(folder, tiny, tiny.linear(), tiny.weights(), target="cuda-sm_90")
@@ -160,15 +169,15 @@ def test_aligned_memory_is_not_copied():
     buffer = np.zeros(80, np.float32)
     start = (-buffer.ctypes.data // 4) % 16
     array = buffer[start : start + 64]
-    placed = runtime._place(array, tvm.cpu())
+    placed = arguments._place(array, tvm.cpu())
     array[5] = 7
     assert placed.numpy()[5] == 7
     tensor = torch.zeros(64)
-    placed = runtime._place(tensor, tvm.cpu())
+    placed = arguments._place(tensor, tvm.cpu())
     tensor[5] = 7
     assert placed.numpy()[5] == (7 if tensor.data_ptr() % 64 == 0 else 0)
     given = tvm.runtime.tensor(array)
-    assert runtime._place(given, tvm.cpu()).same_as(given)
+    assert arguments._place(given, tvm.cpu()).same_as(given)
 
 
 def test_an_answer_is_not_overwritten_by_the_next(library):
@@ -228,13 +237,13 @@ def test_a_symbol_is_one_extent_in_all_inputs(tiny, tmp_path):
 
 
 def test_the_most_specific_function_is_picked(path):
-    entries = artifact.read_manifest(path).functions
+    entries = manifest.read_manifest(path).functions
     assert [(entry.name, dict(entry.bindings)) for entry in entries] == [
         ("main", {}),
         ("main_n8", {"n": 8}),
     ]
-    assert runtime.choose_function(entries, [(8, 32)]).name == "main_n8"
-    assert runtime.choose_function(entries, [(7, 32)]).name == "main"
+    assert arguments.choose_function(entries, [(8, 32)]).name == "main_n8"
+    assert arguments.choose_function(entries, [(7, 32)]).name == "main"
 
 
 @pytest.mark.parametrize("results", [1, 2])
@@ -338,7 +347,7 @@ def test_a_library_that_does_not_load_is_an_artifact_error(path, tmp_path):
 
 
 def test_lacking_parameters_are_named(tiny, tmp_path):
-    from tvm_balanced._tensors import write_tensors
+    from tvm_balanced.support.tensors import write_tensors
 
     path = _make(tmp_path, tiny, tiny.linear(), tiny.weights(), embed=False)
     write_tensors(path / "params.safetensors", {"w": tiny.weights()["w"]})
@@ -351,7 +360,7 @@ def test_lacking_parameters_are_named(tiny, tmp_path):
 def test_a_cuda_library_can_be_inspected_anywhere(cuda_path):
     library = runtime.Library(cuda_path)
     assert library.manifest.device_code == "cubin"
-    assert toolchain.cubin_architectures(cuda_path / "lib.so") == ["sm_90"]
+    assert cubin.cubin_architectures(cuda_path / "lib.so") == ["sm_90"]
     assert library.kernels
     for name in library.kernels:
         text = library.source(name)
@@ -382,7 +391,7 @@ def test_a_gpu_whose_runtime_does_not_load(cuda_path, monkeypatch):
         raise ToolchainError("libcudart.so.13 cannot be loaded")
 
     monkeypatch.setattr(runtime, "detect_driver", lambda: Driver("13.0", (A10, H100), None))
-    monkeypatch.setattr(toolchain, "load_cuda_runtime", refused)
+    monkeypatch.setattr(libraries, "load_cuda_runtime", refused)
     with pytest.raises(ToolchainError, match="libcudart"):
         runtime.load(cuda_path)
-    assert runtime._gpu_ordinal("sm_90a") == 1
+    assert checks._gpu_ordinal("sm_90a") == 1

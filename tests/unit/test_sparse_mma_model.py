@@ -4,9 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from tvm_balanced import cost, kernel_model, sparse_mma_model, targets
-from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.schedules import cuda, cuda_sparse_mma
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.planning import cost
+from tvm_balanced.schedules.cuda import gather_model as kernel_model
+from tvm_balanced.schedules.cuda import machine as cuda_machine
+from tvm_balanced.schedules.cuda import sparse_mma as cuda_sparse_mma
+from tvm_balanced.schedules.cuda import sparse_mma_model
+from tvm_balanced.schedules.cuda import target as cuda
+from tvm_balanced.targets import gpus
+from tvm_balanced.targets import resolve as targets
 
 H100 = targets.resolve("h100")
 
@@ -22,7 +28,7 @@ def chosen(fmt, rows, dtype="float16", spec=H100):
 @pytest.mark.parametrize("gpu", ["h100", "a100", "rtx-4090"])
 def test_chosen_only_where_faster_than_the_gather(gpu):
     spec = targets.resolve(gpu)
-    machine = kernel_model.machine(targets.gpu_figures(spec.target))
+    machine = cuda_machine.machine(gpus.gpu_figures(spec.target))
     taken = 0
     for n, k in ((8192, 8192), (768, 3072), (50, 70)):
         for rows in (2, 16, 64, 256):
@@ -57,7 +63,7 @@ def test_the_rest_is_the_gathers(pattern, rows, dtype):
 
 def test_prediction_follows_work():
     """More activations, more weights and slower memory take longer; parts are bounds from below."""
-    machine = kernel_model.machine(targets.GPUS["h100"])
+    machine = cuda_machine.machine(gpus.GPUS["h100"])
 
     def predict(fmt, rows, machine=machine):
         _, prediction = sparse_mma_model.best(fmt, rows, "float16", 227 << 10, machine)
@@ -74,5 +80,5 @@ def test_prediction_follows_work():
 
 
 def test_nothing_fits_in_no_memory():
-    machine = kernel_model.machine(targets.GPUS["h100"])
+    machine = cuda_machine.machine(gpus.GPUS["h100"])
     assert sparse_mma_model.best(layer(), 64, "float16", 1024, machine) is None

@@ -15,20 +15,20 @@ import numpy as np
 import pytest
 
 from tests.cuda.cubins import compile_cubin
-from tvm_balanced import artifact, static_report, targets, toolchain
-from tvm_balanced.artifact import FunctionEntry, TensorEntry
+from tvm_balanced.artifact import exported as artifact_exported
+from tvm_balanced.artifact import folder as artifact
+from tvm_balanced.artifact.manifest import FunctionEntry, TensorEntry
+from tvm_balanced.build import cxx
 from tvm_balanced.cli.main import main
+from tvm_balanced.cuda import cubin as cuda_cubin
+from tvm_balanced.cuda import nvrtc, static_report
+from tvm_balanced.cuda.cubin import KernelResources, kernel_resources
+from tvm_balanced.cuda.occupancy import occupancy
+from tvm_balanced.cuda.sass import SassCounts, find_nvdisasm, sass_counts
+from tvm_balanced.cuda.static_report import StaticReport
 from tvm_balanced.errors import ArtifactError, InputError, ToolchainError
-from tvm_balanced.static_report import (
-    SM_LIMITS,
-    KernelResources,
-    SassCounts,
-    StaticReport,
-    find_nvdisasm,
-    kernel_resources,
-    occupancy,
-    sass_counts,
-)
+from tvm_balanced.targets import resolve as targets
+from tvm_balanced.targets.gpus import SM_LIMITS
 
 SOURCE = r"""
 extern "C" __global__ void __launch_bounds__(256) kernel_spills(float* a, int n) {
@@ -230,12 +230,12 @@ FACTORS = {1: "warps", 2: "registers", 4: "shared memory", 8: "blocks"}
 
 
 def test_occupancy_is_that_of_nvidias_calculator(tmp_path: Path) -> None:
-    root = toolchain.cuda_root()
+    root = nvrtc.cuda_root()
     if root is None or not (root / "include" / "cuda_occupancy.h").is_file():
         pytest.skip("no cuda_occupancy.h: install the extra tvm-balanced[cuda]")
     (tmp_path / "calculator.cpp").write_text(CALCULATOR)
     program = str(tmp_path / "calculator")
-    command = [toolchain.find_cxx(), f"-I{root / 'include'}", str(tmp_path / "calculator.cpp")]
+    command = [cxx.find_cxx(), f"-I{root / 'include'}", str(tmp_path / "calculator.cpp")]
     subprocess.run([*command, "-o", program], check=True)
     lines, found = [], []
     for arch, limits in SM_LIMITS.items():
@@ -484,14 +484,14 @@ FUNCTION = FunctionEntry(
 def library(tmp_path: Path, cubins: Any) -> Path:
     """A ``.tvmb`` for CUDA whose host code is missing; whoever looks at it runs nothing."""
     (tmp_path / "lib.so").write_bytes(b"\x7fELF\x02\x01 host code" + cubins["sm_90"][0] + b"more")
-    (image,) = toolchain.cubin_images(tmp_path / "lib.so")
+    (image,) = cuda_cubin.cubin_images(tmp_path / "lib.so")
     compiler = {"name": "nvrtc", "version": "13.5.37", "options": []}
-    exported = toolchain.ExportedLibrary(tmp_path / "lib.so", SOURCE, (image,), compiler)
+    exported = artifact_exported.ExportedLibrary(tmp_path / "lib.so", SOURCE, (image,), compiler)
     return artifact.save(tmp_path / "m.tvmb", exported, targets.resolve("h100"), (FUNCTION,))
 
 
 def test_images_are_cut_out_whole(library: Path, cubins: Any) -> None:
-    ((image, cubin),) = toolchain.read_cubins(library / "lib.so")
+    ((image, cubin),) = cuda_cubin.read_cubins(library / "lib.so")
     assert (image.arch, cubin) == ("sm_90", cubins["sm_90"][0])
 
 
@@ -529,7 +529,7 @@ def test_inspect_static_is_refused(
     tmp_path: Path, capsys: Any, more: list[str], message: str
 ) -> None:
     (tmp_path / "lib.so").write_bytes(b"\x7fELF host code")
-    exported = toolchain.ExportedLibrary(tmp_path / "lib.so", "", ())
+    exported = artifact_exported.ExportedLibrary(tmp_path / "lib.so", "", ())
     path = artifact.save(tmp_path / "m.tvmb", exported, targets.resolve("llvm"), (FUNCTION,))
     assert main(["inspect", str(path), "--static", *more]) == 2
     assert message in " ".join(capsys.readouterr().err.split())

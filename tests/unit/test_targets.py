@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 import tvm
 
-from tvm_balanced import targets
 from tvm_balanced.errors import InputError, ToolchainError
-from tvm_balanced.targets import DetectedGpu, Driver
+from tvm_balanced.targets import driver, host
+from tvm_balanced.targets import gpus as targets_gpus
+from tvm_balanced.targets import resolve as targets
+from tvm_balanced.targets.driver import DetectedGpu, Driver
 
 H100 = DetectedGpu("NVIDIA H100 80GB HBM3", "sm_90", 80 << 30, 3352.0, 132, 1.98, 50 << 20, 232448)
 
 
 def _machine(monkeypatch, *gpus, problem=None):
-    monkeypatch.setattr(targets, "detect_driver", lambda: Driver("13.0", gpus, problem))
+    monkeypatch.setattr(driver, "detect_driver", lambda: Driver("13.0", gpus, problem))
 
 
 @pytest.mark.parametrize("name", [name for name in targets.names() if name != "cuda"])
@@ -39,9 +41,9 @@ def test_h100_is_what_the_chip_allows_and_not_the_tag():
     assert int(attrs["registers_per_block"]) == 65536
 
 
-@pytest.mark.parametrize("name", targets.GPUS)
+@pytest.mark.parametrize("name", targets_gpus.GPUS)
 def test_figures_of_a_data_sheet_agree_with_each_other(name):
-    gpu = targets.GPUS[name]
+    gpu = targets_gpus.GPUS[name]
     per_clock = 128 if gpu.arch == "sm_80" else 256
     assert gpu.fp32_tflops == pytest.approx(
         gpu.sm_count * gpu.clock_ghz * per_clock / 1e3, rel=0.02
@@ -51,7 +53,7 @@ def test_figures_of_a_data_sheet_agree_with_each_other(name):
 
 def test_an_architecture_takes_the_figures_of_its_representative():
     spec = targets.resolve("cuda-sm_90")
-    assert (spec.gpu, spec.bandwidth_gbps) == ("h100", targets.GPUS["h100"].bandwidth_gbps)
+    assert (spec.gpu, spec.bandwidth_gbps) == ("h100", targets_gpus.GPUS["h100"].bandwidth_gbps)
 
 
 @pytest.mark.parametrize("name", ["h1000", "cuda-sm_75", "llvm-x86-64-v9", ""])
@@ -89,11 +91,11 @@ def test_cpu_levels_say_what_code_may_use():
 
 
 def test_local_cpu_uses_nothing_the_system_hides(monkeypatch):
-    here = targets.cpu_flags()
+    here = host.cpu_flags()
     if "avx2" not in here:
         pytest.skip("this CPU has no AVX2 to hide")
     visible = frozenset(f for f in here if not f.startswith("avx512"))
-    monkeypatch.setattr(targets, "cpu_flags", lambda: visible)
+    monkeypatch.setattr(host, "cpu_flags", lambda: visible)
     spec = targets.resolve("llvm")
     assert set(spec.features) <= visible
     assert spec.vector_bits == 256
@@ -103,8 +105,8 @@ def test_flags_are_read_from_the_kernel(tmp_path):
     file = tmp_path / "cpuinfo"
     file.write_text("processor : 0\nflags\t\t: fpu avx avx2 bmi1 sse4_2 avx512_vnni abm\n")
     expected = {"avx", "avx2", "bmi", "sse4.2", "avx512vnni", "lzcnt"}
-    assert targets.cpu_flags(str(file)) == expected
-    assert targets.cpu_flags(str(tmp_path / "none")) == frozenset()
+    assert host.cpu_flags(str(file)) == expected
+    assert host.cpu_flags(str(tmp_path / "none")) == frozenset()
 
 
 def test_cuda_without_a_gpu_says_so(monkeypatch):
@@ -117,7 +119,7 @@ def test_cuda_is_the_first_gpu(monkeypatch):
     _machine(monkeypatch, H100)
     spec = targets.resolve("cuda")
     assert (spec.arch, spec.gpu, spec.cores) == ("sm_90", H100.name, 132)
-    assert spec.bandwidth_gbps == targets.GPUS["h100"].bandwidth_gbps
+    assert spec.bandwidth_gbps == targets_gpus.GPUS["h100"].bandwidth_gbps
 
 
 def test_an_old_gpu_is_refused(monkeypatch):
@@ -130,7 +132,7 @@ def test_a_namesake_with_fewer_multiprocessors_gets_figures_of_its_own():
     laptop = DetectedGpu(
         "NVIDIA GeForce RTX 4090 Laptop GPU", "sm_89", 16 << 30, 576.0, 76, 2.04, 64 << 20, 101376
     )
-    figures = targets.detected_figures(laptop)
+    figures = targets_gpus.detected_figures(laptop)
     assert figures.bandwidth_gbps == 576.0
     assert figures.fp32_tflops == pytest.approx(39.7, rel=0.01)
 
@@ -172,7 +174,7 @@ def _fake_driver(folder: Path, init: int) -> None:
 def test_what_the_driver_says_is_read(tmp_path, monkeypatch, init):
     _fake_driver(tmp_path, init)
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
-    found = targets.detect_driver.__wrapped__()
+    found = driver.detect_driver.__wrapped__()
     assert found.cuda_version == "13.1"
     if init:
         assert found.gpus == () and "error 999" in found.problem

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tvm_balanced import threads
+from tvm_balanced.targets import host, threads
 
 
 def _machine(tmp_path: Path, siblings: dict[int, str], limits: dict[str, str]) -> tuple[Path, Path]:
@@ -47,8 +47,8 @@ def test_cores_are_what_a_process_may_use(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(threads, "cpus", lambda: [0, 1, 2, 3])
-    assert threads.core_count(*_machine(tmp_path, siblings, limits)) == expected
+    monkeypatch.setattr(host, "cpus", lambda: [0, 1, 2, 3])
+    assert host.core_count(*_machine(tmp_path, siblings, limits)) == expected
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_variables_name_the_threads(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(threads, "core_count", lambda: 7)
+    monkeypatch.setattr(host, "core_count", lambda: 7)
     assert threads.thread_count() == expected
 
 
@@ -122,5 +122,5 @@ def test_a_library_uses_the_cores_and_leaves_its_caller_on_them(
     )
     before, after, found = json.loads(told.stdout)
     assert after == before
-    expected = 1 if one_cpu else count or threads.core_count()
+    expected = 1 if one_cpu else count or host.core_count()
     assert found == [expected, expected]

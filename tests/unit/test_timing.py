@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tvm_balanced import timing
-from tvm_balanced.timing import CpuClock, CudaClock, Load, Timing, copies_for, last_cache_bytes
+from tvm_balanced.bench import clock as timing
+from tvm_balanced.bench.clock import CpuClock, CudaClock, Load, Timing, copies_for, last_cache_bytes
 
 MIB = 1 << 20
 

@@ -12,13 +12,19 @@ import pytest
 import tvm
 from tvm import relax, tirx
 
-from tvm_balanced import nvrtc, targets, toolchain
+from tvm_balanced.build import cxx
+from tvm_balanced.build import export as toolchain
+from tvm_balanced.cuda import cubin as cuda_cubin
+from tvm_balanced.cuda import nvrtc
+from tvm_balanced.cuda import nvrtc as cuda_nvrtc
 from tvm_balanced.errors import InputError, ToolchainError
+from tvm_balanced.targets import driver
+from tvm_balanced.targets import resolve as targets
 
 BUILD = "standin_build:build"
 
 needs_cuda_packages = pytest.mark.skipif(
-    bool(toolchain.missing_cuda_packages()), reason="NVRTC from PyPI is not installed"
+    bool(cuda_nvrtc.missing_cuda_packages()), reason="NVRTC from PyPI is not installed"
 )
 
 
@@ -110,7 +116,7 @@ def test_cuda_library_holds_a_cubin(tmp_path, standin, weight, name):
     exported = toolchain.export_library(
         matmul_relu({"main": "n"}), spec, path, params={"w": weight}, build=BUILD
     )
-    assert toolchain.cubin_architectures(path) == [spec.arch]
+    assert cuda_cubin.cubin_architectures(path) == [spec.arch]
     assert [image.arch for image in exported.images] == [spec.arch]
     assert "__global__" in exported.cuda_source
     # what was cut out of the library is a whole cubin, not a piece of one
@@ -122,7 +128,7 @@ def test_cuda_library_holds_a_cubin(tmp_path, standin, weight, name):
 
 @needs_cuda_packages
 def test_cuda_compiles_without_any_toolkit(tmp_path, standin, weight, monkeypatch):
-    compiler = toolchain.find_cxx()
+    compiler = cxx.find_cxx()
     programs = tmp_path / "bin"
     programs.mkdir()
     # the compiler driver looks up its own parts by its prefix; only nvcc is to be out of reach
@@ -178,7 +184,7 @@ def test_a_failed_worker_is_one_error(tmp_path, standin, build, options, error, 
 
 @needs_cuda_packages
 def test_a_library_without_machine_code_is_refused(tmp_path, standin, weight, monkeypatch):
-    monkeypatch.setattr(toolchain, "cubin_images", lambda path: [])
+    monkeypatch.setattr(cuda_cubin, "cubin_images", lambda path: [])
     path = tmp_path / "lib.so"
     with pytest.raises(ToolchainError, match="machine code for sm_90 and holds none"):
         toolchain.export_library(
@@ -242,20 +248,20 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
 
 def test_cxx_is_taken_from_the_environment(monkeypatch):
     monkeypatch.setenv("CXX", "/bin/sh")
-    assert toolchain.find_cxx() == "/bin/sh"
+    assert cxx.find_cxx() == "/bin/sh"
 
 
 def test_a_cxx_that_does_not_exist_is_refused(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ToolchainError, match="no-such-compiler"):
-        toolchain.find_cxx()
+        cxx.find_cxx()
 
 
 def test_no_compiler_at_all(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(ToolchainError, match="install g\\+\\+ or clang\\+\\+"):
-        toolchain.find_cxx()
+        cxx.find_cxx()
 
 
 def elf_header(machine, flags, abi):
@@ -276,18 +282,18 @@ def elf_header(machine, flags, abi):
 def test_architecture_is_read_from_the_elf_flags(tmp_path, machine, flags, abi, expected):
     path = tmp_path / "file"
     path.write_bytes(b"\x7fELF" + b"x" * 100 + elf_header(machine, flags, abi) + b"\x7fELF\x02\x01")
-    assert toolchain.cubin_architectures(path) == expected
+    assert cuda_cubin.cubin_architectures(path) == expected
 
 
 @needs_cuda_packages
 @pytest.mark.skipif(
-    targets.detect_driver().problem is None, reason="for machines without a usable GPU"
+    driver.detect_driver().problem is None, reason="for machines without a usable GPU"
 )
 def test_the_cuda_runtime_is_refused_without_a_driver():
     code = textwrap.dedent(
         """
         from tvm_balanced.errors import ToolchainError
-        from tvm_balanced.toolchain import load_cuda_runtime
+        from tvm_balanced.build.export import load_cuda_runtime
 
         try:
             load_cuda_runtime()

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
-from tvm_balanced.benchmark_shapes import SETS
+from tvm_balanced.bench.shapes import SETS
 from tvm_balanced.cli.options import with_output
+from tvm_balanced.cli.output import Output, summary
 from tvm_balanced.errors import InputError
-from tvm_balanced.log import Output, summary
 
 if TYPE_CHECKING:
-    from tvm_balanced.benchmark_shapes import Problem
+    from tvm_balanced.bench.shapes import Problem
+
 
 # as benchmark_peers has them, which imports NumPy
 PEERS = ("dense", "int4", "csr", "semi_structured", "triton", "tvm_dense")
@@ -136,11 +137,11 @@ def command(
             "output": path,
         },
     )
-    from tvm_balanced import benchmark_results as results
-    from tvm_balanced.benchmark_shapes import problems
-    from tvm_balanced.benchmarking import CACHES, Benchmark, library_problems, make_machine
-    from tvm_balanced.checkpoint import check_output
-    from tvm_balanced.runtime import Library
+    from tvm_balanced.bench import results
+    from tvm_balanced.bench.operators import CACHES, Benchmark, library_problems, make_machine
+    from tvm_balanced.bench.shapes import problems
+    from tvm_balanced.runtime.library import Library
+    from tvm_balanced.support.files import check_output
 
     wanted_rows = None if rows is None else _numbers(rows)
     chosen = None if peers is None else [word for word in _words(peers) if word != "none"]

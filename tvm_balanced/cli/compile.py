@@ -22,7 +22,7 @@ from tvm_balanced.cli.options import (
     target_option,
     with_output,
 )
-from tvm_balanced.log import Output, summary
+from tvm_balanced.cli.output import Output, summary
 
 
 @click.command(name="compile")
@@ -89,12 +89,12 @@ def command(
             "overwrite": overwrite,
         },
     )
-    from tvm_balanced.artifact import check_writable
-    from tvm_balanced.checkpoint import with_weights
-    from tvm_balanced.compiler import compile as compile_model
+    from tvm_balanced.artifact.folder import check_writable
+    from tvm_balanced.build.compiler import compile as compile_model
+    from tvm_balanced.format.pattern import BalancedPattern
     from tvm_balanced.frontend import load_model
-    from tvm_balanced.pattern import BalancedPattern
-    from tvm_balanced.targets import resolve
+    from tvm_balanced.frontend.checkpoint import with_weights
+    from tvm_balanced.targets.resolve import resolve
 
     form = None if pattern is None else BalancedPattern(pattern)
     check_writable(path, overwrite=overwrite)

@@ -11,8 +11,8 @@ import click
 from rich.table import Table
 
 from tvm_balanced.cli.options import with_output
+from tvm_balanced.cli.output import Output, summary
 from tvm_balanced.errors import OutputError
-from tvm_balanced.log import Output, summary
 
 
 @click.command(name="demo")
@@ -45,10 +45,11 @@ def command(output: Output, destination: str) -> None:
         raise OutputError(
             f"the folder {folder} cannot be made ({error.strerror}); choose another"
         ) from error
-    from tvm_balanced import demo
+    from tvm_balanced.demo import digits
+    from tvm_balanced.demo import minilm as demo
 
     with output.progress("demo") as tell:
-        good = demo.digits(tell, folder)
+        good = digits.digits(tell, folder)
     output.show(_digits_table(good))
     with output.progress("demo") as tell:
         real = demo.minilm(tell, folder)

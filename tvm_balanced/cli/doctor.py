@@ -6,7 +6,7 @@ import click
 from rich.table import Table
 
 from tvm_balanced.cli.options import with_output
-from tvm_balanced.log import Output, summary
+from tvm_balanced.cli.output import Output, summary
 
 
 @click.command(name="doctor")

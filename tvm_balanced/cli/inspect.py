@@ -13,12 +13,12 @@ from rich.table import Table
 
 from tvm_balanced.cli.coverage import coverage_table, coverage_text
 from tvm_balanced.cli.options import parse_shapes, with_output
+from tvm_balanced.cli.output import Output, summary
 from tvm_balanced.errors import InputError
-from tvm_balanced.log import Output, summary
 
 if TYPE_CHECKING:
-    from tvm_balanced.artifact import Manifest, TensorEntry
-    from tvm_balanced.runtime import Library
+    from tvm_balanced.artifact.manifest import Manifest, TensorEntry
+    from tvm_balanced.runtime.library import Library
 
 
 @click.command(name="inspect")
@@ -70,8 +70,8 @@ def command(
 
 
 def _library(output: Output, path: Path, source: str | None, static: bool) -> None:
-    from tvm_balanced.artifact import verify_hashes
-    from tvm_balanced.runtime import Library
+    from tvm_balanced.artifact.folder import verify_hashes
+    from tvm_balanced.runtime.library import Library
 
     library = Library(path)
     verify_hashes(path, library.manifest)
@@ -141,9 +141,9 @@ def _dense(manifest: Manifest) -> str:
 
 
 def _static(output: Output, library: Library) -> None:
-    from tvm_balanced.cuda_source import split_kernels
-    from tvm_balanced.static_report import StaticReport
-    from tvm_balanced.toolchain import read_cubins
+    from tvm_balanced.cuda.cubin import read_cubins
+    from tvm_balanced.cuda.source import split_kernels
+    from tvm_balanced.cuda.static_report import StaticReport
 
     cubins = [(image.arch, cubin) for image, cubin in read_cubins(library.path / "lib.so")]
     if not cubins:
@@ -167,7 +167,7 @@ def _static(output: Output, library: Library) -> None:
 
 def _files(sizes: Mapping[str, int]) -> str:
     """Names and sizes; kernels together, as a large model has dozens of them."""
-    from tvm_balanced.artifact import KERNELS
+    from tvm_balanced.artifact.manifest import KERNELS
 
     sources = [size for name, size in sizes.items() if name.startswith(f"{KERNELS}/")]
     told = [
@@ -187,8 +187,8 @@ def _tensors(entries: tuple[TensorEntry, ...]) -> str:
 
 
 def _checkpoint(output: Output, path: Path) -> None:
-    from tvm_balanced.checkpoint import read_checkpoint, read_patterns
-    from tvm_balanced.packing import VALUE_DTYPES
+    from tvm_balanced.format.layout import VALUE_DTYPES
+    from tvm_balanced.frontend.checkpoint import read_checkpoint, read_patterns
 
     tensors, metadata = read_checkpoint(path)
     noted = read_patterns(metadata, path)
@@ -233,9 +233,8 @@ def _model(output: Output, path: Path, shapes: Mapping[str, Any] | None) -> None
 def _row(name: str, weight: Any, noted: str | None) -> dict[str, Any]:
     import numpy as np
 
-    from tvm_balanced.packing import is_balanced
-    from tvm_balanced.pattern import BalancedPattern
-    from tvm_balanced.pruning import detect_pattern
+    from tvm_balanced.format.pattern import BalancedPattern
+    from tvm_balanced.format.weights import detect_pattern, is_balanced
 
     # a note is believed only when the weight agrees with it
     if noted is not None and is_balanced(weight, BalancedPattern(noted)):

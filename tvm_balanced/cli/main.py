@@ -27,6 +27,7 @@ COMMANDS = {
     "inspect": "What is in a library, a model or a checkpoint.",
 }
 
+
 INTERRUPTED = 130
 
 

@@ -10,13 +10,18 @@ from typing import Any, TypeVar
 
 import click
 
+from tvm_balanced.cli.output import Output, set_up_logging
 from tvm_balanced.errors import InputError
-from tvm_balanced.log import Output, set_up_logging
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+
 POLICIES = ("auto", "always", "never")
+
+
 ENCODINGS = ("auto", "u8", "u4", "u3", "u2", "bitmap")
+
+
 DENSE_KERNELS = ("dlight", "cublas")
 
 

@@ -20,7 +20,7 @@ from tvm_balanced.cli.options import (
     target_option,
     with_output,
 )
-from tvm_balanced.log import Output
+from tvm_balanced.cli.output import Output
 
 
 @click.command(name="plan")
@@ -66,9 +66,9 @@ def command(
             "dense": dense,
         },
     )
+    from tvm_balanced.format.pattern import BalancedPattern
     from tvm_balanced.frontend import load_model
-    from tvm_balanced.pattern import BalancedPattern
-    from tvm_balanced.targets import resolve
+    from tvm_balanced.targets.resolve import resolve
 
     form = None if pattern is None else BalancedPattern(pattern)
     spec = resolve(target)

@@ -20,13 +20,14 @@ from tvm_balanced.cli.options import (
     target_option,
     with_output,
 )
+from tvm_balanced.cli.output import Output
 from tvm_balanced.errors import InputError
-from tvm_balanced.log import Output
 
 if TYPE_CHECKING:
-    from tvm_balanced.calibration_inputs import Goal
     from tvm_balanced.model import PrunedLayer
-    from tvm_balanced.sensitivity import Selection
+    from tvm_balanced.pruning.inputs import Goal
+    from tvm_balanced.pruning.sensitivity import Selection
+
 
 # those of calibration.METHODS, which --help must not import
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -123,9 +124,11 @@ def command(
             "overwrite": overwrite,
         },
     )
-    from tvm_balanced import checkpoint
-    from tvm_balanced.calibration_inputs import prune_program
-    from tvm_balanced.pattern import BalancedPattern
+    from tvm_balanced.format.pattern import BalancedPattern
+    from tvm_balanced.frontend import checkpoint
+    from tvm_balanced.pruning import magnitude
+    from tvm_balanced.pruning.inputs import prune_program
+    from tvm_balanced.support import files
 
     goal: Goal | None = None
     if speedup is not None or max_loss is not None:
@@ -157,7 +160,7 @@ def command(
             "or prune it by magnitude"
         )
     if not dry_run:
-        checkpoint.check_output(path, overwrite)
+        files.check_output(path, overwrite)
     cosine: float | None = None
     selection: Selection | None = None
     wanted = goal or form
@@ -174,7 +177,7 @@ def command(
         assert form is not None
         tensors, metadata = checkpoint.read_checkpoint(source)
         with output.progress("prune") as tell:
-            changed, patterns, rows = checkpoint.prune_tensors(tensors, str(form), ignore, tell)
+            changed, patterns, rows = magnitude.prune_tensors(tensors, str(form), ignore, tell)
         # what was noted before holds for the weights that stay
         patterns = {**checkpoint.read_patterns(metadata, source), **patterns}
         if not dry_run:
@@ -194,7 +197,7 @@ def command(
         elif not dry_run:
             checkpoint.write_checkpoint(path, pruned.params, {}, pruned.patterns, overwrite)
     if selection is not None:
-        from tvm_balanced.sensitivity import selection_json
+        from tvm_balanced.pruning.sensitivity import selection_json
     output.document(
         {
             "command": "prune",
@@ -241,9 +244,9 @@ def command(
 
 
 def _goal(speedup: float | None, max_loss: str | None, target: str, pattern: str | None) -> Goal:
-    from tvm_balanced.calibration_inputs import Goal
-    from tvm_balanced.sensitivity import CANDIDATES
-    from tvm_balanced.targets import resolve
+    from tvm_balanced.pruning.inputs import Goal
+    from tvm_balanced.pruning.sensitivity import CANDIDATES
+    from tvm_balanced.targets.resolve import resolve
 
     if speedup is not None and max_loss is not None:
         raise InputError("--target-speedup and --max-loss are two goals; give one of them")

@@ -13,12 +13,12 @@ import click
 from rich.table import Table
 
 from tvm_balanced.cli.options import parse_shapes, with_output
+from tvm_balanced.cli.output import Output, summary
 from tvm_balanced.errors import InputError
-from tvm_balanced.log import Output, summary
 
 if TYPE_CHECKING:
-    from tvm_balanced.artifact import TensorEntry
-    from tvm_balanced.runtime import Library
+    from tvm_balanced.artifact.manifest import TensorEntry
+    from tvm_balanced.runtime.library import Library
 
 
 @click.command(name="run")
@@ -95,8 +95,8 @@ def command(
     )
     import numpy as np
 
-    from tvm_balanced.checkpoint import check_output, write_whole
-    from tvm_balanced.runtime import load
+    from tvm_balanced.runtime.library import load
+    from tvm_balanced.support.files import check_output, write_whole
 
     if path is not None:
         if path.suffix != ".npz":
@@ -185,7 +185,7 @@ def _random(
 ) -> dict[str, Any]:
     import numpy as np
 
-    from tvm_balanced.packing import numpy_dtype
+    from tvm_balanced.format.layout import numpy_dtype
 
     known = [entry.name for entry in entries]
     for name, extents in shapes.items():

@@ -24,8 +24,8 @@ from tvm_balanced.cli.options import (
     target_option,
     with_output,
 )
+from tvm_balanced.cli.output import Output, TellRow, summary
 from tvm_balanced.errors import InputError
-from tvm_balanced.log import Output, TellRow, summary
 
 if TYPE_CHECKING:
     from tvm_balanced.tuning.result import Status
@@ -136,11 +136,11 @@ def command(
             "prune": prune,
         },
     )
-    from tvm_balanced import records
     from tvm_balanced.cli.main import INTERRUPTED
+    from tvm_balanced.format.pattern import BalancedPattern
     from tvm_balanced.frontend import load_model
-    from tvm_balanced.pattern import BalancedPattern
-    from tvm_balanced.targets import resolve
+    from tvm_balanced.records import store as records
+    from tvm_balanced.targets.resolve import resolve
     from tvm_balanced.tuning.result import check_plot
     from tvm_balanced.tuning.run import tune
 

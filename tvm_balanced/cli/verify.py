@@ -7,8 +7,8 @@ import shlex
 import click
 
 from tvm_balanced.cli.options import with_output
+from tvm_balanced.cli.output import Output, summary
 from tvm_balanced.errors import TvmBalancedError
-from tvm_balanced.log import Output, summary
 
 
 @click.command(name="verify")
@@ -62,7 +62,7 @@ def command(
             "seed": seed,
         },
     )
-    from tvm_balanced.verification import FAIL, PASS, UNCHECKED, verify
+    from tvm_balanced.verification.library import FAIL, PASS, UNCHECKED, verify
 
     with output.progress("verify") as tell:
         found = verify(

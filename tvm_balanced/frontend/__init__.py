@@ -1,5 +1,7 @@
 """Where models come from: PyTorch, ONNX and Relax."""
 
+from __future__ import annotations
+
 from tvm_balanced.frontend.model_file import load_model
 from tvm_balanced.frontend.onnx_import import from_onnx
 from tvm_balanced.frontend.relax_import import from_relax

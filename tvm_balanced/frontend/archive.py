@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tvm_balanced.errors import InputError
-from tvm_balanced.frontend.optional import first_line, need
+from tvm_balanced.support.optional import first_line, need
 
 # globals that a pickle of tensors, and containers of them, needs
 _TENSOR_GLOBALS = frozenset(
@@ -71,8 +71,14 @@ _TENSOR_GLOBALS = frozenset(
         ),
     ]
 )
+
+
 _NAMESPACES = frozenset(["aten", "prim", "prims", "higher_order", "quantized_decomposed"])
+
+
 _UNSAFE_OPERATORS = frozenset(["from_file"])  # opens, and can create, files
+
+
 _PYTHON_OPERATORS = frozenset(
     [
         "add",
@@ -102,6 +108,8 @@ _PYTHON_OPERATORS = frozenset(
         "index",
     ]
 )
+
+
 _MATH_FUNCTIONS = frozenset(
     [
         "trunc",
@@ -124,7 +132,11 @@ _MATH_FUNCTIONS = frozenset(
         "fabs",
     ]
 )
+
+
 _SYM_FUNCTIONS = re.compile(r"torch\.(_sym_\w+|sym_\w+)\Z")
+
+
 _SYMPY_FUNCTIONS = frozenset(
     [
         "FloorDiv",
@@ -176,7 +188,11 @@ _SYMPY_FUNCTIONS = frozenset(
         "IsNonOverlappingAndDenseIndicator",
     ]
 )
+
+
 _SYMBOL_OR_NUMBER = re.compile(r"([a-z]{1,2}\d+|-?\d+(\.\d*)?(e[+-]?\d+)?)\Z")
+
+
 _SYMPY_NODES = (
     ast.Expression,
     ast.BinOp,
@@ -193,14 +209,23 @@ _SYMPY_NODES = (
     ast.cmpop,
     ast.expr_context,
 )
+
+
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+
+
 # containers that inputs and outputs may be made of
 _CONTAINERS = frozenset(
     ["builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"]
 )
 
+
 _watched = threading.local()  # .active while an archive is being opened in this thread
+
+
 _hook_lock = threading.Lock()
+
+
 _hook_installed = False
 
 

@@ -13,11 +13,12 @@ import numpy as np
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.frontend.archive import read_head, refuse_pickle
-from tvm_balanced.frontend.optional import first_line, need
 from tvm_balanced.model import Model
+from tvm_balanced.support.optional import first_line, need
 
 if TYPE_CHECKING:
     import onnx
+
 
 Shape = Sequence["int | str"]
 
@@ -166,7 +167,7 @@ def _convert(model: Any, name: str) -> Model:
     from tvm import relax
     from tvm.relax.frontend.onnx import from_onnx as tvm_from_onnx
 
-    from tvm_balanced.frontend.bound_indices import bound_indices
+    from tvm_balanced.relay_passes.bound_indices import bound_indices
     from tvm_balanced.relay_passes.rewrite_params import drop_unused_weights
 
     if any(node.op_type == "If" for node in model.graph.node):

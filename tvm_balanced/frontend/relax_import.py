@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from tvm_balanced.errors import InputError
+from tvm_balanced.format.weights import Array
 from tvm_balanced.model import Model
-from tvm_balanced.packing import Array
 
 
 def from_relax(mod: Any, params: Mapping[str, Any] | None = None, name: str = "model") -> Model:

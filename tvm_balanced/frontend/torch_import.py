@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tvm_balanced.errors import InputError
-from tvm_balanced.frontend.optional import first_line, need
 from tvm_balanced.model import Model
+from tvm_balanced.support.optional import first_line, need
 
 if TYPE_CHECKING:
     import torch

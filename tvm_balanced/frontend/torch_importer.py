@@ -23,12 +23,14 @@ from tvm import relax, tirx
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from tvm_balanced.errors import InputError
-from tvm_balanced.frontend.bound_indices import bound_indices
-from tvm_balanced.frontend.optional import first_line
-from tvm_balanced.packing import Array
+from tvm_balanced.format.weights import Array
+from tvm_balanced.relay_passes.bound_indices import bound_indices
 from tvm_balanced.relay_passes.weight_chain import call_name
+from tvm_balanced.support.optional import first_line
 
 _HALF = frozenset(["float16", "bfloat16"])
+
+
 # operators that TVM's importer emits with out_dtype="float32", whatever their operands are
 _HARD_CODED = frozenset(
     [

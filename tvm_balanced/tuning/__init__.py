@@ -2,3 +2,5 @@
 
 :func:`tvm_balanced.tuning.run.tune` is what to call; ``docs/tuning.md`` says how it works.
 """
+
+from __future__ import annotations

@@ -16,28 +16,48 @@ from typing import Any
 
 import numpy as np
 
-from tvm_balanced.threads import use_cores
+from tvm_balanced.targets.threads import use_cores
 
 CACHES = ("model", "cold", "hot")
 
+
 # of one candidate
 BUILD_SECONDS = 60.0
+
+
 RUN_SECONDS = 30.0
+
+
 # of the best ones together
 _TOGETHER_SECONDS = 120.0
 
+
 _REPEATS = {"cold": 15, "hot": 7}
+
+
 _HOT_MS = 5
+
+
 # of a candidate that takes turns with copies of its weights: at least so many runs, and for so long
 _FEWEST_TURNS = 30
+
+
 _TURNS_SECONDS = 0.05
+
+
 # a record keeps the medians of so many parts of them
 _PARTS = 15
+
+
 # of these copies together; no CPU's last cache holds as much
 _MOST_BYTES = 256 << 20
+
+
 _BUILDS_OF_A_PROCESS = 256
 
+
 log = logging.getLogger("tvm_balanced.tuning")
+
 
 Signature = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -59,10 +79,10 @@ def build(mod: Any, target: Any) -> Any:
     """
     import tvm
 
-    from tvm_balanced.pipeline import TIR_PIPELINE
-    from tvm_balanced.schedules import tuned
+    from tvm_balanced.build.pipeline import TIR_PIPELINE
+    from tvm_balanced.schedules import workload
 
-    real = tuned.realize(mod, target)
+    real = workload.realize(mod, target)
     with target:
         return tvm.compile(real, target, tir_pipeline=TIR_PIPELINE).mod
 
@@ -143,7 +163,7 @@ class Arguments:
 def _array(
     rng: np.random.Generator, dtype: str, shape: tuple[int, ...], bound: int
 ) -> np.ndarray[Any, Any]:
-    from tvm_balanced.packing import numpy_dtype
+    from tvm_balanced.format.layout import numpy_dtype
 
     kind = numpy_dtype(dtype) if dtype != "bool" else np.dtype(bool)
     if dtype.startswith(("float", "bfloat")):
@@ -155,7 +175,7 @@ def _array(
 
 
 def _width(dtype: str) -> int:
-    from tvm_balanced.packing import numpy_dtype
+    from tvm_balanced.format.layout import numpy_dtype
 
     return 1 if dtype == "bool" else int(numpy_dtype(dtype).itemsize)
 

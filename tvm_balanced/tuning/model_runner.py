@@ -58,11 +58,11 @@ def can_estimate(mod: Any, target: Any) -> bool:
     target : tvm.target.Target
         Where it will run.
     """
-    from tvm_balanced.schedules import tuned
-    from tvm_balanced.tuning import kernel_models
+    from tvm_balanced.schedules import dispatch
+    from tvm_balanced.tuning import estimates as kernel_models
 
     func = mod["main"]
-    spaces = tuned.spaces(func, target)
+    spaces = dispatch.spaces(func, target)
     if not spaces or any(space.kernel not in kernel_models.KERNELS for space in spaces):
         return False
     default = kernel_models.default_candidate(kernel_models.operator_of(mod), target)
@@ -89,15 +89,15 @@ def estimate(mod: Any, target: Any) -> Estimate:
     TvmBalancedError
         When it spills or cannot be launched.
     """
-    from tvm_balanced import nvrtc
-    from tvm_balanced.cudaemu.tvm_kernel import lower
-    from tvm_balanced.pipeline import TIR_PIPELINE
-    from tvm_balanced.schedules import tuned
-    from tvm_balanced.static_report import kernel_resources
-    from tvm_balanced.tuning import kernel_models
+    from tvm_balanced.build.pipeline import TIR_PIPELINE
+    from tvm_balanced.cuda import nvrtc
+    from tvm_balanced.cuda.codegen import lower
+    from tvm_balanced.cuda.cubin import kernel_resources
+    from tvm_balanced.schedules import workload
+    from tvm_balanced.tuning import estimates as kernel_models
 
     candidate = kernel_models.candidate_of(mod, target)
-    source, _ = lower(tuned.realize(mod, target), target, TIR_PIPELINE)
+    source, _ = lower(workload.realize(mod, target), target, TIR_PIPELINE)
     kernels = kernel_resources(nvrtc.compile_cubin(source, str(target.attrs["arch"])).cubin)
     for kernel in kernels:
         if kernel.stack_bytes != 0:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tvm_balanced import records
 from tvm_balanced.errors import InputError, OutputError, ToolchainError
-from tvm_balanced.records import Record
+from tvm_balanced.records import ranking, traces
+from tvm_balanced.records.record import Record
 
 if TYPE_CHECKING:
     from tvm_balanced.tuning.tasks import Task
+
 
 PLOTS = (".png", ".svg", ".pdf")
 
@@ -63,12 +64,12 @@ class KernelResult:
     def update(self, found: Iterable[Record]) -> None:
         """Sum up all records of the kernel, in the order they were made."""
         found = list(found)
-        ranked = records.rank(found)
-        self.trials = sum(not records.is_default(entry.record.trace) for entry in ranked)
+        ranked = ranking.rank(found)
+        self.trials = sum(not traces.is_default(entry.record.trace) for entry in ranked)
         if ranked:
             self.best_us, self.best = ranked[0].seconds * 1e6, describe(ranked[0].record)
         for entry in ranked:
-            if records.is_default(entry.record.trace):
+            if traces.is_default(entry.record.trace):
                 self.default_us = entry.seconds * 1e6
         self.history = []
         seen: set[str] = set()
@@ -119,9 +120,9 @@ def check_plot(path: Path) -> None:
 
 def describe(record: Record) -> str:
     """A schedule in a few words: our kernel and its knobs, the default, or TVM's rules."""
-    if records.is_default(record.trace):
+    if traces.is_default(record.trace):
         return "default"
-    knobs = records.sampled_knobs(record.trace)
+    knobs = traces.sampled_knobs(record.trace)
     if knobs is None:
         return "TVM's rules"
     kernel, values = knobs

@@ -7,18 +7,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tvm_balanced.errors import InputError, ToolchainError
-from tvm_balanced.threads import core_count
+from tvm_balanced.targets.host import core_count
 from tvm_balanced.tuning import measure, model_runner
 from tvm_balanced.tuning.rpc import RpcRunner, Tracker, make_shared
 
 if TYPE_CHECKING:
-    from tvm_balanced.targets import TargetSpec
+    from tvm_balanced.targets.resolve import TargetSpec
+
 
 RUNNERS = ("local", "rpc", "model")
+
 
 # states of the caches that a runner can measure with, its usual one first; only here can a kernel be
 # called without the warm-up of TVM's evaluator, and the kernel model counts every byte from memory
 _CACHES = {"local": measure.CACHES, "rpc": ("cold", "hot"), "model": ("cold",)}
+
 
 _NEEDED = {
     "local": ("xgboost", "psutil", "cloudpickle"),
@@ -112,7 +115,7 @@ class Runner:
                 "'tvm-balanced[tuning]'"
             )
         if self.estimates:
-            from tvm_balanced.nvrtc import require_packages
+            from tvm_balanced.cuda.nvrtc import require_packages
 
             require_packages()
 
@@ -149,8 +152,8 @@ class Runner:
         if self.tracker is not None:
             told |= {"tracker": str(self.tracker), "key": self.tracker.key}
         if self.estimates:
-            from tvm_balanced.kernel_model import CALIBRATION
-            from tvm_balanced.nvrtc import compiler
+            from tvm_balanced.cuda.nvrtc import compiler
+            from tvm_balanced.schedules.cuda.machine import CALIBRATION
 
             told |= {"model": CALIBRATION, "compiler": compiler()}
         return told

@@ -14,22 +14,25 @@ from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as ms
 
 from tvm_balanced.ops import BLOCK_MAIN
-from tvm_balanced.schedules import tuned
-from tvm_balanced.tuning import kernel_models
+from tvm_balanced.schedules import space as schedules_space
+from tvm_balanced.schedules import workload
+from tvm_balanced.tuning import estimates as kernel_models
 
 # columns of a candidate's features that hold its knobs
 _KNOB_COLUMNS = 8
+
+
 # of TVM's features of one store
 _STORE_COLUMNS = 164
 
 
-def design_space(spaces: list[tuned.Space]) -> ms.space_generator.SpaceGenerator:
+def design_space(spaces: list[schedules_space.Space]) -> ms.space_generator.SpaceGenerator:
     """A generator of one design for each of our kernels, with the mutator and the check that fit.
 
     Parameters
     ----------
     spaces : list of Space
-        From :func:`tvm_balanced.schedules.tuned.spaces`.
+        From :func:`tvm_balanced.schedules.dispatch.spaces`.
     """
 
     def designs(sch: s_tir.Schedule) -> list[s_tir.Schedule]:
@@ -44,21 +47,23 @@ def design_space(spaces: list[tuned.Space]) -> ms.space_generator.SpaceGenerator
 
 
 def point_schedule(
-    mod: tvm.IRModule, space: tuned.Space, point: Mapping[str, int]
+    mod: tvm.IRModule, space: schedules_space.Space, point: Mapping[str, int]
 ) -> s_tir.Schedule:
     """The schedule that the search would draw for one point of a space."""
     return _design(s_tir.Schedule(mod), space, point)
 
 
-def _design(sch: s_tir.Schedule, space: tuned.Space, point: Mapping[str, int]) -> s_tir.Schedule:
+def _design(
+    sch: s_tir.Schedule, space: schedules_space.Space, point: Mapping[str, int]
+) -> s_tir.Schedule:
     """Sample the knobs of ``space``; those that ``point`` has are decided."""
     block = sch.get_sblock(BLOCK_MAIN)
-    sch.annotate(block, tuned.KERNEL, space.kernel)
+    sch.annotate(block, workload.KERNEL, space.kernel)
     for name, values in space.choices.items():
         decided = values.index(point[name]) if name in point else None
         equal = [1 / len(values)] * len(values)
         drawn = sch.sample_categorical(list(values), equal, decision=decided)
-        sch.annotate(block, tuned.KNOB + name, drawn)
+        sch.annotate(block, workload.KNOB + name, drawn)
     return sch
 
 
@@ -66,7 +71,7 @@ def default_schedule(mod: tvm.IRModule) -> s_tir.Schedule:
     """The schedule that stands for the default one: nothing but an annotation that says so."""
     sch = s_tir.Schedule(mod)
     root = sch.get_sblock("root")
-    sch.annotate(sch.get_child_blocks(root)[0], tuned.KERNEL, tuned.DEFAULT)
+    sch.annotate(sch.get_child_blocks(root)[0], workload.KERNEL, workload.DEFAULT)
     return sch
 
 
@@ -80,7 +85,7 @@ class KnobsGoTogether(ms.postproc.PyPostproc):  # type: ignore[misc]
         By kernel.
     """
 
-    def __init__(self, spaces: Mapping[str, tuned.Space]) -> None:
+    def __init__(self, spaces: Mapping[str, schedules_space.Space]) -> None:
         super().__init__()
         self.spaces = spaces
 
@@ -89,7 +94,7 @@ class KnobsGoTogether(ms.postproc.PyPostproc):  # type: ignore[misc]
 
     def apply(self, sch: s_tir.Schedule) -> bool:
         """Whether the knobs that ``sch`` is annotated with are valid."""
-        found = tuned.knobs_of(sch.mod)
+        found = workload.knobs_of(sch.mod)
         return found is not None and self.spaces[found[0]].valid(found[1])
 
     def clone(self) -> Any:
@@ -160,7 +165,7 @@ class KernelFeatures(ms.feature_extractor.PyFeatureExtractor):  # type: ignore[m
         return [self._one(context, candidate) for candidate in candidates]
 
     def _one(self, context: Any, candidate: Any) -> Any:
-        found = tuned.knobs_of(candidate.sch.mod)
+        found = workload.knobs_of(candidate.sch.mod)
         if found is None:
             return self._features(context, candidate, {})
         kernel, knobs = found
@@ -172,7 +177,7 @@ class KernelFeatures(ms.feature_extractor.PyFeatureExtractor):  # type: ignore[m
                 parts = kernel_models.features(candidate.sch.mod, self.target, counted)
                 self.known[key] = _table(np.zeros((1, _STORE_COLUMNS)), knobs, parts)
             else:
-                real = tuned.realize(candidate.sch.mod, self.target)
+                real = workload.realize(candidate.sch.mod, self.target)
                 scheduled = ms.MeasureCandidate(s_tir.Schedule(real), candidate.args_info)
                 self.known[key] = self._features(context, scheduled, knobs)
         return self.known[key]

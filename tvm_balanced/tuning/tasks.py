@@ -14,9 +14,9 @@ from tvm.ir.expr import GenericConst
 
 from tvm_balanced.model import Model
 from tvm_balanced.ops import format_text
-from tvm_balanced.schedules import tuned
+from tvm_balanced.schedules import workload
 from tvm_balanced.schedules.balanced_block import find
-from tvm_balanced.targets import TargetSpec
+from tvm_balanced.targets.resolve import TargetSpec
 
 # element operations below which a kernel is not worth a trial; its time is that of calling it
 _LITTLE_WORK = 1 << 14
@@ -31,7 +31,7 @@ class Task:
     name : str
         Of the kernel in the module.
     mod : tvm.IRModule
-        What its records are found by, see :func:`tvm_balanced.schedules.tuned.workload`.
+        What its records are found by, see :func:`tvm_balanced.schedules.workload.workload`.
     key : str
         Its structural hash.
     uses : int
@@ -82,9 +82,9 @@ def fused_module(
     spec : TargetSpec
         Where it will run.
     """
-    from tvm_balanced.compiler import prepare
-    from tvm_balanced.pipeline import fuse_passes
-    from tvm_balanced.toolchain import bind_parameters
+    from tvm_balanced.build.export import bind_parameters
+    from tvm_balanced.build.pipeline import fuse_passes
+    from tvm_balanced.build.prepare import prepare
 
     prepared = prepare(model, spec, policy, ignore, buckets, encoding, dense, progress)
     mod = bind_parameters(prepared.mod, prepared.embedded)
@@ -115,10 +115,10 @@ def find_tasks(mod: tvm.IRModule, target: tvm.target.Target, kernels: str = "all
         block = find(func)
         if block is None and (kernels == "balanced" or (_work(func) or 0) < _LITTLE_WORK):
             continue
-        plain = tuned.workload(func, target)
+        plain = workload.workload(func, target)
         if plain is None:
             continue
-        key = tuned.workload_hash(plain)
+        key = workload.workload_hash(plain)
         calls = sites.get(name, [])
         count = max(len(calls), 1) + (found[key].uses if key in found else 0)
         weights = calls[0] if calls else ()

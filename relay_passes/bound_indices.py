@@ -1,0 +1,125 @@
+"""Relax pass: no index of a gather or scatter reaches beyond the tensor it indexes.
+
+Before::
+
+    lv = R.take(table, ids, axis=0)
+    lv1 = R.gather_elements(x, index, axis=1)  # x: (4, n)
+
+After::
+
+    lv = R.take(table, ids, axis=0, mode="wrap")
+    lv1 = R.gather_elements(x, R.take(R.arange(n), index, mode="wrap"), axis=1)
+
+TVM's importers leave indices as they are, so that a wrong one is a wild read or write, and a negative one, by
+which PyTorch and ONNX count from the end, is wrong. Modulo the size, valid indices are what they mean.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax, tirx
+from tvm.relax.expr_functor import PyExprMutator, mutator
+
+from tvm_balanced.relay_passes.weight_chain import call_name
+
+_ALONG_AXIS = frozenset(["relax.gather_elements", "relax.scatter_elements"])
+
+
+_PER_AXIS = frozenset(["relax.index_tensor", "relax.index_put"])
+
+
+_LAST_AXIS = frozenset(["relax.gather_nd", "relax.scatter_nd"])
+
+
+def bound_indices(mod: tvm.IRModule) -> tvm.IRModule:
+    """Take the indices in ``main`` modulo the size of the axis they index.
+
+    Parameters
+    ----------
+    mod : tvm.IRModule
+        With a function ``main``; left as it is.
+
+    Returns
+    -------
+    tvm.IRModule
+        Where an operator says what it does with indices out of range (``take`` with another mode than
+        "fast"), and where the size of the axis is unknown at compile time, as it was.
+    """
+    func = mod["main"]
+    new = _Bounder(mod).visit_expr(func)
+    if new is func:
+        return mod
+    out = tvm.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
+    out.update_func(mod.get_global_var("main"), new)
+    return out
+
+
+@mutator
+class _Bounder(PyExprMutator):  # type: ignore[misc]
+    def visit_call_(self, call: Any) -> Any:
+        call = super().visit_call_(call)
+        name = call_name(call)
+        if name == "relax.take":
+            if str(call.attrs.mode) != "fast":
+                return call
+            return relax.op.take(*call.args, call.attrs.axis, mode="wrap")
+        if name not in _ALONG_AXIS | _PER_AXIS | _LAST_AXIS:
+            return call
+        data, indices, *rest = call.args
+        if not isinstance(data.ty, relax.TensorType) or data.ty.shape is None:
+            return call
+        dims = list(data.ty.shape)
+        if name in _ALONG_AXIS:
+            bounded = self._modulo(indices, dims[int(call.attrs.axis)])
+        elif name in _PER_AXIS:
+            bounded = self._each_modulo(indices, dims)
+        else:
+            bounded = self._rows_modulo(indices, dims[int(getattr(call.attrs, "batch_dims", 0)) :])
+        return relax.Call(call.op, [data, bounded, *rest], call.attrs, call.ty_args)
+
+    def _modulo(self, index: Any, size: Any) -> Any:
+        """``index`` modulo ``size``, a number or a symbol."""
+        if self._is_below(index, size):
+            return index
+        numbers = self.builder_.emit(relax.op.arange(0, size, 1, "int64"))
+        return self.builder_.emit(relax.op.take(numbers, index, 0, mode="wrap"))
+
+    def _each_modulo(self, indices: Any, dims: list[Any]) -> Any:
+        count = len(indices.ty.fields)
+        literal = isinstance(indices, relax.Tuple)
+        fields = [
+            indices.fields[i] if literal else self.builder_.emit(relax.TupleGetItem(indices, i))
+            for i in range(count)
+        ]
+        return relax.Tuple(
+            [self._modulo(field, dim) for field, dim in zip(fields, dims[:count], strict=True)]
+        )
+
+    def _rows_modulo(self, indices: Any, dims: list[Any]) -> Any:
+        """Indices (..., r), of which each row indexes the first r axes."""
+        sizes = dims[: int(indices.ty.shape[-1])]
+        if all(isinstance(size, tirx.IntImm) for size in sizes):
+            limit = relax.const(np.array([int(size) for size in sizes]), "int64")
+        else:
+            limit = self.builder_.emit(relax.op.shape_to_tensor(relax.ShapeExpr(sizes)))
+        rows = self.builder_.emit(relax.op.astype(indices, "int64"))
+        return self.builder_.emit(relax.op.floor_mod(rows, limit))
+
+    def _is_below(self, index: Any, size: Any) -> bool:
+        """Whether ``index`` was made by a sort, or by :meth:`_modulo`."""
+        value = self._value(index)
+        if call_name(value) != "relax.take":
+            return call_name(value) == "relax.argsort"
+        numbers = self._value(value.args[0])
+        if call_name(numbers) != "relax.arange":
+            return False
+        prove = tvm.sym.Analyzer()
+        return all(
+            prove.can_prove_equal(a, b) for a, b in zip(numbers.args, (0, size, 1), strict=True)
+        )
+
+    def _value(self, expr: Any) -> Any:
+        return self.lookup_binding(expr) if isinstance(expr, relax.Var) else None

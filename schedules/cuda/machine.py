@@ -1,0 +1,275 @@
+"""What the cost models of CUDA kernels know of a GPU."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, fields, replace
+
+from tvm_balanced.cuda.cubin import KernelResources
+from tvm_balanced.cuda.occupancy import occupancy
+from tvm_balanced.errors import InputError
+from tvm_balanced.targets.gpus import GpuFigures
+
+CALIBRATION = "uncalibrated"
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """Instructions of a warp, counted in its code.
+
+    Parameters
+    ----------
+    decode : float
+        For each slot: take its index out of a word and make an address of it.
+    bitmap : float
+        The same where it is the next bit of a bitmap.
+    straddle : float
+        For each slot more, where a vector of slots does not hold whole blocks and no block whole vectors.
+    group : float
+        For each slot and staged element beyond the first, whose address has to be made again.
+    float16, bfloat16 : float
+        For each value or activation: the conversion to float32.
+    load : float
+        For each vector load of the sparse stream, addresses included.
+    guard : float
+        For each vector load, or each unit of them, that may lie past the end of a chunk or of K: whether it
+        does, an address that is there, zeros for values.
+    loop : float
+        For each pass through the loop.
+    stage : float
+        For each store of a staged element, addresses and bounds included.
+    kernel : float
+        Once: what does not depend on K.
+    """
+
+    decode: float = 2.6
+    bitmap: float = 5.5
+    straddle: float = 3.4
+    group: float = 0.0
+    float16: float = 1.0
+    bfloat16: float = 1.0
+    load: float = 1.0
+    guard: float = 8.0
+    loop: float = 6.0
+    stage: float = 4.0
+    kernel: float = 60.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU as the model sees it; rates are of one multiprocessor and clock.
+
+    Parameters
+    ----------
+    arch : str
+        Key of :data:`tvm_balanced.targets.gpus.SM_LIMITS`.
+    sm_count : int
+        Streaming multiprocessors.
+    clock_ghz : float
+        Their clock.
+    bandwidth_gbps : float
+        Of device memory, as it can be sustained.
+    l2_bytes : int
+        Level-2 cache.
+    l2_bytes_per_clock, port_bytes_per_clock : float
+        From the level-2 cache to all multiprocessors, and into one.
+    fma_lanes, int_lanes : float
+        Multiply-adds in float32, and integer operations.
+    tensor_flops_per_clock : float
+        Of dense 16-bit products on tensor cores, a multiply-add counted as two.
+    schedulers : int
+        Warp-wide instructions issued.
+    memory_ns : float
+        Until a load from device memory is there, under load.
+    stage_ns : float
+        Until a load of activations is there, which the kernel before has left in the level-2 cache.
+    shared_clocks, issue_clocks, barrier_clocks : float
+        Until a load from shared memory is there; from one instruction of a warp to its next, as they
+        depend on each other; and of a barrier.
+    loads_in_flight, shared_in_flight : int
+        Vector loads of the sparse stream, and gathers, that the compiler lets a warp wait for at a time.
+    stage_words : int
+        Registers that loads of activations are gathered in before they are stored.
+    unrolled : int
+        Instructions up to which the compiler unrolls the loop by itself and moves the loads to the front.
+    launch_us : float
+        From the end of the kernel before to the first instruction of this one.
+    instructions : Instructions
+        What its compiler makes of the kernel.
+    """
+
+    arch: str
+    sm_count: int
+    clock_ghz: float
+    bandwidth_gbps: float
+    l2_bytes: int
+    l2_bytes_per_clock: float
+    port_bytes_per_clock: float
+    fma_lanes: float
+    tensor_flops_per_clock: float
+    int_lanes: float = 64
+    schedulers: int = 4
+    memory_ns: float = 700
+    stage_ns: float = 270
+    shared_clocks: float = 30
+    issue_clocks: float = 2
+    barrier_clocks: float = 30
+    loads_in_flight: int = 2
+    shared_in_flight: int = 8
+    stage_words: int = 16
+    unrolled: int = 128
+    launch_us: float = 2.5
+    instructions: Instructions = Instructions()
+
+    @property
+    def needed_bytes_in_flight(self) -> float:
+        """Bytes that one multiprocessor must have asked for, for full bandwidth (Little's law)."""
+        return self.bandwidth_gbps * self.memory_ns / self.sm_count
+
+
+# share of the data sheet's bandwidth that a plain copy reaches
+SUSTAINED_BANDWIDTH = 0.92
+
+
+# bytes a clock from the level-2 cache: 5120 on GA100 by its white paper, taken for its successors too; the
+# others have 32 bytes for each of 64 slices or so
+_L2_BYTES_PER_CLOCK = {
+    "sm_80": 5120.0,
+    "sm_86": 1536.0,
+    "sm_89": 2048.0,
+    "sm_90": 5120.0,
+    "sm_100": 5120.0,
+    "sm_120": 2560.0,
+}
+
+
+_PORT_BYTES_PER_CLOCK = 64.0
+
+
+def machine(gpu: GpuFigures, multiprocessors: int | None = None) -> Machine:
+    """The model's view of a GPU.
+
+    Parameters
+    ----------
+    gpu : GpuFigures
+        Of an architecture in :data:`tvm_balanced.targets.gpus.SM_LIMITS`.
+    multiprocessors : int, optional
+        Instead of all; bandwidths and the level-2 cache are reduced in proportion.
+
+    Raises
+    ------
+    InputError
+        For another architecture.
+    """
+    whole = _machine(gpu)
+    if multiprocessors is None:
+        return whole
+    share = multiprocessors / gpu.sm_count
+    return replace(
+        whole,
+        sm_count=multiprocessors,
+        bandwidth_gbps=whole.bandwidth_gbps * share,
+        l2_bytes=int(whole.l2_bytes * share),
+        l2_bytes_per_clock=whole.l2_bytes_per_clock * share,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _machine(gpu: GpuFigures) -> Machine:
+    if gpu.arch not in _L2_BYTES_PER_CLOCK:
+        raise InputError(
+            f'a kernel cannot be modelled for architecture "{gpu.arch}": its limits are not known; known '
+            f"are {', '.join(_L2_BYTES_PER_CLOCK)}"
+        )
+    return Machine(
+        arch=gpu.arch,
+        sm_count=gpu.sm_count,
+        clock_ghz=gpu.clock_ghz,
+        bandwidth_gbps=gpu.bandwidth_gbps * SUSTAINED_BANDWIDTH,
+        l2_bytes=gpu.l2_bytes,
+        l2_bytes_per_clock=_L2_BYTES_PER_CLOCK[gpu.arch],
+        port_bytes_per_clock=_PORT_BYTES_PER_CLOCK,
+        # a multiply-add counts as two operations
+        fma_lanes=gpu.fp32_tflops * 1e3 / (2 * gpu.sm_count * gpu.clock_ghz),
+        tensor_flops_per_clock=gpu.tensor_tflops * 1e3 / (gpu.sm_count * gpu.clock_ghz),
+    )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model makes of one launch, or of two where thread blocks share K.
+
+    Parameters
+    ----------
+    total_us : float
+        From the end of the kernel before to the end of this one.
+    memory_us, l2_us, issue_us, arithmetic_us, shared_us : float
+        What device memory, the level-2 cache, the issue slots, the multiply-add and integer pipes and
+        shared memory would take if each had only its own work to do, spread as the thread blocks are.
+    latency_us : float
+        What the longest chain of loads, barriers and dependent instructions takes if nothing is shared.
+    launch_us : float
+        Of that, what passes before the first instruction.
+    stream_bytes, staged_bytes : int
+        Of the sparse stream, as often as it is read, and of activations staged by all thread blocks.
+    instructions_per_slot : float
+        Warp instructions of the loop for each slot of a row, for all rows of a tile.
+    wavefronts_per_slot : float
+        Of shared memory, gathers alone.
+    registers, shared_bytes : int
+        Of a thread and of a thread block, estimated.
+    thread_blocks, resident : int
+        In all, and on one multiprocessor at a time.
+    waves : float
+        Thread blocks over what the GPU holds at a time.
+    idle_share : float
+        Of the multiprocessors' time, because thread blocks do not divide among them.
+    bytes_in_flight, needed_bytes_in_flight : float
+        Of the sparse stream, for one multiprocessor: what its warps ask for at a time, and what Little's
+        law asks for.
+    """
+
+    total_us: float
+    memory_us: float
+    l2_us: float
+    issue_us: float
+    arithmetic_us: float
+    shared_us: float
+    latency_us: float
+    launch_us: float
+    stream_bytes: int
+    staged_bytes: int
+    instructions_per_slot: float
+    wavefronts_per_slot: float
+    registers: int
+    shared_bytes: int
+    thread_blocks: int
+    resident: int
+    waves: float
+    idle_share: float
+    bytes_in_flight: float
+    needed_bytes_in_flight: float
+
+    @property
+    def bound(self) -> str:
+        """The part that takes longest."""
+        parts = ("memory", "l2", "issue", "arithmetic", "shared", "latency")
+        return max(parts, key=lambda part: float(getattr(self, f"{part}_us")))
+
+    def __str__(self) -> str:
+        lines = [f"predicted {self.total_us:.2f} us ({CALIBRATION}), bound by {self.bound}"]
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            lines.append(
+                f"  {field.name:24}{value:12.2f}"
+                if isinstance(value, float)
+                else f"  {field.name:24}{value:9d}"
+            )
+        return "\n".join(lines)
+
+
+@functools.lru_cache(maxsize=4096)
+def resident_blocks(arch: str, registers: int, shared_bytes: int, threads: int) -> int:
+    """Thread blocks that one multiprocessor holds at a time."""
+    kernel = KernelResources("", registers, 0, shared_bytes, threads)
+    return occupancy(kernel, arch, threads).blocks

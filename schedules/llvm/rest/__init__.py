@@ -1,0 +1,1 @@
+"""Schedules of every kernel on a CPU that is not the balanced operator."""

@@ -1,0 +1,44 @@
+"""The knobs of a kernel that a tuner may set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+class MismatchError(Exception):
+    """A record does not fit the kernel it is looked up for."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """The knobs of one of our kernels for one workload.
+
+    Parameters
+    ----------
+    kernel : str
+        Name of the schedule rule.
+    choices : mapping of str to tuple of int
+        Values of each knob.
+    valid : callable of (mapping of str to int) -> bool
+        Whether values go together.
+    build : callable of (mapping of str to int) -> tvm.s_tir.Schedule or None
+        Schedules the kernel.
+    """
+
+    kernel: str
+    choices: Mapping[str, tuple[int, ...]]
+    valid: Callable[[Mapping[str, int]], bool]
+    build: Callable[[Mapping[str, int]], Any]
+
+    def points(self) -> list[dict[str, int]]:
+        """Every combination of values that goes together, in order."""
+        found: list[dict[str, int]] = [{}]
+        for name, values in self.choices.items():
+            found = [{**point, name: value} for point in found for value in values]
+        return [point for point in found if self.valid(point)]
+
+
+def _powers(limit: int) -> tuple[int, ...]:
+    return tuple(1 << i for i in range(max(1, limit).bit_length()))

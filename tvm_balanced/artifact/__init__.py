@@ -1,0 +1,1 @@
+"""What a compiled library holds on disk, ``model.tvmb/``."""

@@ -1,0 +1,109 @@
+"""The functions of a module as a manifest describes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from tvm_balanced.artifact.manifest import FunctionEntry, TensorEntry
+from tvm_balanced.errors import ArtifactError
+
+
+def describe_functions(
+    mod: Any, *, embedded: Sequence[str] = (), beside: Sequence[str] = ()
+) -> tuple[FunctionEntry, ...]:
+    """Describe the Relax functions of a module, the one with the most symbolic extents first.
+
+    Parameters
+    ----------
+    mod : tvm.IRModule
+        The module before its parameters are bound.
+    embedded, beside : sequence of str
+        Function parameters that become constants, and those that the library file does not hold.
+
+    Returns
+    -------
+    tuple of FunctionEntry
+
+    Raises
+    ------
+    ArtifactError
+        If a parameter stored beside the library stands before an input.
+    """
+    from tvm import relax
+
+    functions = []
+    for variable, function in mod.functions.items():
+        # functions without a global symbol are the private parts of others
+        if not isinstance(function, relax.Function) or not function.attrs.get("global_symbol"):
+            continue
+        name = str(variable.name_hint)
+        params = [param for param in function.params if param.name not in embedded]
+        names = [str(param.name) for param in params]
+        stored = [name for name in names if name in beside]
+        if stored and names[-len(stored) :] != stored:
+            raise ArtifactError(
+                f"function {name} takes its parameters {', '.join(stored)} before an input: "
+                f"parameters stored beside the library come last"
+            )
+        inputs = tuple(
+            _tensor_entry(str(param.name), param.ty) for param in params if param.name not in beside
+        )
+        functions.append(
+            FunctionEntry(
+                name,
+                inputs,
+                _output_entries(function.ret_ty),
+                tuple(stored),
+                returns_tuple=isinstance(function.ret_ty, relax.TupleType),
+                limits=_limits(function),
+            )
+        )
+    functions.sort(key=lambda entry: -_num_symbols(entry))
+    return tuple(_with_bindings(entry, functions[0]) for entry in functions)
+
+
+def _tensor_entry(name: str, ty: Any) -> TensorEntry:
+    from tvm import tirx
+
+    shape = tuple(
+        int(extent)
+        if isinstance(extent, tirx.IntImm)
+        # as people write it: 2 for T.int64(2)
+        else re.sub(r"T\.int64\((-?\d+)\)", r"\1", str(extent))
+        for extent in ty.shape
+    )
+    return TensorEntry(name, str(ty.dtype), shape)
+
+
+def _output_entries(ty: Any) -> tuple[TensorEntry, ...]:
+    return tuple(_tensor_entry(f"output_{i}", leaf) for i, leaf in enumerate(_leaves(ty)))
+
+
+def _limits(function: Any) -> dict[str, int]:
+    # by this attribute TVM's memory planner makes buffers of a fixed size for symbolic shapes
+    bounds = function.attrs.get("tir_var_upper_bound") or {}
+    return {str(symbol): int(limit) for symbol, limit in bounds.items()}
+
+
+def _leaves(ty: Any) -> list[Any]:
+    from tvm import relax
+
+    if isinstance(ty, relax.TupleType):
+        return [leaf for field in ty.fields for leaf in _leaves(field)]
+    return [ty]
+
+
+def _num_symbols(entry: FunctionEntry) -> int:
+    return sum(isinstance(extent, str) for tensor in entry.inputs for extent in tensor.shape)
+
+
+def _with_bindings(entry: FunctionEntry, generic: FunctionEntry) -> FunctionEntry:
+    bindings: dict[str, int] = {}
+    for general, special in zip(generic.inputs, entry.inputs, strict=False):
+        for symbol, extent in zip(general.shape, special.shape, strict=False):
+            if isinstance(symbol, str) and isinstance(extent, int):
+                bindings[symbol] = extent
+    return replace(entry, bindings=bindings)

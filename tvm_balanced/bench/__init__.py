@@ -1,0 +1,1 @@
+"""Operators and models against what else runs them."""

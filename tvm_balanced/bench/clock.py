@@ -1,0 +1,416 @@
+"""Timing contenders side by side: caches cold or hot, medians with percentiles, on a GPU or a CPU.
+
+*Cold* means that a call finds its weight in no cache: every contender has so many copies of its weight that
+they take more than twice the last cache, and its calls go around them. Where that would take too many
+copies, a buffer of more than twice the cache is written before each call. *Hot* means that one copy is
+used again and again. Contenders take turns, so that other load and changing clocks meet all of them.
+
+On a GPU the default is to replay a CUDA graph of at least :data:`GRAPH_CALLS` calls, and a sample is the
+time of a replay, by events on the device, over the number of calls: what a kernel costs in a stream that
+is kept full. The other method puts events around each single call, behind a write that keeps the device
+busy until the host has queued all three; it includes what lies between two events (2 to 3 us).
+
+On a CPU a sample is the wall time of a call; with one thread it is the CPU time of that thread, which other
+load on the machine does not lengthen but for the caches it takes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+Call = Callable[[], Any]
+
+
+GRAPH_CALLS = 20
+
+
+METHODS = ("graph", "events")
+
+
+# each contender's time is cut in so many parts
+_TURNS = 4
+
+
+_WARM_UP = 3
+
+
+# copies of a weight; more of them are not worth the time to make them
+_MOST_COPIES = {"cuda": 256, "cpu": 2048}
+
+
+_TWICE = 2.2
+
+
+_COPY_BYTES = {"cuda": 512 << 20, "cpu": 128 << 20}
+
+
+# libraries' threads go on spinning for a while, and would take a core from the next contender
+_REST_S = 0.02
+
+
+_MOST_SAMPLES = 2000
+
+
+_SLEEP_CYCLES = 1_000_000  # half a millisecond, longer than Python takes to queue a call
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of one call.
+
+    Attributes
+    ----------
+    median, p20, p80 : float
+        Median, 20th and 80th percentile of the samples.
+    samples : int
+        How many there were; with method ``graph`` each is the mean of the calls of one replay.
+    method : str
+        ``"graph"``, ``"events"`` or, on a CPU, ``"wall"`` or ``"thread"``.
+    note : str
+        Why the method is not the one asked for; empty where it is.
+    """
+
+    median: float
+    p20: float
+    p80: float
+    samples: int
+    method: str
+    note: str = ""
+
+    @staticmethod
+    def of(samples_us: Sequence[float], method: str, note: str = "") -> Timing:
+        """Summarise samples, in microseconds; there must be at least one."""
+        ordered = sorted(samples_us)
+
+        def at(share: float) -> float:
+            return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+        return Timing(at(0.5), at(0.2), at(0.8), len(ordered), method, note)
+
+    def __str__(self) -> str:
+        digits = 1 if self.median < 100 else 0
+        return f"{self.median:.{digits}f} ({self.p20:.{digits}f}-{self.p80:.{digits}f})"
+
+
+@dataclass
+class Load:
+    """What one contender is to run.
+
+    Parameters
+    ----------
+    calls : sequence of callable
+        The same work on copies of its weight, to be called around; one call for hot caches.
+    flush : bool
+        Write the caches full before each call, where the copies are too few to do it.
+    """
+
+    calls: Sequence[Call]
+    flush: bool = False
+    _place: int = field(default=0, repr=False)
+
+    def next(self) -> Call:
+        """The call whose turn it is."""
+        self._place = (self._place + 1) % len(self.calls)
+        return self.calls[self._place]
+
+
+class Clock(Protocol):
+    """Measures on one kind of device; :func:`make_clock` chooses.
+
+    Attributes
+    ----------
+    cache_bytes : int
+        The last cache before memory.
+    """
+
+    cache_bytes: int
+
+    def measure(self, loads: Mapping[str, Load], seconds: float) -> dict[str, Timing | str]:
+        """Time ``loads`` in turns.
+
+        Parameters
+        ----------
+        loads : mapping
+            By the contenders' names.
+        seconds : float
+            Of each contender, warm-up apart.
+
+        Returns
+        -------
+        dict
+            Timings by the same names; in place of one, why there is none.
+        """
+
+    def copying(self) -> tuple[Load, int]:
+        """Copying a buffer much larger than the caches, and the bytes read and written."""
+
+
+def make_clock(
+    device: Any, method: str = "graph", threads: int | None = None
+) -> CudaClock | CpuClock:
+    """The clock of a torch device.
+
+    Parameters
+    ----------
+    device : torch.device
+        Of type ``cuda`` or ``cpu``.
+    method : str
+        One of :data:`METHODS`, on a GPU.
+    threads : int, optional
+        That calls use, on a CPU.
+    """
+    return CudaClock(device, method) if device.type == "cuda" else CpuClock(threads)
+
+
+def copies_for(num_bytes: int, cache_bytes: int, device: str) -> tuple[int, bool]:
+    """How many copies of a working set overflow a cache twice.
+
+    Parameters
+    ----------
+    num_bytes : int
+        Of one copy.
+    cache_bytes : int
+        Of the cache.
+    device : str
+        ``"cuda"`` or ``"cpu"``.
+
+    Returns
+    -------
+    copies : int
+        At least 2 where one copy alone does not overflow the cache so far that its own call evicts it.
+    flush : bool
+        Whether they are too many, so that 1 copy and a flush before each call must do.
+    """
+    needed = math.ceil(_TWICE * cache_bytes / max(1, num_bytes)) + 1
+    return (1, True) if needed > _MOST_COPIES[device] else (needed, False)
+
+
+def last_cache_bytes(folder: str = "/sys/devices/system/cpu/cpu0/cache") -> int:
+    """The largest cache of the first CPU in bytes; 32 MiB where the system does not say."""
+    found = []
+    for file in Path(folder).glob("index*/size"):
+        text = file.read_text().strip()
+        unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:], 1)
+        digits = text.rstrip("KMG")
+        if digits.isdigit():
+            found.append(int(digits) * unit)
+    return max(found, default=32 << 20)
+
+
+class CpuClock:
+    """Wall time of calls on a CPU, or CPU time where they use one thread.
+
+    Parameters
+    ----------
+    threads : int, optional
+        That calls use, the calling one among them.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        self.cache_bytes = last_cache_bytes()
+        self.method = "thread" if threads == 1 else "wall"
+        self._now = time.thread_time if threads == 1 else time.perf_counter
+        self._buffer: Any = None
+
+    def measure(self, loads: Mapping[str, Load], seconds: float) -> dict[str, Timing | str]:
+        """See :class:`Clock`."""
+        samples: dict[str, list[float]] = {name: [] for name in loads}
+        problems: dict[str, str] = {}
+        for _ in range(_TURNS):
+            for name, load in loads.items():
+                if name in problems:
+                    continue
+                try:
+                    samples[name] += self._turn(load, seconds / _TURNS)
+                except Exception as error:
+                    problems[name] = short(error)
+        return {
+            name: problems[name] if name in problems else Timing.of(found, self.method)
+            for name, found in samples.items()
+        }
+
+    def _turn(self, load: Load, seconds: float) -> list[float]:
+        time.sleep(_REST_S)
+        begin = time.perf_counter()
+        for _ in range(_WARM_UP):
+            load.next()()
+            if time.perf_counter() - begin > seconds:
+                # what warming up does for a call as long as this is lost in it
+                break
+        found = []
+        end = time.perf_counter() + seconds
+        while True:
+            call = load.next()
+            if load.flush:
+                self._flush()
+            start = self._now()
+            call()
+            found.append((self._now() - start) * 1e6)
+            if time.perf_counter() >= end or len(found) >= _MOST_SAMPLES:
+                return found
+
+    def _flush(self) -> None:
+        import torch
+
+        if self._buffer is None:
+            self._buffer = torch.zeros(int(_TWICE * self.cache_bytes), dtype=torch.uint8)
+        self._buffer.add_(1)
+        time.sleep(_REST_S / 10)
+
+    def copying(self) -> tuple[Load, int]:
+        """See :class:`Clock`."""
+        return _copying("cpu")
+
+
+class CudaClock:
+    """Device time of calls on a GPU, through PyTorch's events and graphs.
+
+    Parameters
+    ----------
+    device : torch.device
+        The GPU.
+    method : str
+        ``"graph"`` or ``"events"``.
+    """
+
+    def __init__(self, device: Any, method: str = "graph") -> None:
+        import torch
+
+        if method not in METHODS:
+            raise ValueError(f"method is {method!r}, expected one of {METHODS}")
+        self.device = device
+        self.method = method
+        self.cache_bytes = int(torch.cuda.get_device_properties(device).L2_cache_size)
+        self._buffer = torch.empty(int(_TWICE * self.cache_bytes), dtype=torch.uint8, device=device)
+        # where graphs are captured, calls must have warmed up on that very stream
+        self._stream = torch.cuda.Stream(device)
+        # a capture that fails can leave PyTorch's allocator in its middle: it is not tried twice
+        self._uncaptured: dict[str, str] = {}
+
+    def measure(self, loads: Mapping[str, Load], seconds: float) -> dict[str, Timing | str]:
+        """See :class:`Clock`."""
+        ready: dict[str, tuple[Call, int, Load, str]] = {}
+        results: dict[str, Timing | str] = {}
+        for name, load in loads.items():
+            try:
+                self._warm(load.calls)
+            except Exception as error:
+                results[name] = short(error)
+                continue
+            if self.method == "events" or load.flush:
+                ready[name] = (_nothing, 0, load, "")
+                continue
+            if name not in self._uncaptured:
+                try:
+                    ready[name] = (*self._capture(load), load, "")
+                    continue
+                except Exception as error:
+                    self._uncaptured[name] = short(error)
+            # what cannot be captured can still be timed call by call
+            ready[name] = (_nothing, 0, load, f"no graph: {self._uncaptured[name]}")
+        samples: dict[str, list[float]] = {name: [] for name in ready}
+        for _ in range(_TURNS):
+            for name, (replay, calls, load, _) in ready.items():
+                if name in results:
+                    continue
+                try:
+                    if calls:
+                        samples[name] += self._replays(replay, calls, seconds / _TURNS)
+                    else:
+                        samples[name] += self._events(load, seconds / _TURNS)
+                except Exception as error:
+                    results[name] = short(error)
+        for name, (_, calls, _, note) in ready.items():
+            if name not in results:
+                method = "graph" if calls else "events"
+                results[name] = Timing.of(samples[name], method, note)
+        return {name: results[name] for name in loads}
+
+    def _capture(self, load: Load) -> tuple[Call, int]:
+        """A graph's replay and the calls in it."""
+        import torch
+
+        rounds = math.ceil(GRAPH_CALLS / len(load.calls))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            for call in itertools.chain.from_iterable([load.calls] * rounds):
+                call()
+        return graph.replay, rounds * len(load.calls)
+
+    def _warm(self, calls: Sequence[Call]) -> None:
+        import torch
+
+        with torch.cuda.stream(self._stream):
+            for _ in range(_WARM_UP):
+                for call in calls[: GRAPH_CALLS if len(calls) > GRAPH_CALLS else None]:
+                    call()
+        torch.cuda.synchronize(self.device)
+
+    def _replays(self, replay: Call, calls: int, seconds: float) -> list[float]:
+        import torch
+
+        replay()
+        torch.cuda.synchronize(self.device)
+        found: list[float] = []
+        end = time.perf_counter() + seconds
+        while not found or (time.perf_counter() < end and len(found) < _MOST_SAMPLES):
+            pairs = []
+            # several in the queue, so that the device never waits for the host
+            for _ in range(5):
+                pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+                pair[0].record()
+                replay()
+                pair[1].record()
+                pairs.append(pair)
+            torch.cuda.synchronize(self.device)
+            found += [begin.elapsed_time(done) * 1e3 / calls for begin, done in pairs]
+        return found
+
+    def _events(self, load: Load, seconds: float) -> list[float]:
+        import torch
+
+        found: list[float] = []
+        end = time.perf_counter() + seconds
+        with torch.cuda.stream(self._stream):
+            while not found or (time.perf_counter() < end and len(found) < _MOST_SAMPLES):
+                call = load.next()
+                begin, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                if load.flush:
+                    self._buffer.add_(1)
+                # keeps the device busy while the call is queued, and leaves the caches alone
+                torch.cuda._sleep(_SLEEP_CYCLES)
+                begin.record()
+                call()
+                done.record()
+                torch.cuda.synchronize(self.device)
+                found.append(begin.elapsed_time(done) * 1e3)
+        return found
+
+    def copying(self) -> tuple[Load, int]:
+        """See :class:`Clock`."""
+        return _copying(self.device)
+
+
+def _copying(device: Any) -> tuple[Load, int]:
+    import torch
+
+    size = _COPY_BYTES[torch.device(device).type]
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return Load([lambda: target.copy_(source)]), 2 * size
+
+
+def short(error: BaseException) -> str:
+    """An error as one short line, to stand in a table."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:160]
+
+
+def _nothing() -> None:
+    """Stands where no graph was captured."""

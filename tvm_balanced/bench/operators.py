@@ -1,0 +1,433 @@
+"""Benchmarks of the balanced operator against its peers, row by row: checked first, then timed.
+
+The same run serves a GPU and a CPU: where PyTorch sees an NVIDIA GPU the CUDA kernels are measured, else
+those for llvm, and every row says which. A run that is cut off has the most telling rows first.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from tvm_balanced._version import __version__
+from tvm_balanced.bench.clock import Clock, Load, Timing, copies_for, make_clock, short
+from tvm_balanced.bench.machine import Machine, PeerMissing
+from tvm_balanced.bench.peers import (
+    OWN,
+    TOLERANCE,
+    Contender,
+    Peer,
+    Weights,
+    chosen_peers,
+    peer_names,
+    relative_error,
+)
+from tvm_balanced.bench.shapes import Problem
+from tvm_balanced.errors import InputError, ToolchainError, TvmBalancedError
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.support.provenance import commit
+from tvm_balanced.targets.driver import detect_driver
+from tvm_balanced.targets.host import core_count, cpu_flags, cpu_model
+from tvm_balanced.targets.resolve import LLVM_LEVELS, resolve
+from tvm_balanced.targets.threads import use_cores
+
+if TYPE_CHECKING:
+    from tvm_balanced.runtime.library import Library
+
+
+CACHES = ("cold", "hot")
+
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+TARGETS = ("auto", "cuda", "llvm", *(f"llvm-{level}" for level in LLVM_LEVELS))
+
+
+_COPY = "copy"
+
+
+def make_machine(target: str = "auto", threads: int | None = None) -> Machine:
+    """Where a benchmark runs.
+
+    Parameters
+    ----------
+    target : str
+        ``"auto"``: the GPU that PyTorch sees, else this CPU; ``"cuda"``, ``"llvm"``, or one of the
+        levels of x86-64 (``"llvm-x86-64-v3"``) that this CPU is above.
+    threads : int, optional
+        On a CPU, of PyTorch and TVM each; all cores where not given.
+
+    Returns
+    -------
+    Machine
+
+    Raises
+    ------
+    InputError
+        For another target.
+    ToolchainError
+        Where PyTorch is missing, or there is no GPU for ``"cuda"``.
+    """
+    if target not in TARGETS:
+        raise InputError(f'target "{target}" cannot be measured here; choose {", ".join(TARGETS)}')
+    # of the processes that this one starts, too
+    os.environ["TVM_NUM_THREADS"] = str(threads or core_count())
+    use_cores()
+    try:
+        import torch
+    except ImportError as error:
+        raise ToolchainError(
+            "benchmarks compare with PyTorch, not installed here: pip install 'tvm-balanced[torch]'"
+        ) from error
+    torch.set_num_threads(threads or core_count())
+    if target == "auto":
+        target = "cuda" if torch.cuda.is_available() else "llvm"
+    if target == "cuda":
+        if not torch.cuda.is_available():
+            raise ToolchainError(
+                "this PyTorch sees no NVIDIA GPU, so CUDA kernels cannot be timed; install one built "
+                "for CUDA 13 on a machine with a GPU, or use llvm"
+            )
+        return Machine("cuda", resolve("cuda"), torch.device("cuda", 0))
+    spec = resolve(target)
+    missing = sorted(set(spec.features) - cpu_flags()) if cpu_flags() else []
+    if missing:
+        raise ToolchainError(
+            f"target {target} uses {', '.join(missing)}, which this CPU does not have; use llvm"
+        )
+    return Machine("llvm", spec, torch.device("cpu"))
+
+
+def environment(machine: Machine, threads: int | None = None) -> dict[str, Any]:
+    """The columns that say where and with what a row was measured, but for the time."""
+    import torch
+
+    driver = detect_driver()
+    return {
+        "kind": machine.kind,
+        "device": driver.gpus[0].name if machine.kind == "cuda" else cpu_model(),
+        "arch": machine.spec.arch,
+        "driver": _driver_version() if machine.kind == "cuda" else "",
+        "cuda": str(torch.version.cuda or "") if machine.kind == "cuda" else "",
+        "threads": "" if machine.kind == "cuda" else str(threads or core_count()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "tvm": version("apache-tvm"),
+        "tvm_balanced": __version__,
+        "commit": commit(),
+    }
+
+
+def _driver_version() -> str:
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        lines = done.stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        lines = []
+    return lines[0] if lines else f"CUDA {detect_driver().cuda_version}"
+
+
+class Benchmark:
+    """One run: a machine, its clock, and what is compared.
+
+    The copy bandwidth is measured in turns with the contenders of each row, as their share of it is.
+
+    Parameters
+    ----------
+    machine : Machine
+        As :func:`make_machine` gives; an emulated one is refused, its times mean nothing.
+    peers : sequence of str, optional
+        Names; all where not given.
+    caches : sequence of str
+        Of ``"cold"`` and ``"hot"``.
+    seconds : float
+        Measuring time of a contender in each state of the caches.
+    method : str
+        On a GPU, ``"graph"`` or ``"events"``.
+    threads : int, optional
+        As :func:`make_machine` got, for the record.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        *,
+        peers: Sequence[str] | None = None,
+        caches: Sequence[str] = CACHES,
+        seconds: float = 0.3,
+        method: str = "graph",
+        threads: int | None = None,
+    ) -> None:
+        if machine.kind == "emulated":
+            raise InputError("the emulated device is not timed; run the benchmark on a GPU or llvm")
+        unknown = set(peers or ()) - set(peer_names())
+        if unknown:
+            raise InputError(
+                f"peer {min(unknown)} is not known; choose {', '.join(peer_names())}, or none"
+            )
+        self.machine = machine
+        self.peers = chosen_peers(peers)
+        self.caches = caches
+        self.seconds = seconds
+        self.clock: Clock = make_clock(machine.device, method, threads)
+        self.environment = environment(machine, threads)
+        self._copying = self.clock.copying()
+        self._weights: tuple[Any, Weights] | None = None
+
+    def keys(self, problem: Problem) -> list[dict[str, Any]]:
+        """The rows that a problem will have, with the columns that tell them apart."""
+        zeros = 1 - BalancedPattern(problem.pattern).density
+        return [
+            {
+                "set": problem.set,
+                "layer": problem.layer.name,
+                "n": problem.layer.n,
+                "k": problem.layer.k,
+                "m": problem.m,
+                "pattern": problem.pattern,
+                "zeros": zeros,
+                "dtype": problem.dtype,
+                "cache": cache,
+                **self.environment,
+            }
+            for cache in self.caches
+        ]
+
+    def run(
+        self,
+        problems: Iterable[Problem],
+        *,
+        time_limit: float | None = None,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Measure problem after problem.
+
+        Parameters
+        ----------
+        problems : iterable of Problem
+            In order of importance.
+        time_limit : float, optional
+            Seconds after which no further problem is begun; the longest of those before is kept free.
+        tell : callable
+            Told what is measured next.
+
+        Yields
+        ------
+        list of dict
+            Rows of one problem, one for each state of the caches, with :data:`benchmark_results.COLUMNS`.
+
+        Raises
+        ------
+        ToolchainError
+            When the GPU no longer answers after a contender failed. What was yielded before stands.
+        """
+        begin = time.monotonic()
+        longest = 0.0
+        for problem in problems:
+            now = time.monotonic()
+            if time_limit is not None and now - begin + longest > time_limit:
+                return
+            layer = problem.layer
+            tell(
+                f"{problem.set} {layer.name} {layer.n}x{layer.k}, M={problem.m}, "
+                f"{problem.pattern}, {problem.dtype}"
+            )
+            yield self.measure(problem)
+            longest = max(longest, time.monotonic() - now)
+
+    def measure(self, problem: Problem) -> list[dict[str, Any]]:
+        """Rows of one problem."""
+        import torch
+
+        rows = self.keys(problem)
+        with torch.inference_mode():
+            weights = self._weights_of(problem)
+            generator = torch.Generator(self.machine.device).manual_seed(1)
+            dtype = getattr(torch, problem.dtype)
+            data = torch.randn(
+                problem.m, problem.layer.k, generator=generator, device=self.machine.device
+            ).to(dtype)
+            ready: dict[str, Contender] = {}
+            calls: dict[str, Any] = {}
+            common: dict[str, Any] = {}
+            for peer in (OWN, *self.peers):
+                prefix = "" if peer is OWN else f"{peer.name}_"
+                common |= self._check(peer, prefix, problem, weights, data, ready, calls)
+            for row in rows:
+                row |= common
+                row |= self._time(ready, calls, row["cache"])
+                row |= self._derived(row, problem, ready)
+                if self.machine.kind == "llvm":
+                    row["load"] = os.getloadavg()[0]
+                row["time"] = datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")
+        ready.clear()
+        calls.clear()
+        # copies of weights are large, and cycles of closures keep them
+        gc.collect()
+        if self.machine.kind == "cuda":
+            torch.cuda.empty_cache()
+        return rows
+
+    def _weights_of(self, problem: Problem) -> Weights:
+        key = (problem.layer.n, problem.layer.k, problem.pattern, problem.dtype)
+        if self._weights is None or self._weights[0] != key:
+            self._weights = None
+            self._weights = (key, Weights.make(problem, self.machine.device))
+        return self._weights[1]
+
+    def _check(
+        self,
+        peer: Peer,
+        prefix: str,
+        problem: Problem,
+        weights: Weights,
+        data: Any,
+        ready: dict[str, Contender],
+        calls: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Make a peer ready and pass it through the gate; its error, or why it is not timed."""
+        try:
+            contender = peer.prepare(self.machine, problem, weights, data)
+            call = contender.make()
+            error = relative_error(contender, call)
+        except PeerMissing as missing:
+            return {f"{prefix}note": str(missing)}
+        except TvmBalancedError as failed:
+            if peer is OWN and isinstance(failed, InputError | ToolchainError):
+                # a wrong pattern or no compiler: no row would be different
+                raise
+            return {f"{prefix}note": short(failed)}
+        except Exception as failed:
+            self._still_there(peer.name, failed)
+            return {f"{prefix}note": short(failed)}
+        limit = TOLERANCE[problem.dtype if peer.name != "int4" else "bfloat16"]
+        columns: dict[str, Any] = {f"{prefix}error": error, **contender.about}
+        if not error <= limit:
+            columns[f"{prefix}note"] = f"not timed: error {error:.1e} is above {limit:.0e}"
+            return columns
+        ready[peer.name], calls[peer.name] = contender, call
+        return columns
+
+    def _time(
+        self, ready: dict[str, Contender], calls: dict[str, Any], cache: str
+    ) -> dict[str, Any]:
+        loads: dict[str, Load] = {}
+        columns: dict[str, Any] = {}
+        for name, contender in ready.items():
+            prefix = "" if name == OWN.name else f"{name}_"
+            if cache == "hot":
+                loads[name] = Load([calls[name]])
+                continue
+            copies, flush = copies_for(
+                contender.num_bytes, self.clock.cache_bytes, self.machine.device.type
+            )
+            try:
+                loads[name] = Load([calls[name], *contender.calls(copies - 1)], flush)
+            except Exception as failed:
+                self._still_there(name, failed)
+                columns[f"{prefix}note"] = short(failed)
+        load, moved = self._copying
+        timings = self.clock.measure({**loads, _COPY: load}, self.seconds)
+        copying = timings.pop(_COPY)
+        if isinstance(copying, Timing):
+            columns["copy_gbps"] = moved / copying.median / 1e3
+        for name, timing in timings.items():
+            prefix = "" if name == OWN.name else f"{name}_"
+            if isinstance(timing, Timing):
+                columns |= {
+                    f"{prefix}us": timing.median,
+                    f"{prefix}p20_us": timing.p20,
+                    f"{prefix}p80_us": timing.p80,
+                    f"{prefix}method": timing.method,
+                }
+                if timing.note:
+                    columns[f"{prefix}note"] = timing.note
+                if name == OWN.name:
+                    columns["samples"] = timing.samples
+            else:
+                columns[f"{prefix}note"] = timing
+        self._still_there("timing", None)
+        return columns
+
+    def _derived(
+        self, row: dict[str, Any], problem: Problem, ready: dict[str, Contender]
+    ) -> dict[str, Any]:
+        """Ratios and shares, where both sides were timed."""
+        columns: dict[str, Any] = {}
+        us = row.get("us")
+        own = ready.get(OWN.name)
+        if us is None or own is None:
+            return columns
+        for name in peer_names():
+            peer_us = row.get(f"{name}_us")
+            if peer_us is not None:
+                columns[f"{name}_ratio"] = peer_us / us
+        itemsize = own.data.element_size()
+        dense = problem.layer.n * problem.layer.k * itemsize
+        columns |= {
+            "bytes": own.num_bytes,
+            "bytes_dense": dense,
+            "gbps": own.num_bytes / us / 1e3,
+            "ceiling": dense / own.num_bytes,
+        }
+        if "copy_gbps" in row:
+            columns["share_of_copy"] = columns["gbps"] / row["copy_gbps"]
+        if "dense_ratio" in columns:
+            columns["share_of_ceiling"] = columns["dense_ratio"] / columns["ceiling"]
+        return columns
+
+    def _still_there(self, after: str, error: Exception | None) -> None:
+        """Whether the GPU still answers: an illegal access of one kernel ends the process's context."""
+        if self.machine.kind != "cuda":
+            return
+        import torch
+
+        try:
+            torch.cuda.synchronize(self.machine.device)
+        except Exception as dead:
+            raise ToolchainError(
+                f"the GPU no longer answers after {after} ({short(error or dead)}); the rows before "
+                "are kept: run again with --resume, and leave that one out with --peers"
+            ) from dead
+
+
+def library_problems(library: Library) -> list[Problem]:
+    """The sparse layers of a compiled library as problems, each shape once.
+
+    Layers whose rows of activations are symbolic are taken at M = 1 and 8.
+
+    Raises
+    ------
+    InputError
+        Where no layer runs sparse.
+    """
+    from tvm_balanced.bench.shapes import LayerShape, in_order
+
+    found: dict[tuple[Any, ...], Problem] = {}
+    for row in library.report:
+        if row.decision != "sparse" or row.pattern is None:
+            continue
+        sizes = [int(row.rows)] if str(row.rows).isdigit() else [1, 8]
+        for m in sizes:
+            n, k = row.shape
+            key = (n, k, m, row.pattern, row.dtype)
+            layer = LayerShape(row.name, n, k)
+            found.setdefault(key, Problem(library.path.name, layer, m, row.pattern, row.dtype))
+    if not found:
+        raise InputError(
+            f"{library.path} has no layer that runs sparse; compile it with --policy always"
+        )
+    return in_order(list(found.values()))

@@ -1,0 +1,431 @@
+"""What the operator is compared with, and the operator itself: each made ready, checked, then timed.
+
+A peer that this machine, PyTorch or the shape does not allow says why, and its columns stay empty. Every
+one is checked against float64 with the weight it really computes with (int4 rounds it, 2:4 prunes it in its
+own way) before anything is timed. Dense peers get weights without zeros, as they would have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tvm_balanced.bench.clock import Call
+from tvm_balanced.bench.machine import Machine, PeerMissing, from_numpy, to_numpy
+from tvm_balanced.bench.shapes import Problem
+from tvm_balanced.format.layout import PackedFormat
+from tvm_balanced.format.packing import BalancedTensor, pack
+from tvm_balanced.format.pattern import BalancedPattern
+
+if TYPE_CHECKING:
+    import torch
+
+
+# largest error as a share of the largest result: rounding of the result, and of sums kept in
+# half precision, which PyTorch allows cuBLAS
+TOLERANCE = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 2e-2}
+
+
+# rows of a weight that the reference takes to float64 at a time
+_REFERENCE_ROWS = 2048
+
+
+_PRUNE_ELEMENTS = 1 << 26
+
+
+_INT4_GROUP = 128
+
+
+_INT4_TILES = 8
+
+
+@dataclass
+class Weights:
+    """One random weight of a problem, on the machine's device.
+
+    Attributes
+    ----------
+    dense, pruned : (N, K) torch.Tensor
+        Without zeros, and following the pattern; standard normals over ``sqrt(K)``.
+    """
+
+    dense: torch.Tensor
+    pruned: torch.Tensor
+    pattern: BalancedPattern
+    _packed: dict[PackedFormat, BalancedTensor] = field(default_factory=dict)
+
+    @staticmethod
+    def make(problem: Problem, device: torch.device, seed: int = 0) -> Weights:
+        """Seeded weights of a problem's layer."""
+        import torch
+
+        n, k = problem.layer.n, problem.layer.k
+        generator = torch.Generator(device).manual_seed(seed)
+        dtype = getattr(torch, problem.dtype)
+        dense = torch.randn(n, k, generator=generator, device=device).div_(math.sqrt(k)).to(dtype)
+        pattern = BalancedPattern(problem.pattern)
+        return Weights(dense, prune(dense, pattern), pattern)
+
+    def packed(self, fmt: PackedFormat) -> BalancedTensor:
+        """The pruned weight in a format, packed once."""
+        if fmt not in self._packed:
+            array = to_numpy(self.pruned)
+            self._packed[fmt] = pack(array, fmt.pattern, fmt.layout, fmt.encoding)
+        return self._packed[fmt]
+
+
+def prune(weight: torch.Tensor, pattern: BalancedPattern) -> torch.Tensor:
+    """Magnitude pruning where the weight is; of equal magnitudes any may stay."""
+    import torch
+
+    n, k = weight.shape
+    out = torch.empty_like(weight)
+    blocks = -(-k // pattern.block)
+    step = max(1, _PRUNE_ELEMENTS // (blocks * pattern.block))
+    for start in range(0, n, step):
+        part = weight[start : start + step]
+        padded = torch.nn.functional.pad(part, (0, blocks * pattern.block - k))
+        cut = padded.view(-1, blocks, pattern.block)
+        kept = torch.zeros_like(cut, dtype=torch.bool)
+        kept.scatter_(-1, cut.abs().topk(pattern.nnz, dim=-1).indices, True)
+        out[start : start + step] = (cut * kept).view(-1, blocks * pattern.block)[:, :k]
+    return out
+
+
+@dataclass
+class Contender:
+    """A peer made ready for one problem.
+
+    Attributes
+    ----------
+    make : callable
+        Makes one more copy of the weight and returns the call that works on it.
+    weight : (N, K) torch.Tensor
+        What it computes with, for the reference.
+    num_bytes : int
+        Of one copy of its weight.
+    data : (M, K) torch.Tensor
+        Its activations.
+    result : callable
+        What a call returned, as ``(M, N)``.
+    about : mapping
+        Columns of its own.
+    """
+
+    make: Callable[[], Call]
+    weight: torch.Tensor
+    num_bytes: int
+    data: torch.Tensor
+    result: Callable[[Any], torch.Tensor] = lambda out: out
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def calls(self, copies: int) -> list[Call]:
+        """Calls on so many copies."""
+        return [self.make() for _ in range(copies)]
+
+
+def relative_error(contender: Contender, call: Call) -> float:
+    """Largest difference of a call's result from float64, over the largest result; inf for NaN."""
+    import torch
+
+    found = contender.result(call())
+    data, worst, largest = contender.data.double(), 0.0, 0.0
+    if tuple(found.shape) != (data.shape[0], contender.weight.shape[0]):
+        return math.inf
+    for start in range(0, contender.weight.shape[0], _REFERENCE_ROWS):
+        rows = slice(start, start + _REFERENCE_ROWS)
+        expected = data @ contender.weight[rows].double().T
+        off = (found[:, rows].double().to(expected.device) - expected).abs()
+        if not bool(torch.isfinite(off).all()):
+            return math.inf
+        worst = max(worst, float(off.max()))
+        largest = max(largest, float(expected.abs().max()))
+    return worst / largest
+
+
+class Peer(Protocol):
+    """One column of the comparison."""
+
+    name: str
+    what: str
+
+    def prepare(
+        self, machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
+    ) -> Contender:
+        """Make it ready.
+
+        Parameters
+        ----------
+        machine : Machine
+            Where.
+        problem : Problem
+            What.
+        weights : Weights
+            Of the problem's layer.
+        data : (M, K) torch.Tensor
+            Activations.
+
+        Raises
+        ------
+        PeerMissing
+            Where it does not exist here or does not take the shape or dtype.
+        """
+
+
+class Balanced:
+    """This package's operator, through its pipeline."""
+
+    name = "balanced"
+    what = "this operator"
+
+    def prepare(
+        self, machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
+    ) -> Contender:
+        """See :class:`Peer`."""
+        from tvm import relax
+
+        from tvm_balanced import ops
+        from tvm_balanced.planning.cost import sparse_us
+        from tvm_balanced.schedules.dispatch import preferred_format
+
+        n, k, dtype = problem.layer.n, problem.layer.k, problem.dtype
+        fmt = preferred_format(weights.pattern, n, k, problem.m, dtype, machine.spec.target)
+        packed = weights.packed(fmt)
+        x = relax.Var("x", relax.TensorType((problem.m, k), dtype))
+        values = relax.Var("values", relax.TensorType(packed.values.shape, dtype))
+        indices = relax.Var("indices", relax.TensorType(packed.indices.shape, "uint8"))
+        bb = relax.BlockBuilder()
+        with bb.function("main", [x, values, indices]):
+            with bb.dataflow():
+                out = bb.emit_output(ops.balanced_sparse_dense(x, values, indices, fmt, dtype))
+            bb.emit_func_output(out)
+        run = machine.build(bb.get())["main"]
+        given = machine.to_tvm(data)
+
+        def make() -> Call:
+            arrays = (packed.values, packed.indices)
+            args = [machine.to_tvm(from_numpy(array, machine.device)) for array in arrays]
+            return machine.on_stream(lambda: run(given, *args))
+
+        about = {
+            "layout": str(fmt.layout),
+            "encoding": fmt.encoding,
+            "kernel_pattern": str(fmt.pattern),
+            "schedule": "default",
+            "predicted_us": round(sparse_us(machine.spec, problem.m, fmt, dtype), 3),
+        }
+        return Contender(make, weights.pruned, packed.nbytes, data, machine.to_torch, about)
+
+
+class TorchDense:
+    """``torch.nn.functional.linear``: cuBLAS on a GPU, oneDNN or MKL on a CPU."""
+
+    name = "dense"
+    what = "PyTorch dense: cuBLAS on a GPU, MKL or oneDNN on a CPU"
+
+    def prepare(
+        self, machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
+    ) -> Contender:
+        """See :class:`Peer`."""
+        import torch
+
+        del machine, problem
+
+        def make() -> Call:
+            weight = weights.dense.clone()
+            return lambda: torch.nn.functional.linear(data, weight)
+
+        return Contender(make, weights.dense, _bytes(weights.dense), data)
+
+
+class Int4:
+    """PyTorch's int4 weight-only product: groups of 128, a scale and a zero point each; bfloat16 on a GPU."""
+
+    name = "int4"
+    what = "PyTorch int4 weight-only (_weight_int4pack_mm), groups of 128"
+
+    def prepare(
+        self, machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
+    ) -> Contender:
+        """See :class:`Peer`."""
+        import torch
+
+        n, k = problem.layer.n, problem.layer.k
+        on_gpu = machine.device.type == "cuda"
+        suffix = "" if on_gpu else "_for_cpu"
+        convert = getattr(torch, f"_convert_weight_to_int4pack{suffix}", None)
+        multiply = getattr(torch, f"_weight_int4pack_mm{suffix}", None)
+        if convert is None or multiply is None:
+            raise PeerMissing("this PyTorch has no int4 product")
+        if k % _INT4_GROUP or (n % 8 if on_gpu else n % 16):
+            raise PeerMissing(f"takes no {n}x{k}: K in groups of {_INT4_GROUP}, N in tiles")
+        # the GPU kernel knows bfloat16 alone
+        x = data.to(torch.bfloat16) if on_gpu else data
+        groups = weights.dense.to(torch.float32).view(n, -1, _INT4_GROUP)
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        scale = ((high - low).clamp(min=1e-6) / 15).to(x.dtype).float()
+        zero = (low + 8 * scale).to(x.dtype).float()
+        codes = ((groups - zero) / scale).round_().add_(8).clamp_(0, 15)
+        rounded = ((codes - 8) * scale + zero).view(n, k)
+        codes = codes.to(torch.int32).view(n, k)
+        if on_gpu:
+            codes = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
+        tiles = _INT4_TILES if on_gpu else 1
+        table = torch.cat([scale, zero], dim=2).transpose(0, 1).contiguous().to(x.dtype)
+
+        def make() -> Call:
+            packed, scales = convert(codes, tiles), table.clone()
+            return lambda: multiply(x, packed, _INT4_GROUP, scales)
+
+        return Contender(make, rounded, n * k // 2 + _bytes(table), x)
+
+
+class Csr:
+    """PyTorch's CSR product: cuSPARSE on a GPU, MKL on a CPU; 32-bit indices, the batch as columns."""
+
+    name = "csr"
+    what = "PyTorch CSR: cuSPARSE on a GPU, MKL on a CPU; 32-bit indices"
+
+    def prepare(
+        self, machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
+    ) -> Contender:
+        """See :class:`Peer`."""
+        import warnings
+
+        import torch
+
+        del machine, problem
+        with warnings.catch_warnings():
+            # PyTorch calls its CSR support beta
+            warnings.simplefilter("ignore", UserWarning)
+            found = weights.pruned.to_sparse_csr()
+        crow, columns = found.crow_indices().int(), found.col_indices().int()
+        kept, columns_of_x = found.values(), data.T.contiguous()
+
+        def make() -> Call:
+            csr = torch.sparse_csr_tensor(
+                crow.clone(),
+                columns.clone(),
+                kept.clone(),
+                size=found.shape,
+                check_invariants=False,
+            )
+            return lambda: csr @ columns_of_x
+
+        num_bytes = sum(_bytes(part) for part in (crow, columns, kept))
+        return Contender(make, weights.pruned, num_bytes, data, lambda out: out.T)
+
+
+class SemiStructured:
+    """cuSPARSELt's 2:4 through PyTorch, weights pruned to 2:4 whatever the problem's pattern."""
+
+    name = "semi_structured"
+    what = "cuSPARSELt 2:4 through PyTorch, always 50 % zeros"
+
+    def prepare(
+        self, machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
+    ) -> Contender:
+        """See :class:`Peer`."""
+        import torch
+
+        if machine.device.type != "cuda":
+            raise PeerMissing("2:4 needs a GPU")
+        if problem.dtype == "float32":
+            raise PeerMissing("2:4 has no float32")
+        if not torch.backends.cusparselt.is_available():
+            raise PeerMissing("this PyTorch has no cuSPARSELt")
+        pruned = prune(weights.dense, BalancedPattern("2:4"))
+
+        def make() -> Call:
+            weight = torch.sparse.to_sparse_semi_structured(pruned)
+            return lambda: torch.nn.functional.linear(data, weight)
+
+        # half of the values, and two bits for each
+        num_bytes = _bytes(pruned) // 2 + pruned.numel() // 8
+        return Contender(make, pruned, num_bytes, data)
+
+
+class TritonDense:
+    """A dense product in Triton: tiles on tensor cores, K split over programs for small batches."""
+
+    name = "triton"
+    what = "dense in Triton, a tile size chosen by timing"
+
+    def prepare(
+        self, machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
+    ) -> Contender:
+        """See :class:`Peer`."""
+        if machine.device.type != "cuda":
+            raise PeerMissing("Triton needs a GPU")
+        del problem
+        try:
+            from tvm_balanced.bench.triton_dense import linear
+        except ImportError as error:
+            raise PeerMissing("Triton is not installed") from error
+
+        def make() -> Call:
+            weight = weights.dense.clone()
+            return lambda: linear(data, weight)
+
+        return Contender(make, weights.dense, _bytes(weights.dense), data)
+
+
+class TvmDense:
+    """TVM's dense product with this package's default schedules: DLight on a GPU."""
+
+    name = "tvm_dense"
+    what = "dense as this package compiles it: DLight on a GPU"
+
+    def prepare(
+        self, machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
+    ) -> Contender:
+        """See :class:`Peer`."""
+        from tvm import relax
+
+        n, k, dtype = problem.layer.n, problem.layer.k, problem.dtype
+        x = relax.Var("x", relax.TensorType((problem.m, k), dtype))
+        weight = relax.Var("weight", relax.TensorType((n, k), dtype))
+        bb = relax.BlockBuilder()
+        with bb.function("main", [x, weight]):
+            with bb.dataflow():
+                turned = bb.emit(relax.op.permute_dims(weight))
+                out = bb.emit(relax.op.matmul(x, turned, out_dtype="float32"))
+                last = bb.emit_output(out if dtype == "float32" else relax.op.astype(out, dtype))
+            bb.emit_func_output(last)
+        run = machine.build(bb.get())["main"]
+        given = machine.to_tvm(data)
+
+        def make() -> Call:
+            arg = machine.to_tvm(weights.dense.clone())
+            return machine.on_stream(lambda: run(given, arg))
+
+        return Contender(make, weights.dense, _bytes(weights.dense), data, machine.to_torch)
+
+
+OWN = Balanced()
+
+
+PEERS: tuple[Peer, ...] = (
+    TorchDense(),
+    Int4(),
+    Csr(),
+    SemiStructured(),
+    TritonDense(),
+    TvmDense(),
+)
+
+
+def peer_names() -> list[str]:
+    """Names of the peers, as columns and ``--peers`` have them."""
+    return [peer.name for peer in PEERS]
+
+
+def chosen_peers(names: Sequence[str] | None) -> list[Peer]:
+    """Peers by name, all where None."""
+    return [peer for peer in PEERS if names is None or peer.name in names]
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return int(tensor.numel() * tensor.element_size())

@@ -1,0 +1,204 @@
+"""The layers that are benchmarked: shapes and patterns as data, and the order they are run in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from tvm_balanced.errors import InputError
+from tvm_balanced.format.pattern import BalancedPattern
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One dense layer: N outputs, K inputs, and what it is part of."""
+
+    name: str
+    n: int
+    k: int
+
+
+@dataclass(frozen=True)
+class ShapeSet:
+    """Layers that are benchmarked together.
+
+    Attributes
+    ----------
+    layers : tuple of LayerShape
+        The first are the most telling.
+    rows : tuple of int
+        M, rows of activations.
+    patterns : tuple of str
+        ``nnz:block``.
+    """
+
+    layers: tuple[LayerShape, ...]
+    rows: tuple[int, ...]
+    patterns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One multiplication to time: ``(m, k)`` by a balanced ``(n, k)``."""
+
+    set: str
+    layer: LayerShape
+    m: int
+    pattern: str
+    dtype: str
+
+
+# the paper's seven shares of zeros, 50 to 93.75 %, in blocks of 16: its K of 8196 is padded to 8208
+_PAPER_PATTERNS = ("4:16", "2:16", "8:16", "1:16", "6:16", "5:16", "3:16")
+
+
+SETS: dict[str, ShapeSet] = {
+    # decoder layers: attention and MLP of 7B, of 70B, and a square one between
+    "llm": ShapeSet(
+        (
+            LayerShape("square-8192", 8192, 8192),
+            LayerShape("70b-up", 28672, 8192),
+            LayerShape("70b-down", 8192, 28672),
+            LayerShape("7b-attention", 4096, 4096),
+            LayerShape("7b-up", 11008, 4096),
+            LayerShape("7b-down", 4096, 11008),
+        ),
+        (1, 2, 4, 8, 16),
+        ("4:16", "2:16", "1:16"),
+    ),
+    # the same layers with rows enough for tensor cores, up to where dense wins
+    "prefill": ShapeSet(
+        (
+            LayerShape("square-8192", 8192, 8192),
+            LayerShape("70b-up", 28672, 8192),
+            LayerShape("70b-down", 8192, 28672),
+            LayerShape("7b-attention", 4096, 4096),
+        ),
+        (16, 32, 64, 128, 256),
+        ("8:16", "4:16", "2:16", "1:16", "8:32", "4:32"),
+    ),
+    # Yao et al., AAAI 2019: the kernel benchmark
+    "paper": ShapeSet((LayerShape("paper", 16384, 8196),), (1, 8), _PAPER_PATTERNS),
+    # the same paper: gates of the LSTM on PTB (hidden 1500), the fully connected layers of VGG-16
+    "paper-models": ShapeSet(
+        (
+            LayerShape("lstm-gates", 6000, 1500),
+            LayerShape("vgg16-fc6", 4096, 25088),
+            LayerShape("vgg16-fc7", 4096, 4096),
+            LayerShape("vgg16-fc8", 1000, 4096),
+        ),
+        (1, 8),
+        ("4:16", "3:16", "1:16"),
+    ),
+    "minilm": ShapeSet(
+        (
+            LayerShape("minilm-attention", 384, 384),
+            LayerShape("minilm-up", 1536, 384),
+            LayerShape("minilm-down", 384, 1536),
+        ),
+        (1, 8, 32),
+        ("4:16", "2:16"),
+    ),
+    "bert": ShapeSet(
+        (
+            LayerShape("bert-attention", 768, 768),
+            LayerShape("bert-up", 3072, 768),
+            LayerShape("bert-down", 768, 3072),
+        ),
+        (1, 8, 32),
+        ("4:16", "2:16"),
+    ),
+}
+
+
+# which rows a run that is cut off should have
+_FIRST_ROWS = (1, 8)
+
+
+_FIRST_PATTERNS = ("4:16", "2:16", "1:16")
+
+
+def problems(
+    names: Sequence[str],
+    dtypes: Sequence[str],
+    *,
+    rows: Iterable[int] | None = None,
+    patterns: Iterable[str] | None = None,
+    layers: Iterable[str] | None = None,
+    most_weights: int | None = None,
+) -> list[Problem]:
+    """Every multiplication of some sets, the most telling first.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Keys of :data:`SETS`.
+    dtypes : sequence of str
+        Of weights and activations; the first is the most telling.
+    rows, patterns : iterable, optional
+        In place of the sets' own.
+    layers : iterable of str, optional
+        Only layers of these names.
+    most_weights : int, optional
+        Only layers of at most so many weights, N times K.
+
+    Returns
+    -------
+    list of Problem
+        First M of 1 and 8 at the patterns 4:16, 2:16 and 1:16; within the same importance, those of one
+        weight follow each other.
+
+    Raises
+    ------
+    InputError
+        For an unknown set or layer, an M below 1 or a pattern that is none, or where nothing is left.
+    """
+    for name in names:
+        if name not in SETS:
+            raise InputError(f'set "{name}" is not known; choose {", ".join(SETS)}')
+    given_rows = None if rows is None else list(rows)
+    if given_rows is not None and (not given_rows or min(given_rows) < 1):
+        raise InputError(f"M of {given_rows} was given; give whole numbers from 1")
+    # a wider block than K is refused where the layer is, not here
+    given_patterns = None if patterns is None else [str(BalancedPattern(p)) for p in patterns]
+    wanted = None if layers is None else set(layers)
+    known = {layer.name for name in names for layer in SETS[name].layers}
+    if wanted is not None and wanted - known:
+        raise InputError(
+            f"layer {min(wanted - known)} is in none of the sets {', '.join(names)}; "
+            f"their layers are {', '.join(sorted(known))}"
+        )
+    found = [
+        Problem(name, layer, m, pattern, dtype)
+        for name in names
+        for dtype in dtypes
+        for layer in SETS[name].layers
+        for pattern in given_patterns or SETS[name].patterns
+        for m in given_rows or SETS[name].rows
+        if (wanted is None or layer.name in wanted)
+        and (most_weights is None or layer.n * layer.k <= most_weights)
+        and BalancedPattern(pattern).block <= layer.k
+    ]
+    if not found:
+        raise InputError("no layer of the sets is left; allow more weights or a smaller block")
+    return in_order(found)
+
+
+def in_order(found: Sequence[Problem]) -> list[Problem]:
+    """The most telling first: see :func:`problems`. What is equal stays in the order given."""
+    dtypes = list(dict.fromkeys(problem.dtype for problem in found))
+    groups = list(dict.fromkeys((p.set, p.layer, p.pattern) for p in found))
+
+    def rank(problem: Problem) -> tuple[int, int, int, int]:
+        pattern = problem.pattern
+        common = (
+            _FIRST_PATTERNS.index(pattern) if pattern in _FIRST_PATTERNS else len(_FIRST_PATTERNS)
+        )
+        return (
+            dtypes.index(problem.dtype),
+            int(problem.m not in _FIRST_ROWS) + int(common == len(_FIRST_PATTERNS)),
+            common,
+            groups.index((problem.set, problem.layer, pattern)),
+        )
+
+    return sorted(found, key=rank)

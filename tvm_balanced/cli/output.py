@@ -1,0 +1,192 @@
+"""Where the command line writes: results to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import TimeElapsedColumn as ElapsedColumn
+from rich.table import Table
+
+# a table that a pipe or a file gets is not cut to the width of a terminal that is not there
+_PIPE_WIDTH = 160
+
+
+Tell = Callable[[str], None]
+
+
+TellRow = Callable[[str, int, int, str], None]
+
+
+@dataclass
+class Output:
+    """Consoles of one command.
+
+    Parameters
+    ----------
+    as_json : bool
+        Results are one JSON document on stdout instead of tables.
+    verbosity : int
+        -1 errors only, 0 normal, 1 also what is done and, after an error, the traceback.
+    """
+
+    as_json: bool = False
+    verbosity: int = 0
+
+    def __post_init__(self) -> None:
+        self.results = _console(sys.stdout)
+        self.notes = _console(sys.stderr)
+
+    def arguments(self, command: str, values: Mapping[str, Any]) -> None:
+        """Say what a command understood, before it starts."""
+        if self.verbosity < 0:
+            return
+        shown = ", ".join(f"{name}={_shown(value)}" for name, value in values.items())
+        self._note(f"{command}: {shown or 'no arguments'}")
+
+    def note(self, text: str) -> None:
+        """One line on stderr, unless quiet."""
+        if self.verbosity >= 0:
+            self._note(text)
+
+    def show(self, table: Any) -> None:
+        """A table or a line on stdout, unless the results are JSON."""
+        if not self.as_json:
+            # names of layers and files hold brackets and numbers that are no markup
+            self.results.print(table, markup=False, highlight=False)
+
+    def document(self, value: Mapping[str, Any]) -> None:
+        """The one JSON document of a command run with ``--json``."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+    def next(self, command: str) -> None:
+        """The command that usually follows."""
+        if not self.as_json and self.verbosity >= 0:
+            self._note(f"next: {command}")
+
+    @contextlib.contextmanager
+    def progress(self, title: str, total: int | None = None) -> Iterator[Tell]:
+        """A bar on a terminal; lines with ``-v`` where there is none; else silence.
+
+        Parameters
+        ----------
+        title : str
+            What takes long.
+        total : int, optional
+            Steps, where their number is known.
+
+        Yields
+        ------
+        callable
+            To be told, in a few words, of each step when it begins.
+        """
+        if self.verbosity < 0 or not self.notes.is_terminal:
+            yield (lambda step: self._note(f"{title}: {step}")) if self.verbosity > 0 else _ignore
+            return
+        columns: list[Any] = [SpinnerColumn(), TextColumn("{task.description}", markup=False)]
+        columns += [BarColumn(bar_width=24)]
+        if total is not None:
+            columns.append(MofNCompleteColumn())
+        with Progress(*columns, ElapsedColumn(), console=self.notes, transient=True) as bar:
+            task = bar.add_task(title, total=total)
+            begun = False
+
+            def tell(step: str) -> None:
+                nonlocal begun
+                if begun:
+                    bar.advance(task)
+                begun = True
+                bar.update(task, description=f"{title}: {step}")
+
+            yield tell
+
+    @contextlib.contextmanager
+    def progress_rows(self, title: str) -> Iterator[TellRow]:
+        """As :meth:`progress`, with a bar for each of several things that go on by turns.
+
+        Parameters
+        ----------
+        title : str
+            What takes long.
+
+        Yields
+        ------
+        callable
+            To be told the name of a row, steps done, all its steps, and a few words.
+        """
+        if self.verbosity < 0 or not self.notes.is_terminal:
+
+            def say(row: str, done: int, total: int, told: str) -> None:
+                if self.verbosity > 0:
+                    self._note(f"{title}: {row}: {done} of {total}, {told}")
+
+            yield say
+            return
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[told]}", markup=False),
+            ElapsedColumn(),
+        )
+        with Progress(*columns, console=self.notes, transient=True) as bar:
+            rows: dict[str, Any] = {}
+
+            def show(row: str, done: int, total: int, told: str) -> None:
+                if row not in rows:
+                    rows[row] = bar.add_task(row, total=total, told=told)
+                bar.update(rows[row], completed=done, total=total, told=told)
+
+            yield show
+
+    def _note(self, text: str) -> None:
+        self.notes.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def summary(title: str, rows: Mapping[str, Any]) -> Table:
+    """A table of two columns without headings."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    return table
+
+
+def set_up_logging(output: Output) -> None:
+    """Send this package's log to stderr: warnings, or with ``-v`` everything."""
+    logger = logging.getLogger("tvm_balanced")
+    level = {-1: logging.ERROR, 0: logging.WARNING}.get(output.verbosity, logging.DEBUG)
+    logger.setLevel(level)
+    logger.handlers = [RichHandler(console=output.notes, show_path=False, show_time=False)]
+    logger.propagate = False
+    if output.verbosity <= 0:
+        # what PyTorch and ONNX deprecate is no news to a user
+        warnings.simplefilter("ignore")
+
+
+def _console(stream: Any) -> Console:
+    console = Console(file=stream)
+    return console if console.is_terminal else Console(file=stream, width=_PIPE_WIDTH)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {_shown(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_shown(item) for item in value) + "]"
+    return "none" if value is None else str(value)
+
+
+def _ignore(step: str) -> None:
+    del step

@@ -1,0 +1,1 @@
+"""From scheduled kernels to cubins, and what is read from them."""

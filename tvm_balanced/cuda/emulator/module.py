@@ -1,0 +1,267 @@
+"""CUDA source as callable kernels: compile, bind NumPy arrays, launch."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tvm_balanced.cuda.emulator.compiler import EmulatorError, compile_kernels, runtime
+from tvm_balanced.cuda.emulator.report import Report
+from tvm_balanced.cuda.emulator.translate import translate
+from tvm_balanced.format.weights import Array
+
+ORDERS = {"seq": 0, "reverse": 1, "random": 2}
+
+
+_ALIGNMENT = 256  # of device allocations
+
+
+_GUARD = 8192  # bytes around a checked array; what goes further is stopped before it is done
+
+
+SCALARS: dict[str, Any] = {
+    "int": ctypes.c_int,
+    "int32_t": ctypes.c_int,
+    "long": ctypes.c_long,
+    "int64_t": ctypes.c_int64,
+    "long long": ctypes.c_longlong,
+    "float": ctypes.c_float,
+    "double": ctypes.c_double,
+    "unsigned": ctypes.c_uint,
+    "unsigned int": ctypes.c_uint,
+    "uint": ctypes.c_uint,
+    "uint32_t": ctypes.c_uint,
+    "uint64_t": ctypes.c_uint64,
+    "bool": ctypes.c_bool,
+}
+
+
+class _Options(ctypes.Structure):
+    _fields_ = [
+        ("check", ctypes.c_int),
+        ("prof", ctypes.c_int),
+        ("order", ctypes.c_int),
+        ("seed", ctypes.c_uint),
+        ("nthreads", ctypes.c_int),
+        ("nblocks", ctypes.c_long),
+        ("blocks", ctypes.POINTER(ctypes.c_long)),
+        ("poison", ctypes.c_int),
+    ]
+
+
+class _Arguments:
+    """Kernel arguments in C, and the arrays that have to be copied back."""
+
+    def __init__(self, types: Sequence[str], args: Sequence[Any], guard: int = 0) -> None:
+        self._guard = guard
+        self.pointers = (ctypes.c_void_p * max(1, len(args)))()
+        self.ranges: list[tuple[int, int, int]] = []
+        self.names: list[str] = []
+        self._hold: list[Any] = []
+        self._copied: list[tuple[Array, Array]] = []
+        self._bound: dict[int, Array] = {}
+        for i, (kind, arg) in enumerate(zip(types, args, strict=True)):
+            if kind.endswith("*"):
+                value: Any = self._array(i, kind, arg)
+            else:
+                value = SCALARS[kind.replace("const ", "")](getattr(arg, "item", lambda a=arg: a)())
+            self._hold.append(value)
+            self.pointers[i] = ctypes.cast(ctypes.pointer(value), ctypes.c_void_p)
+
+    def _array(self, i: int, kind: str, array: Any) -> Any:
+        if not isinstance(array, np.ndarray) or not array.flags.c_contiguous:
+            raise EmulatorError(f"argument {i} ({kind}) must be a C-contiguous NumPy array")
+        held = self._bound.get(id(array), array)
+        if held is array and (self._guard or array.ctypes.data % _ALIGNMENT):
+            raw = np.empty(array.nbytes + _ALIGNMENT + 2 * self._guard, np.uint8)
+            start = self._guard + -(raw.ctypes.data + self._guard) % _ALIGNMENT
+            held = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+            held[...] = array
+            if "const" not in kind:
+                self._copied.append((array, held))
+        self._bound[id(array)] = held
+        self._hold.append(held)
+        self.ranges.append((held.ctypes.data, array.nbytes, array.itemsize))
+        self.names.append(f"arg{i}")
+        return ctypes.c_void_p(held.ctypes.data)
+
+    def copy_back(self) -> None:
+        for array, held in self._copied:
+            array[...] = held
+
+
+class Module:
+    """The kernels of one CUDA source.
+
+    Parameters
+    ----------
+    source : str
+        CUDA C.
+    instrument : bool
+        Compile for checks and counts; an order of magnitude slower.
+
+    Raises
+    ------
+    EmulatorError
+        When the source uses what is not emulated, or g++ is missing or fails.
+    """
+
+    def __init__(self, source: str, instrument: bool = False) -> None:
+        self.source, self.instrument = source, instrument
+        text, self.kernels = translate(source)
+        self._cpp, self._library = compile_kernels(text, instrument)
+        runtime()
+        self._loaded = ctypes.CDLL(str(self._library))
+
+    def launch(
+        self,
+        kernel: str,
+        grid: Sequence[int],
+        block: Sequence[int],
+        args: Sequence[Any],
+        *,
+        dynamic_shared: int = 0,
+        order: str = "seq",
+        seed: int = 1,
+        threads: int = 1,
+        blocks: Sequence[int] | None = None,
+        check: bool = False,
+        profile: bool = False,
+    ) -> Report:
+        """Run one kernel; arrays are changed in place, shared memory starts as NaN.
+
+        Parameters
+        ----------
+        kernel : str
+            Its name.
+        grid, block : sequence of int
+            Up to three extents.
+        args : sequence
+            C-contiguous NumPy arrays and numbers.
+        dynamic_shared : int
+            Bytes of dynamic shared memory.
+        order : str
+            ``"seq"``, ``"reverse"`` or ``"random"``: of threads between barriers.
+        seed : int
+            Of the random order.
+        threads : int
+            CPU threads.
+        blocks : sequence of int, optional
+            Linear indices of the only blocks to run.
+        check, profile : bool
+            Look for defects; count accesses. Both need ``Module(source, instrument=True)``.
+
+        Raises
+        ------
+        EmulatorError
+            For wrong arguments, a deadlock, or a collective with missing lanes.
+        """
+        if (check or profile) and not self.instrument:
+            raise EmulatorError("check and profile need Module(source, instrument=True)")
+        if kernel not in self.kernels:
+            raise EmulatorError(
+                f"there is no kernel {kernel}; the source has {', '.join(self.kernels) or 'none'}"
+            )
+        types = self.kernels[kernel]
+        if len(types) != len(args):
+            raise EmulatorError(
+                f"{kernel} takes {len(types)} arguments ({', '.join(types)}), but {len(args)} were given"
+            )
+        bound, rt = _Arguments(types, args, _GUARD if check else 0), runtime()
+        n = len(bound.ranges)
+        starts, sizes, items = zip(*bound.ranges, strict=True) if n else ((), (), ())
+        rt.emu_set_ranges(
+            n,
+            (ctypes.c_void_p * max(1, n))(*starts),
+            (ctypes.c_long * max(1, n))(*sizes),
+            (ctypes.c_int * max(1, n))(*items),
+        )
+        extents = [*grid, 1, 1][:3] + [*block, 1, 1][:3]
+        chosen = list(blocks) if blocks is not None else []
+        options = _Options(
+            *(int(check), int(profile), ORDERS[order], seed, threads, len(chosen)),
+            (ctypes.c_long * len(chosen))(*chosen) if chosen else None,
+            1,
+        )
+        failed = rt.emu_launch(
+            self.thunk(kernel),
+            bound.pointers,
+            (ctypes.c_uint * 6)(*(int(extent) for extent in extents)),
+            ctypes.c_long(self.static_shared(kernel).value + int(dynamic_shared)),
+            ctypes.byref(options),
+        )
+        bound.copy_back()
+        total = int(np.prod([int(extent) for extent in extents[:3]]))
+        scale = total / len(chosen) if chosen else 1.0
+        report = self.report(rt.emu_report().decode(), bound.names, scale)
+        if failed:
+            seen = "".join(f"\n  {i.kind} line {i.line}: {i.first}" for i in report.issues)
+            raise EmulatorError(rt.emu_error().decode() + seen)
+        return report
+
+    @staticmethod
+    def parameters(source: str) -> dict[str, list[str]]:
+        """Kernel name to the C types of its parameters, without compiling anything."""
+        return translate(source)[1]
+
+    def thunk(self, kernel: str) -> ctypes.c_void_p:
+        """Address of a kernel, called with an array of pointers to its arguments."""
+        return ctypes.cast(getattr(self._loaded, f"emu_thunk_{kernel}"), ctypes.c_void_p)
+
+    def static_shared(self, kernel: str) -> ctypes.c_long:
+        """Bytes of static shared memory."""
+        size = getattr(self._loaded, f"emu_smem_{kernel}")
+        size.restype = ctypes.c_ulong
+        return ctypes.c_long(size())
+
+    def report(self, text: str, names: Sequence[str], scale: float) -> Report:
+        """What the engine reported of a launch of this module, by lines of the CUDA source.
+
+        Parameters
+        ----------
+        text : str
+            The engine's own report.
+        names : sequence of str
+            Of the arrays, in the order the engine was told them.
+        scale : float
+            Blocks of the grid per block run.
+        """
+        return Report(text, names, self._lines, self.source, scale)
+
+    def _lines(self, counters: list[int]) -> dict[int, int]:
+        """Lines of the CUDA source for program counters; translation keeps line numbers."""
+        base = self._load_address()
+        if not counters or base is None:
+            return {}
+        addresses = [hex(counter - base - 1) for counter in counters]
+        # -i prints the chain of inlined frames; the frame in the kernel's own source is wanted
+        out = subprocess.run(
+            ["addr2line", "-a", "-i", "-e", str(self._library), *addresses],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout
+        found: dict[int, int] = {}
+        at = -1
+        for line in out.splitlines():
+            if line.startswith("0x"):
+                at += 1
+                continue
+            match = re.match(r"(.*):(\d+)", line)
+            if match and Path(match[1]).name == self._cpp.name:
+                found[counters[at]] = int(match[2])
+        return found
+
+    def _load_address(self) -> int | None:
+        with open("/proc/self/maps") as maps:
+            for line in maps:
+                if str(self._library) in line:
+                    fields = line.split()
+                    return int(fields[0].split("-")[0], 16) - int(fields[2], 16)
+        return None

@@ -1,0 +1,129 @@
+"""A CUDA translation unit as TVM prints it, taken apart into kernels and put together again."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+from tvm_balanced.errors import InputError
+
+_KERNEL = re.compile(r'^extern "C" __global__ void (?:\w+\([\d, ]+\) )*(\w+)\(', re.MULTILINE)
+
+
+_DECLARATION = re.compile(r"[^;{]*;\n?")
+
+
+# TVM prints the left ones under tirx.enable_fast_math or when a schedule names them
+_PRECISE = {
+    **{f"__{name}f": f"{name}f" for name in ("exp", "exp10", "log", "log2", "log10", "pow")},
+    **{f"__{name}f": f"{name}f" for name in ("sin", "cos", "sincos", "tan", "tanh")},
+    "__fdividef": "__fdiv_rn",
+    "htanh_approx": "htanh",
+    "h2tanh_approx": "h2tanh",
+}
+
+
+_FAST = re.compile(rf"\b({'|'.join(_PRECISE)})(?=\s*\()")
+
+
+# fusion joins the names of what it fused, to hundreds of characters; a file name holds 255
+_MAX_STEM = 120
+
+
+def file_stem(kernel: str) -> str:
+    """Name of a kernel's file without its ending: the kernel's, a long one cut and with a digest.
+
+    Parameters
+    ----------
+    kernel : str
+        Name of the kernel, or a stem, which comes back as it is.
+    """
+    if len(kernel) <= _MAX_STEM:
+        return kernel
+    digest = hashlib.sha256(kernel.encode()).hexdigest()[:8]
+    return f"{kernel[: _MAX_STEM - 9]}_{digest}"
+
+
+def precise_math(source: str) -> str:
+    """CUDA text with the fast intrinsics replaced by the functions they approximate.
+
+    Parameters
+    ----------
+    source : str
+        For instance ``"y = __expf(x);"``, which becomes ``"y = expf(x);"``.
+    """
+    return _FAST.sub(lambda match: _PRECISE[match[1]], source)
+
+
+def normal_form(source: str) -> str:
+    """The form in which a translation unit is compiled and kept.
+
+    Without fast intrinsics and forward declarations, the kernels in the order of their files' names:
+    exactly what :func:`join_kernels` makes of them, so that the files of an artifact are the source of
+    its cubin, byte by byte.
+
+    Parameters
+    ----------
+    source : str
+        As TVM prints it. Without a kernel in it, it comes back but for its intrinsics.
+    """
+    source = precise_math(source)
+    return join_kernels(split_kernels(source)) or source
+
+
+def split_kernels(source: str) -> dict[str, str]:
+    """Kernel name to its CUDA text, each a translation unit of its own.
+
+    Parameters
+    ----------
+    source : str
+        What TVM gave to the CUDA compiler; may be empty.
+
+    Returns
+    -------
+    dict of str to str
+        In the order of the files' names; what stands before the kernels is in every text.
+    """
+    starts = list(_KERNEL.finditer(source))
+    if not starts:
+        return {}
+    head = source[: starts[0].start()]
+    ends = [start.start() for start in starts[1:]] + [len(source)]
+    definitions: dict[str, str] = {}
+    for start, end in zip(starts, ends, strict=True):
+        text = source[start.start() : end]
+        declaration = _DECLARATION.match(text)
+        if declaration is None:
+            definitions[start[1]] = text.rstrip() + "\n"
+        else:
+            # what follows a declaration and is no kernel is there for all of them
+            head += text[declaration.end() :]
+    return {name: head + definitions[name] for name in sorted(definitions, key=file_stem)}
+
+
+def join_kernels(kernels: dict[str, str]) -> str:
+    """One translation unit of texts that :func:`split_kernels` made, their common head once."""
+    texts = list(kernels.values())
+    if not texts:
+        return ""
+    first = _KERNEL.search(texts[0])
+    head = first.start() if first else 0
+    return texts[0][:head] + "\n".join(text[head:] for text in texts)
+
+
+def kernel_source(source: str, name: str | None) -> str:
+    """One kernel of a CUDA translation unit, or all of it.
+
+    Raises
+    ------
+    InputError
+        When there is no kernel of that name.
+    """
+    if name is None:
+        return source
+    kernels = split_kernels(source)
+    for known in (name, f"{name}_kernel"):
+        if known in kernels:
+            return kernels[known]
+    listed = ", ".join(kernels) or "none, as it was compiled for llvm"
+    raise InputError(f'the library has no kernel "{name}"; its kernels are: {listed}')

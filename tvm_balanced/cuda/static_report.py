@@ -1,0 +1,226 @@
+"""What a cubin says of its kernels without being run: registers, spills, occupancy, instructions.
+
+Registers, local and shared memory and launch bounds stand in the cubin's ELF, so no tool is needed to
+read them. Instructions are counted in what ``nvdisasm`` prints (PyPI: ``nvidia-cuda-nvdisasm``). Neither
+needs a GPU, a driver, a CUDA toolkit or TVM.
+
+Of the ELF, as CUDA 13 writes it: ``.nv.info`` holds attributes, each a byte of format, a byte of
+meaning, and two bytes of value or of the payload's size. Those of a kernel that this module reads are
+the registers, the stack with that of all callees and, in ``.nv.info.KERNEL``, the launch bounds. The
+section ``.nv.shared.KERNEL`` is as large as the static shared memory. Kernels are the functions of the
+symbol table that carry the entry flag.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, overload
+
+from tvm_balanced.cuda.cubin import KernelResources, kernel_resources
+from tvm_balanced.cuda.occupancy import Occupancy, occupancy
+from tvm_balanced.cuda.sass import SassCounts, sass_counts
+from tvm_balanced.errors import ToolchainError
+from tvm_balanced.report import WIDE
+from tvm_balanced.targets.gpus import SM_LIMITS
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """All that is known of one kernel.
+
+    Parameters
+    ----------
+    arch : str
+        ``"sm_90"``.
+    resources : KernelResources
+        From the ELF.
+    occupancy : Occupancy or None
+        Of blocks as large as the launch bounds; None without them, or for an architecture that is not
+        in :data:`SM_LIMITS`.
+    dynamic_shared : bool
+        Whether a launch adds shared memory, of a size that the cubin does not hold: the occupancy is
+        then an upper bound.
+    counts : SassCounts or None
+        None where nothing was disassembled.
+    """
+
+    arch: str
+    resources: KernelResources
+    occupancy: Occupancy | None
+    dynamic_shared: bool
+    counts: SassCounts | None
+
+
+class StaticReport(Sequence[KernelReport]):
+    """Rows, one a kernel; ``str()`` is a table, :meth:`to_json` for machines.
+
+    Attributes
+    ----------
+    problem : str or None
+        Why instructions were not counted; None where they were.
+    """
+
+    def __init__(self, rows: Sequence[KernelReport], problem: str | None = None) -> None:
+        self._rows = list(rows)
+        self.problem = problem
+
+    @classmethod
+    def of_cubins(
+        cls,
+        cubins: Sequence[tuple[str, bytes]],
+        *,
+        dynamic_shared: Sequence[str] = (),
+        nvdisasm: str | None = None,
+    ) -> StaticReport:
+        """Look at all kernels of cubins; without a disassembler the instructions are left out.
+
+        Parameters
+        ----------
+        cubins : sequence of (str, bytes)
+            Architecture and image.
+        dynamic_shared : sequence of str
+            Kernels whose launches add shared memory.
+        nvdisasm : str, optional
+            The disassembler; :func:`find_nvdisasm` looks for it when left out.
+
+        Raises
+        ------
+        ArtifactError
+            If one is no cubin, or a damaged one.
+        """
+        rows, problem = [], None
+        for arch, cubin in cubins:
+            kernels = kernel_resources(cubin)
+            counts: dict[str, SassCounts] = {}
+            try:
+                counts = sass_counts(cubin, nvdisasm)
+            except ToolchainError as error:
+                problem = str(error)
+            for kernel in kernels:
+                rows.append(
+                    KernelReport(
+                        arch,
+                        kernel,
+                        occupancy(kernel, arch, kernel.max_threads)
+                        if kernel.max_threads is not None and arch.rstrip("af") in SM_LIMITS
+                        else None,
+                        kernel.name in dynamic_shared,
+                        counts.get(kernel.name),
+                    )
+                )
+        return cls(rows, problem)
+
+    @overload
+    def __getitem__(self, index: int) -> KernelReport: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[KernelReport]: ...
+    def __getitem__(self, index: int | slice) -> KernelReport | Sequence[KernelReport]:
+        return self._rows[index]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """``kernels``, plain dictionaries, one a kernel, and ``problem``."""
+        return {
+            "kernels": [
+                {
+                    "name": row.resources.name,
+                    "arch": row.arch,
+                    **{n: v for n, v in asdict(row.resources).items() if n != "name"},
+                    "dynamic_shared": row.dynamic_shared,
+                    "occupancy": None
+                    if row.occupancy is None
+                    else {**asdict(row.occupancy), "limits": list(row.occupancy.limits)},
+                    "counts": None if row.counts is None else _counts_json(row.counts),
+                }
+                for row in self._rows
+            ],
+            "problem": self.problem,
+        }
+
+    def tables(self) -> list[Any]:
+        """Resources and, where instructions were counted, instructions as ``rich.table.Table``."""
+        from rich.table import Table
+
+        resources = Table(title="kernels (as compiled, nothing was run)", title_justify="left")
+        headings = ("regs", "local B", "shared B", "threads", "blocks", "occupancy", "limited by")
+        _add_columns(resources, headings)
+        for row in self._rows:
+            resources.add_row(*_resource_cells(row))
+        notes = [] if self.problem is None else [self.problem]
+        if any(row.dynamic_shared for row in self._rows):
+            notes.append("<= where a launch adds shared memory, of which the cubin does not tell")
+        resources.caption = "; ".join(notes)
+        counted = [row for row in self._rows if row.counts is not None]
+        if not counted:
+            return [resources]
+        code = Table(title="instructions in their code", title_justify="left")
+        # two lines keep a column narrow
+        loads = ("LDG\n128/64/32", "LDS\n128/64/32", "LDL\nSTL")
+        _add_columns(code, (*loads, "FFMA", "HMMA", "SHFL", "BAR", "all", "loop:\nall", "\nFFMA"))
+        for row in counted:
+            if row.counts is not None:
+                code.add_row(row.resources.name, *_count_cells(row.counts))
+        return [resources, code]
+
+    def text(self, width: int = WIDE) -> str:
+        """The table as text of at most ``width`` columns."""
+        from rich.console import Console
+
+        out = io.StringIO()
+        Console(file=out, width=width, color_system=None).print(
+            *self.tables(), markup=False, highlight=False
+        )
+        return out.getvalue()
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        yield from self.tables()
+
+    def __str__(self) -> str:
+        return self.text(shutil.get_terminal_size((WIDE, 24)).columns)
+
+
+def _counts_json(counts: SassCounts) -> dict[str, Any]:
+    """Widths become strings, as JSON's keys are."""
+    return {
+        **asdict(counts),
+        "global_loads": {str(bits): n for bits, n in counts.global_loads.items()},
+        "shared_loads": {str(bits): n for bits, n in counts.shared_loads.items()},
+        "loop": None if counts.loop is None else _counts_json(counts.loop),
+        "phase": None if counts.phase is None else _counts_json(counts.phase),
+    }
+
+
+def _add_columns(table: Any, headings: Sequence[str]) -> None:
+    table.add_column("kernel", overflow="fold", min_width=12)
+    for heading in headings:
+        table.add_column(heading, justify="right", overflow="fold")
+
+
+def _resource_cells(row: KernelReport) -> list[str]:
+    kernel, there = row.resources, row.occupancy
+    bound = "<= " if row.dynamic_shared else ""
+    return [
+        kernel.name,
+        str(kernel.registers),
+        "open" if kernel.stack_bytes is None else str(kernel.stack_bytes),
+        str(kernel.shared_bytes) + (" + ?" if row.dynamic_shared else ""),
+        "-" if kernel.max_threads is None else str(kernel.max_threads),
+        "-" if there is None else f"{bound}{there.blocks}",
+        "-" if there is None else f"{bound}{there.share:.0%}",
+        "-" if there is None else ", ".join(there.limits),
+    ]
+
+
+def _count_cells(counts: SassCounts) -> list[str]:
+    loads = [
+        "/".join(str(found.get(bits, 0)) for bits in (128, 64, 32))
+        for found in (counts.global_loads, counts.shared_loads)
+    ]
+    numbers = (counts.local_accesses, counts.ffma, counts.hmma, counts.shuffles, counts.barriers)
+    loop = ["-", "-"] if counts.loop is None else [counts.loop.instructions, counts.loop.ffma]
+    return [*loads, *map(str, (*numbers, counts.instructions, *loop))]

@@ -1,0 +1,1 @@
+"""The demo: two models from training to a library."""

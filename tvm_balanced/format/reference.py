@@ -1,0 +1,28 @@
+"""Float64 ground truth of the operator, for tests, benchmarks and ``verify``."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tvm_balanced.format.packing import BalancedTensor, unpack
+from tvm_balanced.format.weights import Array
+
+
+def balanced_sparse_dense(data: Array, weight: BalancedTensor, bias: Array | None = None) -> Array:
+    """``data @ unpack(weight).T + bias`` in float64.
+
+    Parameters
+    ----------
+    data : (..., K) any float dtype
+        Activations.
+    weight : BalancedTensor
+        Packed weight of shape ``(N, K)``.
+    bias : (N,) any float dtype, optional
+        Added to every row.
+
+    Returns
+    -------
+    (..., N) float64
+    """
+    out = data.astype(np.float64) @ unpack(weight).astype(np.float64).T
+    return out if bias is None else out + bias.astype(np.float64)

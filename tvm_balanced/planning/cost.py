@@ -1,0 +1,172 @@
+"""Predicted time of a dense layer, dense and balanced-sparse, from bytes, arithmetic and launches.
+
+A roofline with one efficiency per kernel kind, and on CUDA the models of the sparse kernels
+(:mod:`tvm_balanced.schedules.cuda.gather_model`, :mod:`tvm_balanced.schedules.cuda.expand_model`), with
+the knobs that the compiler will choose. It ranks; it does not replace measuring, and reports print it as
+a prediction. The llvm figures are ratios seen with ``benchmarks/operator_cpu.py``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tvm_balanced.format.layout import PackedFormat, numpy_dtype
+from tvm_balanced.schedules.cuda import by_rows as cuda_by_rows
+from tvm_balanced.schedules.cuda import machine
+from tvm_balanced.schedules.cuda import target as cuda
+
+if TYPE_CHECKING:
+    from tvm_balanced.targets.resolve import TargetSpec
+
+
+# share of peak bandwidth and arithmetic a kernel reaches
+# DLight's fp16 GEMV touches 16 sectors a request where 4 would do; its matmul has no async copies
+_CUDA_DENSE_BANDWIDTH = 0.5
+
+
+_CUDA_DENSE_TENSOR = 0.3
+
+
+_CUDA_DENSE_FP32 = 0.5
+
+
+# a kernel waits for its first loads, meets at a barrier and ends: what the kernel model gives a layer of
+# no size, of which a dense kernel has as much
+_CUDA_DENSE_LATENCY_US = 1.4
+
+
+# assumed of cuBLAS, on matrices that fill the GPU; not measured here
+_CUBLAS_BANDWIDTH = machine.SUSTAINED_BANDWIDTH  # as much as is granted to our own kernel
+
+
+_CUBLAS_TENSOR = 0.7
+
+
+_CUBLAS_FP32 = 0.8
+
+
+# rows of activations at which kernels of a symbolic batch are compared with a dense one
+_COMPARED_ROWS = (1, 2, 4, 8, 9, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+
+
+_LLVM_BANDWIDTH = 0.8
+
+
+# seen on two Zen 5 cores at M = 32: 100 us for a dense 384 x 1536 layer, 518 us for 4096 x 4096 at 2:16
+_LLVM_DENSE_ARITHMETIC = 0.9
+
+
+# one non-zero costs a permute and a multiply-add where a dense weight costs a multiply-add
+_LLVM_SPARSE_ARITHMETIC = 0.6
+
+
+# with 256-bit registers a block of 16 takes two permutes and a blend (1640 us for the same layer)
+_AVX2_SPARSE_ARITHMETIC = 0.4
+
+
+def dense_us(
+    spec: TargetSpec,
+    rows: int,
+    out_features: int,
+    in_features: int,
+    dtype: str,
+    dense: str = "dlight",
+) -> float:
+    """Microseconds of ``(rows, K) @ (K, N)`` with the dense kernel that would run on this target.
+
+    Parameters
+    ----------
+    spec : TargetSpec
+        Where it runs.
+    rows, out_features, in_features : int
+        M, N and K.
+    dtype : str
+        Of weight and activations.
+    dense : str
+        Whose kernel on CUDA: ``"dlight"`` or ``"cublas"``.
+    """
+    itemsize = numpy_dtype(dtype).itemsize
+    moved = itemsize * (out_features * in_features + rows * (out_features + in_features))
+    flops = 2.0 * rows * out_features * in_features
+    if spec.kind == "cuda":
+        cublas = dense == "cublas"
+        # DLight's kernel for one row has no tensor cores
+        if dtype == "float32" or (rows == 1 and not cublas):
+            share = _CUBLAS_FP32 if cublas else _CUDA_DENSE_FP32
+            arithmetic = flops / (spec.fp32_tflops * 1e6 * share)
+        else:
+            share = _CUBLAS_TENSOR if cublas else _CUDA_DENSE_TENSOR
+            arithmetic = flops / (spec.tensor_tflops * 1e6 * share)
+        share = _CUBLAS_BANDWIDTH if cublas else _CUDA_DENSE_BANDWIDTH
+        memory = moved / (spec.bandwidth_gbps * 1e3 * share)
+        return spec.launch_us + _CUDA_DENSE_LATENCY_US + max(arithmetic, memory)
+    else:
+        arithmetic = flops / (spec.fp32_tflops * 1e6 * _LLVM_DENSE_ARITHMETIC)
+        memory = moved / (spec.bandwidth_gbps * 1e3 * _LLVM_BANDWIDTH)
+    return spec.launch_us + max(arithmetic, memory)
+
+
+def sparse_us(spec: TargetSpec, rows: int, fmt: PackedFormat, dtype: str) -> float:
+    """Microseconds of the balanced-sparse operator on this target."""
+    if spec.kind == "cuda":
+        return predicted(spec, rows, fmt, dtype).total_us
+    itemsize = numpy_dtype(dtype).itemsize
+    moved = fmt.nbytes(dtype) + itemsize * rows * (fmt.out_features + fmt.in_features)
+    slots = float(fmt.padded_rows) * fmt.slots
+    share = _LLVM_SPARSE_ARITHMETIC if spec.vector_bits >= 512 else _AVX2_SPARSE_ARITHMETIC
+    arithmetic = 2.0 * rows * slots / (spec.fp32_tflops * 1e6 * share)
+    memory = moved / (spec.bandwidth_gbps * 1e3 * _LLVM_BANDWIDTH)
+    return spec.launch_us + max(arithmetic, memory)
+
+
+def symbolic_text(
+    spec: TargetSpec, fmt: PackedFormat, dtype: str, dense: str = "dlight"
+) -> str | None:
+    """Which kernels serve a symbolic number of rows, from which M on each, and where dense would win.
+
+    Parameters
+    ----------
+    spec : TargetSpec
+        Where it runs.
+    fmt : PackedFormat
+        Of the weight.
+    dtype : str
+        Of values and activations.
+    dense : str
+        Whose dense kernel it is compared with, as for :func:`dense_us`.
+
+    Returns
+    -------
+    str or None
+        None where one kernel serves every M.
+    """
+    served = cuda_by_rows.kernels(fmt, dtype, spec.target) if spec.kind == "cuda" else []
+    if not served:
+        return None
+    shape = fmt.out_features, fmt.in_features
+    slower = 0
+    for rows in _COMPARED_ROWS:
+        told = cuda.predicted_symbolic(fmt, rows, dtype, spec.target, spec.launch_us)
+        if told.total_us <= dense_us(spec, rows, *shape, dtype, dense):
+            slower = 0
+        else:
+            slower = slower or rows
+    until = f"; dense predicted faster at M = {slower} and above" if slower else ""
+    return f"{cuda_by_rows.told(served)}{until}"
+
+
+def predicted(spec: TargetSpec, rows: int, fmt: PackedFormat, dtype: str) -> machine.Prediction:
+    """The prediction for a layer, with the kernel and the knobs that the compiler will choose.
+
+    Parameters
+    ----------
+    spec : TargetSpec
+        A CUDA target.
+    rows : int
+        M.
+    fmt : PackedFormat
+        Layout ``r32vV``.
+    dtype : str
+        Of values and activations.
+    """
+    return cuda.predicted(fmt, rows, dtype, spec.target, spec.launch_us)

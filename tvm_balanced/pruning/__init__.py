@@ -1,0 +1,1 @@
+"""Which weights are kept, and what the others' absence costs."""

@@ -1,0 +1,152 @@
+"""One-shot magnitude pruning to a balanced pattern, and recognising patterns, in NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from tvm_balanced.errors import InputError
+from tvm_balanced.format.layout import VALUE_DTYPES
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.format.weights import (
+    Array,
+    check_weight,
+    into_blocks,
+    is_balanced,
+    magnitude_bits,
+    row_chunks,
+)
+from tvm_balanced.model import PrunedLayer
+from tvm_balanced.selection import select
+
+
+def balanced_mask(weight: Array, pattern: BalancedPattern | str) -> Array:
+    """Keep the ``nnz`` largest magnitudes of every block; of equal ones the leftmost.
+
+    Parameters
+    ----------
+    weight : (N, K) float32, float16 or bfloat16
+        Not changed.
+    pattern : BalancedPattern or str
+        What to keep.
+
+    Returns
+    -------
+    mask : (N, K) bool
+        True where a weight is kept.
+
+    Raises
+    ------
+    InputError
+        For a wrong rank or dtype, NaN or Inf, or a block larger than K.
+
+    Notes
+    -----
+    Source: Algorithm 1 of Yao et al., AAAI 2019 (one step of it, without fine-tuning).
+    """
+    pattern = BalancedPattern(pattern)
+    check_weight(weight)
+    if pattern.block > weight.shape[1]:
+        raise InputError(
+            f"pattern {pattern} has blocks of {pattern.block}, but the weight has only "
+            f"K={weight.shape[1]} columns; choose a block of at most {weight.shape[1]}"
+        )
+    mask = np.empty(weight.shape, bool)
+    position = np.arange(pattern.block - 1, -1, -1, dtype=np.uint64)
+    for rows in row_chunks(weight):
+        blocks = into_blocks(weight[rows], pattern.block)
+        # one unique sortable key a weight: magnitude first, then the place, so that ties are fixed
+        key = magnitude_bits(blocks).astype(np.uint64)
+        key <<= np.uint64(8)
+        key |= position
+        place = pattern.block - pattern.nnz
+        threshold = np.partition(key, place, axis=-1)[..., place : place + 1]
+        mask[rows] = (key >= threshold).reshape(blocks.shape[0], -1)[:, : weight.shape[1]]
+    return mask
+
+
+def prune_weight(weight: Array, pattern: BalancedPattern | str) -> Array:
+    """A copy of ``weight`` with the smallest magnitudes of each block set to zero.
+
+    Weights that are balanced already come back equal. See :func:`balanced_mask` for parameters and errors.
+    """
+    mask = balanced_mask(weight, pattern)
+    return np.where(mask, weight, weight.dtype.type(0))
+
+
+def kept_energy(dense: Array, pruned: Array) -> float:
+    """Share of the squared norm that pruning kept, 0 to 1 (1 for an all-zero weight)."""
+    total = kept = 0.0
+    for rows in row_chunks(dense):
+        total += float(np.square(dense[rows], dtype=np.float32).sum(dtype=np.float64))
+        kept += float(np.square(pruned[rows], dtype=np.float32).sum(dtype=np.float64))
+    return kept / total if total else 1.0
+
+
+# tables that are looked up, not multiplied by: pruning one only costs accuracy
+_TABLES = ("embed", "wte", "wpe")
+
+
+def prune_tensors(
+    tensors: Mapping[str, Array],
+    pattern: str,
+    ignore: tuple[str, ...],
+    progress: Callable[[str], None],
+) -> tuple[dict[str, Array], dict[str, BalancedPattern], list[PrunedLayer]]:
+    """Prune the matrices of a checkpoint, rows being outputs as in ``nn.Linear``.
+
+    Without the model nobody can know which matrices are multiplied by: those whose name ends in
+    ``weight`` are taken, embedding tables (by name) are not.
+
+    Raises
+    ------
+    InputError
+        For a pattern that does not fit, NaN or Inf, or when there is nothing to prune.
+    """
+    form = BalancedPattern(pattern)
+    names = [
+        name
+        for name, array in tensors.items()
+        if array.ndim == 2 and array.dtype.name in VALUE_DTYPES and name.endswith("weight")
+    ]
+    if not names:
+        raise InputError(
+            "the checkpoint has no matrix named ...weight, so nothing in it can become sparse; "
+            "give one with linear layers"
+        )
+    ignored = select(ignore, names)
+    skipped = {
+        name: "ignored by name"
+        if name in ignored
+        else "looks like an embedding table (by its name)"
+        for name in names
+        if name in ignored or any(word in name.lower() for word in _TABLES)
+    }
+    chosen = [name for name in names if name not in skipped]
+    if not chosen:
+        raise InputError(
+            "every matrix of the checkpoint is ignored or an embedding table; ignore fewer layers"
+        )
+    for name in chosen:
+        if form.block > tensors[name].shape[1]:
+            raise InputError(
+                f"pattern {form} has blocks of {form.block}, but {name} has only "
+                f"K={tensors[name].shape[1]} columns; choose a smaller block or ignore this layer"
+            )
+        check_weight(tensors[name], f"the weight {name}")
+    changed: dict[str, Array] = {}
+    rows: list[PrunedLayer] = []
+    for name in names:
+        weight = tensors[name]
+        shape = (weight.shape[0], weight.shape[1])
+        if name in skipped:
+            rows.append(PrunedLayer(name, shape, None, 1.0, skipped[name]))
+            continue
+        progress(name)
+        if is_balanced(weight, form):
+            rows.append(PrunedLayer(name, shape, str(form), 1.0, "already balanced"))
+            continue
+        changed[name] = np.where(balanced_mask(weight, form), weight, weight.dtype.type(0))
+        rows.append(PrunedLayer(name, shape, str(form), kept_energy(weight, changed[name]), None))
+    return changed, dict.fromkeys(chosen, form), rows

@@ -1,0 +1,42 @@
+"""The entries of a block that are kept, for tensors of PyTorch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tvm_balanced.format.pattern import BalancedPattern
+
+if TYPE_CHECKING:
+    import torch
+
+
+def kept_per_block(pattern: BalancedPattern, left: float) -> int:
+    """Weights kept per block when a share ``left`` (1 to 0) of the way to ``pattern`` is still to go."""
+    return round(pattern.nnz + (pattern.block - pattern.nnz) * left)
+
+
+def largest_of_blocks(score: torch.Tensor, nnz: int, block: int) -> torch.Tensor:
+    """The ``nnz`` largest scores of every block of a row; of equal ones the leftmost.
+
+    Parameters
+    ----------
+    score : (N, K) torch.Tensor
+        Any order that can be sorted; K need not be a multiple of ``block``.
+    nnz, block : int
+        The pattern.
+
+    Returns
+    -------
+    (N, K) bool torch.Tensor
+    """
+    import torch
+
+    rows, columns = score.shape
+    short = -columns % block
+    if short:
+        # what pads the last block stands behind everything that is real
+        score = torch.nn.functional.pad(score, (0, short), value=-torch.inf)
+    blocks = score.reshape(rows, -1, block)
+    first = torch.sort(blocks, dim=-1, descending=True, stable=True).indices[..., :nnz]
+    mask = torch.zeros_like(blocks, dtype=torch.bool).scatter_(-1, first, True)
+    return mask.reshape(rows, -1)[:, :columns].contiguous()

@@ -1,0 +1,231 @@
+"""Where tuning records lie, and the best one for each kernel of a target."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tvm_balanced.errors import InputError
+from tvm_balanced.records.ranking import rank
+from tvm_balanced.records.record import Environment, Record, tvm_version
+from tvm_balanced.records.store import (
+    _TOLD,
+    ENVIRONMENT,
+    RECORDS,
+    WORKLOADS,
+    read_folder,
+    target_key,
+)
+
+if TYPE_CHECKING:
+    from tvm_balanced.targets.resolve import TargetSpec
+
+
+ESTIMATES = "estimates"
+
+
+LOGS_VARIABLE = "TVM_BALANCED_LOGS"
+
+
+def slug(text: str) -> str:
+    """Lower-case words joined by hyphens: a folder's name."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def device_name(spec: TargetSpec) -> str:
+    """The folder of a target's records: the GPU's name, or the CPU's with architecture and cores."""
+    if spec.kind == "cuda":
+        return slug(spec.gpu or spec.arch)
+    from tvm_balanced.targets.host import cpu_model
+
+    return f"{slug(cpu_model())}-{slug(spec.arch)}-{spec.cores}-cores"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best schedule that is known for a kernel; plain values, to be handed to another process.
+
+    Parameters
+    ----------
+    workload : tuple of str
+        As in :class:`Record`.
+    trace, args_info : JSON
+        As in :class:`Record`.
+    seconds : float
+        Median, measured or estimated.
+    method : str
+        ``"measured"`` or ``"estimated"``.
+    folder : str
+        Where it comes from.
+    """
+
+    workload: tuple[str, str]
+    trace: Any
+    args_info: Any
+    seconds: float
+    method: str
+    folder: str
+
+
+@dataclass
+class Lookup:
+    """What was found for a target.
+
+    Attributes
+    ----------
+    choices : dict
+        By the kernel's structural hash.
+    problems : list of str
+        Records and folders that were passed over, and why.
+    """
+
+    choices: dict[str, Choice] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def warning(self) -> str | None:
+        """All problems in one sentence; None where there are none."""
+        if not self.problems:
+            return None
+        told = "; ".join(self.problems[:_TOLD])
+        more = len(self.problems) - _TOLD
+        return f"tuning records were passed over: {told}" + (
+            f"; and {more} more" if more > 0 else ""
+        )
+
+
+def user_logs() -> Path:
+    """The user's own records: ``$XDG_CACHE_HOME/tvm-balanced/tuning_logs``."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "tvm-balanced" / "tuning_logs"
+
+
+def default_place() -> Path:
+    """Where tuning writes unless told otherwise: the first place that ``compile`` looks at by itself."""
+    variable = os.environ.get(LOGS_VARIABLE)
+    return Path(variable) if variable else user_logs()
+
+
+def shipped_logs() -> Path:
+    """The records that come with the package."""
+    from importlib.resources import files
+
+    return Path(str(files("tvm_balanced.tuning_logs")))
+
+
+def places(logs: str | Path | None = None) -> list[Path]:
+    """Where records are looked up, first match first.
+
+    Parameters
+    ----------
+    logs : path-like, optional
+        A folder of device folders, looked at first.
+
+    Raises
+    ------
+    InputError
+        When ``logs`` is no folder.
+    """
+    found = []
+    if logs is not None:
+        if not Path(logs).is_dir():
+            raise InputError(
+                f"logs is {logs}, which is no folder; give one that tvm-balanced tune wrote, or leave it out"
+            )
+        found.append(Path(logs))
+    variable = os.environ.get(LOGS_VARIABLE)
+    if variable:
+        found.append(Path(variable))
+    return [*found, user_logs(), shipped_logs()]
+
+
+def find(spec: TargetSpec, where: Sequence[Path], target: Mapping[str, Any]) -> Lookup:
+    """The best record of each kernel for a target.
+
+    A measured record of a later place stands before an estimate of an earlier one. A target named by its
+    architecture (``cuda-sm_90``) takes records of any GPU of it.
+
+    Parameters
+    ----------
+    spec : TargetSpec
+        The target.
+    where : sequence of pathlib.Path
+        From :func:`places`.
+    target : mapping
+        TVM's JSON of the target.
+    """
+    lookup = Lookup()
+    for below in ("", ESTIMATES):
+        for place in where:
+            for folder in _device_folders(spec, place):
+                _add(lookup, spec, folder / below if below else folder, target)
+    return lookup
+
+
+def _device_folders(spec: TargetSpec, place: Path) -> list[Path]:
+    own = place / device_name(spec)
+    if not spec.name.startswith("cuda-sm_"):
+        return [own]
+    others = sorted(folder for folder in place.glob("*") if folder.is_dir() and folder != own)
+    return [own, *(folder for folder in others if _arch(folder) == spec.arch)]
+
+
+def _arch(folder: Path) -> str | None:
+    try:
+        return Environment.read(folder / ENVIRONMENT).arch
+    except ValueError:
+        return None
+
+
+def _add(lookup: Lookup, spec: TargetSpec, folder: Path, target: Mapping[str, Any]) -> None:
+    if not any((folder / name).exists() for name in (RECORDS, WORKLOADS, ENVIRONMENT)):
+        return
+    try:
+        environment = Environment.read(folder / ENVIRONMENT)
+    except ValueError as error:
+        lookup.problems.append(str(error))
+        return
+    expected = Environment(
+        folder.parent.name if folder.name == ESTIMATES else folder.name,
+        environment.model,
+        spec.kind,
+        spec.arch,
+        tvm_version(),
+        "estimated" if folder.name == ESTIMATES else "measured",
+    )
+    difference = expected.difference(environment)
+    if difference is not None:
+        lookup.problems.append(f"{folder} {difference}")
+        return
+    try:
+        records, problems = read_folder(folder)
+    except OSError as error:
+        lookup.problems.append(f"{folder} cannot be read ({error.strerror or error})")
+        return
+    lookup.problems += problems
+    wanted = target_key(target)
+    others = 0
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        if target_key(record.target) != wanted:
+            others += 1
+            continue
+        groups.setdefault(record.workload[0], []).append(record)
+    if others:
+        lookup.problems.append(f"{others} records in {folder} are of another target")
+    for key, group in groups.items():
+        chosen = rank(group)[0]
+        lookup.choices.setdefault(
+            key,
+            Choice(
+                chosen.record.workload,
+                chosen.record.trace,
+                chosen.record.args_info,
+                chosen.seconds,
+                environment.method,
+                str(folder),
+            ),
+        )

@@ -1,0 +1,346 @@
+"""Tuning records on disk: MetaSchedule's JSON database, one folder per GPU or CPU, and how they are found.
+
+A folder holds ``database_workload.json`` and ``database_tuning_record.json``, as TVM's ``JSONDatabase``
+writes them, and ``environment.json``, which says what they were measured on. Estimates of a model lie in
+a folder of their own below it (``estimates/``). TVM itself gives up at the first line it cannot read, and
+takes the best record of any GPU; here a line that cannot be used is left alone and named, and only records
+of the target that is compiled for count.
+
+Files are replaced whole, under a lock that several tuners share, so that ``kill -9`` at any moment leaves
+the old or the new file. Nothing here imports TVM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tvm_balanced.errors import InputError, OutputError
+from tvm_balanced.records.ranking import rank
+from tvm_balanced.records.record import Environment, Record
+from tvm_balanced.records.traces import is_default
+
+WORKLOADS = "database_workload.json"
+
+
+RECORDS = "database_tuning_record.json"
+
+
+ENVIRONMENT = "environment.json"
+
+
+# what must be the same in two targets for one's records to serve the other
+_TARGET_KEYS = ("kind", "arch", "mcpu", "mattr", "num-cores", "max_shared_memory_per_block")
+
+
+_LOCK = ".lock"
+
+
+_LOST = b"null"
+
+
+_LOCK_SECONDS = 60.0
+
+
+_TOLD = 3  # problems that a warning spells out
+
+
+# --- reading
+
+
+def read_folder(folder: Path) -> tuple[list[Record], list[str]]:
+    """Every record of a folder that can be read, and what is wrong with the others.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Holds the database's two files; either may be missing.
+
+    Returns
+    -------
+    list of Record, list of str
+        In the order of the file; problems name file and line.
+    """
+    workload_lines, record_lines = _read_lines(folder)
+    return _parse(folder, workload_lines, record_lines)
+
+
+def _read_lines(folder: Path) -> tuple[list[bytes], list[bytes]]:
+    # records only ever refer to workloads that were written before them
+    with _shared_lock(folder):
+        records, workloads = (_lines(folder / name) for name in (RECORDS, WORKLOADS))
+    return workloads, records
+
+
+def _lines(path: Path) -> list[bytes]:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    lines = data.split(b"\n")
+    return lines[:-1] if not lines[-1] else lines
+
+
+def _parse(
+    folder: Path, workload_lines: Sequence[bytes], record_lines: Sequence[bytes]
+) -> tuple[list[Record], list[str]]:
+    problems: list[str] = []
+    workloads: list[Any] = []
+    for number, line in enumerate(workload_lines, 1):
+        found = _load(line)
+        if not (isinstance(found, list) and len(found) == 2):
+            problems.append(f"line {number} of {folder / WORKLOADS} is damaged")
+            found = None
+        workloads.append(found)
+    records = []
+    for number, line in enumerate(record_lines, 1):
+        where = f"line {number} of {folder / RECORDS}"
+        found = _load(line)
+        if not (isinstance(found, list) and len(found) == 2 and isinstance(found[1], list)):
+            problems.append(f"{where} is damaged")
+            continue
+        index, body = found
+        if type(index) is not int or not 0 <= index < len(workloads) or workloads[index] is None:
+            problems.append(f"{where} is of a kernel that {WORKLOADS} lacks")
+            continue
+        try:
+            records.append(Record.from_json(workloads[index], body))
+        except (TypeError, ValueError) as error:
+            problems.append(f"{where} cannot be used ({error})")
+    return records, problems
+
+
+def _load(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+# --- writing
+
+
+class RecordFolder:
+    """A device's folder, to write to; several tuners may share it.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Made when the first records are written.
+    environment : Environment
+        Of the records that will be added; its runs are added to those that are there.
+
+    Raises
+    ------
+    OutputError
+        When the folder holds records of another device, TVM or format, which are never overwritten.
+    """
+
+    def __init__(self, folder: Path, environment: Environment) -> None:
+        self.folder = folder
+        self.environment = environment
+        self._begun = False
+        self._check()
+
+    def _check(self) -> Environment | None:
+        path = self.folder / ENVIRONMENT
+        way_out = "give another folder with --logs, or move this one away"
+        if not path.exists():
+            if any((self.folder / name).exists() for name in (WORKLOADS, RECORDS)):
+                raise OutputError(
+                    f"{self.folder} holds records but no {ENVIRONMENT}, so it is not known what made them; "
+                    f"{way_out}"
+                )
+            return None
+        try:
+            there = Environment.read(path)
+        except ValueError as error:
+            raise OutputError(f"{error}; {way_out}") from error
+        difference = self.environment.difference(there)
+        if difference is not None:
+            raise OutputError(f"{self.folder} {difference}; {way_out}")
+        return there
+
+    def read(self) -> tuple[list[Record], list[str]]:
+        """As :func:`read_folder`."""
+        return read_folder(self.folder)
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Add records behind those that are there; all of them are on disk when this returns.
+
+        Raises
+        ------
+        OutputError
+            When the folder cannot be written, or became another device's.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _lock(self.folder):
+                there = self._check()
+                self._begin(there)
+                # what is there is kept byte by byte, damaged lines too; only a cut-off end is closed
+                workloads = _lines(self.folder / WORKLOADS)
+                lines = _lines(self.folder / RECORDS)
+                # records of workloads that were cut off must not become those of the next ones
+                workloads += [_LOST] * (
+                    max(map(_workload_of, lines), default=-1) + 1 - len(workloads)
+                )
+                index = {line: i for i, line in enumerate(workloads)}
+                for record in records:
+                    workload = _dump(list(record.workload))
+                    if workload not in index:
+                        index[workload] = len(workloads)
+                        workloads.append(workload)
+                    lines.append(_record_line(index[workload], record))
+                _replace(self.folder / WORKLOADS, workloads)
+                _replace(self.folder / RECORDS, lines)
+        except OSError as error:
+            if isinstance(error, OutputError):
+                raise
+            raise OutputError(
+                f"{self.folder} cannot be written ({error.strerror or error}); give another folder with "
+                "--logs"
+            ) from error
+
+    def _begin(self, there: Environment | None) -> None:
+        if self._begun:
+            return
+        # under the lock nobody else writes: these are of a process that was killed
+        for name in (WORKLOADS, RECORDS, ENVIRONMENT):
+            for left in self.folder.glob(f".{name}.*"):
+                left.unlink(missing_ok=True)
+        runs = (*(there.runs if there else ()), *self.environment.runs)
+        merged = Environment(**{**asdict(self.environment), "runs": runs})
+        _replace_text(self.folder / ENVIRONMENT, merged.text())
+        self._begun = True
+
+
+def prune(folder: Path, keep: int) -> tuple[int, int]:
+    """Keep the best ``keep`` schedules of each kernel and target, and the default schedule.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        A device's folder.
+    keep : int
+        At least 1.
+
+    Returns
+    -------
+    before, after : int
+        Records that there were, and are.
+
+    Raises
+    ------
+    InputError
+        When the folder holds no records.
+    OutputError
+        When a line cannot be read: pruning would lose it.
+    """
+    if not (folder / RECORDS).is_file():
+        raise InputError(f"{folder} holds no {RECORDS}; give the folder of one GPU or CPU")
+    with _lock(folder):
+        lines = _lines(folder / RECORDS)
+        records, problems = _parse(folder, _lines(folder / WORKLOADS), lines)
+        if problems:
+            raise OutputError(
+                f"pruning would lose what cannot be read: {problems[0]}; remove such lines first"
+            )
+        chosen: set[tuple[tuple[str, str], str]] = set()
+        for key, group in _by_kernel(records).items():
+            ranked = rank(group)
+            chosen |= {(key, entry.record.trace_text) for entry in ranked[:keep]}
+            chosen |= {(key, e.record.trace_text) for e in ranked if is_default(e.record.trace)}
+        # each kernel keeps a record, so the workloads stay as they are: one file changes, in one step
+        kept = [
+            line
+            for record, line in zip(records, lines, strict=True)
+            if (_kernel(record), record.trace_text) in chosen
+        ]
+        _replace(folder / RECORDS, kept)
+    return len(records), len(kept)
+
+
+def _kernel(record: Record) -> tuple[str, str]:
+    return record.workload[0], json.dumps(target_key(record.target))
+
+
+def _by_kernel(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault(_kernel(record), []).append(record)
+    return groups
+
+
+def _workload_of(line: bytes) -> int:
+    """Which workload a line of a record refers to; -1 for a damaged one."""
+    found = re.match(rb"\[(\d{1,6}),", line)
+    return int(found[1]) if found else -1
+
+
+def _record_line(index: int, record: Record) -> bytes:
+    return _dump([index, [record.trace, list(record.run_secs), record.target, record.args_info]])
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _replace(path: Path, lines: Sequence[bytes]) -> None:
+    _replace_bytes(path, b"".join(line + b"\n" for line in lines))
+
+
+def _replace_text(path: Path, text: str) -> None:
+    _replace_bytes(path, text.encode())
+
+
+def _replace_bytes(path: Path, data: bytes) -> None:
+    # a sibling: only within one file system is a rename atomic
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    import filelock
+
+    # the system frees it when its process ends, however that ends
+    try:
+        with filelock.FileLock(folder / _LOCK, timeout=_LOCK_SECONDS):
+            yield
+    except filelock.Timeout as error:
+        raise OutputError(
+            f"{folder / _LOCK} has been held by another process for {_LOCK_SECONDS:.0f} s; end it first"
+        ) from error
+
+
+@contextlib.contextmanager
+def _shared_lock(folder: Path) -> Iterator[None]:
+    """The lock, where the folder is one that a tuner could be writing to."""
+    if (folder / _LOCK).exists() and os.access(folder / _LOCK, os.W_OK):
+        with _lock(folder):
+            yield
+    else:
+        yield
+
+
+def target_key(target: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a target decides whether a record serves it."""
+    return {name: target[name] for name in _TARGET_KEYS if target.get(name) not in (None, "", [])}

@@ -1,0 +1,1 @@
+"""Loading a compiled library and calling it."""

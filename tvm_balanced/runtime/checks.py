@@ -1,0 +1,82 @@
+"""Whether a library can run here: versions, CPU features, the GPU."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from tvm_balanced.artifact.manifest import Manifest
+from tvm_balanced.errors import ArtifactError, ToolchainError
+from tvm_balanced.targets.driver import detect_driver
+from tvm_balanced.targets.host import cpu_flags
+
+_PINNED = ("apache-tvm", "apache-tvm-ffi")
+
+
+def _check_versions(path: Path, versions: Mapping[str, str]) -> None:
+    for package in _PINNED:
+        try:
+            here = version(package)
+        except PackageNotFoundError as error:
+            raise ToolchainError(
+                f"{path} needs {package} {versions.get(package)}, which is not installed; "
+                "pip install tvm-balanced"
+            ) from error
+        built = versions.get(package)
+        if built != here:
+            raise ArtifactError(
+                f"{path} was compiled with {package} {built or 'of unknown version'}, but {here} is "
+                f"installed; compile it again, or pip install {package}=={built or here}"
+            )
+
+
+def _check_host(path: Path, manifest: Manifest) -> None:
+    """Whether the host code can run here."""
+    target = manifest.target
+    machine = platform.machine()
+    if target.machine != machine:
+        raise ArtifactError(
+            f"{path} was compiled for {target.machine} processors, but this machine is {machine}; "
+            "compile it here"
+        )
+    if target.kind == "llvm":
+        here = cpu_flags()
+        missing = sorted(set(target.features) - here)
+        # where the system does not say what its CPU can do there is nothing to compare with
+        if here and missing:
+            raise ArtifactError(
+                f"{path} was compiled for {target.arch} and uses {', '.join(missing)}, which this CPU "
+                "does not have; compile it for llvm on this machine, or for llvm-x86-64-v3"
+            )
+
+
+def _check_device(path: Path, manifest: Manifest) -> None:
+    """Whether the GPU that the library was compiled for is here."""
+    target = manifest.target
+    if target.kind != "cuda":
+        return
+    driver = detect_driver()
+    if not driver.gpus:
+        raise ToolchainError(
+            f"{path} was compiled for an NVIDIA GPU ({target.arch}), but {driver.problem}; run it on a "
+            "machine with one, or compile for llvm"
+        )
+    if manifest.device_code != "cubin":
+        raise ArtifactError(f"{path} holds no machine code for {target.arch}; compile it again")
+    _gpu_ordinal(target.arch, path)
+
+
+def _gpu_ordinal(arch: str, path: Path | str = "the library") -> int:
+    gpus = detect_driver().gpus
+    for ordinal, gpu in enumerate(gpus):
+        # "a" and "f" code runs on the very architecture; so does plain code, compared as strictly:
+        # limits of shared memory differ within a family
+        if gpu.arch == arch.rstrip("af"):
+            return ordinal
+    found = ", ".join(sorted({f"{gpu.name} ({gpu.arch})" for gpu in gpus})) or "none"
+    here = gpus[0].arch if gpus else arch
+    raise ArtifactError(
+        f"{path} was compiled for {arch}, but the GPU here is {found}; compile it for cuda-{here}"
+    )

@@ -1,0 +1,31 @@
+"""What made a result: the commit it was made at."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+
+def commit() -> str:
+    """The commit of the checkout this runs from, with ``+`` where it was changed; empty elsewhere.
+
+    ``TVM_BALANCED_COMMIT`` says it where the code was installed from a checkout that is not there.
+    """
+    given = os.environ.get("TVM_BALANCED_COMMIT")
+    if given is not None:
+        return given
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        # an installed copy below some other repository is no checkout of this one
+        if git("ls-files", "--error-unmatch", Path(__file__).name) == "":
+            return ""
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except OSError:
+        return ""

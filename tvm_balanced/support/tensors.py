@@ -1,0 +1,144 @@
+"""Named arrays in a safetensors file, read as a memory map.
+
+``safetensors.numpy`` copies every array and has no bfloat16; a library's parameters are gigabytes
+that several processes share, so they are mapped instead. The header is checked before it is
+believed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from tvm_balanced.errors import ArtifactError
+
+_DTYPES: dict[str, Any] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+# kernels load 16 bytes at a time and TVM wants 64-byte aligned tensors
+_ALIGNMENT = 64
+
+
+_MAX_HEADER = 100 * 1024 * 1024
+
+
+def write_tensors(path: Path, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Write named arrays, every one at a multiple of 64 bytes, and flush them to the disk.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        A new safetensors file.
+    tensors : mapping of str to ndarray
+        Any shapes; dtypes that safetensors has.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written whole.
+    """
+    header: dict[str, Any] = {}
+    offset = 0
+    # the format has no gaps: a filler array takes the bytes up to the next boundary
+    for number, (name, array) in enumerate(tensors.items()):
+        shape, size = list(array.shape), array.nbytes
+        header[name] = {
+            "dtype": _CODES[array.dtype],
+            "shape": shape,
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+        if gap := -offset % _ALIGNMENT:
+            header[f"__pad_{number}__"] = {
+                "dtype": "U8",
+                "shape": [gap],
+                "data_offsets": [offset, offset + gap],
+            }
+            offset += gap
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for array in tensors.values():
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            file.write(b"\0" * (-array.nbytes % _ALIGNMENT))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """Map the arrays of a safetensors file.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        A safetensors file.
+
+    Returns
+    -------
+    dict of str to ndarray
+        Views of the mapped file, at multiples of 64 bytes; writing to one does not reach the file.
+
+    Raises
+    ------
+    ArtifactError
+        If the file is not safetensors or is cut short.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(size - 8, _MAX_HEADER):
+                raise ValueError(f"header of {length} bytes in a file of {size}")
+            header = json.loads(file.read(length))
+        # private pages: arrays that may be exported by DLPack must be writable, the file never is
+        body = np.memmap(path, np.uint8, "c", offset=8 + length) if size > 8 + length else None
+        return {
+            name: _view(body, entry)
+            for name, entry in header.items()
+            if name != "__metadata__" and not name.startswith("__pad_")
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"{path} is not a readable safetensors file ({error}): copy or build it again"
+        ) from error
+
+
+def _view(body: npt.NDArray[Any] | None, entry: dict[str, Any]) -> npt.NDArray[Any]:
+    dtype, shape = _DTYPES[entry["dtype"]], tuple(int(extent) for extent in entry["shape"])
+    start, stop = (int(offset) for offset in entry["data_offsets"])
+    limit = 0 if body is None else body.size
+    if any(extent < 0 for extent in shape) or not 0 <= start <= stop <= limit:
+        raise ValueError(f"bytes {start} to {stop} of {limit}")
+    if stop - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{stop - start} bytes for {dtype.name} {list(shape)}")
+    if body is None or start == stop:
+        return np.empty(shape, dtype)
+    array: npt.NDArray[Any] = np.asarray(body[start:stop]).view(dtype).reshape(shape)
+    return array

@@ -1,0 +1,122 @@
+"""The CPU of this machine: its model, features, and the cores this process may use."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from pathlib import Path
+
+
+def cpu_model() -> str:
+    """What the system calls this CPU."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+# LLVM's feature name -> the flag the Linux kernel prints for it, of what compilers emit code for
+CPU_FLAGS = {
+    "sse4.2": "sse4_2",
+    "avx": "avx",
+    "avx2": "avx2",
+    "fma": "fma",
+    "f16c": "f16c",
+    "bmi": "bmi1",
+    "bmi2": "bmi2",
+    "lzcnt": "abm",
+    "movbe": "movbe",
+    "popcnt": "popcnt",
+    "adx": "adx",
+    "gfni": "gfni",
+    "vaes": "vaes",
+    "vpclmulqdq": "vpclmulqdq",
+    "avxvnni": "avx_vnni",
+    "avx512f": "avx512f",
+    "avx512bw": "avx512bw",
+    "avx512cd": "avx512cd",
+    "avx512dq": "avx512dq",
+    "avx512vl": "avx512vl",
+    "avx512ifma": "avx512ifma",
+    "avx512vbmi": "avx512vbmi",
+    "avx512vbmi2": "avx512_vbmi2",
+    "avx512vnni": "avx512_vnni",
+    "avx512bitalg": "avx512_bitalg",
+    "avx512vpopcntdq": "avx512_vpopcntdq",
+    "avx512bf16": "avx512_bf16",
+    "avx512fp16": "avx512_fp16",
+    "amx-tile": "amx_tile",
+    "amx-int8": "amx_int8",
+    "amx-bf16": "amx_bf16",
+}
+
+
+def cpu_flags(cpuinfo: str = "/proc/cpuinfo") -> frozenset[str]:
+    """Features of this CPU, by LLVM's names, of those in :data:`CPU_FLAGS`.
+
+    Empty where the system does not say (not Linux, not x86).
+    """
+    try:
+        with open(cpuinfo) as file:
+            lines = [line for line in file if line.startswith("flags")]
+    except OSError:
+        return frozenset()
+    flags = set(lines[0].partition(":")[2].split()) if lines else set()
+    return frozenset(feature for feature, flag in CPU_FLAGS.items() if flag in flags)
+
+
+_TOPOLOGY = Path("/sys/devices/system/cpu")
+
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def cpus() -> list[int]:
+    """Logical CPUs that the calling thread may run on, ascending."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None
+
+
+def _quota(cgroup: Path) -> float | None:
+    """CPUs that a container may keep busy; None without a limit. Version 2 of cgroups, then version 1."""
+    told = (_text(cgroup / "cpu.max") or "").split()
+    if len(told) != 2:
+        told = [
+            _text(cgroup / "cpu" / f"cpu.cfs_{name}_us") or "max" for name in ("quota", "period")
+        ]
+    quota, period = told
+    if not (quota.isdigit() and period.isdigit()) or int(period) == 0:
+        return None
+    return int(quota) / int(period)
+
+
+def core_count(topology: Path = _TOPOLOGY, cgroup: Path = _CGROUP) -> int:
+    """CPU cores this process may use: hyper-threads of a core count once, a container's limit is kept.
+
+    Parameters
+    ----------
+    topology : Path
+        Where Linux tells which logical CPUs share a core.
+    cgroup : Path
+        Where it tells a container's limit.
+    """
+    cores = {
+        _text(topology / f"cpu{cpu}" / "topology" / "thread_siblings_list") or str(cpu)
+        for cpu in cpus()
+    }
+    quota = _quota(cgroup)
+    count = len(cores) if quota is None else min(len(cores), math.ceil(quota))
+    return max(1, count)

@@ -1,0 +1,221 @@
+"""The kernel models asked about the tuner's candidates of the CUDA kernels: features, and estimates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, dataclass, fields
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm.ir.utils import derived_object
+from tvm.s_tir import meta_schedule as ms
+
+from tvm_balanced.cuda.cubin import KernelResources
+from tvm_balanced.schedules import space, workload
+from tvm_balanced.schedules.balanced_block import BalancedBlock, find
+from tvm_balanced.schedules.cuda import expand as cuda_expand
+from tvm_balanced.schedules.cuda import expand_model, machine, sparse_mma_model
+from tvm_balanced.schedules.cuda import gather as cuda_gather
+from tvm_balanced.schedules.cuda import gather_model as kernel_model
+from tvm_balanced.schedules.cuda import sparse_mma as cuda_sparse_mma
+from tvm_balanced.schedules.cuda.gather_tile import Knobs
+from tvm_balanced.schedules.cuda.machine import Prediction
+from tvm_balanced.schedules.cuda.tensor_core_model import Tile
+from tvm_balanced.targets.gpus import gpu_figures
+
+# on tensor cores; where several take a layer, the first one is its default
+_TENSOR_CORES = {
+    "cuda_sparse_mma": (cuda_sparse_mma, sparse_mma_model),
+    "cuda_expand": (cuda_expand, expand_model),
+}
+
+
+_GATHER = "cuda_gather"
+
+
+KERNELS = (*_TENSOR_CORES, _GATHER)
+
+
+# numbers that a model gives for a kernel
+PARTS = len(fields(Prediction))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel that there is a model of, and its knobs.
+
+    Parameters
+    ----------
+    kernel : str
+        One of :data:`KERNELS`.
+    knobs : Knobs or Tile
+        Of the gather, or of a kernel for tensor cores.
+    """
+
+    kernel: str
+    knobs: Knobs | Tile
+
+    @classmethod
+    def of(cls, kernel: str, values: Mapping[str, int]) -> Candidate:
+        """From the values of a tuner's knobs.
+
+        Raises
+        ------
+        MismatchError
+            When there is no model of the kernel.
+        """
+        if kernel not in KERNELS:
+            raise space.MismatchError(f"no model knows {kernel}, only {', '.join(KERNELS)}")
+        return cls(kernel, Knobs(**values) if kernel == _GATHER else Tile(**values))
+
+    def values(self) -> dict[str, int]:
+        """Of its knobs."""
+        return asdict(self.knobs)
+
+
+def operator_of(mod: tvm.IRModule) -> BalancedBlock:
+    """The balanced operator of a candidate of ours.
+
+    Parameters
+    ----------
+    mod : tvm.IRModule
+        A workload, with or without annotations of a trace.
+
+    Raises
+    ------
+    MismatchError
+        When it holds none with static shapes.
+    """
+    found = find(mod["main"])
+    if found is None or found.rows is None:
+        raise space.MismatchError("the kernel holds no balanced operator with static shapes")
+    return found
+
+
+def candidate_of(mod: tvm.IRModule, target: tvm.target.Target) -> Candidate:
+    """The kernel that a module with a trace's annotations stands for; the default is the models' choice.
+
+    Raises
+    ------
+    MismatchError
+        When no model knows it.
+    """
+    told = workload.knobs_of(mod)
+    if told is None:
+        raise space.MismatchError("it stands for none of our kernels")
+    if told[0] == workload.DEFAULT:
+        return default_candidate(operator_of(mod), target)
+    return Candidate.of(*told)
+
+
+def default_candidate(found: BalancedBlock, target: tvm.target.Target) -> Candidate:
+    """Kernel and knobs of the default schedule.
+
+    Parameters
+    ----------
+    found : BalancedBlock
+        The operator, with static shapes.
+    target : tvm.target.Target
+        A CUDA target.
+    """
+    for kernel, (schedule, _) in _TENSOR_CORES.items():
+        if schedule.takes(found):
+            chosen = schedule.choose(found.fmt, found.rows, found.value_dtype, target)
+            if chosen is not None:
+                return Candidate(kernel, chosen[0])
+    tile = cuda_gather.default_tile(
+        found.fmt,
+        found.rows,
+        found.data_dtype,
+        cuda_gather.shared_limit(target),
+        gpu_figures(target),
+    )
+    return Candidate(_GATHER, Knobs(**asdict(tile)))
+
+
+def predict(
+    found: BalancedBlock,
+    target: tvm.target.Target,
+    candidate: Candidate,
+    compiled: KernelResources | None = None,
+) -> Prediction:
+    """The prediction of a kernel's model for a layer on a target's GPU.
+
+    Parameters
+    ----------
+    found : BalancedBlock
+        The operator, with static shapes.
+    target : tvm.target.Target
+        A CUDA target.
+    candidate : Candidate
+        The kernel.
+    compiled : KernelResources, optional
+        Of the compiled kernel, instead of estimates.
+    """
+    gpu = machine.machine(gpu_figures(target))
+    rows = found.rows or 1
+    if isinstance(candidate.knobs, Tile):
+        _, model = _TENSOR_CORES[candidate.kernel]
+        told: Prediction = model.predict(
+            gpu, found.fmt, rows, found.value_dtype, candidate.knobs, compiled
+        )
+        return told
+    return kernel_model.Model(gpu, found.fmt, rows, found.data_dtype).predict(
+        candidate.knobs, compiled
+    )
+
+
+def features(mod: tvm.IRModule, target: tvm.target.Target, candidate: Candidate) -> list[float]:
+    """Every number that a kernel's model gives for a candidate, for a cost model to learn from.
+
+    Parameters
+    ----------
+    mod : tvm.IRModule
+        The candidate.
+    target : tvm.target.Target
+        A CUDA target.
+    candidate : Candidate
+        Its kernel.
+    """
+    told = predict(operator_of(mod), target, candidate)
+    # what cannot be launched has no time
+    return [float(x) if math.isfinite(x) else 0.0 for x in astuple(told)]
+
+
+@derived_object
+class ModelScores(ms.cost_model.PyCostModel):  # type: ignore[misc]
+    """The kernel models as MetaSchedule's cost model: they have nothing to learn.
+
+    Parameters
+    ----------
+    target : tvm.target.Target
+        A CUDA target.
+    """
+
+    def __init__(self, target: tvm.target.Target) -> None:
+        super().__init__()
+        self.target = target
+        self.known: dict[tuple[str, Candidate], float] = {}
+
+    def load(self, path: str) -> None:
+        """Nothing is kept."""
+
+    def save(self, path: str) -> None:
+        """Nothing is kept."""
+
+    def update(self, context: Any, candidates: Any, results: Any) -> None:
+        """Nothing is learnt."""
+
+    def predict(self, context: Any, candidates: Any) -> Any:
+        """One score a candidate, float64: the reciprocal of its predicted microseconds."""
+        scores = [self._one(str(context.task_name), candidate.sch.mod) for candidate in candidates]
+        return np.array(scores, dtype="float64")
+
+    def _one(self, task: str, mod: tvm.IRModule) -> float:
+        key = task, candidate_of(mod, self.target)
+        if key not in self.known:
+            told = predict(operator_of(mod), self.target, key[1])
+            self.known[key] = 1 / told.total_us
+        return self.known[key]

@@ -1,0 +1,573 @@
+"""``verify``: is a compiled library what its manifest says, and is every kernel in it right?
+
+Three questions, each answered for every part:
+
+* Are the files, and the cubins inside ``lib.so``, those that the manifest names by their hashes?
+* Does the recorded compiler make the same cubin of ``kernels/*.cu`` again?
+* Does every kernel compute what its unscheduled TensorIR means? Each is called through the library's own
+  host code with small seeded inputs and compared with a float64 reference
+  (:mod:`tvm_balanced.verification.interpreter`); a CUDA kernel runs on the emulated device, checked for
+  races, accesses out of bounds and reads of unwritten shared memory, its threads in a random order.
+
+Calls of cuBLAS are not the library's code: they are listed by the layer's name, and not judged.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tvm_balanced.artifact.folder import sha256
+from tvm_balanced.artifact.manifest import KERNELS, LIBRARY, REFERENCE, Manifest, read_manifest
+from tvm_balanced.errors import ArtifactError, InputError, ToolchainError
+
+if TYPE_CHECKING:
+    from tvm_balanced.cuda.emulator.device import Device, DeviceLaunch
+    from tvm_balanced.runtime.library import Library
+
+
+PASS, FAIL, UNCHECKED = "pass", "fail", "not checked"
+
+
+# of a symbolic extent: small, odd, and more than one
+SYMBOL = 3
+
+
+# thread blocks of a kernel that are checked; the others run plain
+BLOCKS = 6
+
+
+@dataclass(frozen=True)
+class PartCheck:
+    """One file, cubin or recompilation.
+
+    Parameters
+    ----------
+    part : str
+        Which.
+    result : str
+        ``"pass"``, ``"fail"`` or ``"not checked"``.
+    detail : str
+        What was found.
+    """
+
+    part: str
+    result: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class KernelCheck:
+    """One kernel function of the library, which may launch several CUDA kernels, or a call of cuBLAS.
+
+    Parameters
+    ----------
+    name : str
+        Of the function, or of the layer that cuBLAS computes.
+    result : str
+        ``"pass"``, ``"fail"`` or ``"not checked"``.
+    detail : str
+        Why it failed or was not checked; else empty.
+    kernels : tuple of str
+        The CUDA kernels it launched; empty on llvm.
+    blocks, checked_blocks : int
+        Thread blocks launched, and how many of them were checked.
+    races, bounds, unwritten : int or None
+        Defects seen: races, accesses out of bounds or misaligned, reads of unwritten shared memory. None
+        where nothing is checked, on llvm.
+    error, limit : float or None
+        Largest difference from the reference as a share of the output's scale, and what rounding explains;
+        of the output that is nearest to its limit. None where the kernel did not come to an end.
+    """
+
+    name: str
+    result: str
+    detail: str
+    kernels: tuple[str, ...] = ()
+    blocks: int = 0
+    checked_blocks: int = 0
+    races: int | None = None
+    bounds: int | None = None
+    unwritten: int | None = None
+    error: float | None = None
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :func:`verify` found.
+
+    Parameters
+    ----------
+    library : str
+        The folder.
+    target : str
+        What it was compiled for.
+    device : str
+        Where its kernels ran.
+    parts : tuple of PartCheck
+    kernels : tuple of KernelCheck
+    """
+
+    library: str
+    target: str
+    device: str
+    parts: tuple[PartCheck, ...]
+    kernels: tuple[KernelCheck, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed; what was not checked does not fail."""
+        return all(check.result != FAIL for check in self.checks)
+
+    @property
+    def checks(self) -> list[PartCheck | KernelCheck]:
+        """Parts, then kernels."""
+        return [*self.parts, *self.kernels]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; numbers that are not finite are words."""
+        document = asdict(self)
+        for kernel in document["kernels"]:
+            for field in ("error", "limit"):
+                value = kernel[field]
+                if value is not None and not math.isfinite(value):
+                    kernel[field] = str(value)
+        return {**document, "passed": self.passed}
+
+    def tables(self) -> list[Any]:
+        """Two ``rich`` tables, of the parts and of the kernels."""
+        from rich.table import Table
+
+        parts = Table(title="parts", title_justify="left")
+        for heading in ("part", "result", "detail"):
+            parts.add_column(heading, overflow="fold")
+        sources = [c for c in self.parts if c.part.startswith(f"{KERNELS}/") and c.result == PASS]
+        for check in self.parts:
+            if check not in sources:
+                parts.add_row(check.part, check.result, check.detail)
+        if sources:
+            told = f"{len(sources)} files with the manifest's SHA-256"
+            parts.add_row(f"{KERNELS}/*.cu", PASS, told)
+        kernels = Table(title=f"kernels, on the {self.device}", title_justify="left")
+        kernels.add_column("kernel", overflow="fold")
+        for heading in ("blocks", "races", "bounds", "unwritten", "error", "limit"):
+            kernels.add_column(heading, justify="right")
+        kernels.add_column("result", overflow="fold")
+        for k in self.kernels:
+            blocks = f"{k.checked_blocks} of {k.blocks}" if k.blocks else "-"
+            counts = ["-" if n is None else str(n) for n in (k.races, k.bounds, k.unwritten)]
+            sizes = ["-" if x is None else f"{x:.1e}" for x in (k.error, k.limit)]
+            told = f"{k.result}: {k.detail}" if k.detail else k.result
+            kernels.add_row(k.name, blocks, *counts, *sizes, told)
+        passed, left = (sum(k.result == r for k in self.kernels) for r in (PASS, UNCHECKED))
+        told = f", {left} not checked" if left else ""
+        kernels.caption = (
+            f"{passed} of {len(self.kernels)} kernels pass{told}; blocks: checked of all; error and limit as "
+            "shares of the output's scale"
+        )
+        return [parts, kernels]
+
+
+def verify(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    symbol: int = SYMBOL,
+    blocks: int = BLOCKS,
+    kernels: Sequence[str] = (),
+    progress: Callable[[str], None] | None = None,
+) -> Verification:
+    """Check a compiled library, its kernels one by one.
+
+    Needs a C++ compiler and no GPU. Recompiling needs NVRTC (extra ``cuda``) in the recorded version; where
+    it is not there, that part is not checked, and says so.
+
+    Parameters
+    ----------
+    path : path-like
+        A ``model.tvmb`` folder.
+    seed : int
+        Of inputs and of the order of threads.
+    symbol : int
+        Value of symbolic extents.
+    blocks : int
+        Thread blocks of each launch that are checked, spread over the grid; all blocks run. 0 checks all.
+    kernels : sequence of str
+        The only kernel functions to run, by name; all where empty.
+    progress : callable, optional
+        Told in a few words what is done next.
+
+    Returns
+    -------
+    Verification
+
+    Raises
+    ------
+    ArtifactError
+        If the folder is no ``.tvmb``, its manifest is damaged, or it was compiled with another TVM.
+    InputError
+        For a kernel that the library does not have.
+    ToolchainError
+        When there is no C++ compiler, or this process has loaded a real CUDA driver.
+    """
+    path = Path(path)
+    tell = progress or (lambda _: None)
+    manifest = read_manifest(path)
+    tell("files")
+    parts = list(_check_files(path, manifest))
+    sound = all(check.result == PASS for check in parts)
+    cuda = manifest.target.kind == "cuda"
+    device = "emulated CUDA device" if cuda else "CPU"
+    if not sound:
+        # code that is not what was built is not run
+        parts.append(PartCheck("kernels", UNCHECKED, "files are not as they were built"))
+        return Verification(str(path), manifest.target.name, device, tuple(parts), ())
+    emulated: Device | None = None
+    if cuda:
+        # before anything imports TVM, which would take a real driver where there is one
+        from tvm_balanced.cuda.emulator.device import install
+
+        emulated = install(manifest.target.arch)
+        device = emulated.name
+    from tvm_balanced.runtime.library import Library
+
+    library = Library(path, "emulated" if cuda else None)
+    library.check()
+    if cuda:
+        tell("recompile")
+        parts.append(_check_recompilation(library))
+    checks = _check_kernels(library, emulated, seed, symbol, blocks, kernels, tell)
+    rows = tuple(checks)
+    if not kernels:
+        rows += tuple(_cublas_rows(manifest))
+    if not kernels and cuda:
+        parts.append(_check_coverage(library, rows))
+    return Verification(str(path), manifest.target.name, device, tuple(parts), rows)
+
+
+def _check_files(path: Path, manifest: Manifest) -> Iterator[PartCheck]:
+    from tvm_balanced.cuda.cubin import cubin_images
+
+    for name, expected in manifest.files.items():
+        try:
+            found = sha256(path / name)
+        except OSError as error:
+            yield PartCheck(name, FAIL, f"cannot be read ({error.strerror})")
+            continue
+        if found == expected:
+            yield PartCheck(name, PASS, f"SHA-256 {found[:12]}")
+        else:
+            told = f"SHA-256 {found[:12]}, the manifest says {expected[:12]}"
+            yield PartCheck(name, FAIL, told)
+    known = {str(cubin.get("sha256")) for cubin in manifest.cubins}
+    try:
+        images = cubin_images(path / LIBRARY)
+    except OSError:
+        return  # told above
+    for image in images:
+        told = f"{image.num_bytes} bytes, SHA-256 {image.sha256[:12]}"
+        result = PASS if image.sha256 in known else FAIL
+        if result == FAIL:
+            told += ", which the manifest does not name"
+        yield PartCheck(f"cubin {image.arch} in {LIBRARY}", result, told)
+    missing = known - {image.sha256 for image in images}
+    for digest in sorted(missing):
+        yield PartCheck(f"cubin in {LIBRARY}", FAIL, f"SHA-256 {digest[:12]} is not there")
+
+
+def _check_recompilation(library: Library) -> PartCheck:
+    """Whether the recorded compiler makes the recorded cubin of the sources."""
+    from tvm_balanced.cuda import nvrtc
+
+    part = "cubin made again of kernels/*.cu"
+    recorded = dict(library.manifest.compiler)
+    told = f"{recorded['name']} {recorded['version']}"
+    try:
+        here = nvrtc.compiler()
+    except ToolchainError as error:
+        return PartCheck(part, UNCHECKED, f"recorded {told}; {error}")
+    if here != recorded:
+        return PartCheck(
+            part, UNCHECKED, f"recorded {told}, here is {here['name']} {here['version']}"
+        )
+    try:
+        made = nvrtc.compile_cubin(library.source(), library.manifest.target.arch).cubin
+    except ToolchainError as error:
+        return PartCheck(part, FAIL, str(error))
+    digest = hashlib.sha256(made).hexdigest()
+    if digest in {str(cubin.get("sha256")) for cubin in library.manifest.cubins}:
+        return PartCheck(part, PASS, f"{told}, SHA-256 {digest[:12]}")
+    return PartCheck(
+        part, FAIL, f"{told} gives SHA-256 {digest[:12]}: the cubin is not its source's"
+    )
+
+
+def _check_coverage(library: Library, rows: Sequence[KernelCheck]) -> PartCheck:
+    """Whether every CUDA kernel of the library was launched."""
+    from tvm_balanced.cuda.source import file_stem
+
+    launched = {file_stem(kernel) for row in rows for kernel in row.kernels}
+    left = [kernel for kernel in library.kernels if kernel not in launched]
+    if not left:
+        return PartCheck("kernels run", PASS, f"{len(launched)} CUDA kernels")
+    return PartCheck("kernels run", UNCHECKED, f"not launched: {', '.join(left)}")
+
+
+def _cublas_rows(manifest: Manifest) -> Iterator[KernelCheck]:
+    """What nobody judges here: each layer or product once, though several functions call it."""
+    products: dict[str, dict[str, None]] = {}
+    for call in manifest.cublas:
+        products.setdefault(str(call["name"]), {})[str(call["product"])] = None
+    for name, shapes in products.items():
+        yield KernelCheck(name, UNCHECKED, f"computed by cuBLAS: {'; '.join(shapes)}")
+
+
+def read_reference(path: Path) -> dict[str, Any]:
+    """The unscheduled kernels of a library: name of a function to its PrimFunc.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        A ``model.tvmb`` folder.
+
+    Raises
+    ------
+    ArtifactError
+        When they are not there, or cannot be read.
+    """
+    import tvm
+
+    from tvm_balanced import ops  # noqa: F401  registers the operator
+
+    file = path / REFERENCE
+    if not file.is_file():
+        raise ArtifactError(
+            f"{path} has no {REFERENCE}, with which its kernels are compared; compile the model again"
+        )
+    try:
+        mod = tvm.ir.load_json(gzip.decompress(file.read_bytes()).decode())
+    except Exception as error:
+        raise ArtifactError(
+            f"{file} cannot be read ({str(error).strip().splitlines()[0]}); compile the model again"
+        ) from error
+    return {gvar.name_hint: func for gvar, func in mod.functions_items()}
+
+
+def _check_kernels(
+    library: Library,
+    emulated: Device | None,
+    seed: int,
+    symbol: int,
+    blocks: int,
+    wanted: Sequence[str],
+    tell: Callable[[str], None],
+) -> Iterator[KernelCheck]:
+    import tvm
+
+    functions = read_reference(library.path)
+    for name in wanted:
+        if name not in functions:
+            raise InputError(
+                f'the library has no kernel function "{name}"; it has {", ".join(sorted(functions))}'
+            )
+    chosen = {name: functions[name] for name in (wanted or functions)}
+    device = tvm.cpu()
+    if emulated is not None:
+        device = tvm.cuda(0)
+        emulated.reset()
+        emulated.forget()
+        emulated.mode(check=True, order="random", seed=seed + 1, max_blocks=blocks)
+        if not wanted:
+            tell("compile for the emulated device")
+            emulated.prepare(library.source(), instrument=True)
+    module = tvm.runtime.load_module(str(library.path / LIBRARY))
+    try:
+        for name, func in chosen.items():
+            tell(name)
+            values = _symbols(func, symbol)
+            rows = [_check_kernel(module, name, func, device, emulated, seed, n) for n in values]
+            yield _together(rows, values)
+    finally:
+        if emulated is not None:
+            emulated.mode()
+
+
+def _symbols(func: Any, symbol: int) -> list[int]:
+    """Values of symbolic extents that a kernel is called with, several where M decides what is launched.
+
+    The least of each range of M that the schedule tells apart, but ``symbol`` for the range that it is in.
+    """
+    from tvm import tirx
+
+    from tvm_balanced.schedules.balanced_block import find
+    from tvm_balanced.schedules.rules import ROWS_FROM
+    from tvm_balanced.verification.arguments import Facts, symbols_of
+
+    found = find(func) if func.attrs is not None and ROWS_FROM in func.attrs else None
+    if found is None:
+        return [symbol]
+    firsts = [int(first) for first in func.attrs[ROWS_FROM]]
+    axes = [v for v in found.block.iter_vars if v.iter_type == tirx.IterVar.DataPar]
+    lead = [axis.dom.extent for axis in axes[:-1]]
+    numbers = dict.fromkeys(symbols_of(func), 1)
+    facts = Facts(func, numbers)
+
+    def range_of(value: int) -> int:
+        numbers.update(dict.fromkeys(numbers, value))
+        rows = math.prod(facts.number(extent) for extent in lead)
+        return sum(first <= rows for first in firsts)
+
+    by_range = {range_of(value): value for value in range(firsts[-1], 0, -1)}
+    return [value for _, value in sorted({**by_range, range_of(symbol): symbol}.items())]
+
+
+def _together(rows: Sequence[KernelCheck], values: Sequence[int]) -> KernelCheck:
+    """One row of a kernel that was called several times, with symbolic extents of ``values``."""
+    if len(rows) == 1:
+        return rows[0]
+    worst = min(rows, key=lambda row: (FAIL, UNCHECKED, PASS).index(row.result))
+
+    def total(name: str) -> int | None:
+        counts = [count for row in rows if (count := getattr(row, name)) is not None]
+        return sum(counts) if counts else None
+
+    judged = [row for row in rows if row.error is not None and row.limit]
+    nearest = max(judged, key=lambda row: (row.error or 0.0) / (row.limit or 1.0), default=worst)
+    value = values[rows.index(worst)]
+    return replace(
+        worst,
+        detail=f"symbolic extents of {value}: {worst.detail}" if worst.detail else "",
+        kernels=tuple(dict.fromkeys(kernel for row in rows for kernel in row.kernels)),
+        blocks=total("blocks") or 0,
+        checked_blocks=total("checked_blocks") or 0,
+        races=total("races"),
+        bounds=total("bounds"),
+        unwritten=total("unwritten"),
+        error=nearest.error,
+        limit=nearest.limit,
+    )
+
+
+def _check_kernel(
+    module: Any,
+    name: str,
+    func: Any,
+    device: Any,
+    emulated: Device | None,
+    seed: int,
+    symbol: int,
+) -> KernelCheck:
+    import tvm
+
+    from tvm_balanced.verification.arguments import seeded_arguments
+    from tvm_balanced.verification.tensorir import KernelReferenceError
+
+    row = KernelCheck(name, FAIL, "")
+    try:
+        given = seeded_arguments(func, seed, symbol)
+    except KernelReferenceError as error:
+        return replace(row, result=UNCHECKED, detail=str(error))
+    tensors = [
+        tvm.runtime.tensor(array, device) if isinstance(array, np.ndarray) else array
+        for array in given.arrays
+    ]
+    problem = ""
+    try:
+        module.get_function(name, query_imports=True)(*tensors)
+        if emulated is not None:
+            emulated.synchronize()
+    except Exception as error:
+        problem = str(error).strip().splitlines()[-1]
+    if emulated is not None:
+        launches = emulated.launches()
+        emulated.forget()
+        row = _with_launches(row, launches)
+        failed = [launch.error for launch in launches if launch.error]
+        problem = failed[0] if failed else problem
+        if not launches and not problem and any(tensors[i].numpy().size for i in given.outputs):
+            # the emulated device's memory is the host's, a GPU's is not
+            problem = "no CUDA kernel was launched: the host would write to the GPU's memory"
+        if problem:
+            # before the tensors are freed, which a failed device refuses
+            emulated.reset()
+    if problem:
+        return replace(row, detail=problem)
+    return _compare(row, func, given, tensors, symbol)
+
+
+def _compare(
+    row: KernelCheck, func: Any, given: Any, tensors: list[Any], symbol: int
+) -> KernelCheck:
+    """The row with error and result."""
+    from tvm_balanced.verification.interpreter import evaluate
+    from tvm_balanced.verification.tensorir import KernelReferenceError
+    from tvm_balanced.verification.tolerance import difference, tolerance
+
+    try:
+        expected, limits = evaluate(func, given.arrays), tolerance(func, symbol)
+    except KernelReferenceError as error:
+        return replace(row, result=UNCHECKED, detail=str(error))
+    if any(np.isnan(array).any() for array in expected.values() if array.dtype.kind == "f"):
+        # agreement in what is no number would say nothing
+        return replace(row, result=UNCHECKED, detail="the seeded inputs have no finite result")
+    problems, nearest = [], -1.0
+    for position in given.outputs:
+        found, limit = difference(tensors[position].numpy(), expected[position]), limits[position]
+        if not found.within(limit):
+            problems.append("the result is wrong")
+        share = found.largest / limit.largest if limit.largest else float(found.largest > 0)
+        if share > nearest or row.error is None:
+            nearest = share
+            row = replace(row, error=found.largest, limit=limit.largest)
+    for count, what in (
+        (row.races, "race"),
+        (row.bounds, "access out of bounds"),
+        (row.unwritten, "read of unwritten shared memory"),
+    ):
+        if count:
+            problems.append(what)
+    details = [row.detail, *dict.fromkeys(problems)]
+    return replace(
+        row,
+        result=FAIL if problems else PASS,
+        detail="; ".join(part for part in details if part) if problems else "",
+    )
+
+
+def _with_launches(row: KernelCheck, launches: Sequence[DeviceLaunch]) -> KernelCheck:
+    """The row with what the emulated device saw."""
+    races = bounds = unwritten = checked = total = 0
+    first = ""
+    for launch in launches:
+        grid = math.prod(launch.grid)
+        if launch.report is None:
+            continue
+        total += grid
+        checked += round(grid / launch.report.scale)
+        for issue in launch.report.issues:
+            if issue.kind.startswith("race"):
+                races += issue.count
+            elif "uninitialised" in issue.kind:
+                unwritten += issue.count
+            else:
+                bounds += issue.count
+            first = first or f"{issue.kind} at line {issue.line} of {launch.kernel}: {issue.source}"
+    names = tuple(dict.fromkeys(launch.kernel for launch in launches))
+    return replace(
+        row,
+        kernels=names,
+        blocks=total,
+        checked_blocks=checked,
+        races=races,
+        bounds=bounds,
+        unwritten=unwritten,
+        detail=first,
+    )

@@ -1,0 +1,149 @@
+"""Reading TensorIR: what the reference of kernels, their inputs and their tolerance share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tvm
+import tvm_ffi
+from tvm import tirx
+
+from tvm_balanced.errors import TvmBalancedError
+from tvm_balanced.format.layout import numpy_dtype
+from tvm_balanced.ops import BLOCK_DATA
+
+
+class KernelReferenceError(TvmBalancedError):
+    """A kernel holds a construct without a reference, or breaks its own rules (exit code 1)."""
+
+
+def output_positions(func: tirx.PrimFunc) -> tuple[int, ...]:
+    """Positions of the parameters that ``func`` writes."""
+    written = {store.buffer for store in nodes(func.body, tirx.BufferStore)}
+    return tuple(i for i, param in enumerate(func.params) if param in written)
+
+
+def nodes(root: Any, kind: Any) -> list[Any]:
+    """Every node of a type below ``root``, children first."""
+    found: list[Any] = []
+    tvm_ffi.structural_walk(root, (kind, found.append), order="post")
+    return found
+
+
+def dtype_of(expr: Any) -> str:
+    """TVM's name of the dtype of an expression, a buffer or a variable."""
+    return str(expr.ty.dtype)
+
+
+def is_float(dtype: str) -> bool:
+    """Whether TVM's dtype of this name is a floating-point one."""
+    return dtype.startswith(("float", "bfloat"))
+
+
+def array_dtype(name: str) -> np.dtype[Any]:
+    """NumPy's dtype of TVM's name; refuses vectors and handles."""
+    try:
+        return numpy_dtype(name)
+    except TypeError as error:
+        raise KernelReferenceError(f"the reference has no dtype {name}") from error
+
+
+def call_name(call: Any) -> str:
+    """``exp`` of a call of ``tirx.exp``."""
+    return str(getattr(call.op, "name", call.op)).rpartition(".")[2]
+
+
+def short(node: Any) -> str:
+    """One line of TensorIR for a message."""
+    text = " ".join(str(node).split())
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+@dataclass(frozen=True)
+class Combiner:
+    """An associative update ``buffer = buffer op value`` and its neutral element."""
+
+    ufunc: Any
+    neutral: Callable[[np.dtype[Any]], Any]
+
+
+def _lowest(dtype: np.dtype[Any]) -> Any:
+    if dtype.kind == "b":
+        return False
+    return -np.inf if dtype.kind == "f" else np.iinfo(dtype).min
+
+
+def _highest(dtype: np.dtype[Any]) -> Any:
+    if dtype.kind == "b":
+        return True
+    return np.inf if dtype.kind == "f" else np.iinfo(dtype).max
+
+
+COMBINERS = {
+    "Add": Combiner(np.add, lambda _: 0),
+    "Mul": Combiner(np.multiply, lambda _: 1),
+    "Max": Combiner(np.maximum, _lowest),
+    "Min": Combiner(np.minimum, _highest),
+    "And": Combiner(np.logical_and, lambda _: True),
+    "Or": Combiner(np.logical_or, lambda _: False),
+}
+
+
+@dataclass(frozen=True)
+class Update:
+    """A reduction block's body ``buffer[at] = buffer[at] op value``."""
+
+    store: Any
+    value: Any
+    combiner: Combiner
+
+    @property
+    def is_sum(self) -> bool:
+        return self.combiner.ufunc is np.add
+
+
+def reduction(block: Any) -> Update | None:
+    """The body of ``block`` as an associative update; None where it is something else."""
+    store = block.body
+    if type(store).__name__ != "BufferStore" or type(store.value).__name__ not in COMBINERS:
+        return None
+    pairs = ((store.value.a, store.value.b), (store.value.b, store.value.a))
+    for current, value in pairs:
+        if (
+            type(current).__name__ == "TensorLoad"
+            and current.source.same_as(store.buffer)
+            and tvm_ffi.structural_equal(current.indices, store.indices)
+            and not any(load.source.same_as(store.buffer) for load in loads(value))
+        ):
+            return Update(store, value, COMBINERS[type(store.value).__name__])
+    return None
+
+
+def factors_of(value: Any) -> tuple[Any, Any] | None:
+    """The factors of a product, which may have been widened."""
+    while type(value).__name__ == "Cast" and is_float(dtype_of(value)):
+        if not is_float(dtype_of(value.value)):
+            return None
+        value = value.value
+    return (value.a, value.b) if type(value).__name__ == "Mul" else None
+
+
+def loads(root: Any) -> list[Any]:
+    """Every read of a buffer below ``root``."""
+    return nodes(root, tvm.ir.expr.TensorLoad)
+
+
+def balanced_operands(block: Any) -> tuple[Any, Any, Any]:
+    """Buffers of data, values and indices that the operator's block reads."""
+    sources = [region.source for region in block.reads]
+    data = [b for b in sources if b.name.startswith(BLOCK_DATA)]
+    indices = [b for b in sources if dtype_of(b) == "uint8"]
+    values = [b for b in sources if is_float(dtype_of(b)) and b not in data]
+    if not len(data) == len(values) == len(indices) == 1:
+        raise KernelReferenceError(
+            f"block {block.name_hint} does not read one array each of data, values and indices"
+        )
+    return data[0], values[0], indices[0]
