@@ -1,6 +1,6 @@
 """Whole models end to end against PyTorch eager and ``torch.compile``: one table, one CSV.
 
-The models are those of ``tests/models/zoo.py`` in their stated sizes, with random weights: time does not
+The models are those of ``tests/helpers/zoo.py`` in their stated sizes, with random weights: time does not
 depend on them, and quality is not measured here (``tvm-balanced demo`` does).
 """
 
@@ -32,7 +32,7 @@ _MINILM = {
 @functools.cache
 def _zoo() -> Any:
     """The zoo, by its file: where this runs from an installed copy, the checkout is not to be imported."""
-    path = Path(__file__).resolve().parents[1] / "tests" / "models" / "zoo.py"
+    path = Path(__file__).resolve().parents[1] / "tests" / "helpers" / "zoo.py"
     spec = importlib.util.spec_from_file_location("benchmark_zoo", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

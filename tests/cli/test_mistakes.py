@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.cli.conftest import OUT, mlp_weights, write_onnx
+from tests.helpers.small_files import OUT, mlp_weights, write_onnx
 from tvm_balanced.cli.main import INTERRUPTED
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.cuda.conftest import Case, fused_kernel, packed_format, target
+from tests.helpers.cuda_kernels import Case, fused_kernel, packed_format, target
 from tvm_balanced.build.pipeline import TIR_PIPELINE
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.cuda.source import split_kernels

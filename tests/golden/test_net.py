@@ -17,11 +17,18 @@ import pytest
 from tvm.s_tir import meta_schedule as ms
 
 import tvm_balanced as tb
-from tests.models.zoo import ZOO
+from tests.helpers.golden_kernels import (
+    ARCH,
+    CUDA,
+    LLVM,
+    LLVM_TARGETS,
+    cuda_text,
+    llvm_text,
+    serial_text,
+)
+from tests.helpers.zoo import ZOO
 from tvm_balanced.cuda import nvrtc
 from tvm_balanced.records import store as records
-
-from .kernels import ARCH, CUDA, LLVM, LLVM_TARGETS, cuda_text, llvm_text, serial_text
 
 NET = Path(__file__).parent / "net.json"
 LOGS = Path(__file__).resolve().parents[2] / "tuning_logs"

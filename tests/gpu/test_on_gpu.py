@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import tvm_balanced as tb
+from tests.helpers.zoo import ZOO
 from tests.models.test_compile import assert_close, load_weights
-from tests.models.zoo import ZOO
 from tvm_balanced.cuda.nvrtc import cuda_root
 from tvm_balanced.targets.driver import detect_driver
 

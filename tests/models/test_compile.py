@@ -10,8 +10,8 @@ import torch
 import tvm
 
 import tvm_balanced as tb
-from tests.models.kernels import arguments, distinct_kernels, run_plain
-from tests.models.zoo import ZOO
+from tests.helpers.kernels import arguments, distinct_kernels, run_plain
+from tests.helpers.zoo import ZOO
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.targets.resolve import resolve
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import tvm_balanced as tb
+from tests.helpers.zoo import ZOO
 from tests.models.test_compile import check_kernels, eligible
-from tests.models.zoo import ZOO
 from tvm_balanced.cuda.cubin import cubin_architectures
 from tvm_balanced.frontend.checkpoint import write_onnx
 from tvm_balanced.frontend.torch_importer import to_numpy

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import tvm_balanced as tb
+from tests.helpers.zoo import ZOO
 from tests.models.test_compile import assert_close, load_weights
-from tests.models.zoo import ZOO
 from tvm_balanced.artifact.manifest import read_manifest
 from tvm_balanced.cli.main import main
 from tvm_balanced.cuda.emulator import device

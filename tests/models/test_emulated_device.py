@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import tvm_balanced as tb
+from tests.helpers.zoo import ZOO, Built, _bert
 from tests.models.test_compile import WHOLE, assert_close, eligible, load_weights
-from tests.models.zoo import ZOO, Built, _bert
 from tvm_balanced.cuda.libraries import load_cuda_runtime
 from tvm_balanced.errors import InputError, ToolchainError
 

@@ -9,7 +9,7 @@ import torch
 import tvm
 from tvm import relax
 
-from tests.models.zoo import SIZES, ZOO
+from tests.helpers.zoo import SIZES, ZOO
 from tvm_balanced.frontend import from_onnx, from_torch
 from tvm_balanced.frontend.torch_importer import to_numpy
 from tvm_balanced.relay_passes.accumulate_float32 import accumulate_float32

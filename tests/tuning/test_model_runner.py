@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import tvm_balanced as tb
-from tests.cuda.conftest import Case, fused_kernel, packed_format, target
-from tests.models.zoo import _bert
+from tests.helpers.cuda_kernels import Case, fused_kernel, packed_format, target
+from tests.helpers.zoo import _bert
 from tvm_balanced.cuda import nvrtc
 from tvm_balanced.cuda.cubin import KernelResources
 from tvm_balanced.errors import InputError, ToolchainError, TvmBalancedError

@@ -2,7 +2,7 @@
 
 LLVM has no vector form of ``llvm.exp`` without a vector math library: it calls libm once per element.
 Here each call becomes straight-line float32 arithmetic before scheduling. Worst errors found against
-float64 (``tests/schedule/test_cpu_rules.py``): exp 2e-7 relative where the result is a normal number,
+float64 (``tests/schedules/llvm/test_rest.py``): exp 2e-7 relative where the result is a normal number,
 tanh and sigmoid 3e-7 relative, erf 5e-7 relative. NaN stays NaN and infinities keep their limits.
 
 Source: Cephes ``expf`` and ``tanhf`` (Moshier); the rational minimax of erf is Eigen's

@@ -27,7 +27,7 @@ from tvm_balanced.runtime import library as runtime
 from tvm_balanced.targets import resolve as targets
 from tvm_balanced.targets.driver import DetectedGpu, Driver
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parents[1] / "helpers"
 H100 = DetectedGpu("NVIDIA H100 80GB HBM3", "sm_90", 80 << 30, 3352.0, 132, 1.98, 50 << 20, 232448)
 A10 = DetectedGpu("NVIDIA A10", "sm_86", 24 << 30, 600.0, 72, 1.695, 6 << 20, 101376)
 
@@ -35,7 +35,7 @@ A10 = DetectedGpu("NVIDIA A10", "sm_86", 24 << 30, 600.0, 72, 1.695, 6 << 20, 10
 @pytest.fixture(scope="module")
 def tiny():
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(HERE))
+        patch.syspath_prepend(str(HELPERS))
         import tiny_model
 
         yield tiny_model

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from tvm import te, tirx
 
+from tests.helpers.cuda_kernels import Case, arguments, packed_format, target
 from tvm_balanced import ops
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.format.layout import PackedFormat
 from tvm_balanced.schedules.cuda import fallback as cuda_fallback
 from tvm_balanced.schedules.cuda import target as cuda
 from tvm_balanced.schedules.cuda.tensor_core_model import Tile
-
-from .conftest import Case, arguments, packed_format, target
 
 _CASE = Case((3,), 50, 70, "4:16", "float32", "float32", ())
 

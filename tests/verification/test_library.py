@@ -18,7 +18,7 @@ import tvm
 from tvm import te
 
 import tvm_balanced as tb
-from tests.models.zoo import ZOO
+from tests.helpers.zoo import ZOO
 from tvm_balanced.cli.main import main
 from tvm_balanced.cuda import nvrtc
 from tvm_balanced.cuda.emulator import device

@@ -11,6 +11,15 @@ import torch
 import tvm
 
 import tvm_balanced as tb
+from tests.helpers.cubins import compile_cubin
+from tests.helpers.cuda_kernels import (
+    Case,
+    arguments,
+    check_close,
+    fused_kernel,
+    packed_format,
+    target,
+)
 from tvm_balanced.artifact.manifest import read_manifest
 from tvm_balanced.build.pipeline import TIR_PIPELINE
 from tvm_balanced.cuda import emulator as cudaemu
@@ -26,9 +35,6 @@ from tvm_balanced.schedules.cuda.tensor_core_model import Tile
 from tvm_balanced.schedules.rules import RULE, first_match
 from tvm_balanced.targets import gpus
 from tvm_balanced.verification.library import verify
-
-from .conftest import Case, arguments, check_close, fused_kernel, packed_format, target
-from .cubins import compile_cubin
 
 # shapes that fill no tile; K of rows aligned to 16, 8, 4 and 2 bytes; the tiles share K or do not
 CASES = [

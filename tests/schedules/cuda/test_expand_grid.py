@@ -7,13 +7,19 @@ from typing import Any
 import pytest
 import tvm
 
+from tests.helpers.cuda_kernels import (
+    Case,
+    arguments,
+    check_close,
+    fused_kernel,
+    packed_format,
+    target,
+)
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.format.layout import PackedFormat
 from tvm_balanced.schedules.cuda import expand as cuda_expand
 from tvm_balanced.schedules.cuda import expand_model
 from tvm_balanced.schedules.cuda.tensor_core_model import Tile
-
-from .conftest import Case, arguments, check_close, fused_kernel, packed_format, target
 
 PATTERNS = ("8:16", "4:16", "2:16", "1:16", "8:32", "4:32")
 ROWS = (16, 17, 32, 64, 100, 128)

@@ -12,6 +12,16 @@ import pytest
 import torch
 
 import tvm_balanced as tb
+from tests.helpers.cubins import compile_cubin
+from tests.helpers.cuda_kernels import (
+    Case,
+    arguments,
+    check_close,
+    fused_kernel,
+    gather_kernel,
+    packed_format,
+    target,
+)
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.cuda import sass
 from tvm_balanced.cuda.emulator import EmulatorError
@@ -27,17 +37,6 @@ from tvm_balanced.schedules.cuda.tensor_core_model import Tile
 from tvm_balanced.schedules.rules import RULE, first_match
 from tvm_balanced.targets import gpus
 from tvm_balanced.verification.library import verify
-
-from .conftest import (
-    Case,
-    arguments,
-    check_close,
-    fused_kernel,
-    gather_kernel,
-    packed_format,
-    target,
-)
-from .cubins import compile_cubin
 
 # shapes that fill no tile; K of rows aligned to 8, 4 and 2 bytes; the tiles share K or do not
 CASES = [

@@ -11,7 +11,7 @@ import scipy.special
 import tvm
 from tvm import relax, tirx
 
-from tests.cuda.covering import Chosen, all_pairs
+from tests.helpers.covering import Chosen, all_pairs
 from tvm_balanced.schedules.llvm.rest import common as cpu_common
 from tvm_balanced.schedules.llvm.rest.rules import ScheduleForCpu
 

@@ -6,6 +6,8 @@ import functools
 
 import pytest
 
+from tests.helpers.cubins import compile_cubin
+from tests.helpers.cuda_kernels import Case, fused_kernel, packed_format, target
 from tvm_balanced.build.pipeline import TIR_PIPELINE
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.cuda.sass import find_nvdisasm
@@ -13,9 +15,6 @@ from tvm_balanced.cuda.static_report import KernelReport, StaticReport
 from tvm_balanced.errors import ToolchainError
 from tvm_balanced.schedules.cuda import gather as cuda_gather
 from tvm_balanced.targets.gpus import gpu_figures
-
-from .conftest import Case, fused_kernel, packed_format, target
-from .cubins import compile_cubin
 
 # every pair of dtype, pattern, M and architecture is in one of them
 KERNELS = [

@@ -8,13 +8,8 @@ from typing import Any
 
 import pytest
 
-from tvm_balanced.cuda import emulator as cudaemu
-from tvm_balanced.format.layout import Layout, PackedFormat
-from tvm_balanced.format.pattern import BalancedPattern
-from tvm_balanced.schedules.cuda import fallback as cuda_fallback
-from tvm_balanced.schedules.cuda import gather as cuda_gather
-
-from .conftest import (
+from tests.helpers.cubins import compile_cubin
+from tests.helpers.cuda_kernels import (
     Case,
     arguments,
     check_close,
@@ -23,7 +18,11 @@ from .conftest import (
     packed_format,
     target,
 )
-from .cubins import compile_cubin
+from tvm_balanced.cuda import emulator as cudaemu
+from tvm_balanced.format.layout import Layout, PackedFormat
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.schedules.cuda import fallback as cuda_fallback
+from tvm_balanced.schedules.cuda import gather as cuda_gather
 
 # what test_table.py does not hold: one and several batch axes, or none; several extents of one kernel
 CASES = [

@@ -10,8 +10,8 @@ from tvm import te, tirx, topi
 from tvm.script import tirx as T
 
 import tvm_balanced as tb
-from tests.models.kernels import fused_kernels, run_plain
-from tests.models.zoo import ZOO
+from tests.helpers.kernels import fused_kernels, run_plain
+from tests.helpers.zoo import ZOO
 from tvm_balanced import ops
 from tvm_balanced.format import layout, reference
 from tvm_balanced.format.layout import Layout, PackedFormat

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.helpers.covering import all_pairs, pairs_of, possible_pairs
+from tests.helpers.cuda_kernels import Case, arguments, gather_kernel, packed_format
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.cuda.emulator.report import Access
 from tvm_balanced.format.layout import BITMAP, ENCODINGS, Layout, PackedFormat
@@ -15,9 +17,6 @@ from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.pruning.magnitude import prune_weight
 from tvm_balanced.schedules.cuda import gather as cuda_gather
 from tvm_balanced.schedules.cuda import gather_tile
-
-from .conftest import Case, arguments, gather_kernel, packed_format
-from .covering import all_pairs, pairs_of, possible_pairs
 
 _AXES: dict[str, list[Any]] = {
     "pattern": [

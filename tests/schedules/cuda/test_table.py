@@ -11,13 +11,19 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.covering import Chosen, all_pairs, pairs_of, possible_pairs
+from tests.helpers.cuda_kernels import (
+    Case,
+    arguments,
+    check_close,
+    fused_kernel,
+    gather_kernel,
+    target,
+)
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.format.layout import BITMAP, BITMAP_BLOCKS, ENCODINGS, Layout, PackedFormat
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.schedules.cuda import fallback as cuda_fallback
-
-from .conftest import Case, arguments, check_close, fused_kernel, gather_kernel, target
-from .covering import Chosen, all_pairs, pairs_of, possible_pairs
 
 _GATHER_LAYOUTS = ("r32v8", "r32v4", "r32v2", "r32v8s16", "r32v4s8")
 _FALLBACK_LAYOUTS = ("r1v1", "r16v1", "r1v8", "r32v8", "r32v8s16")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.cuda.cubins import compile_cubin
+from tests.helpers.cubins import compile_cubin
 from tvm_balanced.artifact import exported as artifact_exported
 from tvm_balanced.artifact import folder as artifact
 from tvm_balanced.artifact.manifest import FunctionEntry, TensorEntry

@@ -77,7 +77,7 @@ def test_another_process_makes_the_same_cubin(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code],
         input=KERNEL,
-        env={"PYTHONPATH": str(Path(nvrtc.__file__).parents[1]), "PATH": "/nonexistent"},
+        env={"PYTHONPATH": str(Path(nvrtc.__file__).parents[2]), "PATH": "/nonexistent"},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -19,7 +19,7 @@ from tvm_balanced.records.record import Environment, Record
 from tvm_balanced.records.store import RecordFolder
 from tvm_balanced.targets.resolve import TargetSpec, resolve
 
-WRITERS = Path(__file__).with_name("writers.py")
+WRITERS = Path(__file__).parents[1] / "helpers" / "writers.py"
 TARGET = {"kind": "llvm", "mcpu": "znver3", "num-cores": 2}
 
 

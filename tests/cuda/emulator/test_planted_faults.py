@@ -13,11 +13,17 @@ import tvm
 from tvm import te
 from tvm.s_tir import dlight
 
+from tests.helpers.cuda_kernels import (
+    Case,
+    arguments,
+    check_close,
+    fused_kernel,
+    packed_format,
+    target,
+)
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.schedules.cuda import gather as cuda_gather
 from tvm_balanced.schedules.cuda import gather_tile
-
-from .conftest import Case, arguments, check_close, fused_kernel, packed_format, target
 
 # two chunks of K, so that every barrier of the kernel has work before and after it
 _CASE = Case((2,), 64, 256, "4:16", "float32", "float32")

@@ -9,6 +9,14 @@ import pytest
 import torch
 
 import tvm_balanced as tb
+from tests.helpers.cuda_kernels import (
+    Case,
+    arguments,
+    check_close,
+    fused_kernel,
+    packed_format,
+    target,
+)
 from tvm_balanced.build.pipeline import TIR_PIPELINE
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.cuda.emulator import device
@@ -17,8 +25,6 @@ from tvm_balanced.schedules.cuda import gather_model as kernel_model
 from tvm_balanced.schedules.cuda import gather_tile, machine
 from tvm_balanced.targets.gpus import GPUS
 from tvm_balanced.verification.library import verify
-
-from .conftest import Case, arguments, check_close, fused_kernel, packed_format, target
 
 CASES = [
     Case((1,), 64, 8192, "4:16"),
