@@ -25,38 +25,21 @@ from pathlib import Path
 from typing import Any, Protocol
 
 Call = Callable[[], Any]
-
-
 GRAPH_CALLS = 20
-
-
 METHODS = ("graph", "events")
-
 
 # each contender's time is cut in so many parts
 _TURNS = 4
-
-
 _WARM_UP = 3
-
 
 # copies of a weight; more of them are not worth the time to make them
 _MOST_COPIES = {"cuda": 256, "cpu": 2048}
-
-
 _TWICE = 2.2
-
-
 _COPY_BYTES = {"cuda": 512 << 20, "cpu": 128 << 20}
-
 
 # libraries' threads go on spinning for a while, and would take a core from the next contender
 _REST_S = 0.02
-
-
 _MOST_SAMPLES = 2000
-
-
 _SLEEP_CYCLES = 1_000_000  # half a millisecond, longer than Python takes to queue a call
 
 

@@ -43,14 +43,8 @@ if TYPE_CHECKING:
 
 
 CACHES = ("cold", "hot")
-
-
 DTYPES = ("float32", "float16", "bfloat16")
-
-
 TARGETS = ("auto", "cuda", "llvm", *(f"llvm-{level}" for level in LLVM_LEVELS))
-
-
 _COPY = "copy"
 
 

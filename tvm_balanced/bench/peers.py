@@ -27,17 +27,10 @@ if TYPE_CHECKING:
 # half precision, which PyTorch allows cuBLAS
 TOLERANCE = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 2e-2}
 
-
 # rows of a weight that the reference takes to float64 at a time
 _REFERENCE_ROWS = 2048
-
-
 _PRUNE_ELEMENTS = 1 << 26
-
-
 _INT4_GROUP = 128
-
-
 _INT4_TILES = 8
 
 
@@ -405,7 +398,6 @@ class TvmDense:
 
 
 OWN = Balanced()
-
 
 PEERS: tuple[Peer, ...] = (
     TorchDense(),

@@ -14,10 +14,7 @@ from tvm_balanced.errors import InputError, ToolchainError
 from tvm_balanced.support.files import write_whole
 
 Row = Mapping[str, Any]
-
-
 _PROBLEM = ("set", "layer", "n", "k", "m", "pattern", "zeros", "dtype", "cache")
-
 
 _OWN = (
     "kernel_pattern",
@@ -41,9 +38,7 @@ _OWN = (
     "note",
 )
 
-
 PEER_FIELDS = ("us", "p20_us", "p80_us", "ratio", "method", "error", "note")
-
 
 ENVIRONMENT = (
     "kind",
@@ -62,14 +57,12 @@ ENVIRONMENT = (
     "time",
 )
 
-
 COLUMNS = (
     *_PROBLEM,
     *_OWN,
     *(f"{peer}_{column}" for peer in peer_names() for column in PEER_FIELDS),
     *ENVIRONMENT,
 )
-
 
 MODEL_COLUMNS = (
     "model",
@@ -89,11 +82,8 @@ MODEL_COLUMNS = (
     *ENVIRONMENT,
 )
 
-
 # what makes two rows measurements of the same thing
 _KEY = (*_PROBLEM, "kind", "device", "arch", "threads", "torch", "commit")
-
-
 PLOT_FORMATS = (".svg", ".png", ".pdf")
 
 

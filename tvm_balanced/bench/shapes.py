@@ -51,7 +51,6 @@ class Problem:
 # the paper's seven shares of zeros, 50 to 93.75 %, in blocks of 16: its K of 8196 is padded to 8208
 _PAPER_PATTERNS = ("4:16", "2:16", "8:16", "1:16", "6:16", "5:16", "3:16")
 
-
 SETS: dict[str, ShapeSet] = {
     # decoder layers: attention and MLP of 7B, of 70B, and a square one between
     "llm": ShapeSet(
@@ -110,11 +109,8 @@ SETS: dict[str, ShapeSet] = {
     ),
 }
 
-
 # which rows a run that is cut off should have
 _FIRST_ROWS = (1, 8)
-
-
 _FIRST_PATTERNS = ("4:16", "2:16", "1:16")
 
 

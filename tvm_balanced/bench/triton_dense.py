@@ -12,7 +12,6 @@ import triton.language as tl
 
 _ROWS = 16  # the smallest extent tl.dot takes
 
-
 # outputs of a tile, columns a step, shares of K, warps
 _CHOICES = (
     (32, 128, 4, 4),
@@ -23,7 +22,6 @@ _CHOICES = (
     (128, 64, 1, 4),
     (128, 64, 8, 4),
 )
-
 
 _chosen: dict[tuple[int, int, int, torch.dtype, torch.device], tuple[int, int, int, int]] = {}
 

@@ -15,14 +15,8 @@ from tvm_balanced.pruning.gradual import GradualPruner
 from tvm_balanced.support.optional import need
 
 Tell = Callable[[str], None]
-
-
 DIGITS_PATTERN = "2:16"
-
-
 BATCH = 64
-
-
 SEED = 0
 
 

@@ -32,31 +32,21 @@ from tvm_balanced.support.optional import need
 from tvm_balanced.targets.host import core_count
 
 MINILM_PATTERNS = ("4:16", "2:16")
-
-
 GPU = "cuda-sm_90"
-
 
 # sentences to prune by, and steps of 16 sentences to distil for after each pattern
 CALIBRATION = 128
-
-
 STEPS = 60
-
-
 TOKENS = 32
-
 
 # of the largest output: how far the compiled model may be from PyTorch on the same weights, fp32
 TOLERANCE = 1e-4
-
 
 CAVEAT = (
     "MiniLM was pruned by SparseGPT from 128 sentences and distilled for seconds: this is a demonstration "
     "of speed and size, not a usable model. The cosine says how much of its embeddings is left; the digits "
     "above show what gradual pruning with fine-tuning keeps."
 )
-
 
 SENTENCES = (
     "A man is playing a guitar on the street.",

@@ -15,12 +15,10 @@ _SUBJECTS = (
     "Every student", "The research team", "A stray dog", "The orchestra", "The new customer",
 )  # fmt: skip
 
-
 _VERBS = (
     "looked for", "talked about", "repaired", "forgot", "described", "bought", "was afraid of",
     "paid too much for", "took a photograph of", "wrote a letter about", "carried", "complained about",
 )  # fmt: skip
-
 
 _OBJECTS = (
     "a broken bicycle", "the price of bread", "an ancient map", "the weather in spring",
@@ -28,7 +26,6 @@ _OBJECTS = (
     "the results of the election", "a lost umbrella", "the bridge across the river",
     "a book on astronomy", "the football match", "an electric car", "the recipe of the soup",
 )  # fmt: skip
-
 
 _ENDS = (
     "before breakfast", "in the middle of the night", "while it was raining", "at the station",

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 
-
 # of the mean of the second moments' diagonal, added to it: what SparseGPT does
 _DAMPING = 0.01
 

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 
 SCHEDULES = ("cubic", "linear")
-
-
 _STATE_VERSION = 1
 
 

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 
 Batch = tuple[Any, ...]
-
-
 Tell = Callable[[str], None]
 
 

@@ -29,10 +29,8 @@ if TYPE_CHECKING:
 
 CANDIDATES = ("8:16", "4:16", "2:16")
 
-
 # of the time allowed: what the choice rounds to
 _TIME_STEPS = 4000
-
 
 # halvings of the range of speedups where a loss is given
 _TRIALS = 5

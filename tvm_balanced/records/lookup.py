@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 
 ESTIMATES = "estimates"
-
-
 LOGS_VARIABLE = "TVM_BALANCED_LOGS"
 
 

@@ -13,8 +13,6 @@ from tvm_balanced.records.traces import is_default
 # sure to one or two percent; kernels that were faster by so little made MiniLM slower (docs/tuning.md).
 # Those of GPUs are predicted as yet, and the model cannot tell nearer ones apart
 _NEAR = {"llvm": 1.05}
-
-
 _NEAR_OTHERS = 1.1
 
 

@@ -10,11 +10,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = "tvm-balanced tuning records"
-
-
 FORMAT_VERSION = 1
-
-
 METHODS = ("measured", "estimated")
 
 

@@ -28,27 +28,14 @@ from tvm_balanced.records.record import Environment, Record
 from tvm_balanced.records.traces import is_default
 
 WORKLOADS = "database_workload.json"
-
-
 RECORDS = "database_tuning_record.json"
-
-
 ENVIRONMENT = "environment.json"
-
 
 # what must be the same in two targets for one's records to serve the other
 _TARGET_KEYS = ("kind", "arch", "mcpu", "mattr", "num-cores", "max_shared_memory_per_block")
-
-
 _LOCK = ".lock"
-
-
 _LOST = b"null"
-
-
 _LOCK_SECONDS = 60.0
-
-
 _TOLD = 3  # problems that a warning spells out
 
 

@@ -6,11 +6,7 @@ from typing import Any
 
 # annotations by which a trace names one of our kernels and its knobs, or the default schedule
 KERNEL_NOTE = "tvm_balanced.kernel"
-
-
 KNOB_NOTE = "tvm_balanced.knob."
-
-
 DEFAULT_KERNEL = "default"
 
 

@@ -31,12 +31,8 @@ _TENSOR_CORES = {
     "cuda_expand": (cuda_expand, expand_model),
 }
 
-
 _GATHER = "cuda_gather"
-
-
 KERNELS = (*_TENSOR_CORES, _GATHER)
-
 
 # numbers that a model gives for a kernel
 PARTS = len(fields(Prediction))

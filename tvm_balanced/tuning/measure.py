@@ -20,45 +20,26 @@ from tvm_balanced.targets.threads import use_cores
 
 CACHES = ("model", "cold", "hot")
 
-
 # of one candidate
 BUILD_SECONDS = 60.0
-
-
 RUN_SECONDS = 30.0
-
 
 # of the best ones together
 _TOGETHER_SECONDS = 120.0
-
-
 _REPEATS = {"cold": 15, "hot": 7}
-
-
 _HOT_MS = 5
-
 
 # of a candidate that takes turns with copies of its weights: at least so many runs, and for so long
 _FEWEST_TURNS = 30
-
-
 _TURNS_SECONDS = 0.05
-
 
 # a record keeps the medians of so many parts of them
 _PARTS = 15
 
-
 # of these copies together; no CPU's last cache holds as much
 _MOST_BYTES = 256 << 20
-
-
 _BUILDS_OF_A_PROCESS = 256
-
-
 log = logging.getLogger("tvm_balanced.tuning")
-
-
 Signature = tuple[tuple[str, tuple[int, ...]], ...]
 
 

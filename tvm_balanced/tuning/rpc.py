@@ -24,22 +24,15 @@ from tvm_balanced.tuning.measure import RUN_SECONDS, Arguments, Feed, Known, Sig
 # until a tracker answers
 _CONNECT_SECONDS = 5.0
 
-
 # between two looks at the tracker, and at the candidates, while these are measured
 _LOOK_SECONDS = 2.0
-
-
 _POLL_SECONDS = 0.02
-
 
 # sessions that a candidate waits for, its own among them, before its process is given up
 _SESSIONS = 4
 
-
 # looks in a row that find no server before the run is given up: one is between two sessions at times
 _LOOKS = 3
-
-
 log = logging.getLogger("tvm_balanced.tuning")
 
 

@@ -17,11 +17,9 @@ if TYPE_CHECKING:
 
 RUNNERS = ("local", "rpc", "model")
 
-
 # states of the caches that a runner can measure with, its usual one first; only here can a kernel be
 # called without the warm-up of TVM's evaluator, and the kernel model counts every byte from memory
 _CACHES = {"local": measure.CACHES, "rpc": ("cold", "hot"), "model": ("cold",)}
-
 
 _NEEDED = {
     "local": ("xgboost", "psutil", "cloudpickle"),

@@ -24,40 +24,20 @@ if TYPE_CHECKING:
 
 BATCH = 16
 
-
 # the best few are measured again beside the default: by turns where the runner can, else one after the
 # other until the best one was measured so often
 _FINALISTS = 8
-
-
 _TURNS = 9
-
-
 _AGAIN = 3
-
-
 _TIMES = 3
-
-
 _ROUNDS = 3
-
-
 _POPULATION = 128
-
-
 _FEWEST_UNMEASURED = 8
-
-
 _WARM_UP_SAMPLES = 16
-
 
 # what the second round of measurements may take of the time
 _FOR_SEARCH = 0.85
-
-
 log = logging.getLogger("tvm_balanced.tuning")
-
-
 _SEARCH_LOG = logging.getLogger("tvm_balanced.tuning.search")
 
 

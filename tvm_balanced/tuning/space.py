@@ -21,7 +21,6 @@ from tvm_balanced.tuning import estimates as kernel_models
 # columns of a candidate's features that hold its knobs
 _KNOB_COLUMNS = 8
 
-
 # of TVM's features of one store
 _STORE_COLUMNS = 164
 
