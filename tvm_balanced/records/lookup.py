@@ -13,9 +13,9 @@ from tvm_balanced.errors import InputError
 from tvm_balanced.records.ranking import rank
 from tvm_balanced.records.record import Environment, Record, tvm_version
 from tvm_balanced.records.store import (
-    _TOLD,
     ENVIRONMENT,
     RECORDS,
+    SPELT_OUT,
     WORKLOADS,
     read_folder,
     target_key,
@@ -88,11 +88,9 @@ class Lookup:
         """All problems in one sentence; None where there are none."""
         if not self.problems:
             return None
-        told = "; ".join(self.problems[:_TOLD])
-        more = len(self.problems) - _TOLD
-        return f"tuning records were passed over: {told}" + (
-            f"; and {more} more" if more > 0 else ""
-        )
+        more = len(self.problems) - SPELT_OUT
+        ends = [f"and {more} more"] if more > 0 else []
+        return "tuning records were passed over: " + "; ".join([*self.problems[:SPELT_OUT], *ends])
 
 
 def user_logs() -> Path:
@@ -127,17 +125,17 @@ def places(logs: str | Path | None = None) -> list[Path]:
     InputError
         When ``logs`` is no folder.
     """
-    found = []
+    folders = []
     if logs is not None:
         if not Path(logs).is_dir():
             raise InputError(
                 f"logs is {logs}, which is no folder; give one that tvm-balanced tune wrote, or leave it out"
             )
-        found.append(Path(logs))
+        folders.append(Path(logs))
     variable = os.environ.get(LOGS_VARIABLE)
     if variable:
-        found.append(Path(variable))
-    return [*found, user_logs(), shipped_logs()]
+        folders.append(Path(variable))
+    return [*folders, user_logs(), shipped_logs()]
 
 
 def find(spec: TargetSpec, where: Sequence[Path], target: Mapping[str, Any]) -> Lookup:

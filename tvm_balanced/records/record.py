@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
 
 FORMAT = "tvm-balanced tuning records"
 FORMAT_VERSION = 1
-METHODS = ("measured", "estimated")
+Method = Literal["measured", "estimated"]
+
+
+class _Body(msgspec.Struct, array_like=True, frozen=True):
+    """A record as MetaSchedule writes it, behind the number of its workload."""
+
+    trace: tuple[list[Any], list[Any]]
+    run_secs: Annotated[
+        list[Annotated[float, msgspec.Meta(gt=0, le=1e9)]], msgspec.Meta(min_length=1)
+    ]
+    target: dict[str, Any]
+    args_info: list[Any]
 
 
 @dataclass(frozen=True)
@@ -47,24 +60,20 @@ class Record:
         ValueError
             When it is of another form, or a time is no positive number.
         """
-        key, module = workload
-        trace, run_secs, target, args_info = record
-        if not (isinstance(key, str | int) and isinstance(module, str)):
-            raise ValueError("a workload is not a hash and a module")
-        instructions, decisions = trace
-        if not (isinstance(instructions, list) and isinstance(decisions, list)):
-            raise ValueError("its trace is not instructions and decisions")
-        if not isinstance(target, dict) or not isinstance(args_info, list):
-            raise ValueError("its target or its arguments are missing")
-        seconds = tuple(float(value) for value in run_secs)
-        if not seconds or not all(math.isfinite(value) and value > 0 for value in seconds):
-            raise ValueError("its times are not positive numbers")
-        return Record((str(key), module), trace, seconds, target, args_info)
+        key, module = msgspec.convert(workload, tuple[str | int, str])
+        body = msgspec.convert(record, _Body)
+        trace = [list(part) for part in body.trace]
+        return Record((str(key), module), trace, tuple(body.run_secs), body.target, body.args_info)
 
     @property
     def trace_text(self) -> str:
         """The trace as one line; equal for the same decisions."""
-        return json.dumps(self.trace, separators=(",", ":"))
+        return trace_text(self.trace)
+
+
+def trace_text(trace: Any) -> str:
+    """MetaSchedule's JSON of a trace as one line."""
+    return json.dumps(trace, separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ class Environment:
     model : str
         The GPU or CPU, as its driver or the system calls it.
     kind, arch : str
-        Of the target.
+        Kind and architecture of the target.
     tvm : str
         Version of TVM, whose IR the records hold.
     method : str
@@ -92,7 +101,7 @@ class Environment:
     kind: str
     arch: str
     tvm: str
-    method: str
+    method: Method
     runs: tuple[Mapping[str, Any], ...] = ()
 
     @staticmethod
@@ -105,24 +114,17 @@ class Environment:
             With what is wrong with it.
         """
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read ({error})") from error
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise ValueError(f"{path} is not of format {FORMAT!r}")
-        if document.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"{path} has format version {document.get('format_version')!r}, expected {FORMAT_VERSION}"
-            )
-        names = ("device", "model", "kind", "arch", "tvm", "method")
-        runs = document.get("runs")
-        if not all(isinstance(document.get(name), str) for name in names) or not (
-            isinstance(runs, list) and all(isinstance(run, dict) for run in runs)
-        ):
-            raise ValueError(f"{path} lacks {', '.join(names)} or runs")
-        if document["method"] not in METHODS:
-            raise ValueError(f"{path} has method {document['method']!r}, expected one of {METHODS}")
-        return Environment(**{name: document[name] for name in names}, runs=tuple(runs))
+        for name, expected in (("format", FORMAT), ("format_version", FORMAT_VERSION)):
+            if document.get(name) != expected:
+                what = name.replace("_", " ")
+                raise ValueError(f"{path} has {what} {document.get(name)!r}, expected {expected!r}")
+        try:
+            return msgspec.convert(document, Environment)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"{path} is not as written ({error})") from error
 
     def text(self) -> str:
         """The contents of ``environment.json``."""
@@ -139,13 +141,11 @@ class Environment:
         own, theirs = ({run.get("caches") for run in one.runs} for one in (self, other))
         # times with other caches are no reason to prefer a schedule
         if own and theirs and own != theirs:
-            told = ["/".join(sorted(map(str, one))) for one in (theirs, own)]
-            return f"was measured with --cache {told[0]}, not {told[1]}"
+            before, now = ("/".join(sorted(map(str, caches))) for caches in (theirs, own))
+            return f"was measured with --cache {before}, not {now}"
         return None
 
 
 def tvm_version() -> str:
     """The installed TVM's version, without importing it."""
-    from importlib.metadata import version
-
     return version("apache-tvm")

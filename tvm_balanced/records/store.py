@@ -6,8 +6,8 @@ a folder of their own below it (``estimates/``). TVM itself gives up at the firs
 takes the best record of any GPU; here a line that cannot be used is left alone and named, and only records
 of the target that is compiled for count.
 
-Files are replaced whole, under a lock that several tuners share, so that ``kill -9`` at any moment leaves
-the old or the new file. Nothing here imports TVM.
+Lines are appended and synced under a lock that several tuners share, so that ``kill -9`` at any moment costs
+at most the line that was being written. Nothing here imports TVM.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import filelock
+import msgspec
 
 from tvm_balanced.errors import InputError, OutputError
 from tvm_balanced.records.ranking import rank
@@ -36,7 +39,7 @@ _TARGET_KEYS = ("kind", "arch", "mcpu", "mattr", "num-cores", "max_shared_memory
 _LOCK = ".lock"
 _LOST = b"null"
 _LOCK_SECONDS = 60.0
-_TOLD = 3  # problems that a warning spells out
+SPELT_OUT = 3  # problems that a warning gives in full
 
 
 # --- reading
@@ -81,34 +84,35 @@ def _parse(
     problems: list[str] = []
     workloads: list[Any] = []
     for number, line in enumerate(workload_lines, 1):
-        found = _load(line)
-        if not (isinstance(found, list) and len(found) == 2):
+        workload = _pair(line)
+        if workload is None:
             problems.append(f"line {number} of {folder / WORKLOADS} is damaged")
-            found = None
-        workloads.append(found)
+        workloads.append(workload)
     records = []
     for number, line in enumerate(record_lines, 1):
         where = f"line {number} of {folder / RECORDS}"
-        found = _load(line)
-        if not (isinstance(found, list) and len(found) == 2 and isinstance(found[1], list)):
+        pair = _pair(line)
+        if pair is None:
             problems.append(f"{where} is damaged")
             continue
-        index, body = found
+        index, body = pair
         if type(index) is not int or not 0 <= index < len(workloads) or workloads[index] is None:
             problems.append(f"{where} is of a kernel that {WORKLOADS} lacks")
             continue
         try:
             records.append(Record.from_json(workloads[index], body))
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             problems.append(f"{where} cannot be used ({error})")
     return records, problems
 
 
-def _load(line: bytes) -> Any:
+def _pair(line: bytes) -> list[Any] | None:
+    """The two values of a line; None for a damaged one."""
     try:
-        return json.loads(line)
+        value = msgspec.json.decode(line)
     except (ValueError, RecursionError):
         return None
+    return value if isinstance(value, list) and len(value) == 2 else None
 
 
 # --- writing
@@ -170,24 +174,8 @@ class RecordFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with _lock(self.folder):
-                there = self._check()
-                self._begin(there)
-                # what is there is kept byte by byte, damaged lines too; only a cut-off end is closed
-                workloads = _lines(self.folder / WORKLOADS)
-                lines = _lines(self.folder / RECORDS)
-                # records of workloads that were cut off must not become those of the next ones
-                workloads += [_LOST] * (
-                    max(map(_workload_of, lines), default=-1) + 1 - len(workloads)
-                )
-                index = {line: i for i, line in enumerate(workloads)}
-                for record in records:
-                    workload = _dump(list(record.workload))
-                    if workload not in index:
-                        index[workload] = len(workloads)
-                        workloads.append(workload)
-                    lines.append(_record_line(index[workload], record))
-                _replace(self.folder / WORKLOADS, workloads)
-                _replace(self.folder / RECORDS, lines)
+                self._begin(self._check())
+                self._append(records)
         except OSError as error:
             if isinstance(error, OutputError):
                 raise
@@ -195,6 +183,24 @@ class RecordFolder:
                 f"{self.folder} cannot be written ({error.strerror or error}); give another folder with "
                 "--logs"
             ) from error
+
+    def _append(self, records: Sequence[Record]) -> None:
+        known = _lines(self.folder / WORKLOADS)
+        last = max(map(_workload_of, _lines(self.folder / RECORDS)), default=-1)
+        # records of workloads that were cut off must not become those of the next ones
+        workloads = [_LOST] * (last + 1 - len(known))
+        index = {line: i for i, line in enumerate([*known, *workloads])}
+        lines = []
+        for record in records:
+            workload = msgspec.json.encode(record.workload)
+            if workload not in index:
+                index[workload] = len(known) + len(workloads)
+                workloads.append(workload)
+            body = (record.trace, record.run_secs, record.target, record.args_info)
+            lines.append(msgspec.json.encode((index[workload], body)))
+        # a record never refers to a workload that is not on disk
+        _append_lines(self.folder / WORKLOADS, workloads)
+        _append_lines(self.folder / RECORDS, lines)
 
     def _begin(self, there: Environment | None) -> None:
         if self._begun:
@@ -205,7 +211,7 @@ class RecordFolder:
                 left.unlink(missing_ok=True)
         runs = (*(there.runs if there else ()), *self.environment.runs)
         merged = Environment(**{**asdict(self.environment), "runs": runs})
-        _replace_text(self.folder / ENVIRONMENT, merged.text())
+        _replace(self.folder / ENVIRONMENT, merged.text().encode())
         self._begun = True
 
 
@@ -251,7 +257,7 @@ def prune(folder: Path, keep: int) -> tuple[int, int]:
             for record, line in zip(records, lines, strict=True)
             if (_kernel(record), record.trace_text) in chosen
         ]
-        _replace(folder / RECORDS, kept)
+        _replace(folder / RECORDS, b"".join(line + b"\n" for line in kept))
     return len(records), len(kept)
 
 
@@ -268,27 +274,25 @@ def _by_kernel(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]
 
 def _workload_of(line: bytes) -> int:
     """Which workload a line of a record refers to; -1 for a damaged one."""
-    found = re.match(rb"\[(\d{1,6}),", line)
-    return int(found[1]) if found else -1
+    match = re.match(rb"\[(\d{1,6}),", line)
+    return int(match[1]) if match else -1
 
 
-def _record_line(index: int, record: Record) -> bytes:
-    return _dump([index, [record.trace, list(record.run_secs), record.target, record.args_info]])
+def _append_lines(path: Path, lines: Sequence[bytes]) -> None:
+    if not lines:
+        return
+    with path.open("a+b") as file:
+        # what is there stays byte by byte, damaged lines too; only a cut-off end is closed
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(b"".join(line + b"\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def _dump(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
-
-
-def _replace(path: Path, lines: Sequence[bytes]) -> None:
-    _replace_bytes(path, b"".join(line + b"\n" for line in lines))
-
-
-def _replace_text(path: Path, text: str) -> None:
-    _replace_bytes(path, text.encode())
-
-
-def _replace_bytes(path: Path, data: bytes) -> None:
+def _replace(path: Path, data: bytes) -> None:
     # a sibling: only within one file system is a rename atomic
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -306,8 +310,6 @@ def _replace_bytes(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    import filelock
-
     # the system frees it when its process ends, however that ends
     try:
         with filelock.FileLock(folder / _LOCK, timeout=_LOCK_SECONDS):
