@@ -99,7 +99,7 @@ def main(
 ) -> None:
     """Time whole models and print one table of ratios."""
     from tvm_balanced.bench import results
-    from tvm_balanced.bench.models import measure_model
+    from tvm_balanced.bench.models import ModelCase, measure_model
 
     path = Path(destination) if destination else None
     if path is not None and path.exists():
@@ -114,13 +114,10 @@ def main(
             click.echo(f"{name} is left out: {error}", err=True)
             continue
         made = measure_model(
-            name,
-            built.module,
-            built.inputs,
+            ModelCase(name, built.module, built.inputs, dtype),
             machine,
             patterns=patterns,
             policy=policy,
-            dtype=dtype,
             seconds=seconds,
             threads=threads,
             compiled=not no_compile,

@@ -165,12 +165,12 @@ def test_layers_of_a_library_are_problems(tmp_path):
 
 
 def test_whole_model_rows(machine):
-    from tvm_balanced.bench.models import measure_model
+    from tvm_balanced.bench.models import ModelCase, measure_model
 
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.ReLU(), torch.nn.Linear(96, 32))
     rows = measure_model(
-        "mlp", module.eval(), (torch.randn(2, 64),), machine,
+        ModelCase("mlp", module.eval(), (torch.randn(2, 64),)), machine,
         patterns=("4:16",), policy="always", seconds=0.02, compiled=False,
     )  # fmt: skip
     assert [row["contender"] for row in rows] == [
@@ -193,7 +193,7 @@ def test_whole_model_that_does_not_agree_is_not_timed(machine, monkeypatch):
     monkeypatch.setattr(benchmark_models, "_load", lambda module, model: None)
     module = torch.nn.Linear(64, 32).eval()
     rows = benchmark_models.measure_model(
-        "linear", module, (torch.randn(2, 64),), machine,
+        benchmark_models.ModelCase("linear", module, (torch.randn(2, 64),)), machine,
         patterns=("2:16",), policy="always", seconds=0.02, compiled=False,
     )  # fmt: skip
     assert "ms" in rows[0] and "ms" not in rows[2]

@@ -176,14 +176,14 @@ def copies_for(num_bytes: int, cache_bytes: int, device: str) -> tuple[int, bool
 
 def last_cache_bytes(folder: str = "/sys/devices/system/cpu/cpu0/cache") -> int:
     """The largest cache of the first CPU in bytes; 32 MiB where the system does not say."""
-    found = []
+    sizes = []
     for file in Path(folder).glob("index*/size"):
         text = file.read_text().strip()
         unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:], 1)
         digits = text.rstrip("KMG")
         if digits.isdigit():
-            found.append(int(digits) * unit)
-    return max(found, default=32 << 20)
+            sizes.append(int(digits) * unit)
+    return max(sizes, default=32 << 20)
 
 
 class CpuClock:
@@ -214,8 +214,8 @@ class CpuClock:
                 except Exception as error:
                     problems[name] = short(error)
         return {
-            name: problems[name] if name in problems else Timing.of(found, self.method)
-            for name, found in samples.items()
+            name: problems[name] if name in problems else Timing.of(times, self.method)
+            for name, times in samples.items()
         }
 
     def _turn(self, load: Load, seconds: float) -> list[float]:
@@ -226,7 +226,7 @@ class CpuClock:
             if time.perf_counter() - begin > seconds:
                 # what warming up does for a call as long as this is lost in it
                 break
-        found = []
+        samples = []
         end = time.perf_counter() + seconds
         while True:
             call = load.next()
@@ -234,9 +234,9 @@ class CpuClock:
                 self._flush()
             start = self._now()
             call()
-            found.append((self._now() - start) * 1e6)
-            if time.perf_counter() >= end or len(found) >= _MOST_SAMPLES:
-                return found
+            samples.append((self._now() - start) * 1e6)
+            if time.perf_counter() >= end or len(samples) >= _MOST_SAMPLES:
+                return samples
 
     def _flush(self) -> None:
         import torch
@@ -340,9 +340,9 @@ class CudaClock:
 
         replay()
         torch.cuda.synchronize(self.device)
-        found: list[float] = []
+        samples: list[float] = []
         end = time.perf_counter() + seconds
-        while not found or (time.perf_counter() < end and len(found) < _MOST_SAMPLES):
+        while not samples or (time.perf_counter() < end and len(samples) < _MOST_SAMPLES):
             pairs = []
             # several in the queue, so that the device never waits for the host
             for _ in range(5):
@@ -352,16 +352,16 @@ class CudaClock:
                 pair[1].record()
                 pairs.append(pair)
             torch.cuda.synchronize(self.device)
-            found += [begin.elapsed_time(done) * 1e3 / calls for begin, done in pairs]
-        return found
+            samples += [begin.elapsed_time(done) * 1e3 / calls for begin, done in pairs]
+        return samples
 
     def _events(self, load: Load, seconds: float) -> list[float]:
         import torch
 
-        found: list[float] = []
+        samples: list[float] = []
         end = time.perf_counter() + seconds
         with torch.cuda.stream(self._stream):
-            while not found or (time.perf_counter() < end and len(found) < _MOST_SAMPLES):
+            while not samples or (time.perf_counter() < end and len(samples) < _MOST_SAMPLES):
                 call = load.next()
                 begin, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 if load.flush:
@@ -372,8 +372,8 @@ class CudaClock:
                 call()
                 done.record()
                 torch.cuda.synchronize(self.device)
-                found.append(begin.elapsed_time(done) * 1e3)
-        return found
+                samples.append(begin.elapsed_time(done) * 1e3)
+        return samples
 
     def copying(self) -> tuple[Load, int]:
         """See :class:`Clock`."""

@@ -92,8 +92,8 @@ class Machine:
             tensor = tvm.runtime.empty(
                 tuple(int(n) for n in tensor.shape), str(tensor.dtype), tvm.cpu()
             ).copyfrom(tensor)
-        found: torch.Tensor = torch.from_dlpack(tensor)
-        return found
+        shared: torch.Tensor = torch.from_dlpack(tensor)
+        return shared
 
     def on_stream(self, call: Call) -> Call:
         """``call`` of TVM on the stream that torch uses at that moment."""

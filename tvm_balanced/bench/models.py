@@ -10,6 +10,8 @@ import copy
 import datetime
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tvm_balanced.bench.clock import Call, CpuClock, Load, Timing, short
@@ -54,15 +56,34 @@ class _Device:
         return int(total - free)
 
 
+@dataclass(frozen=True)
+class ModelCase:
+    """A model to be measured.
+
+    Parameters
+    ----------
+    name : str
+        What rows call the model.
+    module : torch.nn.Module
+        The model on the CPU, in evaluation mode and in ``dtype``.
+    inputs : tuple of torch.Tensor
+        Arguments of one call, on the CPU.
+    dtype : str
+        Dtype of weights and floating-point inputs.
+    """
+
+    name: str
+    module: torch.nn.Module
+    inputs: tuple[torch.Tensor, ...]
+    dtype: str = "float32"
+
+
 def measure_model(
-    name: str,
-    module: torch.nn.Module,
-    inputs: Sequence[torch.Tensor],
+    case: ModelCase,
     machine: Machine,
     *,
     patterns: Sequence[str] = ("4:16", "2:16"),
     policy: str = "auto",
-    dtype: str = "float32",
     seconds: float = 1.0,
     threads: int | None = None,
     compiled: bool = True,
@@ -72,24 +93,18 @@ def measure_model(
 
     Parameters
     ----------
-    name : str
-        Of the model.
-    module : torch.nn.Module
-        On the CPU, in evaluation mode and in ``dtype``.
-    inputs : sequence of torch.Tensor
-        Of one call, on the CPU.
+    case : ModelCase
+        The model and its inputs.
     machine : Machine
         Where to run.
     patterns : sequence of str
         One contender each, pruned at once; its weights ruin the model, and time does not know it.
     policy : str
-        Of layers of pruned models: see :func:`tvm_balanced.compile`.
-    dtype : str
-        Of weights and floating-point inputs.
+        Which layers of pruned models run sparse: see :func:`tvm_balanced.compile`.
     seconds : float
         Measuring time of a contender.
     threads : int, optional
-        For the record.
+        Threads of a CPU, for the record.
     compiled : bool
         Whether ``torch.compile`` takes part: it takes minutes for some models.
     tell : callable
@@ -105,25 +120,62 @@ def measure_model(
 
     import tvm_balanced as tb
 
-    place = _Device(machine)
-    moved = tuple(place.move(value) for value in inputs)
-    rows: list[dict[str, Any]] = []
-    loads: dict[int, Load] = {}
+    contenders = _Contenders(case, machine, threads, tell)
+    with torch.no_grad():
+        expected = _reference(case.module, case.inputs)
+        contenders.add("PyTorch eager", "", lambda: contenders.eager(None), expected)
+        if compiled:
+            modes = {"torch.compile": "default"}
+            if contenders.place.on_gpu:
+                modes["torch.compile, graphs"] = "reduce-overhead"
+            for name, mode in modes.items():
+                contenders.add(name, "", partial(contenders.eager, mode), expected)
+        model = tb.from_torch(case.module, case.inputs, name=case.name)
+        ours = partial(contenders.ours, model, "never")
+        contenders.add("tvm-balanced, dense", "", ours, expected)
+        for pattern in patterns:
+            pruned = model.prune(pattern)
+            same = copy.deepcopy(case.module)
+            _load(same, pruned)
+            ours = partial(contenders.ours, pruned, policy)
+            contenders.add(f"tvm-balanced, {pattern}", pattern, ours, _reference(same, case.inputs))
+        return contenders.measure(seconds)
 
-    def add(
-        contender: str, make: Callable[[], tuple[Call, Any, int]], pattern: str, expected: Any
+
+class _Contenders:
+    """Rows of a model's contenders, and the calls of those that gave right results."""
+
+    def __init__(
+        self,
+        case: ModelCase,
+        machine: Machine,
+        threads: int | None,
+        tell: Callable[[str], None],
     ) -> None:
-        tell(f"{name}: {contender}")
-        row: dict[str, Any] = {
-            "model": name,
-            "inputs": " ".join("x".join(str(n) for n in x.shape) for x in inputs),
-            "dtype": dtype,
-            "contender": contender,
-            "pattern": pattern,
+        self.case, self.tell = case, tell
+        self.place = _Device(machine)
+        self.inputs = tuple(self.place.move(value) for value in case.inputs)
+        self.common: dict[str, Any] = {
+            "model": case.name,
+            "inputs": " ".join("x".join(map(str, x.shape)) for x in case.inputs),
+            "dtype": case.dtype,
             **environment(machine, threads),
         }
-        rows.append(row)
-        before = place.used_bytes()
+        self.rows: list[dict[str, Any]] = []
+        self.loads: dict[str, Load] = {}  # by the number of the row
+
+    def add(
+        self,
+        contender: str,
+        pattern: str,
+        make: Callable[[], tuple[Call, list[Any], int]],
+        expected: Sequence[Any],
+    ) -> None:
+        """Check a contender's result, and keep its call where it is right."""
+        self.tell(f"{self.case.name}: {contender}")
+        row: dict[str, Any] = {"contender": contender, "pattern": pattern, **self.common}
+        self.rows.append(row)
+        before = self.place.used_bytes()
         try:
             call, result, sparse = make()
             for _ in range(2):
@@ -132,67 +184,56 @@ def measure_model(
             row["note"] = short(error)
             return
         row["sparse_layers"] = sparse
-        if place.on_gpu:
-            row["peak_device_bytes"] = place.used_bytes() - before
+        if self.place.on_gpu:
+            row["peak_device_bytes"] = self.place.used_bytes() - before
         row["error"] = _error(result, expected)
-        if not row["error"] <= TOLERANCE[dtype]:
-            row["note"] = f"not timed: error {row['error']:.1e} is above {TOLERANCE[dtype]:.0e}"
-            return
-        loads[len(rows) - 1] = Load([call])
+        limit = TOLERANCE[self.case.dtype]
+        if row["error"] <= limit:
+            self.loads[str(len(self.rows) - 1)] = Load([call])
+        else:
+            row["note"] = f"not timed: error {row['error']:.1e} is above {limit:.0e}"
 
-    def eager(mode: str | None) -> tuple[Call, Any, int]:
-        made: Any = copy.deepcopy(module).to(machine.device)
+    def eager(self, mode: str | None) -> tuple[Call, list[Any], int]:
+        """PyTorch itself, compiled in a mode of ``torch.compile`` or not at all."""
+        import torch
+
+        made: Any = copy.deepcopy(self.case.module).to(self.place.machine.device)
         if mode is not None:
             made = torch.compile(made, mode=mode)
-        return *_called(lambda: made(*moved), place), 0
+        return *_called(lambda: made(*self.inputs), self.place), 0
 
-    def ours(model: Model, chosen: str) -> tuple[Call, Any, int]:
-        made = tb.compile(model, machine.spec, policy=chosen)
+    def ours(self, model: Model, policy: str) -> tuple[Call, list[Any], int]:
+        """A library of this package."""
+        import tvm_balanced as tb
+
+        made = tb.compile(model, self.place.machine.spec, policy=policy)
         loaded = made.load()
         sparse = sum(layer.decision == "sparse" for layer in made.report)
-        return *_called(lambda: loaded(*moved), place), sparse
+        return *_called(lambda: loaded(*self.inputs), self.place), sparse
 
-    with torch.no_grad():
-        expected = _reference(module, inputs)
-        add("PyTorch eager", lambda: eager(None), "", expected)
-        if compiled:
-            add("torch.compile", lambda: eager("default"), "", expected)
-            if place.on_gpu:
-                add("torch.compile, graphs", lambda: eager("reduce-overhead"), "", expected)
-        model = tb.from_torch(module, tuple(inputs), name=name)
-        add("tvm-balanced, dense", lambda: ours(model, "never"), "", expected)
-        for pattern in patterns:
-            pruned = model.prune(pattern)
-            same = copy.deepcopy(module)
-            _load(same, pruned)
-            add(
-                f"tvm-balanced, {pattern}",
-                lambda pruned=pruned: ours(pruned, policy),  # type: ignore[misc]
-                pattern,
-                _reference(same, inputs),
-            )
-        tell(f"{name}: {len(loads)} contenders by turns")
-        named = {str(at): load for at, load in loads.items()}
-        timings = CpuClock().measure(named, seconds)
-    for at, timing in ((int(at), timing) for at, timing in timings.items()):
-        if isinstance(timing, Timing):
-            rows[at] |= {
-                "ms": timing.median / 1e3,
-                "p20_ms": timing.p20 / 1e3,
-                "p80_ms": timing.p80 / 1e3,
-                "samples": timing.samples,
-            }
-        else:
-            rows[at]["note"] = timing
-    base = rows[0].get("ms")
-    for row in rows:
-        if base is not None and "ms" in row:
-            row["ratio"] = base / row["ms"]
-        row["time"] = datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")
-    return rows
+    def measure(self, seconds: float) -> list[dict[str, Any]]:
+        """Time what is right by turns, and finish the rows."""
+        self.tell(f"{self.case.name}: {len(self.loads)} contenders by turns")
+        for number, timing in CpuClock().measure(self.loads, seconds).items():
+            row = self.rows[int(number)]
+            if isinstance(timing, Timing):
+                row |= {
+                    "ms": timing.median / 1e3,
+                    "p20_ms": timing.p20 / 1e3,
+                    "p80_ms": timing.p80 / 1e3,
+                    "samples": timing.samples,
+                }
+            else:
+                row["note"] = timing
+        base = self.rows[0].get("ms")
+        for row in self.rows:
+            if base is not None and "ms" in row:
+                row["ratio"] = base / row["ms"]
+            row["time"] = datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")
+        return self.rows
 
 
-def _called(run: Callable[[], Any], place: _Device) -> tuple[Call, Any]:
+def _called(run: Callable[[], Any], place: _Device) -> tuple[Call, list[Any]]:
     """A call that waits for its result, and what it gives, on the CPU."""
 
     def call() -> Any:
@@ -224,10 +265,10 @@ def _load(module: torch.nn.Module, model: Model) -> None:
             parameter.copy_(from_numpy(model.params[name], parameter.device))
 
 
-def _error(found: Sequence[Any], expected: Sequence[Any]) -> float:
+def _error(results: Sequence[Any], expected: Sequence[Any]) -> float:
     """The largest over the outputs."""
     worst = 0.0
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(results, expected, strict=True):
         off = float((one.double() - other.double()).abs().max() / other.double().abs().max())
         worst = max(worst, off) if off == off else float("inf")
     return worst

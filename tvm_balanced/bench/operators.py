@@ -410,7 +410,7 @@ def library_problems(library: Library) -> list[Problem]:
     """
     from tvm_balanced.bench.shapes import LayerShape, in_order
 
-    found: dict[tuple[Any, ...], Problem] = {}
+    problems: dict[tuple[Any, ...], Problem] = {}
     for row in library.report:
         if row.decision != "sparse" or row.pattern is None:
             continue
@@ -419,9 +419,9 @@ def library_problems(library: Library) -> list[Problem]:
             n, k = row.shape
             key = (n, k, m, row.pattern, row.dtype)
             layer = LayerShape(row.name, n, k)
-            found.setdefault(key, Problem(library.path.name, layer, m, row.pattern, row.dtype))
-    if not found:
+            problems.setdefault(key, Problem(library.path.name, layer, m, row.pattern, row.dtype))
+    if not problems:
         raise InputError(
             f"{library.path} has no layer that runs sparse; compile it with --policy always"
         )
-    return in_order(list(found.values()))
+    return in_order(list(problems.values()))

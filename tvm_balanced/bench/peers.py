@@ -123,14 +123,14 @@ def relative_error(contender: Contender, call: Call) -> float:
     """Largest difference of a call's result from float64, over the largest result; inf for NaN."""
     import torch
 
-    found = contender.result(call())
+    result = contender.result(call())
     data, worst, largest = contender.data.double(), 0.0, 0.0
-    if tuple(found.shape) != (data.shape[0], contender.weight.shape[0]):
+    if tuple(result.shape) != (data.shape[0], contender.weight.shape[0]):
         return math.inf
     for start in range(0, contender.weight.shape[0], _REFERENCE_ROWS):
         rows = slice(start, start + _REFERENCE_ROWS)
         expected = data @ contender.weight[rows].double().T
-        off = (found[:, rows].double().to(expected.device) - expected).abs()
+        off = (result[:, rows].double().to(expected.device) - expected).abs()
         if not bool(torch.isfinite(off).all()):
             return math.inf
         worst = max(worst, float(off.max()))
@@ -293,16 +293,16 @@ class Csr:
         with warnings.catch_warnings():
             # PyTorch calls its CSR support beta
             warnings.simplefilter("ignore", UserWarning)
-            found = weights.pruned.to_sparse_csr()
-        crow, columns = found.crow_indices().int(), found.col_indices().int()
-        kept, columns_of_x = found.values(), data.T.contiguous()
+            sparse = weights.pruned.to_sparse_csr()
+        crow, columns = sparse.crow_indices().int(), sparse.col_indices().int()
+        kept, columns_of_x = sparse.values(), data.T.contiguous()
 
         def make() -> Call:
             csr = torch.sparse_csr_tensor(
                 crow.clone(),
                 columns.clone(),
                 kept.clone(),
-                size=found.shape,
+                size=sparse.shape,
                 check_invariants=False,
             )
             return lambda: csr @ columns_of_x

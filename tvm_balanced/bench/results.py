@@ -216,12 +216,12 @@ def plot(rows: Sequence[Row], folder: Path, suffix: str = ".svg") -> list[Path]:
         at = (str(row["kind"]), str(row["device"]), str(row["dtype"]), str(row["cache"]))
         groups.setdefault(at, []).append(row)
     written = []
-    for (kind, device, dtype, cache), found in groups.items():
+    for (kind, device, dtype, cache), points in groups.items():
         label = "-".join(_word(part) for part in (kind, device, dtype, cache))
         title = f"{device}, {dtype}, caches {cache}"
         for name, draw in (("ratio", _draw_ratio), ("roofline", _draw_roofline)):
             path = folder / f"{name}-{label}{suffix}"
-            draw(found, title, path)
+            draw(points, title, path)
             written.append(path)
     return written
 

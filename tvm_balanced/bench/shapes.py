@@ -164,7 +164,7 @@ def problems(
             f"layer {min(wanted - known)} is in none of the sets {', '.join(names)}; "
             f"their layers are {', '.join(sorted(known))}"
         )
-    found = [
+    problems = [
         Problem(name, layer, m, pattern, dtype)
         for name in names
         for dtype in dtypes
@@ -175,15 +175,15 @@ def problems(
         and (most_weights is None or layer.n * layer.k <= most_weights)
         and BalancedPattern(pattern).block <= layer.k
     ]
-    if not found:
+    if not problems:
         raise InputError("no layer of the sets is left; allow more weights or a smaller block")
-    return in_order(found)
+    return in_order(problems)
 
 
-def in_order(found: Sequence[Problem]) -> list[Problem]:
+def in_order(problems: Sequence[Problem]) -> list[Problem]:
     """The most telling first: see :func:`problems`. What is equal stays in the order given."""
-    dtypes = list(dict.fromkeys(problem.dtype for problem in found))
-    groups = list(dict.fromkeys((p.set, p.layer, p.pattern) for p in found))
+    dtypes = list(dict.fromkeys(problem.dtype for problem in problems))
+    groups = list(dict.fromkeys((p.set, p.layer, p.pattern) for p in problems))
 
     def rank(problem: Problem) -> tuple[int, int, int, int]:
         pattern = problem.pattern
@@ -197,4 +197,4 @@ def in_order(found: Sequence[Problem]) -> list[Problem]:
             groups.index((problem.set, problem.layer, pattern)),
         )
 
-    return sorted(found, key=rank)
+    return sorted(problems, key=rank)

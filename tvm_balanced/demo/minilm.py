@@ -208,13 +208,13 @@ def token_batches(sentences: Sequence[str], size: int = 16) -> list[Batch]:
     transformers = need("transformers", "demo", "the demo")
     tokenizer = transformers.AutoTokenizer.from_pretrained(encoder_folder(), local_files_only=True)
     ordered = sorted(sentences, key=lambda text: len(tokenizer.encode(text)))
-    found = []
+    batches = []
     for start in range(0, len(ordered), size):
         tokens = tokenizer(ordered[start : start + size], padding=True, return_tensors="pt")
-        found.append((tokens["input_ids"], tokens["attention_mask"]))
+        batches.append((tokens["input_ids"], tokens["attention_mask"]))
     # lengths in turns, so that no stretch of a distillation sees one length only
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
-    return [found[int(i)] for i in order]
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0))
+    return [batches[int(i)] for i in order]
 
 
 def sentence_encoder() -> tuple[Any, list[tuple[Any, Any]]]:

@@ -55,8 +55,8 @@ class _Moments:
 
     def add(self, data: torch.Tensor) -> None:
         rows = data.detach().reshape(-1, data.shape[-1]).float()
-        found = rows.T @ rows if self.full else rows.square().sum(dim=0)
-        self.total = found if self.total is None else self.total.add_(found)
+        moments = rows.T @ rows if self.full else rows.square().sum(dim=0)
+        self.total = moments if self.total is None else self.total.add_(moments)
         self.rows += rows.shape[0]
 
 

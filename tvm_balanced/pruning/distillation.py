@@ -87,10 +87,10 @@ def distill(
                 with torch.no_grad():
                     expected = _outputs(teacher, batch)
                 optimizer.zero_grad(set_to_none=True)
-                found = _outputs(module, batch)
+                outputs = _outputs(module, batch)
                 errors = [
                     (a - b).square().mean() / b.square().mean().clamp_min(1e-12)
-                    for a, b in zip(found, expected, strict=True)
+                    for a, b in zip(outputs, expected, strict=True)
                 ]
                 loss = torch.stack(errors).mean()
                 if not bool(torch.isfinite(loss)):
@@ -118,9 +118,9 @@ def _outputs(module: torch.nn.Module, batch: Batch) -> list[torch.Tensor]:
     """Outputs of all linear layers, in order, then the model's own; all in float32."""
     import torch
 
-    found: list[torch.Tensor] = []
-    with _watch(lambda kind, data, weight: None, found.append):
+    outputs: list[torch.Tensor] = []
+    with _watch(lambda kind, data, weight: None, outputs.append):
         answer = _call(module, batch)
     flat = torch.utils._pytree.tree_leaves(answer)
-    found += [x for x in flat if isinstance(x, torch.Tensor) and x.is_floating_point()]
-    return [x.float() for x in found]
+    outputs += [x for x in flat if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    return [x.float() for x in outputs]

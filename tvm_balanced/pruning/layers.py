@@ -60,7 +60,7 @@ def find_linear(module: torch.nn.Module, batch: Batch) -> list[LinearLayer]:
         When the model has no linear layer on this input, or does not run on it.
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    found: dict[int, LinearLayer] = {}
+    layers: dict[int, LinearLayer] = {}
     inputs: list[Any] = []  # kept alive, so that no id is given twice
     tables: set[int] = set()
 
@@ -68,26 +68,26 @@ def find_linear(module: torch.nn.Module, batch: Batch) -> list[LinearLayer]:
         key = id(weight)
         if kind == "embedding":
             tables.add(key)
-        elif key in found:
-            found[key].uses += 1
+        elif key in layers:
+            layers[key].uses += 1
         elif key in names and weight.ndim == 2:
             if not inputs or inputs[-1] is not data:
                 inputs.append(data)
-            found[key] = LinearLayer(names[key], weight, len(inputs) - 1)
+            layers[key] = LinearLayer(names[key], weight, len(inputs) - 1)
 
     with _eval(module), _no_grad(), _watch(look):
         _call(module, batch)
-    if not found:
+    if not layers:
         raise InputError(
             f"{type(module).__name__} calls no linear layer on these inputs, so there is nothing to prune; "
             "give a model with linear layers"
         )
-    for key, layer in found.items():
+    for key, layer in layers.items():
         if key in tables:
             layer.blocked = "its weight is also read by an embedding"
         elif not layer.weight.is_floating_point():
             layer.blocked = f"its weight is {layer.weight.dtype}"
-    return list(found.values())
+    return list(layers.values())
 
 
 def agreement(module: torch.nn.Module, teacher: torch.nn.Module, batches: Sequence[Batch]) -> float:
@@ -103,7 +103,7 @@ def agreement(module: torch.nn.Module, teacher: torch.nn.Module, batches: Sequen
     cosines = []
     with _eval(module), _eval(teacher), torch.no_grad():
         for batch in batches:
-            found, expected = (
+            result, expected = (
                 torch.utils._pytree.tree_leaves(_call(part, batch))[0] for part in (module, teacher)
             )
             if not (isinstance(expected, torch.Tensor) and expected.is_floating_point()):
@@ -111,7 +111,7 @@ def agreement(module: torch.nn.Module, teacher: torch.nn.Module, batches: Sequen
                     "the model's first output is no floating-point tensor, so no loss can be told; let "
                     "the model return its logits or embeddings first"
                 )
-            a, b = (x.flatten(1).double() if x.ndim > 1 else x[:, None] for x in (found, expected))
+            a, b = (x.flatten(1).double() if x.ndim > 1 else x[:, None] for x in (result, expected))
             cosines.append(torch.nn.functional.cosine_similarity(a, b, dim=1))
     return float(torch.cat(cosines).mean())
 

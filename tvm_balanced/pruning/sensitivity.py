@@ -125,7 +125,7 @@ def scan(
     plans = {
         form: {row.name: row for row in model.plan(target, form, policy="always")} for form in forms
     }
-    found: list[LayerChoice] = []
+    choices: list[LayerChoice] = []
     for row in model.plan(target, forms[0], policy="always"):
         times = {form: plans[form][row.name] for form in forms}
         dense_us = max((r.dense_us or 0.0 for r in times.values()), default=0.0)
@@ -144,9 +144,9 @@ def scan(
                 loss = 1 - agreement(module, teacher, batches)
                 layer.weight.copy_(before)
             options.append(Option(form, planned.sparse_us, max(loss, 0.0)))
-        found.append(LayerChoice(row.name, row.shape, options[0], dense_us, tuple(options)))
-    total = sum(layer.dense_us for layer in found)
-    return Selection(tuple(found), total, total)
+        choices.append(LayerChoice(row.name, row.shape, options[0], dense_us, tuple(options)))
+    total = sum(layer.dense_us for layer in choices)
+    return Selection(tuple(choices), total, total)
 
 
 def choose(scanned: Selection, speedup: float) -> Selection:

@@ -84,10 +84,10 @@ def operator_of(mod: tvm.IRModule) -> BalancedBlock:
     MismatchError
         When it holds none with static shapes.
     """
-    found = find(mod["main"])
-    if found is None or found.rows is None:
+    operator = find(mod["main"])
+    if operator is None or operator.rows is None:
         raise space.MismatchError("the kernel holds no balanced operator with static shapes")
-    return found
+    return operator
 
 
 def candidate_of(mod: tvm.IRModule, target: tvm.target.Target) -> Candidate:
@@ -98,33 +98,33 @@ def candidate_of(mod: tvm.IRModule, target: tvm.target.Target) -> Candidate:
     MismatchError
         When no model knows it.
     """
-    told = workload.knobs_of(mod)
-    if told is None:
+    noted = workload.knobs_of(mod)
+    if noted is None:
         raise space.MismatchError("it stands for none of our kernels")
-    if told[0] == workload.DEFAULT:
+    if noted[0] == workload.DEFAULT:
         return default_candidate(operator_of(mod), target)
-    return Candidate.of(*told)
+    return Candidate.of(*noted)
 
 
-def default_candidate(found: BalancedBlock, target: tvm.target.Target) -> Candidate:
+def default_candidate(operator: BalancedBlock, target: tvm.target.Target) -> Candidate:
     """Kernel and knobs of the default schedule.
 
     Parameters
     ----------
-    found : BalancedBlock
+    operator : BalancedBlock
         The operator, with static shapes.
     target : tvm.target.Target
         A CUDA target.
     """
     for kernel, (schedule, _) in _TENSOR_CORES.items():
-        if schedule.takes(found):
-            chosen = schedule.choose(found.fmt, found.rows, found.value_dtype, target)
+        if schedule.takes(operator):
+            chosen = schedule.choose(operator.fmt, operator.rows, operator.value_dtype, target)
             if chosen is not None:
                 return Candidate(kernel, chosen[0])
     tile = cuda_gather.default_tile(
-        found.fmt,
-        found.rows,
-        found.data_dtype,
+        operator.fmt,
+        operator.rows,
+        operator.data_dtype,
         cuda_gather.shared_limit(target),
         gpu_figures(target),
     )
@@ -132,7 +132,7 @@ def default_candidate(found: BalancedBlock, target: tvm.target.Target) -> Candid
 
 
 def predict(
-    found: BalancedBlock,
+    operator: BalancedBlock,
     target: tvm.target.Target,
     candidate: Candidate,
     compiled: KernelResources | None = None,
@@ -141,7 +141,7 @@ def predict(
 
     Parameters
     ----------
-    found : BalancedBlock
+    operator : BalancedBlock
         The operator, with static shapes.
     target : tvm.target.Target
         A CUDA target.
@@ -151,14 +151,14 @@ def predict(
         Of the compiled kernel, instead of estimates.
     """
     gpu = machine.machine(gpu_figures(target))
-    rows = found.rows or 1
+    rows = operator.rows or 1
     if isinstance(candidate.knobs, Tile):
         _, model = _TENSOR_CORES[candidate.kernel]
-        told: Prediction = model.predict(
-            gpu, found.fmt, rows, found.value_dtype, candidate.knobs, compiled
+        prediction: Prediction = model.predict(
+            gpu, operator.fmt, rows, operator.value_dtype, candidate.knobs, compiled
         )
-        return told
-    return kernel_model.Model(gpu, found.fmt, rows, found.data_dtype).predict(
+        return prediction
+    return kernel_model.Model(gpu, operator.fmt, rows, operator.data_dtype).predict(
         candidate.knobs, compiled
     )
 
@@ -175,9 +175,9 @@ def features(mod: tvm.IRModule, target: tvm.target.Target, candidate: Candidate)
     candidate : Candidate
         Its kernel.
     """
-    told = predict(operator_of(mod), target, candidate)
+    prediction = predict(operator_of(mod), target, candidate)
     # what cannot be launched has no time
-    return [float(x) if math.isfinite(x) else 0.0 for x in astuple(told)]
+    return [float(x) if math.isfinite(x) else 0.0 for x in astuple(prediction)]
 
 
 @derived_object
@@ -212,6 +212,6 @@ class ModelScores(ms.cost_model.PyCostModel):  # type: ignore[misc]
     def _one(self, task: str, mod: tvm.IRModule) -> float:
         key = task, candidate_of(mod, self.target)
         if key not in self.known:
-            told = predict(operator_of(mod), self.target, key[1])
-            self.known[key] = 1 / told.total_us
+            prediction = predict(operator_of(mod), self.target, key[1])
+            self.known[key] = 1 / prediction.total_us
         return self.known[key]

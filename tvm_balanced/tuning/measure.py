@@ -195,11 +195,11 @@ class Timer:
             min_repeat_ms=0 if cold else _HOT_MS,
             f_preproc="cache_flush_cpu_non_first_arg" if cold else "",
         )
-        found = []
+        seconds = []
         for args in repeated_args:
             device.sync()
-            found.append([float(value) for value in evaluator(*args).results])
-        return list(itertools.chain.from_iterable(found))
+            seconds.append([float(value) for value in evaluator(*args).results])
+        return list(itertools.chain.from_iterable(seconds))
 
 
 def _turns(module: Any, repeated_args: Sequence[Sequence[Any]]) -> list[float]:
@@ -210,16 +210,16 @@ def _turns(module: Any, repeated_args: Sequence[Sequence[Any]]) -> list[float]:
     function = module[module.entry_name]
     for args in repeated_args:
         function(*args)
-    found: list[float] = []
+    turns: list[float] = []
     end = time.perf_counter() + _TURNS_SECONDS
     for args in itertools.cycle(repeated_args):
         begin = time.perf_counter()
         function(*args)
         now = time.perf_counter()
-        found.append(now - begin)
-        if now > end and len(found) >= _FEWEST_TURNS:
+        turns.append(now - begin)
+        if now > end and len(turns) >= _FEWEST_TURNS:
             break
-    return [float(np.median(part)) for part in np.array_split(found, _PARTS)]
+    return [float(np.median(part)) for part in np.array_split(turns, _PARTS)]
 
 
 class LocalTimer(Timer):
@@ -261,8 +261,8 @@ class LocalRunner:
 
     def run(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """A future for each of MetaSchedule's runner inputs, one measured after the other."""
-        found: Sequence[Any] = self._one.run(list(inputs))
-        return found
+        futures: Sequence[Any] = self._one.run(list(inputs))
+        return futures
 
     def by_turns(self, inputs: Sequence[Any], rounds: int) -> list[list[float]] | None:
         """Measure candidates of one kernel in rounds over all of them, with the same arguments.
@@ -291,8 +291,8 @@ class LocalRunner:
         if outcome.status != StatusKind.COMPLETE:
             log.debug("not measured by turns: %s", outcome.value)
             return None
-        found: list[list[float]] = outcome.value
-        return found
+        seconds: list[list[float]] = outcome.value
+        return seconds
 
 
 def _by_turns(
@@ -304,14 +304,14 @@ def _by_turns(
     device = tvm.cpu()
     modules = [tvm.runtime.load_module(path) for path in paths]
     args = arguments(device, args_info, 1)
-    found: list[list[float]] = [[] for _ in paths]
+    seconds: list[list[float]] = [[] for _ in paths]
     order = list(range(len(paths)))
     mix = random.Random(0)
     for _ in range(rounds):
         mix.shuffle(order)
         for i in order:
-            found[i].append(float(np.median(timer(modules[i], device, None, args))))
-    return found
+            seconds[i].append(float(np.median(timer(modules[i], device, None, args))))
+    return seconds
 
 
 class ProcessBuilder:

@@ -104,17 +104,17 @@ def estimate(mod: Any, target: Any) -> Estimate:
             raise TvmBalancedError(f"{kernel.name} spills: {kernel.stack_bytes} bytes a thread")
     # the second of two kernels only adds sums
     first = kernels[0]
-    told = kernel_models.predict(kernel_models.operator_of(mod), target, candidate, first)
-    if not math.isfinite(told.total_us):
+    prediction = kernel_models.predict(kernel_models.operator_of(mod), target, candidate, first)
+    if not math.isfinite(prediction.total_us):
         raise TvmBalancedError(
             f"{first.name} cannot be launched with {first.registers} registers a thread and "
-            f"{told.shared_bytes} bytes of shared memory"
+            f"{prediction.shared_bytes} bytes of shared memory"
         )
     return Estimate(
-        told.total_us * 1e-6,
+        prediction.total_us * 1e-6,
         first.registers,
-        told.shared_bytes,
-        told.resident,
+        prediction.shared_bytes,
+        prediction.resident,
         candidate.kernel,
         candidate.values(),
     )
@@ -122,9 +122,9 @@ def estimate(mod: Any, target: Any) -> Estimate:
 
 def make_estimate(mod: Any, target: Any) -> str:
     """As :func:`estimate`, into a file in a folder of its own, for :class:`ModelRunner`; its path."""
-    found = estimate(mod, target)
+    estimated = estimate(mod, target)
     path = Path(tempfile.mkdtemp(prefix="tvm-balanced-")) / _ESTIMATE
-    path.write_text(json.dumps(asdict(found)))
+    path.write_text(json.dumps(asdict(estimated)))
     return str(path)
 
 
@@ -135,8 +135,8 @@ class ModelRunner:
         """One result for each of MetaSchedule's runner inputs, in order."""
         from tvm.s_tir import meta_schedule as ms
 
-        found = []
+        results = []
         for given in inputs:
             seconds = json.loads(Path(str(given.artifact_path)).read_text())["seconds"]
-            found.append(Known(ms.runner.RunnerResult([seconds], None)))
-        return found
+            results.append(Known(ms.runner.RunnerResult([seconds], None)))
+        return results

@@ -61,10 +61,10 @@ class KernelResult:
             return None
         return self.default_us / self.best_us
 
-    def update(self, found: Iterable[Record]) -> None:
+    def update(self, records: Iterable[Record]) -> None:
         """Sum up all records of the kernel, in the order they were made."""
-        found = list(found)
-        ranked = ranking.rank(found)
+        records = list(records)
+        ranked = ranking.rank(records)
         self.trials = sum(not traces.is_default(entry.record.trace) for entry in ranked)
         if ranked:
             self.best_us, self.best = ranked[0].seconds * 1e6, describe(ranked[0].record)
@@ -73,7 +73,7 @@ class KernelResult:
                 self.default_us = entry.seconds * 1e6
         self.history = []
         seen: set[str] = set()
-        for record in found:
+        for record in records:
             if record.trace_text in seen:
                 continue
             seen.add(record.trace_text)

@@ -68,8 +68,8 @@ class Tracker:
                 f"the rpc runner needs a tracker and a key, and was given tracker {address} and key {key}; "
                 "give host:port of a tracker and the key its servers were started with"
             )
-        found = re.fullmatch(r"(.+):(\d{1,5})", address)
-        if found is None or not 0 < int(found[2]) < 1 << 16:
+        match = re.fullmatch(r"(.+):(\d{1,5})", address)
+        if match is None or not 0 < int(match[2]) < 1 << 16:
             raise InputError(
                 f'the tracker "{address}" is not of the form host:port; give 10.0.0.7:9190'
             )
@@ -77,7 +77,7 @@ class Tracker:
             raise InputError(
                 f'the key "{key}" has a colon, which TVM\'s tracker cannot tell; rename it'
             )
-        return Tracker(found[1], int(found[2]), key)
+        return Tracker(match[1], int(match[2]), key)
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
@@ -96,14 +96,14 @@ class Tracker:
             with socket.create_connection((self.host, self.port), timeout=_CONNECT_SECONDS):
                 pass
             session = rpc.connect_tracker(self.host, self.port)
-            told = session.summary()
+            summary = session.summary()
             session.close()
         except (OSError, RuntimeError) as error:
             raise ToolchainError(
                 f"no RPC tracker answers at {self} ({error}); start one with "
                 f"python -m tvm.exec.rpc_tracker --host 0.0.0.0 --port {self.port}"
             ) from error
-        return sum(server["key"] == f"server:{self.key}" for server in told["server_info"])
+        return sum(server["key"] == f"server:{self.key}" for server in summary["server_info"])
 
     def no_server(self) -> ToolchainError:
         """What to say where no server of the key is left."""

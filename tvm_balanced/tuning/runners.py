@@ -146,12 +146,12 @@ class Runner:
 
     def describe(self) -> dict[str, Any]:
         """For a run's entry in ``environment.json``."""
-        told: dict[str, Any] = {"runner": self.name}
+        description: dict[str, Any] = {"runner": self.name}
         if self.tracker is not None:
-            told |= {"tracker": str(self.tracker), "key": self.tracker.key}
+            description |= {"tracker": str(self.tracker), "key": self.tracker.key}
         if self.estimates:
             from tvm_balanced.cuda.nvrtc import compiler
             from tvm_balanced.schedules.cuda.machine import CALIBRATION
 
-            told |= {"model": CALIBRATION, "compiler": compiler()}
-        return told
+            description |= {"model": CALIBRATION, "compiler": compiler()}
+        return description

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tvm_balanced.records import ranking, traces
 from tvm_balanced.records import store as records
-from tvm_balanced.records.record import Record
+from tvm_balanced.records.record import Record, trace_text
 from tvm_balanced.records.store import RecordFolder
 from tvm_balanced.targets.host import core_count
 from tvm_balanced.targets.resolve import TargetSpec
@@ -161,18 +161,18 @@ class _Tuner:
             results[i] = future.result()
         for result in built:
             measure.remove_artifact(result.path)
-        found = [_Measured(c, r) for c, r in zip(candidates, results, strict=True)]
-        self._keep(state, found)
-        return found
+        measured = [_Measured(c, r) for c, r in zip(candidates, results, strict=True)]
+        self._keep(state, measured)
+        return measured
 
-    def _keep(self, state: _State, found: Sequence[_Measured]) -> None:
+    def _keep(self, state: _State, measured: Sequence[_Measured]) -> None:
         fresh = []
-        for item in found:
+        for item in measured:
             if item.result.error_msg is not None:
                 # workers get the terminal's Ctrl-C too, which says nothing about a candidate
                 if not self.stopped.is_set():
                     state.result.failures += 1
-                    state.known.setdefault(self._text(state, item.candidate), None)
+                    state.known.setdefault(_text(item.candidate), None)
                     log.debug("%s: %s", state.task.name, item.result.error_msg)
                 continue
             record = self._record(state, item.candidate, item.result.run_secs)
@@ -184,7 +184,7 @@ class _Tuner:
         for record in fresh:
             state.known.setdefault(record.trace_text, None)
         for item, record in zip(
-            (f for f in found if f.result.error_msg is None), fresh, strict=True
+            (f for f in measured if f.result.error_msg is None), fresh, strict=True
         ):
             state.known[record.trace_text] = item.candidate
         state.records += fresh
@@ -198,10 +198,6 @@ class _Tuner:
             self.spec.target,
             candidate.args_info,
         )
-
-    def _text(self, state: _State, candidate: Any) -> str:
-        """What a record of the candidate will have as its trace."""
-        return _plain(self._record(state, candidate, [1.0])).trace_text
 
     def _sum_up(self, state: _State) -> None:
         state.result.update(state.records)
@@ -302,15 +298,15 @@ class _Tuner:
         if not fresh:
             state.finished = True
             return
-        found = self._measure(state, fresh)
+        outcomes = self._measure(state, fresh)
         state.batches += 1
         # the search expects an answer for all that it proposed
-        measured = {self._text(state, item.candidate): item.result for item in found}
+        measured = {_text(item.candidate): item.result for item in outcomes}
         skipped = self.ms.runner.RunnerResult(None, "measured before")
         results = [measured.get(text, skipped) for text, _ in proposed]
         if proposed:
             state.context.notify_runner_results([c for _, c in proposed], results)
-        good = [item for item in found if item.result.error_msg is None]
+        good = [item for item in outcomes if item.result.error_msg is None]
         if good:
             self.model.update(state.context, [g.candidate for g in good], [g.result for g in good])
 
@@ -323,7 +319,7 @@ class _Tuner:
         except IndexError:
             # how TVM's search ends where every candidate was measured
             candidates = None
-        return [(self._text(state, candidate), candidate) for candidate in candidates or ()]
+        return [(_text(candidate), candidate) for candidate in candidates or ()]
 
     def _rest(self, state: _State, most: int) -> list[Any]:
         """Points of our kernels' spaces that were not measured, the first few of them."""
@@ -334,7 +330,7 @@ class _Tuner:
             for point in space.points():
                 sch = point_schedule(state.task.mod, space, point)
                 candidate = self.ms.MeasureCandidate(sch, state.default.args_info)
-                if self._text(state, candidate) not in state.known:
+                if _text(candidate) not in state.known:
                     rest.append(candidate)
                 if len(rest) == most:
                     return rest
@@ -399,6 +395,11 @@ class _Tuner:
                 total=sum(s.limit for s in self.states),
             )
         )
+
+
+def _text(candidate: Any) -> str:
+    """What a record of the candidate will have as its trace."""
+    return trace_text(candidate.sch.trace.as_json())
 
 
 def _plain(record: Any) -> Record:

@@ -93,8 +93,8 @@ class KnobsGoTogether(ms.postproc.PyPostproc):  # type: ignore[misc]
 
     def apply(self, sch: s_tir.Schedule) -> bool:
         """Whether the knobs that ``sch`` is annotated with are valid."""
-        found = workload.knobs_of(sch.mod)
-        return found is not None and self.spaces[found[0]].valid(found[1])
+        noted = workload.knobs_of(sch.mod)
+        return noted is not None and self.spaces[noted[0]].valid(noted[1])
 
     def clone(self) -> Any:
         """Another of its kind."""
@@ -164,10 +164,10 @@ class KernelFeatures(ms.feature_extractor.PyFeatureExtractor):  # type: ignore[m
         return [self._one(context, candidate) for candidate in candidates]
 
     def _one(self, context: Any, candidate: Any) -> Any:
-        found = workload.knobs_of(candidate.sch.mod)
-        if found is None:
+        noted = workload.knobs_of(candidate.sch.mod)
+        if noted is None:
             return self._features(context, candidate, {})
-        kernel, knobs = found
+        kernel, knobs = noted
         key = (str(context.task_name), kernel, tuple(knobs.values()))
         if key not in self.known:
             if kernel in kernel_models.KERNELS:

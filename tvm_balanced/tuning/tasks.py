@@ -107,7 +107,7 @@ def find_tasks(mod: tvm.IRModule, target: tvm.target.Target, kernels: str = "all
     """
     sites = _call_sites(mod)
     total = max((_weight_bytes(mod, func) for func in _functions(mod)), default=0)
-    found: dict[str, Task] = {}
+    tasks: dict[str, Task] = {}
     for gvar, func in mod.functions_items():
         if not isinstance(func, tirx.PrimFunc):
             continue
@@ -120,14 +120,14 @@ def find_tasks(mod: tvm.IRModule, target: tvm.target.Target, kernels: str = "all
             continue
         key = workload.workload_hash(plain)
         calls = sites.get(name, [])
-        count = max(len(calls), 1) + (found[key].uses if key in found else 0)
+        count = max(len(calls), 1) + (tasks[key].uses if key in tasks else 0)
         weights = calls[0] if calls else ()
         detail = "" if block is None else f"{format_text(block.fmt)} M={block.rows}"
         bound = 0
         if block is not None:
             bound = block.fmt.pattern.block if block.fmt.encoding == "u8" else 256
-        found[key] = Task(
-            name=found[key].name if key in found else name,
+        tasks[key] = Task(
+            name=tasks[key].name if key in tasks else name,
             mod=plain,
             key=key,
             uses=count,
@@ -136,7 +136,7 @@ def find_tasks(mod: tvm.IRModule, target: tvm.target.Target, kernels: str = "all
             weights=weights,
             between=total if weights else 0,
         )
-    return sorted(found.values(), key=lambda task: not task.balanced)
+    return sorted(tasks.values(), key=lambda task: not task.balanced)
 
 
 def _work(func: tirx.PrimFunc) -> int | None:
@@ -161,7 +161,7 @@ def _functions(mod: tvm.IRModule) -> list[relax.Function]:
 
 def _calls(func: relax.Function) -> list[tuple[str, list[Any]]]:
     """The kernels that a function calls, each with what it is given."""
-    found: list[tuple[str, list[Any]]] = []
+    calls: list[tuple[str, list[Any]]] = []
 
     def visit(call: Any) -> None:
         if (
@@ -170,10 +170,10 @@ def _calls(func: relax.Function) -> list[tuple[str, list[Any]]]:
             and isinstance(call.args[0], tvm.ir.GlobalVar)
         ):
             given = call.args[1] if len(call.args) > 1 else ()
-            found.append((str(call.args[0].name_hint), list(getattr(given, "fields", ()))))
+            calls.append((str(call.args[0].name_hint), list(getattr(given, "fields", ()))))
 
     relax.analysis.post_order_visit(func, visit)
-    return found
+    return calls
 
 
 def _parameters(func: relax.Function) -> set[Any]:
