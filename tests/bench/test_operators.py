@@ -1,5 +1,7 @@
 """Rows of a benchmark: derived columns, contenders that fail, time limits, the machine."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from tvm_balanced.errors import InputError, ToolchainError
 from tvm_balanced.support import provenance
 
 PROBLEM = Problem("test", LayerShape("layer", 64, 256), 2, "4:16", "float32")
+PEERS = {peer.name: peer for peer in peers.PEERS}
 
 
 class Planted:
@@ -27,7 +30,7 @@ class Planted:
     def prepare(self, machine, problem, weights, data):
         if self.fault == "missing":
             raise bench_machine.PeerMissing("not on this machine")
-        contender = peers.TorchDense().prepare(machine, problem, weights, data)
+        contender = PEERS["dense"].prepare(machine, problem, weights, data)
         make, seen = contender.make, []
 
         def spoilt():
@@ -82,7 +85,7 @@ def test_row_says_where_and_with_what(bench):
 
 
 @pytest.mark.parametrize(
-    "fault, told",
+    "fault, reason",
     [
         ("missing", "not on this machine"),
         ("wrong", "not timed: error"),
@@ -90,16 +93,17 @@ def test_row_says_where_and_with_what(bench):
         ("crash later", "RuntimeError: no kernel image"),
     ],
 )
-def test_faulty_peer_has_empty_columns_and_the_reason(bench, fault, told):
+def test_faulty_peer_has_empty_columns_and_the_reason(bench, fault, reason):
     bench.peers = [Planted(fault)]
     for row in bench.measure(PROBLEM):
-        assert told in row["dense_note"]
+        assert reason in row["dense_note"]
         assert "dense_us" not in row and "dense_ratio" not in row
         assert row["us"] > 0
 
 
 def test_wrong_operator_is_not_timed(bench, monkeypatch):
-    monkeypatch.setattr(peers.OWN.__class__, "prepare", Planted("wrong").prepare)
+    spoilt = dataclasses.replace(peers.OWN, prepare=Planted("wrong").prepare)
+    monkeypatch.setattr(benchmarking, "OWN", spoilt)
     for row in bench.measure(PROBLEM):
         assert "not timed: error" in row["note"]
         assert "us" not in row and "dense_ratio" not in row and "gbps" not in row

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from tvm_balanced.bench.clock import Call
 from tvm_balanced.bench.machine import Machine, PeerMissing, from_numpy, to_numpy
@@ -21,6 +21,8 @@ from tvm_balanced.format.pattern import BalancedPattern
 
 if TYPE_CHECKING:
     import torch
+
+    Prepare = Callable[["Machine", "Problem", "Weights", torch.Tensor], "Contender"]
 
 
 # largest error as a share of the largest result: rounding of the result, and of sums kept in
@@ -138,275 +140,228 @@ def relative_error(contender: Contender, call: Call) -> float:
     return worst / largest
 
 
-class Peer(Protocol):
-    """One column of the comparison."""
+@dataclass(frozen=True)
+class Peer:
+    """One column of the comparison.
+
+    Attributes
+    ----------
+    name, what : str
+        The column's name, and what it stands for.
+    prepare : callable of (Machine, Problem, Weights, (M, K) torch.Tensor) -> Contender
+        Makes it ready for activations; raises :class:`PeerMissing` where it does not exist on the machine or
+        does not take the shape or dtype.
+    """
 
     name: str
     what: str
-
-    def prepare(
-        self, machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
-    ) -> Contender:
-        """Make it ready.
-
-        Parameters
-        ----------
-        machine : Machine
-            Where.
-        problem : Problem
-            What.
-        weights : Weights
-            Of the problem's layer.
-        data : (M, K) torch.Tensor
-            Activations.
-
-        Raises
-        ------
-        PeerMissing
-            Where it does not exist here or does not take the shape or dtype.
-        """
+    prepare: Prepare
 
 
-class Balanced:
+_ALL: dict[str, Peer] = {}
+
+
+def _peer(name: str, what: str) -> Callable[[Prepare], Prepare]:
+    def register(prepare: Prepare) -> Prepare:
+        _ALL[name] = Peer(name, what, prepare)
+        return prepare
+
+    return register
+
+
+@_peer("balanced", "this operator")
+def _balanced(
+    machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
+) -> Contender:
     """This package's operator, through its pipeline."""
+    from tvm import relax
 
-    name = "balanced"
-    what = "this operator"
+    from tvm_balanced import ops
+    from tvm_balanced.planning.cost import sparse_us
+    from tvm_balanced.schedules.dispatch import preferred_format
 
-    def prepare(
-        self, machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
-    ) -> Contender:
-        """See :class:`Peer`."""
-        from tvm import relax
+    n, k, dtype = problem.layer.n, problem.layer.k, problem.dtype
+    fmt = preferred_format(weights.pattern, n, k, problem.m, dtype, machine.spec.target)
+    packed = weights.packed(fmt)
+    x = relax.Var("x", relax.TensorType((problem.m, k), dtype))
+    values = relax.Var("values", relax.TensorType(packed.values.shape, dtype))
+    indices = relax.Var("indices", relax.TensorType(packed.indices.shape, "uint8"))
+    bb = relax.BlockBuilder()
+    with bb.function("main", [x, values, indices]):
+        with bb.dataflow():
+            out = bb.emit_output(ops.balanced_sparse_dense(x, values, indices, fmt, dtype))
+        bb.emit_func_output(out)
+    run = machine.build(bb.get())["main"]
+    given = machine.to_tvm(data)
 
-        from tvm_balanced import ops
-        from tvm_balanced.planning.cost import sparse_us
-        from tvm_balanced.schedules.dispatch import preferred_format
+    def make() -> Call:
+        arrays = (packed.values, packed.indices)
+        args = [machine.to_tvm(from_numpy(array, machine.device)) for array in arrays]
+        return machine.on_stream(lambda: run(given, *args))
 
-        n, k, dtype = problem.layer.n, problem.layer.k, problem.dtype
-        fmt = preferred_format(weights.pattern, n, k, problem.m, dtype, machine.spec.target)
-        packed = weights.packed(fmt)
-        x = relax.Var("x", relax.TensorType((problem.m, k), dtype))
-        values = relax.Var("values", relax.TensorType(packed.values.shape, dtype))
-        indices = relax.Var("indices", relax.TensorType(packed.indices.shape, "uint8"))
-        bb = relax.BlockBuilder()
-        with bb.function("main", [x, values, indices]):
-            with bb.dataflow():
-                out = bb.emit_output(ops.balanced_sparse_dense(x, values, indices, fmt, dtype))
-            bb.emit_func_output(out)
-        run = machine.build(bb.get())["main"]
-        given = machine.to_tvm(data)
-
-        def make() -> Call:
-            arrays = (packed.values, packed.indices)
-            args = [machine.to_tvm(from_numpy(array, machine.device)) for array in arrays]
-            return machine.on_stream(lambda: run(given, *args))
-
-        about = {
-            "layout": str(fmt.layout),
-            "encoding": fmt.encoding,
-            "kernel_pattern": str(fmt.pattern),
-            "schedule": "default",
-            "predicted_us": round(sparse_us(machine.spec, problem.m, fmt, dtype), 3),
-        }
-        return Contender(make, weights.pruned, packed.nbytes, data, machine.to_torch, about)
+    about = {
+        "layout": str(fmt.layout),
+        "encoding": fmt.encoding,
+        "kernel_pattern": str(fmt.pattern),
+        "schedule": "default",
+        "predicted_us": round(sparse_us(machine.spec, problem.m, fmt, dtype), 3),
+    }
+    return Contender(make, weights.pruned, packed.nbytes, data, machine.to_torch, about)
 
 
-class TorchDense:
+@_peer("dense", "PyTorch dense: cuBLAS on a GPU, MKL or oneDNN on a CPU")
+def _torch_dense(
+    machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
+) -> Contender:
     """``torch.nn.functional.linear``: cuBLAS on a GPU, oneDNN or MKL on a CPU."""
+    import torch
 
-    name = "dense"
-    what = "PyTorch dense: cuBLAS on a GPU, MKL or oneDNN on a CPU"
+    del machine, problem
 
-    def prepare(
-        self, machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
-    ) -> Contender:
-        """See :class:`Peer`."""
-        import torch
+    def make() -> Call:
+        weight = weights.dense.clone()
+        return lambda: torch.nn.functional.linear(data, weight)
 
-        del machine, problem
-
-        def make() -> Call:
-            weight = weights.dense.clone()
-            return lambda: torch.nn.functional.linear(data, weight)
-
-        return Contender(make, weights.dense, _bytes(weights.dense), data)
+    return Contender(make, weights.dense, _bytes(weights.dense), data)
 
 
-class Int4:
+@_peer("int4", "PyTorch int4 weight-only (_weight_int4pack_mm), groups of 128")
+def _int4(machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor) -> Contender:
     """PyTorch's int4 weight-only product: groups of 128, a scale and a zero point each; bfloat16 on a GPU."""
+    import torch
 
-    name = "int4"
-    what = "PyTorch int4 weight-only (_weight_int4pack_mm), groups of 128"
+    n, k = problem.layer.n, problem.layer.k
+    on_gpu = machine.device.type == "cuda"
+    suffix = "" if on_gpu else "_for_cpu"
+    convert = getattr(torch, f"_convert_weight_to_int4pack{suffix}", None)
+    multiply = getattr(torch, f"_weight_int4pack_mm{suffix}", None)
+    if convert is None or multiply is None:
+        raise PeerMissing("this PyTorch has no int4 product")
+    if k % _INT4_GROUP or (n % 8 if on_gpu else n % 16):
+        raise PeerMissing(f"takes no {n}x{k}: K in groups of {_INT4_GROUP}, N in tiles")
+    # the GPU kernel knows bfloat16 alone
+    x = data.to(torch.bfloat16) if on_gpu else data
+    groups = weights.dense.to(torch.float32).view(n, -1, _INT4_GROUP)
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    scale = ((high - low).clamp(min=1e-6) / 15).to(x.dtype).float()
+    zero = (low + 8 * scale).to(x.dtype).float()
+    codes = ((groups - zero) / scale).round_().add_(8).clamp_(0, 15)
+    rounded = ((codes - 8) * scale + zero).view(n, k)
+    codes = codes.to(torch.int32).view(n, k)
+    if on_gpu:
+        codes = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
+    tiles = _INT4_TILES if on_gpu else 1
+    table = torch.cat([scale, zero], dim=2).transpose(0, 1).contiguous().to(x.dtype)
 
-    def prepare(
-        self, machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
-    ) -> Contender:
-        """See :class:`Peer`."""
-        import torch
+    def make() -> Call:
+        packed, scales = convert(codes, tiles), table.clone()
+        return lambda: multiply(x, packed, _INT4_GROUP, scales)
 
-        n, k = problem.layer.n, problem.layer.k
-        on_gpu = machine.device.type == "cuda"
-        suffix = "" if on_gpu else "_for_cpu"
-        convert = getattr(torch, f"_convert_weight_to_int4pack{suffix}", None)
-        multiply = getattr(torch, f"_weight_int4pack_mm{suffix}", None)
-        if convert is None or multiply is None:
-            raise PeerMissing("this PyTorch has no int4 product")
-        if k % _INT4_GROUP or (n % 8 if on_gpu else n % 16):
-            raise PeerMissing(f"takes no {n}x{k}: K in groups of {_INT4_GROUP}, N in tiles")
-        # the GPU kernel knows bfloat16 alone
-        x = data.to(torch.bfloat16) if on_gpu else data
-        groups = weights.dense.to(torch.float32).view(n, -1, _INT4_GROUP)
-        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-        scale = ((high - low).clamp(min=1e-6) / 15).to(x.dtype).float()
-        zero = (low + 8 * scale).to(x.dtype).float()
-        codes = ((groups - zero) / scale).round_().add_(8).clamp_(0, 15)
-        rounded = ((codes - 8) * scale + zero).view(n, k)
-        codes = codes.to(torch.int32).view(n, k)
-        if on_gpu:
-            codes = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
-        tiles = _INT4_TILES if on_gpu else 1
-        table = torch.cat([scale, zero], dim=2).transpose(0, 1).contiguous().to(x.dtype)
-
-        def make() -> Call:
-            packed, scales = convert(codes, tiles), table.clone()
-            return lambda: multiply(x, packed, _INT4_GROUP, scales)
-
-        return Contender(make, rounded, n * k // 2 + _bytes(table), x)
+    return Contender(make, rounded, n * k // 2 + _bytes(table), x)
 
 
-class Csr:
+@_peer("csr", "PyTorch CSR: cuSPARSE on a GPU, MKL on a CPU; 32-bit indices")
+def _csr(machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor) -> Contender:
     """PyTorch's CSR product: cuSPARSE on a GPU, MKL on a CPU; 32-bit indices, the batch as columns."""
+    import warnings
 
-    name = "csr"
-    what = "PyTorch CSR: cuSPARSE on a GPU, MKL on a CPU; 32-bit indices"
+    import torch
 
-    def prepare(
-        self, machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
-    ) -> Contender:
-        """See :class:`Peer`."""
-        import warnings
+    del machine, problem
+    with warnings.catch_warnings():
+        # PyTorch calls its CSR support beta
+        warnings.simplefilter("ignore", UserWarning)
+        sparse = weights.pruned.to_sparse_csr()
+    crow, columns = sparse.crow_indices().int(), sparse.col_indices().int()
+    kept, columns_of_x = sparse.values(), data.T.contiguous()
 
-        import torch
+    def make() -> Call:
+        csr = torch.sparse_csr_tensor(
+            crow.clone(),
+            columns.clone(),
+            kept.clone(),
+            size=sparse.shape,
+            check_invariants=False,
+        )
+        return lambda: csr @ columns_of_x
 
-        del machine, problem
-        with warnings.catch_warnings():
-            # PyTorch calls its CSR support beta
-            warnings.simplefilter("ignore", UserWarning)
-            sparse = weights.pruned.to_sparse_csr()
-        crow, columns = sparse.crow_indices().int(), sparse.col_indices().int()
-        kept, columns_of_x = sparse.values(), data.T.contiguous()
-
-        def make() -> Call:
-            csr = torch.sparse_csr_tensor(
-                crow.clone(),
-                columns.clone(),
-                kept.clone(),
-                size=sparse.shape,
-                check_invariants=False,
-            )
-            return lambda: csr @ columns_of_x
-
-        num_bytes = sum(_bytes(part) for part in (crow, columns, kept))
-        return Contender(make, weights.pruned, num_bytes, data, lambda out: out.T)
+    num_bytes = sum(_bytes(part) for part in (crow, columns, kept))
+    return Contender(make, weights.pruned, num_bytes, data, lambda out: out.T)
 
 
-class SemiStructured:
+@_peer("semi_structured", "cuSPARSELt 2:4 through PyTorch, always 50 % zeros")
+def _semi_structured(
+    machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
+) -> Contender:
     """cuSPARSELt's 2:4 through PyTorch, weights pruned to 2:4 whatever the problem's pattern."""
+    import torch
 
-    name = "semi_structured"
-    what = "cuSPARSELt 2:4 through PyTorch, always 50 % zeros"
+    if machine.device.type != "cuda":
+        raise PeerMissing("2:4 needs a GPU")
+    if problem.dtype == "float32":
+        raise PeerMissing("2:4 has no float32")
+    if not torch.backends.cusparselt.is_available():
+        raise PeerMissing("this PyTorch has no cuSPARSELt")
+    pruned = prune(weights.dense, BalancedPattern("2:4"))
 
-    def prepare(
-        self, machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
-    ) -> Contender:
-        """See :class:`Peer`."""
-        import torch
+    def make() -> Call:
+        weight = torch.sparse.to_sparse_semi_structured(pruned)
+        return lambda: torch.nn.functional.linear(data, weight)
 
-        if machine.device.type != "cuda":
-            raise PeerMissing("2:4 needs a GPU")
-        if problem.dtype == "float32":
-            raise PeerMissing("2:4 has no float32")
-        if not torch.backends.cusparselt.is_available():
-            raise PeerMissing("this PyTorch has no cuSPARSELt")
-        pruned = prune(weights.dense, BalancedPattern("2:4"))
-
-        def make() -> Call:
-            weight = torch.sparse.to_sparse_semi_structured(pruned)
-            return lambda: torch.nn.functional.linear(data, weight)
-
-        # half of the values, and two bits for each
-        num_bytes = _bytes(pruned) // 2 + pruned.numel() // 8
-        return Contender(make, pruned, num_bytes, data)
+    # half of the values, and two bits for each
+    num_bytes = _bytes(pruned) // 2 + pruned.numel() // 8
+    return Contender(make, pruned, num_bytes, data)
 
 
-class TritonDense:
+@_peer("triton", "dense in Triton, a tile size chosen by timing")
+def _triton_dense(
+    machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
+) -> Contender:
     """A dense product in Triton: tiles on tensor cores, K split over programs for small batches."""
+    if machine.device.type != "cuda":
+        raise PeerMissing("Triton needs a GPU")
+    del problem
+    try:
+        from tvm_balanced.bench.triton_dense import linear
+    except ImportError as error:
+        raise PeerMissing("Triton is not installed") from error
 
-    name = "triton"
-    what = "dense in Triton, a tile size chosen by timing"
+    def make() -> Call:
+        weight = weights.dense.clone()
+        return lambda: linear(data, weight)
 
-    def prepare(
-        self, machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
-    ) -> Contender:
-        """See :class:`Peer`."""
-        if machine.device.type != "cuda":
-            raise PeerMissing("Triton needs a GPU")
-        del problem
-        try:
-            from tvm_balanced.bench.triton_dense import linear
-        except ImportError as error:
-            raise PeerMissing("Triton is not installed") from error
-
-        def make() -> Call:
-            weight = weights.dense.clone()
-            return lambda: linear(data, weight)
-
-        return Contender(make, weights.dense, _bytes(weights.dense), data)
+    return Contender(make, weights.dense, _bytes(weights.dense), data)
 
 
-class TvmDense:
+@_peer("tvm_dense", "dense as this package compiles it: DLight on a GPU")
+def _tvm_dense(
+    machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
+) -> Contender:
     """TVM's dense product with this package's default schedules: DLight on a GPU."""
+    from tvm import relax
 
-    name = "tvm_dense"
-    what = "dense as this package compiles it: DLight on a GPU"
+    n, k, dtype = problem.layer.n, problem.layer.k, problem.dtype
+    x = relax.Var("x", relax.TensorType((problem.m, k), dtype))
+    weight = relax.Var("weight", relax.TensorType((n, k), dtype))
+    bb = relax.BlockBuilder()
+    with bb.function("main", [x, weight]):
+        with bb.dataflow():
+            turned = bb.emit(relax.op.permute_dims(weight))
+            out = bb.emit(relax.op.matmul(x, turned, out_dtype="float32"))
+            last = bb.emit_output(out if dtype == "float32" else relax.op.astype(out, dtype))
+        bb.emit_func_output(last)
+    run = machine.build(bb.get())["main"]
+    given = machine.to_tvm(data)
 
-    def prepare(
-        self, machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
-    ) -> Contender:
-        """See :class:`Peer`."""
-        from tvm import relax
+    def make() -> Call:
+        arg = machine.to_tvm(weights.dense.clone())
+        return machine.on_stream(lambda: run(given, arg))
 
-        n, k, dtype = problem.layer.n, problem.layer.k, problem.dtype
-        x = relax.Var("x", relax.TensorType((problem.m, k), dtype))
-        weight = relax.Var("weight", relax.TensorType((n, k), dtype))
-        bb = relax.BlockBuilder()
-        with bb.function("main", [x, weight]):
-            with bb.dataflow():
-                turned = bb.emit(relax.op.permute_dims(weight))
-                out = bb.emit(relax.op.matmul(x, turned, out_dtype="float32"))
-                last = bb.emit_output(out if dtype == "float32" else relax.op.astype(out, dtype))
-            bb.emit_func_output(last)
-        run = machine.build(bb.get())["main"]
-        given = machine.to_tvm(data)
-
-        def make() -> Call:
-            arg = machine.to_tvm(weights.dense.clone())
-            return machine.on_stream(lambda: run(given, arg))
-
-        return Contender(make, weights.dense, _bytes(weights.dense), data, machine.to_torch)
+    return Contender(make, weights.dense, _bytes(weights.dense), data, machine.to_torch)
 
 
-OWN = Balanced()
-
-PEERS: tuple[Peer, ...] = (
-    TorchDense(),
-    Int4(),
-    Csr(),
-    SemiStructured(),
-    TritonDense(),
-    TvmDense(),
-)
+OWN = _ALL.pop("balanced")
+PEERS = tuple(_ALL.values())
 
 
 def peer_names() -> list[str]:
