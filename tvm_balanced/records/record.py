@@ -72,8 +72,8 @@ class Record:
 
 
 def trace_text(trace: Any) -> str:
-    """MetaSchedule's JSON of a trace as one line."""
-    return json.dumps(trace, separators=(",", ":"))
+    """MetaSchedule's JSON of a trace as one line; numbers may still be TVM's nodes."""
+    return json.dumps(trace, separators=(",", ":"), default=lambda node: node.value)
 
 
 @dataclass(frozen=True)
