@@ -193,7 +193,9 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as they stand in the file."""
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, **msgspec.to_builtins(self)}
+        # TVM's strings are strings, but not to msgspec
+        values = msgspec.to_builtins(self, enc_hook=str)
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
 
     def problems(self) -> Iterator[tuple[str, object, str]]:
         """What types do not say: field, value and what was expected of it."""

@@ -217,6 +217,11 @@ class Library:
             if name.startswith(prefix)
         ]
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files together."""
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
         """Write ``model.tvmb/``, whole or not at all: a fresh library moves there, another is copied.
 
