@@ -108,7 +108,7 @@ def serve(model: str, pattern: str, logs: str | None) -> None:
 
     inputs = tuple(torch.load(f"{model}.inputs", weights_only=True))
     # made by the process that asks; the first release refuses one of its operators in a file
-    sparse = tb.from_torch(torch.export.load(model)).prune(pattern)
+    sparse = tb.prune(tb.from_torch(torch.export.load(model)), pattern)
     given: dict[str, Any] = {}
     # the first release had no records
     if "logs" in inspect.signature(tb.compile).parameters:

@@ -72,8 +72,10 @@ def _operator_task(n: int, k: int, m: int, pattern: str, spec: Any) -> Any:
 
     torch.manual_seed(0)
     layer = torch.nn.Linear(k, n, bias=False).eval()
-    model = tb.from_torch(layer, (torch.randn(m, k),)).prune(pattern)
-    (task,) = find_tasks(fused_module(model, spec, policy="always"), spec.target, "balanced")
+    model = tb.prune(tb.from_torch(layer, (torch.randn(m, k),)), pattern)
+    (task,) = find_tasks(
+        fused_module(model, spec, tb.CompileOptions(policy="always")), spec.target, "balanced"
+    )
     return task
 
 
@@ -278,7 +280,7 @@ def model(
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(logs or temporary)
         for pattern in patterns:
-            sparse = tb.from_torch(built.module, inputs, name=name).prune(pattern)
+            sparse = tb.prune(tb.from_torch(built.module, inputs, name=name), pattern)
             result = tune(
                 sparse,
                 machine.spec,

@@ -23,7 +23,7 @@ def main(folder: str) -> None:
             out = bb.emit_output(relax.op.matmul(x, w))
         bb.emit_func_output(out)
     weight = rng.standard_normal((64, 48)).astype("float32")
-    model = tb.from_relax(bb.get(), {"w": weight}).prune("4:16")
+    model = tb.prune(tb.from_relax(bb.get(), {"w": weight}), "4:16")
     data = rng.standard_normal((2, 64)).astype("float32")
     got = tb.compile(model, "llvm", policy="always")(data)
     np.testing.assert_allclose(got, data @ model.params["w"], rtol=1e-4, atol=1e-4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tvm_balanced.report import LayerRow, Report
@@ -22,7 +24,7 @@ def report() -> Report:
             uses=2,
             dtype="float32",
             pattern=None if dense else "4:16",
-            density=0.25,
+            density=0.25 if name == NAMES[0] else 0.3,  # no two rows are equal
             bytes_dense=30522 * 4096 * 4,
             bytes_sparse=30522 * 4096 * (4 if dense else 1),
             dense_us=None if dense else 12345.6,
@@ -38,16 +40,37 @@ def report() -> Report:
 
 
 @pytest.mark.parametrize("width", [80, 100, 120, 160, 240])
-def test_nothing_is_cut(width):
+def test_nothing_but_the_middle_of_a_long_name_is_cut(width):
     text = report().text(width)
     assert max(len(line) for line in text.splitlines()) <= width
-    assert "…" not in text
+    assert text.count("…") == (width < 240)
     # folded cells go on in the next line: what is left of them stands in order
     letters = "".join(text.split())
     for word in ("30522x4096", "12345.6", "1234.5", "488352", "sparse", "dense", "2 of 3"):
         assert word.replace(" ", "") in letters
     if width >= 240:
         assert all(name in text for name in NAMES)
+
+
+def test_equal_layers_share_a_row_and_long_names_lose_their_middle():
+    first = report()[0]
+    names = [f"encoder.layer.{i}.attention.{x}.weight" for i in range(12) for x in ("key", "value")]
+    alone = f"a.very.{'long.' * 6}name.weight"
+    rows = [replace(first, name=name) for name in names] + [replace(first, name=alone, uses=3)]
+    many = Report(rows, "model on h100")
+    text = many.text(160)
+    assert "24 x encoder.layer.….weight" in text and alone not in text
+    assert max(len(line) for line in text.splitlines()) <= 160 and len(text.splitlines()) <= 12
+    assert "a.very.long" in text and "long.name.weight" in text
+    assert alone in many.text(240)
+    # only what is printed is grouped
+    assert len(many) == len(many.to_json()) == 25
+    assert "25 of 25 dense layers sparse" in text
+
+
+def test_names_without_a_common_head_are_named_by_the_first():
+    rows = [replace(report()[0], name=name) for name in ("gate.weight", "up.weight")]
+    assert "2 x gate.weight, …" in Report(rows).text(160)
 
 
 def test_narrow_terminals_keep_names_together():

@@ -1,11 +1,17 @@
-"""What was decided for every layer of a model, as rows that print as a table."""
+"""Results that stand layer by layer: rows that print as a table and turn into JSON."""
 
 from __future__ import annotations
 
+import io
+import itertools
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, overload
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
+    from rich.table import Table
 
 # columns of a table that goes into a file or a pipe
 WIDE = 160
@@ -14,10 +20,11 @@ WIDE = 160
 _UNBOUNDED = 10_000
 
 
-_NAME_MIN = 24
+# longer names are cut in the middle on a narrow table, as their two ends say most
+_NAME_MIN = 32
 
 
-_REASON_MIN = 24
+_REASON_MIN = 18
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,8 @@ class LayerRow:
         Rows of activations M of its uses, symbolic ones by name.
     uses : int
         Dense operators that read the weight.
+    dtype : str
+        The weight's dtype.
     pattern : str or None
         ``nnz:block``, None when the weight follows none.
     density : float
@@ -46,7 +55,7 @@ class LayerRow:
     decision : str
         ``"sparse"`` or ``"dense"``.
     reason : str
-        Why.
+        Why it was decided so.
     cublas_us : float or None
         What cuBLAS would take, predicted; None off CUDA.
     """
@@ -67,46 +76,98 @@ class LayerRow:
     cublas_us: float | None = None
 
 
-class Report(Sequence[LayerRow]):
+@dataclass(frozen=True)
+class PrunedLayer:
+    """What pruning did to one layer.
+
+    ``kept_energy`` is the share of the weight's squared norm that is left, ``skipped`` the reason why
+    the layer was left as it was (None when it was pruned).
+    """
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str | None
+    kept_energy: float
+    skipped: str | None
+
+
+Row = TypeVar("Row", LayerRow, PrunedLayer)
+
+
+class _Rows(Sequence[Row], Generic[Row]):
     """Rows, one a layer; ``str()`` is a table, :meth:`to_json` for machines."""
 
-    def __init__(self, rows: Sequence[LayerRow], title: str = "") -> None:
+    def __init__(self, rows: Iterable[Row] = (), title: str = "") -> None:
         self._rows = list(rows)
         self.title = title
 
     @overload
-    def __getitem__(self, index: int) -> LayerRow: ...
+    def __getitem__(self, index: int) -> Row: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[LayerRow]: ...
-    def __getitem__(self, index: int | slice) -> LayerRow | Sequence[LayerRow]:
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
         return self._rows[index]
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __iter__(self) -> Iterator[LayerRow]:
+    def __iter__(self) -> Iterator[Row]:
         return iter(self._rows)
 
     def to_json(self) -> list[dict[str, Any]]:
         """Plain dictionaries, one a layer."""
         return [{**asdict(row), "shape": list(row.shape)} for row in self._rows]
 
+    def table(self, width: int = WIDE) -> Table:
+        """A ``rich.table.Table`` for a terminal of ``width`` columns."""
+        raise NotImplementedError
+
+    def text(self, width: int = WIDE) -> str:
+        """The table as text of at most ``width`` columns."""
+        from rich.console import Console
+
+        out = io.StringIO()
+        console = Console(file=out, width=width, color_system=None)
+        console.print(self.table(width), markup=False, highlight=False)
+        return out.getvalue()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        yield self.table(options.max_width)
+
+    def __str__(self) -> str:
+        return self.text(shutil.get_terminal_size((WIDE, 24)).columns)
+
+    def grouped(self, width: int) -> list[tuple[str, Row]]:
+        """Rows that differ in their name alone as one, named for what the names have in common."""
+        groups: dict[Row, list[str]] = {}
+        for row in self._rows:
+            groups.setdefault(replace(row, name=""), []).append(row.name)
+        longest = max(_NAME_MIN, 2 * width // 9)
+        return [(_common(names, longest), row) for row, names in groups.items()]
+
+
+class Report(_Rows[LayerRow]):
+    """What was decided for every dense layer, and why."""
+
     @staticmethod
-    def from_json(rows: Sequence[dict[str, Any]], title: str = "") -> Report:
+    def from_json(rows: Sequence[Mapping[str, Any]], title: str = "") -> Report:
         """Inverse of :meth:`to_json`."""
-        # libraries compiled before cuBLAS was predicted do not have it
-        rows = [{"cublas_us": None, **row} for row in rows]
-        names = [f.name for f in fields(LayerRow)]
+        names = [field.name for field in fields(LayerRow)]
         return Report(
-            [
-                LayerRow(**{**{n: row[n] for n in names}, "shape": tuple(row["shape"])})
+            (
+                LayerRow(**{n: row[n] for n in names} | {"shape": tuple(row["shape"])})
                 for row in rows
-            ],
+            ),
             title,
         )
 
-    def table(self, width: int = WIDE) -> Any:
-        """A ``rich.table.Table`` for a terminal of ``width`` columns.
+    @property
+    def sparse(self) -> list[LayerRow]:
+        """The layers that run sparse."""
+        return [row for row in self if row.decision == "sparse"]
+
+    def table(self, width: int = WIDE) -> Table:
+        """A ``rich.table.Table`` for a terminal of ``width`` columns; equal layers share a row.
 
         Where the full table would squeeze names and reasons, sizes and times share columns and the
         reason stands below the name.
@@ -115,41 +176,32 @@ class Report(Sequence[LayerRow]):
         from rich.measure import Measurement
 
         console = Console(width=_UNBOUNDED)
-        table = self._full_table()
+        groups = self.grouped(width)
+        table = self._full_table(groups)
         natural = Measurement.get(console, console.options, table).maximum
-        names = max((len(row.name) for row in self._rows), default=0)
-        reasons = max((len(row.reason) for row in self._rows), default=0)
-        squeezed = natural - names - reasons + min(names, _NAME_MIN) + min(reasons, _REASON_MIN)
-        if squeezed > width:
-            table = self._compact_table()
-        sparse = [row for row in self._rows if row.decision == "sparse"]
+        reasons = max((len(row.reason) for row in self), default=0)
+        if natural - reasons + min(reasons, _REASON_MIN) > width:
+            table = self._compact_table(groups)
         table.caption = (
-            f"{len(sparse)} of {len(self._rows)} dense layers sparse; "
-            f"{sum(r.bytes_dense for r in self._rows) / 2**20:.1f} MiB dense -> "
-            f"{sum(r.bytes_sparse for r in self._rows) / 2**20:.1f} MiB"
+            f"{len(self.sparse)} of {len(self)} dense layers sparse; "
+            f"{sum(row.bytes_dense for row in self) / 2**20:.1f} MiB dense -> "
+            f"{sum(row.bytes_sparse for row in self) / 2**20:.1f} MiB"
         )
         return table
 
-    def _full_table(self) -> Any:
+    def _full_table(self, groups: Sequence[tuple[str, LayerRow]]) -> Table:
         from rich.table import Table
 
         table = Table(title=self.title or None, title_justify="left", expand=False)
-        table.add_column("layer", overflow="fold", min_width=12)
-        for heading in (
-            "N x K",
-            "M",
-            "pattern",
-            "KiB dense",
-            "KiB sparse",
-            "us dense",
-            "us sparse",
-        ):
+        table.add_column("layer", no_wrap=True)
+        headings = ("N x K", "M", "pattern", "KiB dense", "KiB sparse", "us dense", "us sparse")
+        for heading in headings:
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("decision", no_wrap=True)
         table.add_column("reason", overflow="fold", min_width=16)
-        for row in self._rows:
+        for name, row in groups:
             table.add_row(
-                row.name,
+                name,
                 f"{row.shape[0]} x {row.shape[1]}",
                 _rows_text(row),
                 row.pattern or "-",
@@ -162,7 +214,7 @@ class Report(Sequence[LayerRow]):
             )
         return table
 
-    def _compact_table(self) -> Any:
+    def _compact_table(self, groups: Sequence[tuple[str, LayerRow]]) -> Table:
         from rich import box
         from rich.table import Table
 
@@ -179,7 +231,7 @@ class Report(Sequence[LayerRow]):
         for heading in ("N x K", "M", "KiB", "us"):
             table.add_column(heading, justify="right", overflow="fold")
         table.add_column("decision", overflow="fold")
-        for row in self._rows:
+        for name, row in groups:
             times = "-"
             if row.dense_us is not None and row.sparse_us is not None:
                 times = f"{row.dense_us:.1f} > {row.sparse_us:.1f}"
@@ -187,7 +239,7 @@ class Report(Sequence[LayerRow]):
             if row.decision == "sparse":
                 sizes += f" > {row.bytes_sparse / 1024:.0f}"
             table.add_row(
-                f"{row.name}\n  {row.reason}",
+                f"{name}\n  {row.reason}",
                 f"{row.shape[0]}x{row.shape[1]}",
                 _rows_text(row),
                 sizes,
@@ -196,23 +248,54 @@ class Report(Sequence[LayerRow]):
             )
         return table
 
-    def text(self, width: int = WIDE) -> str:
-        """The table as text of at most ``width`` columns."""
-        import io
 
-        from rich.console import Console
+class PruningReport(_Rows[PrunedLayer]):
+    """What pruning did, layer by layer."""
 
-        out = io.StringIO()
-        Console(file=out, width=width, color_system=None).print(
-            self.table(width), markup=False, highlight=False
-        )
-        return out.getvalue()
+    @property
+    def changed(self) -> list[PrunedLayer]:
+        """The layers that were pruned."""
+        return [row for row in self if row.skipped is None]
 
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        yield self.table(options.max_width)
+    def table(self, width: int = WIDE) -> Table:
+        """A ``rich.table.Table``; layers are equal here only where nothing was done to them."""
+        from rich.table import Table
 
-    def __str__(self) -> str:
-        return self.text(shutil.get_terminal_size((WIDE, 24)).columns)
+        table = Table(title=self.title or "pruned layers", title_justify="left")
+        table.add_column("layer", no_wrap=True)
+        for heading in ("N x K", "pattern", "energy kept"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("left alone because", overflow="fold")
+        for name, row in self.grouped(width):
+            table.add_row(
+                name,
+                f"{row.shape[0]} x {row.shape[1]}",
+                row.pattern or "-",
+                f"{row.kept_energy:.1%}",
+                row.skipped or "",
+            )
+        table.caption = f"{len(self.changed)} of {len(self)} dense layers pruned"
+        return table
+
+
+def _common(names: Sequence[str], longest: int) -> str:
+    """One name, cut in the middle where it is long; of several their number, common head and tail."""
+    first = names[0]
+    shown = first
+    if len(first) > longest:
+        shown = f"{first[: longest // 2 - 1]}…{first[-(longest // 2) :]}"
+    if len(names) == 1:
+        return shown
+    head = _common_head(names)
+    if not head:
+        return f"{len(names)} x {shown}, …"
+    tail = _common_head([name[len(head) :][::-1] for name in names])[::-1]
+    return f"{len(names)} x {head}…{tail}"
+
+
+def _common_head(names: Sequence[str]) -> str:
+    same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    return "".join(letters[0] for letters in same)
 
 
 def _rows_text(row: LayerRow) -> str:

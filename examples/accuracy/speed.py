@@ -71,7 +71,7 @@ def measure(sparsities: Sequence[float]) -> Iterator[dict[str, Any]]:
 def _compiled(weight: torch.Tensor, x: torch.Tensor, policy: str) -> Callable[[], Any]:
     layer = torch.nn.Linear(SIZE, SIZE, bias=False)
     layer.load_state_dict({"weight": weight})
-    library = compile_model(from_torch(layer, (x,)), "llvm", policy=policy).load()
+    library = compile_model(from_torch(layer, (x,)), "llvm", policy=policy)
     data = x.numpy()
     return lambda: library(data)
 

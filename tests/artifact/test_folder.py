@@ -19,6 +19,8 @@ from tvm_balanced.artifact.manifest import FunctionEntry, TensorEntry
 from tvm_balanced.cuda.cubin import DeviceImage
 from tvm_balanced.cuda.source import normal_form
 from tvm_balanced.errors import ArtifactError, OutputError
+from tvm_balanced.options import CompileOptions
+from tvm_balanced.report import LayerRow, Report
 from tvm_balanced.runtime.library import Library
 from tvm_balanced.support.tensors import read_tensors, write_tensors
 from tvm_balanced.targets import resolve as targets
@@ -43,6 +45,9 @@ FUNCTIONS = (
     ),
 )
 COMPILER = {"name": "nvrtc", "version": "13.5.37", "options": ["--ftz=false"]}
+ROW = LayerRow("fc", (2, 4), "n", 1, "float32", None, 1.0, 32, 32, None, None, "dense", "why")
+REPORT = Report([ROW], "old")
+OTHER = Report([replace(ROW, name="other")], "new")
 PARAMS = {"w": np.arange(8, dtype=np.float32).reshape(4, 2)}
 
 
@@ -55,8 +60,10 @@ def exported(tmp_path):
 
 
 def _save(path, exported, **options):
-    options = {"params": PARAMS, "layers": [{"name": "fc"}], "report": "fc sparse\n", **options}
-    return artifact.save(path, exported, targets.resolve("h100"), FUNCTIONS, **options)
+    overwrite = options.pop("overwrite", False)
+    options = {"params": PARAMS, "report": REPORT, **options}
+    contents = artifact.Contents(exported, targets.resolve("h100"), FUNCTIONS, **options)
+    return contents.write(path, overwrite=overwrite)
 
 
 def test_what_is_written_is_read_back(tmp_path, exported):
@@ -69,10 +76,12 @@ def test_what_is_written_is_read_back(tmp_path, exported):
         "sm_90",
     )
     assert manifest.device_code == "cubin"
-    assert manifest.cubins == ({"arch": "sm_90", "num_bytes": 100, "sha256": "ab" * 32},)
-    assert manifest.compiler == COMPILER
-    assert manifest.layers == ({"name": "fc"},)
-    assert (manifest.dense, manifest.cublas) == ("dlight", ())
+    assert manifest.cubins == (DeviceImage("sm_90", 100, "ab" * 32),)
+    assert manifest.compiler == artifact_manifest.CompilerEntry.of(COMPILER)
+    assert (manifest.title, manifest.layers) == ("old", (ROW,))
+    assert manifest.options == CompileOptions().to_json() and manifest.cublas == ()
+    document = json.loads((path / "manifest.json").read_text())
+    assert document == json.loads(json.dumps(manifest.to_json()))
     assert manifest.versions["apache-tvm"]
     assert set(manifest.files) == {
         "lib.so",
@@ -95,9 +104,10 @@ def test_the_files_joined_are_the_source_that_was_compiled(tmp_path, exported):
 def test_llvm_has_neither_kernels_nor_cubins(tmp_path, exported):
     library = replace(exported, cuda_source="", images=(), compiler={})
     functions = [replace(FUNCTIONS[0], params=())]
-    path = artifact.save(tmp_path / "m.tvmb", library, targets.resolve("llvm-x86-64-v3"), functions)
+    spec = targets.resolve("llvm-x86-64-v3")
+    path = artifact.Contents(library, spec, functions).write(tmp_path / "m.tvmb")
     manifest = artifact_manifest.read_manifest(path)
-    assert (manifest.device_code, manifest.cubins, manifest.compiler) == ("none", (), {})
+    assert (manifest.device_code, manifest.cubins, manifest.compiler) == ("none", (), None)
     assert set(manifest.files) == {"lib.so", "report.txt"}
     assert "avx2" in manifest.target.features
 
@@ -106,10 +116,10 @@ def test_an_existing_path_is_refused_and_untouched(tmp_path, exported):
     path = _save(tmp_path / "model.tvmb", exported)
     before = (path / "manifest.json").read_bytes()
     with pytest.raises(OutputError, match=r"model\.tvmb exists"):
-        _save(path, exported, report="other\n")
+        _save(path, exported, report=OTHER)
     assert (path / "manifest.json").read_bytes() == before
-    _save(path, exported, report="other\n", overwrite=True)
-    assert (path / "report.txt").read_text() == "other\n"
+    _save(path, exported, report=OTHER, overwrite=True)
+    assert "other" in (path / "report.txt").read_text()
     assert {entry.name for entry in tmp_path.iterdir()} == {"model.tvmb", "built.so"}
 
 
@@ -162,15 +172,15 @@ def _fail_at(monkeypatch, call, number):
 def test_a_full_disk_leaves_what_was_there(tmp_path, exported, monkeypatch, call, overwrite):
     path = tmp_path / "model.tvmb"
     if overwrite:
-        _save(path, exported, report="old\n")
+        _save(path, exported)
     seen = _fail_at(monkeypatch, call, errno.ENOSPC)
     with pytest.raises(OutputError, match="the disk is full"):
-        _save(path, exported, report="new\n", overwrite=overwrite)
+        _save(path, exported, report=OTHER, overwrite=overwrite)
     assert len(seen) == call
     left = {entry.name for entry in tmp_path.iterdir()} - {"built.so"}
     assert left == ({"model.tvmb"} if overwrite else set())
     if overwrite:
-        assert (path / "report.txt").read_text() == "old\n"
+        assert (path / "report.txt").read_text() == REPORT.text()
         artifact.verify_hashes(path)
 
 
@@ -203,9 +213,9 @@ def test_a_missing_file_is_found(tmp_path, exported):
 
 def test_calls_of_cublas_are_recorded(tmp_path, exported):
     call = {"function": "main", "name": "fc", "product": "float16 (n, 4) x (4, 2)"}
-    path = _save(tmp_path / "model.tvmb", exported, dense="cublas", cublas=[call])
+    path = _save(tmp_path / "model.tvmb", exported, cublas=[call])
     manifest = artifact_manifest.read_manifest(path)
-    assert (manifest.dense, manifest.cublas) == ("cublas", (call,))
+    assert manifest.cublas == (artifact_manifest.CublasCall(**call),)
 
 
 def _set(document: dict, where: str, value: object) -> None:
@@ -221,17 +231,20 @@ def _set(document: dict, where: str, value: object) -> None:
         ("format", "zip", "says format 'zip'"),
         ("format_version", 99, "has format version 99"),
         ("target", None, "target is None, expected an object"),
-        ("target.kind", "metal", "target.kind is 'metal'"),
+        ("target.kind", "metal", "target.kind is 'metal', expected 'cuda' or 'llvm'"),
         ("compiler", {}, "lacks 'name'"),
         ("compiler.version", 13, "compiler.version is 13, expected a string"),
         ("compiler.options", "--ftz=false", "compiler.options is .*expected a list"),
         ("device_code", "source", "device_code is 'source'"),
-        ("dense", "cudnn", "dense is 'cudnn', expected 'dlight' or 'cublas' or 'llvm'"),
+        ("options.dense", "cudnn", 'dense "cudnn" is not known; choose dlight or cublas'),
+        ("options.speed", 3, 'there is no option "speed"'),
+        ("layers.0.uses", "1", r"layers\[0\].uses is '1', expected an integer"),
+        ("layers.0.dense_us", "1", r"dense_us is '1', expected a number or null"),
         ("cublas", [{"function": "main", "name": "fc"}], "lacks 'product'"),
         ("functions", [], "functions is .*at least one"),
-        ("functions.0.inputs.0.shape", [-1], "expected extents or their names"),
+        ("functions.0.inputs.0.shape", [-1], r"shape\[0\] is -1, expected an integer >= 0"),
         ("functions.0.inputs.0.dtype", 7, "dtype is 7, expected a string"),
-        ("functions.0.bindings", {"n": "8"}, "expected an integer"),
+        ("functions.0.bindings", {"n": "8"}, r"bindings.* is {'n': '8'}, expected an integer"),
         ("functions.0.returns_tuple", "no", "expected true or false"),
         ("files", {"report.txt": "00"}, "expected lib.so among them"),
         ("files", {"lib.so": "00", "../x": "00"}, "expected a path inside the folder"),
@@ -260,7 +273,7 @@ def test_a_damaged_manifest_is_told_from_a_whole_one(tmp_path, exported, where, 
             "cubins",
             "compiler",
         ),
-        *("dense", "cublas"),
+        *("options", "cublas", "coverage"),
     ],
 )
 def test_a_manifest_lacking_a_field_is_refused(tmp_path, exported, field):

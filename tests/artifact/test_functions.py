@@ -93,13 +93,12 @@ def test_really_full_disk_leaves_nothing_behind(tmp_path, small_disk):
     built.write_bytes(b"\x7fELF")
     (entry,) = artifact_functions.describe_functions(module({"main": 3}), beside=["w"])
     with pytest.raises(OutputError, match="the disk is full"):
-        artifact.save(
-            small_disk / "m.tvmb",
+        artifact.Contents(
             ExportedLibrary(built, "", ()),
             targets.resolve("llvm-x86-64-v3"),
             [entry],
             params={"w": np.ones(100_000, np.float32)},
-        )
+        ).write(small_disk / "m.tvmb")
     assert list(small_disk.iterdir()) == []
 
 

@@ -157,7 +157,7 @@ def test_layers_of_a_library_are_problems(tmp_path):
     import tvm_balanced as tb
 
     module = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(2))).eval()
-    model = tb.from_torch(module, (torch.randn(5, 32),)).prune("4:16")
+    model = tb.prune(tb.from_torch(module, (torch.randn(5, 32),)), "4:16")
     library = tb.load(tb.compile(model, "llvm", policy="always").save(tmp_path / "m.tvmb"))
     # both layers have one shape
     (problem,) = library_problems(library)

@@ -215,7 +215,7 @@ def test_disk_full_while_compiling(run, here, onnx_mlp, monkeypatch):
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("tvm_balanced.artifact.folder.shutil.copyfileobj", full)
+    monkeypatch.setattr("tvm_balanced.artifact.folder.os.fsync", full)
     refused(run("compile", onnx_mlp, "-o", here / "m.tvmb"), 2, "disk is full")
 
 
@@ -307,17 +307,17 @@ def test_library_of_others(run, here, library, tmp_path, change, code, words):
 
 
 def test_library_for_a_gpu_that_is_not_here(run, here, library, tmp_path, monkeypatch):
-    from tvm_balanced.runtime import library as runtime
+    from tvm_balanced.runtime import checks
     from tvm_balanced.targets import driver
 
     target = json.loads((library / "manifest.json").read_text())["target"]
     path = _edited(library, tmp_path, target={**target, "kind": "cuda", "arch": "sm_90"})
     none = driver.Driver(None, (), "no NVIDIA driver (libcuda.so.1) is installed")
-    monkeypatch.setattr(runtime, "detect_driver", lambda: none)
+    monkeypatch.setattr(checks, "detect_driver", lambda: none)
     refused(run("run", path, "--random"), 3, "sm_90", "no NVIDIA driver")
     gpu = driver.DetectedGpu("Tesla X", "sm_80", 1, 1.0, 1, 1.0, 1, 1)
     one = driver.Driver("13.0", (gpu,), None)
-    monkeypatch.setattr(runtime, "detect_driver", lambda: one)
+    monkeypatch.setattr(checks, "detect_driver", lambda: one)
     refused(run("run", path, "--random"), 2)
 
 

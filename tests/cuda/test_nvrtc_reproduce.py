@@ -20,13 +20,13 @@ pytestmark = pytest.mark.skipif(
 
 RECOMPILE = """
 import hashlib, json, sys
-from tvm_balanced import nvrtc
+from tvm_balanced.cuda import nvrtc
 from tvm_balanced.runtime.library import Library
 
 library = Library(sys.argv[1])
 cubin = nvrtc.compile_cubin(library.source(), library.manifest.target.arch).cubin
 print(json.dumps({"sha256": hashlib.sha256(cubin).hexdigest(), "bytes": len(cubin),
-                  "compiler": nvrtc.compiler(), "recorded": dict(library.manifest.compiler)}))
+                  "compiler": nvrtc.compiler(), "recorded": vars(library.manifest.compiler)}))
 """
 
 
@@ -49,7 +49,7 @@ def compiled():
     inputs = (torch.arange(4), torch.randn(4, 64))
     rows = torch.export.Dim("rows", min=2, max=64)
     model = tb.from_torch(Net().eval(), inputs, dynamic_shapes=({0: rows}, {0: rows}))
-    return tb.compile(model.prune("4:16"), "cuda-sm_90", policy="always", buckets=[8])
+    return tb.compile(tb.prune(model, "4:16"), "cuda-sm_90", policy="always", buckets=[8])
 
 
 def test_a_saved_librarys_source_is_the_compiled_one(compiled, tmp_path):

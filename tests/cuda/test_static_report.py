@@ -487,7 +487,9 @@ def library(tmp_path: Path, cubins: Any) -> Path:
     (image,) = cuda_cubin.cubin_images(tmp_path / "lib.so")
     compiler = {"name": "nvrtc", "version": "13.5.37", "options": []}
     exported = artifact_exported.ExportedLibrary(tmp_path / "lib.so", SOURCE, (image,), compiler)
-    return artifact.save(tmp_path / "m.tvmb", exported, targets.resolve("h100"), (FUNCTION,))
+    return artifact.Contents(exported, targets.resolve("h100"), (FUNCTION,)).write(
+        tmp_path / "m.tvmb"
+    )
 
 
 def test_images_are_cut_out_whole(library: Path, cubins: Any) -> None:
@@ -530,7 +532,9 @@ def test_inspect_static_is_refused(
 ) -> None:
     (tmp_path / "lib.so").write_bytes(b"\x7fELF host code")
     exported = artifact_exported.ExportedLibrary(tmp_path / "lib.so", "", ())
-    path = artifact.save(tmp_path / "m.tvmb", exported, targets.resolve("llvm"), (FUNCTION,))
+    path = artifact.Contents(exported, targets.resolve("llvm"), (FUNCTION,)).write(
+        tmp_path / "m.tvmb"
+    )
     assert main(["inspect", str(path), "--static", *more]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
 

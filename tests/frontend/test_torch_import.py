@@ -228,7 +228,7 @@ def test_buckets_go_by_the_name_of_the_dimension(batched):
     for size in (1, 3, 4):
         x = torch.randn(size, 32)
         np.testing.assert_allclose(lib(x), module(x).detach().numpy(), rtol=1e-5, atol=1e-5)
-    names = {entry.name for entry in lib.load().manifest.functions}
+    names = {entry.name for entry in lib.manifest.functions}
     assert names == {"main", "main_batch_1", "main_batch_4"}
     with pytest.raises(InputError, match="the symbolic dimensions are batch"):
         tb.compile(from_torch(program), "llvm", buckets={"rows": [1]})

@@ -20,9 +20,12 @@ pytestmark = [
 def test_model_agrees_with_pytorch(name, tmp_path):
     built = ZOO[name].build("small")
     with torch.no_grad():
-        model = tb.from_torch(
-            built.module, built.inputs, dynamic_shapes=built.dynamic_shapes, name=name
-        ).prune("4:16")
+        model = tb.prune(
+            tb.from_torch(
+                built.module, built.inputs, dynamic_shapes=built.dynamic_shapes, name=name
+            ),
+            "4:16",
+        )
         load_weights(built.module, model)
         expected = built.module(*built.inputs)
     path = tb.compile(model, "cuda", policy="always").save(tmp_path / "model.tvmb")
@@ -52,7 +55,7 @@ def test_torch_tensors_stay_on_the_gpu():
     if not torch.cuda.is_available():
         pytest.skip("this PyTorch has no CUDA")
     built = ZOO["mlp_fp16"].build("small")
-    model = tb.from_torch(built.module, built.inputs).prune("4:16")
+    model = tb.prune(tb.from_torch(built.module, built.inputs), "4:16")
     lib = tb.compile(model, "cuda", policy="always")
     inputs = [x.cuda() for x in built.inputs]
     with torch.cuda.stream(torch.cuda.Stream()):

@@ -8,6 +8,7 @@ import tvm_ffi
 from tvm import tirx
 
 from tvm_balanced.build.pipeline import fuse_passes, rewrite_model
+from tvm_balanced.options import CompileOptions
 from tvm_balanced.planning.plan import make_plan
 from tvm_balanced.schedules.balanced_block import has_balanced_block
 from tvm_balanced.schedules.dispatch import ScheduleBalanced
@@ -25,7 +26,7 @@ class Kernel:
 
 def fused_kernels(model, target):
     """Unscheduled kernels of a model with every eligible layer sparse, by name, without duplicates."""
-    plan = make_plan(model, target, policy="always")
+    plan = make_plan(model, target, CompileOptions(policy="always"))
     mod, _ = rewrite_model(model, plan.formats, plan.target)
     with plan.target.target:
         mod = tvm.transform.Sequential(fuse_passes())(mod)

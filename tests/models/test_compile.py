@@ -35,9 +35,12 @@ def pruned():
             cache.clear()
             built = ZOO[name].build(size)
             with torch.no_grad():
-                model = tb.from_torch(
-                    built.module, built.inputs, dynamic_shapes=built.dynamic_shapes, name=name
-                ).prune("4:16")
+                model = tb.prune(
+                    tb.from_torch(
+                        built.module, built.inputs, dynamic_shapes=built.dynamic_shapes, name=name
+                    ),
+                    "4:16",
+                )
                 load_weights(built.module, model)
                 expected = built.module(*built.inputs)
             cache[name, size] = built, model, expected

@@ -17,7 +17,7 @@ from tvm_balanced.frontend.torch_importer import to_numpy
 
 
 def check(path, tmp_path, inputs, tolerance, input_shapes=None):
-    model = tb.from_onnx(path, input_shapes).prune("4:16")
+    model = tb.prune(tb.from_onnx(path, input_shapes), "4:16")
     pruned = tmp_path / "pruned.onnx"
     changed = {row.name: model.params[row.name] for row in model.pruned if row.skipped is None}
     write_onnx(path, pruned, changed, overwrite=False)

@@ -35,9 +35,10 @@ def emulated():
 def build(name, **options):
     """A zoo model in its small size, pruned, and its library."""
     built = ZOO[name].build("small")
-    model = tb.from_torch(
-        built.module, built.inputs, dynamic_shapes=built.dynamic_shapes, name=name
-    ).prune("4:16")
+    model = tb.prune(
+        tb.from_torch(built.module, built.inputs, dynamic_shapes=built.dynamic_shapes, name=name),
+        "4:16",
+    )
     load_weights(built.module, model)
     return built, tb.compile(model, "cuda-sm_90", **options)
 
@@ -58,7 +59,7 @@ def counts(emulated):
 
 def test_dense_model_agrees_with_pytorch_and_is_replayed(llama, emulated):
     built, compiled = llama
-    lib = compiled.load("emulated")
+    lib = tb.load(compiled, "emulated")
     with torch.no_grad():
         expected = built.module(*built.inputs)
     assert_close(lib(*built.inputs), expected, 1e-4)
@@ -78,7 +79,7 @@ def test_dense_model_agrees_with_pytorch_and_is_replayed(llama, emulated):
 
 def test_threads_capture_and_replay_side_by_side(llama, emulated):
     built, compiled = llama
-    lib = compiled.load("emulated")
+    lib = tb.load(compiled, "emulated")
     torch.manual_seed(5)
     inputs = [
         [torch.randn_like(x) if x.is_floating_point() else x for x in built.inputs]
@@ -104,7 +105,7 @@ def test_threads_capture_and_replay_side_by_side(llama, emulated):
 
 def test_answers_of_earlier_calls_stay(llama):
     built, compiled = llama
-    lib = compiled.load("emulated")
+    lib = tb.load(compiled, "emulated")
     first = lib(*built.inputs)
     kept = [x.clone() for x in first]
     lib(*(torch.randn_like(x) if x.is_floating_point() else x for x in built.inputs))
@@ -146,7 +147,7 @@ def _stand_ins():
 
 def test_symbolic_shapes_and_batched_attention_beside_sparse_layers(emulated):
     built, compiled = build("minilm_dynamic", policy="always", dense="cublas")
-    lib = compiled.load("emulated")
+    lib = tb.load(compiled, "emulated")
     for batch in (1, 2, 1):
         ids, mask = (x[:1].repeat(batch, 1) for x in built.inputs)
         ids = (ids + torch.arange(batch)[:, None]) % 50
@@ -184,7 +185,7 @@ def heads(cuda_graph):
 @pytest.mark.parametrize("cuda_graph", [True, False], ids=["graph", "no_graph"])
 def test_graphs_can_be_turned_off(cuda_graph, emulated):
     module, compiled = heads(cuda_graph)
-    lib = compiled.load("emulated")
+    lib = tb.load(compiled, "emulated")
     inputs = [torch.randn(4, 64).half() for _ in range(3)]
     answers = [lib(x) for x in inputs]  # compared after all calls: none may be written over
     for answer, x in zip(answers, inputs, strict=True):
@@ -201,7 +202,7 @@ def test_what_cublas_computes_is_recorded_told_and_not_judged(tmp_path, capsys, 
     path = heads(True)[1].save(tmp_path / "model.tvmb")
     manifest = read_manifest(path)
     assert manifest.dense == "cublas"
-    products = {call["name"]: call["product"] for call in manifest.cublas}
+    products = {call.name: call.product for call in manifest.cublas}
     assert products == {
         "first.weight": "float16 (4, 64) x (64, 96)",
         "last.weight": "float16 (4, 96) x (96, 128)",
@@ -224,4 +225,4 @@ def test_cublas_is_refused_for_a_cpu():
     with pytest.raises(InputError, match='dense "cublas" was given for target llvm'):
         tb.compile(model, "llvm", dense="cublas")
     with pytest.raises(InputError, match='dense "cudnn" is not known; choose dlight or cublas'):
-        model.plan("h100", dense="cudnn")
+        tb.plan(model, "h100", dense="cudnn")

@@ -19,16 +19,17 @@ pytestmark = pytest.mark.usefixtures("emulated")
 
 def build(name, built, policy="always", **options):
     """The compiled library on the emulated device, and PyTorch's answer with the same pruned weights."""
-    model = tb.from_torch(
-        built.module, built.inputs, dynamic_shapes=built.dynamic_shapes, name=name
-    ).prune("4:16")
+    model = tb.prune(
+        tb.from_torch(built.module, built.inputs, dynamic_shapes=built.dynamic_shapes, name=name),
+        "4:16",
+    )
     load_weights(built.module, model)
     with torch.no_grad():
         expected = built.module(*built.inputs)
     lib = tb.compile(model, "cuda-sm_90", policy=policy, **options)
     if policy == "always":
         assert {row.name for row in lib.report if row.decision == "sparse"} == eligible(model)
-    return lib.load("emulated"), expected
+    return tb.load(lib, "emulated"), expected
 
 
 # in float32 to the 1e-4 of PyTorch's result that the zoo asks for, in half precision to its rounding
@@ -134,4 +135,4 @@ def test_emulated_device_is_never_a_silent_replacement(tmp_path):
     with pytest.raises(InputError, match='device "gpu" is not known'):
         tb.load(path, "gpu")
     with pytest.raises(InputError, match="compiled for llvm, and only CUDA code is emulated"):
-        tb.compile(model, "llvm").load("emulated")
+        tb.load(tb.compile(model, "llvm"), "emulated")

@@ -22,6 +22,7 @@ from tvm_balanced.artifact import manifest
 from tvm_balanced.build import export as toolchain
 from tvm_balanced.cuda import cubin, libraries, nvrtc
 from tvm_balanced.errors import ArtifactError, InputError, ToolchainError
+from tvm_balanced.report import LayerRow, Report
 from tvm_balanced.runtime import arguments, checks
 from tvm_balanced.runtime import library as runtime
 from tvm_balanced.targets import resolve as targets
@@ -41,7 +42,7 @@ def tiny():
         yield tiny_model
 
 
-def _make(folder, tiny, mod, params, *, target="llvm", embed=True, layers=()):
+def _make(folder, tiny, mod, params, *, target="llvm", embed=True, report=Report()):
     spec = targets.resolve(target)
     embedded, beside = (params, {}) if embed else ({}, params)
     functions = artifact_functions.describe_functions(
@@ -50,9 +51,8 @@ def _make(folder, tiny, mod, params, *, target="llvm", embed=True, layers=()):
     exported = toolchain.export_library(
         mod, spec, folder / "lib.so", params=embedded, build="tiny_model:build"
     )
-    return artifact.save(
-        folder / "model.tvmb", exported, spec, functions, params=beside, layers=layers
-    )
+    contents = artifact.Contents(exported, spec, functions, params=beside, report=report)
+    return contents.write(folder / "model.tvmb")
 
 
 @pytest.fixture(scope="module")
@@ -169,15 +169,15 @@ def test_aligned_memory_is_not_copied():
     buffer = np.zeros(80, np.float32)
     start = (-buffer.ctypes.data // 4) % 16
     array = buffer[start : start + 64]
-    placed = arguments._place(array, tvm.cpu())
+    placed = arguments.on_device(array, tvm.cpu())
     array[5] = 7
     assert placed.numpy()[5] == 7
     tensor = torch.zeros(64)
-    placed = arguments._place(tensor, tvm.cpu())
+    placed = arguments.on_device(tensor, tvm.cpu())
     tensor[5] = 7
     assert placed.numpy()[5] == (7 if tensor.data_ptr() % 64 == 0 else 0)
     given = tvm.runtime.tensor(array)
-    assert arguments._place(given, tvm.cpu()).same_as(given)
+    assert arguments.on_device(given, tvm.cpu()).same_as(given)
 
 
 def test_an_answer_is_not_overwritten_by_the_next(library):
@@ -293,13 +293,10 @@ def test_plain_tvm_runs_the_library_without_this_package(tiny, path, tmp_path):
 
 
 def test_the_report_comes_back(tiny, tmp_path):
-    from tvm_balanced.report import LayerRow, Report
-
     row = LayerRow(
         "fc", (24, 32), "n", 1, "float32", "4:16", 0.25, 3072, 960, 2.0, 1.0, "sparse", "!"
     )
-    layers = Report([row]).to_json()
-    path = _make(tmp_path, tiny, tiny.linear(), tiny.weights(), layers=layers)
+    path = _make(tmp_path, tiny, tiny.linear(), tiny.weights(), report=Report([row]))
     assert list(runtime.Library(path).report) == [row]
 
 
@@ -381,7 +378,7 @@ def test_a_cuda_library_can_be_inspected_anywhere(cuda_path):
     ids=["no-gpu", "other-gpu"],
 )
 def test_a_cuda_library_needs_its_gpu(cuda_path, monkeypatch, driver, error, message):
-    monkeypatch.setattr(runtime, "detect_driver", lambda: driver)
+    monkeypatch.setattr(checks, "detect_driver", lambda: driver)
     with pytest.raises(error, match=message):
         runtime.load(cuda_path)
 
@@ -390,8 +387,8 @@ def test_a_gpu_whose_runtime_does_not_load(cuda_path, monkeypatch):
     def refused():
         raise ToolchainError("libcudart.so.13 cannot be loaded")
 
-    monkeypatch.setattr(runtime, "detect_driver", lambda: Driver("13.0", (A10, H100), None))
+    monkeypatch.setattr(checks, "detect_driver", lambda: Driver("13.0", (A10, H100), None))
     monkeypatch.setattr(libraries, "load_cuda_runtime", refused)
     with pytest.raises(ToolchainError, match="libcudart"):
         runtime.load(cuda_path)
-    assert checks._gpu_ordinal("sm_90a") == 1
+    assert checks.gpu_ordinal("sm_90a") == 1

@@ -70,9 +70,9 @@ def test_tasks_know_their_weights() -> None:
     table, layer = torch.nn.Embedding(1000, 256), torch.nn.Linear(256, 256, bias=False)
     module = torch.nn.Sequential(table, layer, torch.nn.Softmax(-1)).eval()
     ids = torch.zeros(64, dtype=torch.int64)
-    model = tb.from_torch(module, (ids,)).prune("4:16")
+    model = tb.prune(tb.from_torch(module, (ids,)), "4:16")
     spec = resolve("llvm")
-    tasks = find_tasks(fused_module(model, spec, policy="always"), spec.target)
+    tasks = find_tasks(fused_module(model, spec, tb.CompileOptions(policy="always")), spec.target)
     sparse = [task for task in tasks if task.balanced]
     others = [task for task in tasks if not task.balanced and not task.weights]
     assert [task.weights for task in sparse] == [(1, 2)]
@@ -86,7 +86,7 @@ def test_times_with_other_caches_are_kept_apart(tmp_path: Path) -> None:
     spec = resolve("llvm")
     torch.manual_seed(0)
     layer = torch.nn.Linear(64, 64).eval()
-    model = tb.from_torch(layer, (torch.randn(3, 64),)).prune("4:16")
+    model = tb.prune(tb.from_torch(layer, (torch.randn(3, 64),)), "4:16")
     given: dict[str, Any] = {"trials": 1, "logs": tmp_path, "policy": "always"}
     tune(model, "llvm", cache="hot", **given)
     with pytest.raises(OutputError, match="--cache hot, not model; give another folder"):
@@ -103,8 +103,8 @@ def test_indices_of_a_kernel_without_packed_ones_are_zero() -> None:
 def built() -> tuple[list[str], Any, dict[measure.Signature, measure.Feed]]:
     spec = resolve("llvm")
     torch.manual_seed(0)
-    model = tb.from_torch(torch.nn.Linear(64, 64).eval(), (torch.randn(3, 64),)).prune("4:16")
-    (task,) = find_tasks(fused_module(model, spec, policy="always"), spec.target)
+    model = tb.prune(tb.from_torch(torch.nn.Linear(64, 64).eval(), (torch.randn(3, 64),)), "4:16")
+    (task,) = find_tasks(fused_module(model, spec, tb.CompileOptions(policy="always")), spec.target)
     info = ms.arg_info.ArgInfo.from_prim_func(task.mod["main"])
     signature = measure.signature([one.as_json() for one in info])
     feeds = {signature: measure.Feed(task.index_bound, task.weights, task.between)}

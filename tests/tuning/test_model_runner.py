@@ -171,7 +171,7 @@ def test_a_small_model_is_tuned_by_estimates(
         torch.nn.Linear(256, 128), torch.nn.GELU(), torch.nn.Linear(128, 64)
     ).eval()
     # the second one stays dense
-    model = tb.from_torch(layers, (torch.randn(3, 256),)).prune("4:16", ignore=["2.weight"])
+    model = tb.prune(tb.from_torch(layers, (torch.randn(3, 256),)), "4:16", ignore=["2.weight"])
     result = _tuned_and_verified(model, "cuda-sm_80", 2, tmp_path)
     sparse, dense = result.kernels
     assert sparse.trials + sparse.failures == 2
@@ -216,7 +216,7 @@ def test_runners_that_do_not_fit_are_refused(
     tmp_path: Path, change: dict[str, Any], told: str
 ) -> None:
     layer = torch.nn.Linear(64, 64).eval()
-    model = tb.from_torch(layer, (torch.randn(3, 64),)).prune("4:16")
+    model = tb.prune(tb.from_torch(layer, (torch.randn(3, 64),)), "4:16")
     with pytest.raises(InputError, match=told):
         tune(model, logs=tmp_path, **change)
     assert not list(tmp_path.iterdir())
@@ -233,7 +233,7 @@ def test_a_model_without_sparse_layers_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["cuda-sm_80", "h100"])
 def test_minilm_is_tuned_by_estimates(name: str, tmp_path: Path) -> None:
     ids, mask = torch.randint(0, 30522, (1, 32)), torch.ones(1, 32, dtype=torch.int64)
-    model = tb.from_torch(_bert("stated").eval(), (ids, mask)).prune("4:16")
+    model = tb.prune(tb.from_torch(_bert("stated").eval(), (ids, mask)), "4:16")
     result = _tuned_and_verified(model, name, 8, tmp_path)
     sparse = [kernel for kernel in result.kernels if kernel.trials]
     assert len(sparse) >= 4

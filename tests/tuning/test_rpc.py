@@ -122,7 +122,7 @@ def _kill_in_session(pid: int) -> threading.Event:
 def model() -> tb.Model:
     torch.manual_seed(0)
     layer = torch.nn.Linear(64, 64).eval()
-    return tb.from_torch(layer, (torch.randn(3, 64),)).prune("4:16")
+    return tb.prune(tb.from_torch(layer, (torch.randn(3, 64),)), "4:16")
 
 
 def test_what_a_dying_server_had_goes_to_another(
@@ -130,7 +130,7 @@ def test_what_a_dying_server_had_goes_to_another(
 ) -> None:
     tracker, pids = servers
     spec = resolve("llvm")
-    (task,) = find_tasks(fused_module(model, spec, policy="always"), spec.target)
+    (task,) = find_tasks(fused_module(model, spec, tb.CompileOptions(policy="always")), spec.target)
     path = make_shared(default_schedule(task.mod).mod, spec.target)
     arguments = ms.arg_info.ArgInfo.from_prim_func(task.mod["main"])
     feeds = {signature([info.as_json() for info in arguments]): Feed(task.index_bound)}

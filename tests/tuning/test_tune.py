@@ -30,13 +30,15 @@ X = np.random.default_rng(0).standard_normal((ROWS, FEATURES)).astype(np.float32
 def model() -> tb.Model:
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Linear(FEATURES, FEATURES), torch.nn.ReLU()).eval()
-    return tb.from_torch(layers, (torch.randn(ROWS, FEATURES),)).prune("4:16")
+    return tb.prune(tb.from_torch(layers, (torch.randn(ROWS, FEATURES),)), "4:16")
 
 
 @pytest.fixture(scope="module")
 def task(model: tb.Model) -> Task:
     spec = resolve("llvm")
-    (found,) = find_tasks(fused_module(model, spec, policy="always"), spec.target)
+    (found,) = find_tasks(
+        fused_module(model, spec, tb.CompileOptions(policy="always")), spec.target
+    )
     return found
 
 

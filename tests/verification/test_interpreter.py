@@ -618,9 +618,10 @@ def test_difference(got, expected, largest):
 )
 def test_every_kernel_of_a_model_agrees_with_llvm(name):
     built = ZOO[name].build("small")
-    model = tb.from_torch(
-        built.module, built.inputs, dynamic_shapes=built.dynamic_shapes, name=name
-    ).prune("4:16")
+    model = tb.prune(
+        tb.from_torch(built.module, built.inputs, dynamic_shapes=built.dynamic_shapes, name=name),
+        "4:16",
+    )
     symbols = {"batch": 2, "sequence": 5}
     kernels = fused_kernels(model, resolve("cuda-sm_90"))
     assert any("balanced_sparse_dense" in kernel for kernel in kernels)

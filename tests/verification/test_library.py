@@ -38,7 +38,7 @@ RECOMPILED = "cubin made again of kernels/*.cu"
 def _save(name: str, target: str, path: Path) -> Path:
     built = ZOO[name].build("small")
     model = tb.from_torch(built.module, built.inputs, dynamic_shapes=built.dynamic_shapes)
-    return tb.compile(model.prune("4:16"), target, policy="always").save(path)
+    return tb.compile(tb.prune(model, "4:16"), target, policy="always").save(path)
 
 
 @pytest.fixture(scope="module")

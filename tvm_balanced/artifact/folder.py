@@ -17,38 +17,43 @@ Constants in a shared library are copied several times while it is built and loa
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy.typing as npt
 
 from tvm_balanced._version import __version__
 from tvm_balanced.artifact.exported import ExportedLibrary
 from tvm_balanced.artifact.manifest import (
-    FORMAT,
-    FORMAT_VERSION,
     KERNELS,
     LIBRARY,
     MANIFEST,
     PARAMETERS,
     REFERENCE,
     REPORT,
+    CompilerEntry,
+    CublasCall,
     FunctionEntry,
+    KernelEntry,
     Manifest,
     TargetEntry,
     read_manifest,
 )
 from tvm_balanced.cuda.source import file_stem, split_kernels
 from tvm_balanced.errors import ArtifactError, OutputError
+from tvm_balanced.options import CompileOptions
+from tvm_balanced.report import Report
 from tvm_balanced.support.tensors import write_tensors
 from tvm_balanced.targets.resolve import TargetSpec
 
@@ -78,55 +83,118 @@ def split_parameters(
     return {}, dict(params)
 
 
-def save(
-    path: Path | str,
-    library: ExportedLibrary,
-    spec: TargetSpec,
-    functions: Sequence[FunctionEntry],
-    *,
-    params: Mapping[str, npt.NDArray[Any]] | None = None,
-    layers: Sequence[Mapping[str, Any]] = (),
-    report: str = "",
-    dense: str = "dlight",
-    cublas: Sequence[Mapping[str, Any]] = (),
-    overwrite: bool = False,
-) -> Path:
-    """Write ``model.tvmb/`` whole or not at all.
+@dataclass(frozen=True)
+class Contents:
+    """What a ``model.tvmb`` is written from.
 
     Parameters
     ----------
-    path : path-like
-        The folder to make.
-    library : ExportedLibrary
+    exported : ExportedLibrary
         What :func:`tvm_balanced.build.export.export_library` made.
-    spec : TargetSpec
+    target : TargetSpec
         What it was made for.
     functions : sequence of FunctionEntry
-        From :func:`describe_functions`.
-    params : mapping of str to ndarray, optional
+        From :func:`tvm_balanced.artifact.functions.describe_functions`.
+    model : str
+        Name of the model.
+    options : CompileOptions
+        What it was compiled with.
+    report : Report
+        Every dense layer with decision and reason.
+    params : mapping of str to ndarray
         Parameters that the library does not hold.
-    layers : sequence of mapping
-        Rows of the report, JSON values.
-    report : str
-        The report as text.
-    dense : str
-        Who computes the matrix products that stay dense on a GPU, ``"dlight"`` or ``"cublas"``.
     cublas : sequence of mapping
-        The calls of cuBLAS, JSON values.
-    overwrite : bool
-        Replace a ``model.tvmb`` that is there; nothing else is ever replaced.
-
-    Returns
-    -------
-    pathlib.Path
-        The folder.
-
-    Raises
-    ------
-    OutputError
-        If the path exists or cannot be written; nothing is left behind.
+        The calls of cuBLAS, fields of :class:`tvm_balanced.artifact.manifest.CublasCall`.
     """
+
+    exported: ExportedLibrary
+    target: TargetSpec
+    functions: Sequence[FunctionEntry]
+    model: str = "model"
+    options: CompileOptions = field(default_factory=CompileOptions)
+    report: Report = field(default_factory=Report)
+    params: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    cublas: Sequence[Mapping[str, str]] = ()
+
+    def write(self, path: Path | str, *, overwrite: bool = False) -> Path:
+        """Write the folder whole or not at all.
+
+        Parameters
+        ----------
+        path : path-like
+            The folder to make.
+        overwrite : bool
+            Replace a ``model.tvmb`` that is there; nothing else is ever replaced.
+
+        Returns
+        -------
+        pathlib.Path
+            The folder.
+
+        Raises
+        ------
+        OutputError
+            If the path exists or cannot be written; nothing is left behind.
+        """
+        return _whole(Path(path), self._fill, overwrite)
+
+    def _fill(self, work: Path) -> None:
+        exported, spec = self.exported, self.target
+        _link(exported.path, work / LIBRARY)
+        if self.params:
+            write_tensors(work / PARAMETERS, self.params)
+        if exported.cuda_source:
+            (work / KERNELS).mkdir()
+            for name, text in split_kernels(exported.cuda_source).items():
+                _write_bytes(work / KERNELS / f"{file_stem(name)}.cu", text.encode())
+        if exported.reference:
+            _write_bytes(work / REFERENCE, exported.reference)
+        _write_bytes(work / REPORT, self.report.text().encode())
+        features = tuple(spec.features)
+        manifest = Manifest(
+            model=self.model,
+            options=self.options.to_json(),
+            target=TargetEntry(spec.name, spec.kind, spec.arch, features, os.uname().machine),
+            device_code="cubin" if exported.images else "none",
+            functions=tuple(self.functions),
+            versions={"tvm-balanced": __version__, **_versions()},
+            title=self.report.title,
+            layers=tuple(self.report),
+            cubins=tuple(exported.images),
+            compiler=CompilerEntry.of(exported.compiler) if exported.compiler else None,
+            files={name: sha256(work / name) for name in _contents(work)},
+            cublas=tuple(msgspec.convert(call, CublasCall) for call in self.cublas),
+            coverage=tuple(msgspec.convert(kernel, KernelEntry) for kernel in exported.coverage),
+        )
+        _write_bytes(work / MANIFEST, (json.dumps(manifest.to_json(), indent=2) + "\n").encode())
+
+
+def copy_library(source: Path, path: Path | str, *, overwrite: bool = False) -> Path:
+    """Copy a ``model.tvmb`` whole or not at all; see :meth:`Contents.write` for the errors."""
+
+    def fill(work: Path) -> None:
+        for name in _contents(source):
+            (work / name).parent.mkdir(exist_ok=True)
+            _copy(source / name, work / name)
+
+    return _whole(Path(path), fill, overwrite)
+
+
+def move_library(source: Path, path: Path | str, *, overwrite: bool = False) -> Path:
+    """Move a ``model.tvmb``; see :meth:`Contents.write` for the errors."""
     path = Path(path)
+    check_writable(path, overwrite=overwrite)
+    try:
+        _replace(source, path)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise _output_error(path, error) from error
+        copy_library(source, path, overwrite=overwrite)
+        shutil.rmtree(source, ignore_errors=True)
+    return path
+
+
+def _whole(path: Path, fill: Callable[[Path], None], overwrite: bool) -> Path:
     check_writable(path, overwrite=overwrite)
     try:
         # a sibling: only within one file system is a rename atomic
@@ -135,7 +203,8 @@ def save(
         raise _output_error(path, error) from error
     try:
         work.chmod(0o755)
-        _write(work, library, spec, functions, params or {}, layers, report, dense, cublas)
+        fill(work)
+        _sync_folder(work)
         _replace(work, path)
     except OSError as error:
         raise _output_error(path, error) from error
@@ -145,7 +214,7 @@ def save(
 
 
 def check_writable(path: Path | str, *, overwrite: bool = False) -> None:
-    """Refuse a path that :func:`save` could not write, before hours of work.
+    """Refuse a path that no library could be written to, before hours of work.
 
     Parameters
     ----------
@@ -184,71 +253,34 @@ def _output_error(path: Path, error: OSError) -> OutputError:
     )
 
 
-def _write(
-    work: Path,
-    library: ExportedLibrary,
-    spec: TargetSpec,
-    functions: Sequence[FunctionEntry],
-    params: Mapping[str, npt.NDArray[Any]],
-    layers: Sequence[Mapping[str, Any]],
-    report: str,
-    dense: str,
-    cublas: Sequence[Mapping[str, Any]],
-) -> None:
-    _copy(library.path, work / LIBRARY)
-    if params:
-        write_tensors(work / PARAMETERS, params)
-    if library.cuda_source:
-        (work / KERNELS).mkdir()
-        for name, text in split_kernels(library.cuda_source).items():
-            _write_text(work / KERNELS / f"{file_stem(name)}.cu", text)
-    if library.reference:
-        _write_bytes(work / REFERENCE, library.reference)
-    _write_text(work / REPORT, report)
-    manifest = Manifest(
-        target=TargetEntry(
-            spec.name, spec.kind, spec.arch, tuple(spec.features), os.uname().machine
-        ),
-        device_code="cubin" if library.images else "none",
-        functions=tuple(functions),
-        versions={"tvm-balanced": __version__, **_versions()},
-        layers=tuple(layers),
-        cubins=tuple(asdict(image) for image in library.images),
-        compiler=dict(library.compiler),
-        files={name: sha256(work / name) for name in _contents(work)},
-        dense=dense if spec.kind == "cuda" else spec.kind,
-        cublas=tuple(cublas),
-        coverage=tuple(library.coverage),
-    )
-    document = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(manifest)}
-    _write_text(work / MANIFEST, json.dumps(document, indent=2) + "\n")
-    _sync_folder(work)
-
-
 def _versions() -> dict[str, str]:
-    found = {}
+    known = {}
     for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+        with contextlib.suppress(PackageNotFoundError):
+            known[package] = version(package)
+    return known
 
 
 def _contents(work: Path) -> list[str]:
     return sorted(str(file.relative_to(work)) for file in work.rglob("*") if file.is_file())
 
 
-def _copy(source: Path, destination: Path) -> None:
-    with source.open("rb") as reader, destination.open("wb") as writer:
-        shutil.copyfileobj(reader, writer, 1 << 20)
-        writer.flush()
-        os.fsync(writer.fileno())
+def _link(source: Path, destination: Path) -> None:
+    """The same file under another name where the file system can, else a copy."""
+    try:
+        os.link(source, destination)
+    except OSError:
+        _copy(source, destination)
+    with destination.open("rb") as file:
+        os.fsync(file.fileno())
     destination.chmod(0o755)
 
 
-def _write_text(path: Path, text: str) -> None:
-    _write_bytes(path, text.encode())
+def _copy(source: Path, destination: Path) -> None:
+    shutil.copyfile(source, destination)
+    shutil.copymode(source, destination)
+    with destination.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _write_bytes(path: Path, data: bytes) -> None:
@@ -313,13 +345,13 @@ def verify_hashes(path: Path | str, manifest: Manifest | None = None) -> None:
     for name, expected in manifest.files.items():
         file = path / name
         try:
-            found = sha256(file)
+            digest = sha256(file)
         except OSError as error:
             raise ArtifactError(
                 f"{file} cannot be read ({error.strerror}): copy or build {path} again"
             ) from error
-        if found != expected:
+        if digest != expected:
             raise ArtifactError(
-                f"{file} has changed since it was built (SHA-256 {found[:12]}, expected "
+                f"{file} has changed since it was built (SHA-256 {digest[:12]}, expected "
                 f"{expected[:12]}): copy or build {path} again"
             )

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from tvm_balanced._version import __version__
-from tvm_balanced.errors import ArtifactError
+from tvm_balanced.cuda.cubin import DeviceImage
+from tvm_balanced.errors import ArtifactError, InputError
+from tvm_balanced.options import CompileOptions
+from tvm_balanced.report import LayerRow
 
 FORMAT = "tvmb"
 
 
 # raised whenever what is written or read changes; a release reads its own version only
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 LIBRARY = "lib.so"
@@ -36,10 +41,6 @@ REPORT = "report.txt"
 KERNELS = "kernels"
 
 
-# who computes the matrix products that stay dense: cuBLAS, kernels by DLight, or our schedules for llvm
-DENSE = ("dlight", "cublas", "llvm")
-
-
 @dataclass(frozen=True)
 class TensorEntry:
     """An input or output.
@@ -56,7 +57,7 @@ class TensorEntry:
 
     name: str
     dtype: str
-    shape: tuple[int | str, ...]
+    shape: tuple[Annotated[int, msgspec.Meta(ge=0)] | str, ...]
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,43 @@ class TargetEntry:
     """
 
     name: str
-    kind: str
+    kind: Annotated[str, msgspec.Meta(pattern="^(cuda|llvm)$")]
     arch: str
     features: tuple[str, ...]
     machine: str
+
+
+@dataclass(frozen=True)
+class CompilerEntry:
+    """What made the cubins of ``kernels/*.cu``, see :func:`tvm_balanced.cuda.nvrtc.compiler`."""
+
+    name: str
+    version: str
+    options: tuple[str, ...]
+
+    @staticmethod
+    def of(compiler: Mapping[str, Any]) -> CompilerEntry:
+        """What :func:`tvm_balanced.cuda.nvrtc.compiler` says."""
+        return msgspec.convert(compiler, CompilerEntry)
+
+
+@dataclass(frozen=True)
+class CublasCall:
+    """A call of cuBLAS, see :func:`tvm_balanced.relay_passes.dense_cublas.cublas_calls`."""
+
+    function: str
+    name: str
+    product: str
+
+
+@dataclass(frozen=True)
+class KernelEntry:
+    """How a kernel was scheduled, see :class:`tvm_balanced.schedules.tuned.Coverage`."""
+
+    kernel: str
+    schedule: Annotated[str, msgspec.Meta(pattern="^(tuned|estimated|default)$")]
+    balanced: bool
+    note: str
 
 
 @dataclass(frozen=True)
@@ -115,6 +149,10 @@ class Manifest:
 
     Attributes
     ----------
+    model : str
+        Name of the model.
+    options : dict
+        The :class:`tvm_balanced.CompileOptions` it was compiled with, as JSON.
     target : TargetEntry
         What the library was compiled for.
     device_code : str
@@ -123,36 +161,61 @@ class Manifest:
         The first is the most general.
     versions : dict of str to str
         Of this package and of those that built the library.
-    layers : tuple of dict
+    title : str
+        Title of the report.
+    layers : tuple of LayerRow
         Rows of the report.
-    cubins : tuple of dict
-        ``arch``, ``num_bytes`` and ``sha256`` of each cubin inside ``lib.so``.
-    compiler : dict
-        ``name``, ``version`` and ``options`` of what made the cubins of ``kernels/*.cu``, see
-        :func:`tvm_balanced.cuda.nvrtc.compiler`; empty where there are none.
+    cubins : tuple of DeviceImage
+        Each cubin inside ``lib.so``.
+    compiler : CompilerEntry or None
+        What made the cubins; None where there are none.
     files : dict of str to str
         SHA-256 of every other file, by path relative to the folder.
-    dense : str
-        Who computes the matrix products that stay dense, one of :data:`DENSE`.
-    cublas : tuple of dict
-        Each call of cuBLAS, see :func:`tvm_balanced.relay_passes.dense_cublas.cublas_calls`. Where there is
-        any, libcublas must be there when the library runs.
-    coverage : tuple of dict
-        How each kernel was scheduled, by a tuning record or by default, see
-        :class:`tvm_balanced.schedules.tuned.Coverage`; empty where the library does not say.
+    cublas : tuple of CublasCall
+        Where there is any, libcublas must be there when the library runs.
+    coverage : tuple of KernelEntry
+        How each kernel was scheduled; empty where the library does not say.
     """
 
+    model: str
+    options: Mapping[str, Any]
     target: TargetEntry
-    device_code: str
+    device_code: Annotated[str, msgspec.Meta(pattern="^(cubin|none)$")]
     functions: tuple[FunctionEntry, ...]
     versions: Mapping[str, str]
-    layers: tuple[Mapping[str, Any], ...]
-    cubins: tuple[Mapping[str, Any], ...]
-    compiler: Mapping[str, Any]
+    title: str
+    layers: tuple[LayerRow, ...]
+    cubins: tuple[DeviceImage, ...]
+    compiler: CompilerEntry | None
     files: Mapping[str, str]
-    dense: str
-    cublas: tuple[Mapping[str, Any], ...]
-    coverage: tuple[Mapping[str, Any], ...] = ()
+    cublas: tuple[CublasCall, ...]
+    coverage: tuple[KernelEntry, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as they stand in the file."""
+        # TVM's strings are strings, but not to msgspec
+        values = msgspec.to_builtins(self, enc_hook=str)
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
+
+    def problems(self) -> Iterator[tuple[str, object, str]]:
+        """What types do not say: field, value and what was expected of it."""
+        if not self.functions:
+            yield "functions", [], "at least one"
+        for name in self.files:
+            pure = Path(name)
+            # the names are opened: none may lead out of the folder
+            if pure.is_absolute() or ".." in pure.parts:
+                yield "files", name, "a path inside the folder"
+        needed = [LIBRARY] + [PARAMETERS] * any(entry.params for entry in self.functions)
+        for name in needed:
+            if name not in self.files:
+                yield "files", sorted(self.files), f"{name} among them"
+        if self.device_code == "cubin" and self.compiler is None:
+            yield "compiler", None, "what made the cubins"
+        try:
+            CompileOptions.from_json(self.options)
+        except (InputError, TypeError) as error:
+            yield "options", self.options, f"options of this release ({error})"
 
 
 def read_manifest(path: Path | str) -> Manifest:
@@ -180,169 +243,63 @@ def read_manifest(path: Path | str) -> Manifest:
     if not file.is_file():
         raise ArtifactError(f"{path} has no {MANIFEST}: expected a .tvmb folder")
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = msgspec.json.decode(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{file} cannot be read ({error}): copy or build it again") from error
-    reader = _Reader(file)
-    fields = reader.mapping(document, "the manifest")
-    if fields.get("format") != FORMAT:
+    fields = document if isinstance(document, dict) else {}
+    if fields and fields.get("format") != FORMAT:
         raise ArtifactError(f"{file} says format {fields.get('format')!r}: expected {FORMAT!r}")
-    if fields.get("format_version") != FORMAT_VERSION:
+    if fields and fields.get("format_version") != FORMAT_VERSION:
         raise ArtifactError(
             f"{file} has format version {fields.get('format_version')!r}, this tvm-balanced "
             f"{__version__} reads {FORMAT_VERSION}: compile the model again or use the release "
             f"that wrote it"
         )
-    return reader.manifest(fields)
-
-
-class _Reader:
-    """Turns JSON into a :class:`Manifest`, saying where it is not as expected."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-
-    def manifest(self, fields: Mapping[str, Any]) -> Manifest:
-        target = self.mapping(self.get(fields, "target"), "target")
-        functions = tuple(
-            self._function(entry, f"functions[{i}]")
-            for i, entry in enumerate(self.sequence(self.get(fields, "functions"), "functions"))
-        )
-        if not functions:
-            self.fail("functions", [], "at least one")
-        files = self.mapping(self.get(fields, "files"), "files")
-        for name, digest in files.items():
-            pure = Path(name)
-            # the names are opened: none may lead out of the folder
-            if pure.is_absolute() or ".." in pure.parts:
-                self.fail("files", name, "a path inside the folder")
-            self.text(digest, f"files[{name}]")
-        if LIBRARY not in files:
-            self.fail("files", sorted(files), f"{LIBRARY} among them")
-        if any(entry.params for entry in functions) and PARAMETERS not in files:
-            self.fail("files", sorted(files), f"{PARAMETERS} among them")
-        device_code = self.text(self.get(fields, "device_code"), "device_code")
-        if device_code not in ("cubin", "none"):
-            self.fail("device_code", device_code, "'cubin' or 'none'")
-        kind = self.text(self.get(target, "kind"), "target.kind")
-        if kind not in ("cuda", "llvm"):
-            self.fail("target.kind", kind, "'cuda' or 'llvm'")
-        dense = self.text(self.get(fields, "dense"), "dense")
-        if dense not in DENSE:
-            self.fail("dense", dense, " or ".join(map(repr, DENSE)))
-        versions = self.mapping(self.get(fields, "versions"), "versions")
-        return Manifest(
-            target=TargetEntry(
-                name=self.text(self.get(target, "name"), "target.name"),
-                kind=kind,
-                arch=self.text(self.get(target, "arch"), "target.arch"),
-                features=self._texts(self.get(target, "features"), "target.features"),
-                machine=self.text(self.get(target, "machine"), "target.machine"),
-            ),
-            device_code=device_code,
-            functions=functions,
-            versions={name: self.text(v, f"versions[{name}]") for name, v in versions.items()},
-            layers=self._mappings(self.get(fields, "layers"), "layers"),
-            cubins=self._mappings(self.get(fields, "cubins"), "cubins"),
-            compiler=self._compiler(self.get(fields, "compiler"), device_code),
-            files=dict(files),
-            dense=dense,
-            cublas=self._calls(self.get(fields, "cublas")),
-            coverage=self._coverage(fields.get("coverage", [])),
-        )
-
-    def _coverage(self, value: Any) -> tuple[Mapping[str, Any], ...]:
-        kernels = self._mappings(value, "coverage")
-        for i, kernel in enumerate(kernels):
-            for key in ("kernel", "schedule", "note"):
-                self.text(self.get(kernel, key), f"coverage[{i}].{key}")
-        return kernels
-
-    def _calls(self, value: Any) -> tuple[Mapping[str, Any], ...]:
-        calls = self._mappings(value, "cublas")
-        for i, call in enumerate(calls):
-            for key in ("function", "name", "product"):
-                self.text(self.get(call, key), f"cublas[{i}].{key}")
-        return calls
-
-    def _compiler(self, value: Any, device_code: str) -> Mapping[str, Any]:
-        fields = self.mapping(value, "compiler")
-        if device_code != "none" or fields:
-            self.text(self.get(fields, "name"), "compiler.name")
-            self.text(self.get(fields, "version"), "compiler.version")
-            self._texts(self.get(fields, "options"), "compiler.options")
-        return fields
-
-    def _function(self, value: Any, where: str) -> FunctionEntry:
-        fields = self.mapping(value, where)
-        bindings = self.mapping(self.get(fields, "bindings"), f"{where}.bindings")
-        for symbol, extent in bindings.items():
-            if type(extent) is not int:
-                self.fail(f"{where}.bindings[{symbol}]", extent, "an integer")
-        limits = self.mapping(self.get(fields, "limits"), f"{where}.limits")
-        for symbol, limit in limits.items():
-            if type(limit) is not int:
-                self.fail(f"{where}.limits[{symbol}]", limit, "an integer")
-        return FunctionEntry(
-            name=self.text(self.get(fields, "name"), f"{where}.name"),
-            inputs=self._tensors(self.get(fields, "inputs"), f"{where}.inputs"),
-            outputs=self._tensors(self.get(fields, "outputs"), f"{where}.outputs"),
-            params=self._texts(self.get(fields, "params"), f"{where}.params"),
-            bindings=dict(bindings),
-            returns_tuple=self._flag(self.get(fields, "returns_tuple"), f"{where}.returns_tuple"),
-            limits=dict(limits),
-        )
-
-    def _flag(self, value: Any, where: str) -> bool:
-        if not isinstance(value, bool):
-            self.fail(where, value, "true or false")
-        return bool(value)
-
-    def _tensors(self, value: Any, where: str) -> tuple[TensorEntry, ...]:
-        return tuple(
-            self._tensor(entry, f"{where}[{i}]")
-            for i, entry in enumerate(self.sequence(value, where))
-        )
-
-    def _tensor(self, value: Any, where: str) -> TensorEntry:
-        fields = self.mapping(value, where)
-        shape = self.sequence(self.get(fields, "shape"), f"{where}.shape")
-        for extent in shape:
-            if not (isinstance(extent, str) or (type(extent) is int and extent >= 0)):
-                self.fail(f"{where}.shape", extent, "extents or their names")
-        return TensorEntry(
-            name=self.text(self.get(fields, "name"), f"{where}.name"),
-            dtype=self.text(self.get(fields, "dtype"), f"{where}.dtype"),
-            shape=tuple(shape),
-        )
-
-    def _texts(self, value: Any, where: str) -> tuple[str, ...]:
-        return tuple(self.text(item, where) for item in self.sequence(value, where))
-
-    def _mappings(self, value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
-        return tuple(self.mapping(item, where) for item in self.sequence(value, where))
-
-    def get(self, fields: Mapping[str, Any], name: str) -> Any:
-        if name not in fields:
-            raise ArtifactError(f"{self._file} lacks {name!r}: copy or build it again")
-        return fields[name]
-
-    def mapping(self, value: Any, where: str) -> Mapping[str, Any]:
-        if not isinstance(value, dict):
-            self.fail(where, value, "an object")
-        return dict(value)
-
-    def sequence(self, value: Any, where: str) -> Sequence[Any]:
-        if not isinstance(value, list):
-            self.fail(where, value, "a list")
-        return list(value)
-
-    def text(self, value: Any, where: str) -> str:
-        if not isinstance(value, str):
-            self.fail(where, value, "a string")
-        return str(value)
-
-    def fail(self, where: str, value: Any, expected: str) -> None:
+    try:
+        manifest = msgspec.convert(document, Manifest)
+    except msgspec.ValidationError as error:
         raise ArtifactError(
-            f"{self._file}: {where} is {value!r:.80}, expected {expected}; copy or build it again"
+            f"{file}: {_explain(str(error), document)}; copy or build it again"
+        ) from error
+    for where, value, expected in manifest.problems():
+        raise ArtifactError(
+            f"{file}: {where} is {value!r:.80}, expected {expected}; copy or build it again"
         )
+    return manifest
+
+
+_KINDS = {
+    "str": "a string",
+    "int": "an integer",
+    "bool": "true or false",
+    "float": "a number",
+    "array": "a list",
+    "object": "an object",
+    "null": "null",
+}
+
+
+def _explain(message: str, document: object) -> str:
+    """``target.kind is 3, expected a string``, of what msgspec says of a document."""
+    complaint, _, where = message.partition(" - at `$")
+    where = where.rstrip("`").lstrip(".")
+    lacking = re.fullmatch(r"Object missing required field `(\w+)`", complaint)
+    if lacking:
+        return f"{where or 'the manifest'} lacks {lacking[1]!r}"
+    value = document
+    for key, index in re.findall(r"([A-Za-z_]\w*)|\[(\d+|\.\.\.)\]", where):
+        if index == "...":
+            # msgspec does not say which entry of a mapping it is
+            break
+        assert isinstance(value, dict | list)
+        value = value[key if key else int(index)]  # type: ignore[call-overload]
+    words = re.search(r"matching regex '\^\((.*)\)\$'", complaint)
+    expected = re.match(r"Expected `([^`]+)`( >= \d+)?", complaint)
+    if words:
+        wanted = "expected " + " or ".join(map(repr, words[1].split("|")))
+    elif expected:
+        kinds = (_KINDS.get(kind, kind) for kind in expected[1].split(" | "))
+        wanted = f"expected {' or '.join(kinds)}{expected[2] or ''}"
+    else:
+        wanted = complaint[:1].lower() + complaint[1:]
+    return f"{where or 'the manifest'} is {value!r:.80}, {wanted}"

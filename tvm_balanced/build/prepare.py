@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from tvm_balanced.artifact.folder import split_parameters
 from tvm_balanced.errors import InputError
 from tvm_balanced.model import Array
 from tvm_balanced.model import Model
+from tvm_balanced.options import CompileOptions
 from tvm_balanced.planning.plan import Plan
 from tvm_balanced.planning.plan import make_plan
 from tvm_balanced.relay_passes.bucket_functions import bucket_functions
@@ -40,27 +40,17 @@ class Prepared:
 def prepare(
     model: Model,
     target: str | tvm.target.Target | TargetSpec,
-    policy: str | Mapping[str, str],
-    ignore: Iterable[str],
-    buckets: Sequence[int] | Mapping[str, Sequence[int]] | None,
-    encoding: str,
-    dense: str,
+    options: CompileOptions,
     progress: Callable[[str], None] | None,
 ) -> Prepared:
     """Plan, rewrite and pack: what :func:`compile` builds and the tuner takes its kernels from."""
-    if not isinstance(model, Model):
-        raise InputError(
-            f"a {type(model).__name__} was given, expected an imported model; import it with "
-            "from_torch, from_onnx or from_relax first"
-        )
-    dim, sizes = _one_dimension(buckets)
     tell = progress or (lambda _: None)
     tell("plan")
-    plan = make_plan(model, target, None, ignore, policy, sizes, encoding, dense)
+    plan = make_plan(model, target, options)
     mod, params = rewrite_model(
-        model, plan.formats, plan.target, lambda name: tell(f"pack {name}"), dense
+        model, plan.formats, plan.target, lambda name: tell(f"pack {name}"), options.dense
     )
-    mod, _ = bucket_functions(mod, dim, sizes)
+    mod, _ = bucket_functions(mod, options.dimension, options.sizes)
     _, weights = split_params(mod)
     # the library knows its weights by their variables' names, which are unique
     by_var = {var.name: array for var, array in zip(weights, params.values(), strict=True)}
@@ -69,18 +59,3 @@ def prepare(
     if len(by_var) != len(weights):
         raise InputError(f"{model.name} has several weights of one name; rename them")
     return Prepared(plan, mod, *split_parameters(by_var), calls)
-
-
-def _one_dimension(
-    buckets: Sequence[int] | Mapping[str, Sequence[int]] | None,
-) -> tuple[str | None, list[int]]:
-    if not buckets:
-        return None, []
-    if not isinstance(buckets, Mapping):
-        return None, list(buckets)
-    if len(buckets) > 1:
-        raise InputError(
-            f"buckets were given for {', '.join(buckets)}; give them for one dimension"
-        )
-    ((name, sizes),) = buckets.items()
-    return name, list(sizes)

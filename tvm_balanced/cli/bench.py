@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.table import Table
 
 from tvm_balanced.bench.shapes import SETS
 from tvm_balanced.cli.options import with_output
@@ -16,6 +14,7 @@ from tvm_balanced.cli.output import Output, summary
 from tvm_balanced.errors import InputError
 
 if TYPE_CHECKING:
+    from tvm_balanced.bench.operators import Benchmark
     from tvm_balanced.bench.shapes import Problem
 
 
@@ -91,22 +90,11 @@ PEERS = ("dense", "int4", "csr", "semi_structured", "triton", "tvm_dense")
 def command(
     output: Output,
     library: str | None,
-    sets: tuple[str, ...],
-    rows: str | None,
-    patterns: tuple[str, ...],
-    layers: tuple[str, ...],
-    dtypes: tuple[str, ...],
-    most_weights: int | None,
-    target: str,
-    cache: str,
-    peers: str | None,
-    method: str,
-    seconds: float,
     time_limit: float | None,
-    threads: int | None,
     destination: str | None,
     resume: bool,
     plots: str | None,
+    **what: Any,
 ) -> None:
     """Time the balanced operator against its peers: cuBLAS, int4, cuSPARSE, 2:4, Triton and TVM's dense.
 
@@ -120,101 +108,92 @@ def command(
     path = Path(destination) if destination else None
     if (resume or plots) and path is None:
         raise click.UsageError("--resume and --plot go with -o")
-    if library is not None and sets:
+    if library is not None and what["sets"]:
         raise click.UsageError("give either LIBRARY or --set")
-    names = sets or ("llm",)
-    output.arguments(
-        "bench",
-        {
-            "shapes": library or names,
-            "m": rows or "the set's",
-            "pattern": patterns or "the set's",
-            "dtype": dtypes or "the target's",
-            "target": target,
-            "cache": cache,
-            "peers": peers or "all",
-            "time-limit": time_limit,
-            "output": path,
-        },
-    )
     from tvm_balanced.bench import results
+    from tvm_balanced.bench.layers import time_problems, unmeasured
+    from tvm_balanced.support.files import check_output
+
+    if path is not None:
+        check_output(path, overwrite=True)
+        if path.exists():
+            # one of other columns is refused before anything is timed
+            results.read(path)
+    run, chosen = _problems(output, library, **what)
+    if resume and path is not None:
+        chosen = unmeasured(run, chosen, path)
+    with output.progress("bench", len(chosen)) as tell:
+        result = time_problems(run, chosen, time_limit=time_limit, tell=tell, file=path)
+    drawn = []
+    if plots is not None and path is not None:
+        drawn = results.plot(results.read(path), Path(plots))
+    output.document(
+        {
+            "command": "bench",
+            **result.to_json(),
+            "output": None if path is None else str(path),
+            "plots": [str(p) for p in drawn],
+        }
+    )
+    if result.rows:
+        output.show(result)
+        for note in result.notes():
+            output.note(note)
+    rows: dict[str, Any] = {"problems measured": result.problems}
+    if result.left:
+        rows["not begun"] = f"{result.left}: the time limit of {time_limit:g} s; --resume goes on"
+    if path is not None:
+        rows["written"] = path
+    if drawn:
+        rows["plots"] = ", ".join(str(p) for p in drawn)
+    output.show(summary("benchmark", rows))
+    if path is not None and plots is None:
+        output.next(f"tvm-balanced bench --resume -o {shlex.quote(str(path))} --plot plots")
+
+
+def _problems(
+    output: Output,
+    library: str | None,
+    *,
+    target: str,
+    threads: int | None,
+    cache: str,
+    peers: str | None,
+    seconds: float,
+    method: str,
+    **shapes: Any,
+) -> tuple[Benchmark, list[Problem]]:
+    """What is measured how: the options about machine and clock, then those about shapes."""
     from tvm_balanced.bench.operators import CACHES, Benchmark, library_problems, make_machine
     from tvm_balanced.bench.shapes import problems
     from tvm_balanced.runtime.library import Library
-    from tvm_balanced.support.files import check_output
 
-    wanted_rows = None if rows is None else _numbers(rows)
-    chosen = None if peers is None else [word for word in _words(peers) if word != "none"]
-    if path is not None:
-        check_output(path, overwrite=True)
-        before = results.read(path) if path.exists() else []
-    if library is not None:
-        opened = Library(library)
-        target = opened.manifest.target.kind
-    machine = make_machine(target, threads)
+    rows = None if shapes["rows"] is None else _numbers(shapes["rows"])
+    opened = None if library is None else Library(library)
+    machine = make_machine(target if opened is None else opened.manifest.target.kind, threads)
     if machine.kind == "llvm":
         output.note(
             f"the kernels for llvm are timed on this CPU ({machine.spec.arch}), against PyTorch on it"
         )
-    found: list[Problem]
-    if library is not None:
-        found = library_problems(opened)
-    else:
-        defaults = ("float16",) if machine.kind == "cuda" else ("float32",)
-        found = problems(
-            names,
-            dtypes or defaults,
-            rows=wanted_rows,
-            patterns=patterns or None,
-            layers=layers or None,
-            most_weights=most_weights,
-        )
-    benchmark = Benchmark(
+    run = Benchmark(
         machine,
-        peers=chosen,
+        peers=None if peers is None else [word for word in _words(peers) if word != "none"],
         caches=CACHES if cache == "both" else (cache,),
         seconds=seconds,
         method=method,
         threads=threads,
     )
-    if resume:
-        done = {results.key(row) for row in before if row["us"]}
-        found = [p for p in found if not all(results.key(k) in done for k in benchmark.keys(p))]
-    measured: list[dict[str, Any]] = []
-    begun = 0
-    with output.progress("bench", len(found)) as tell:
-        for made in benchmark.run(found, time_limit=time_limit, tell=tell):
-            begun += 1
-            measured += made
-            if path is not None:
-                results.append(path, made)
-    drawn = []
-    if plots is not None and path is not None:
-        drawn = results.plot(results.read(path), Path(plots))
-    left = len(found) - begun
-    output.document(
-        {
-            "command": "bench",
-            "environment": benchmark.environment,
-            "rows": measured,
-            "left": left,
-            "output": None if path is None else str(path),
-            "plots": [str(p) for p in drawn],
-        }
+    if opened is not None:
+        return run, library_problems(opened)
+    defaults = ("float16",) if machine.kind == "cuda" else ("float32",)
+    return run, problems(
+        shapes["sets"] or ("llm",),
+        shapes["dtypes"] or defaults,
+        rows=rows,
+        patterns=shapes["patterns"] or None,
+        layers=shapes["layers"] or None,
+        most_weights=shapes["most_weights"],
     )
-    if measured:
-        output.show(_table(measured, benchmark.environment))
-        _show_notes(output, measured)
-    told: dict[str, Any] = {"problems measured": begun}
-    if left:
-        told["not begun"] = f"{left}: the time limit of {time_limit:g} s; --resume goes on"
-    if path is not None:
-        told["written"] = path
-    if drawn:
-        told["plots"] = ", ".join(str(p) for p in drawn)
-    output.show(summary("benchmark", told))
-    if path is not None and plots is None:
-        output.next(f"tvm-balanced bench --resume -o {shlex.quote(str(path))} --plot plots")
 
 
 def _words(text: str) -> list[str]:
@@ -226,47 +205,3 @@ def _numbers(text: str) -> list[int]:
     if not words or not all(word.isascii() and word.isdigit() and int(word) for word in words):
         raise InputError(f'--m "{text}" is not of the form 1,8; give whole numbers from 1')
     return [int(word) for word in words]
-
-
-def _table(rows: list[dict[str, Any]], environment: Mapping[str, Any]) -> Table:
-    """The times and ratios of one run; what is empty was not timed."""
-    where = f"{environment['device']} ({environment['kind']} {environment['arch']})"
-    if environment["threads"]:
-        where += f", threads: {environment['threads']}"
-    shown = [peer for peer in PEERS if any(row.get(f"{peer}_us") for row in rows)]
-    table = Table(title=f"{where}: us, and times faster than ...", title_justify="left")
-    for heading in ("layer", "N x K", "M", "pattern", "dtype", "caches", "us (p20-p80)", *shown):
-        table.add_column(heading, justify="right" if heading not in ("layer", "N x K") else "left")
-    for heading in ("GB/s", "of copy", "of ceiling", "error"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        time = "-"
-        if "us" in row:
-            time = f"{row['us']:.1f} ({row['p20_us']:.1f}-{row['p80_us']:.1f})"
-        table.add_row(
-            str(row["layer"]),
-            f"{row['n']}x{row['k']}",
-            str(row["m"]),
-            str(row["pattern"]),
-            str(row["dtype"]),
-            str(row["cache"]),
-            time,
-            *(_shown(row.get(f"{peer}_ratio"), ".2f", "x") for peer in shown),
-            _shown(row.get("gbps"), ".0f"),
-            _shown(row.get("share_of_copy"), ".0%"),
-            _shown(row.get("share_of_ceiling"), ".0%"),
-            _shown(row.get("error"), ".0e"),
-        )
-    return table
-
-
-def _shown(value: float | None, form: str, unit: str = "") -> str:
-    return "-" if value is None else f"{value:{form}}{unit}"
-
-
-def _show_notes(output: Output, rows: list[dict[str, Any]]) -> None:
-    """Why a column is empty, each reason once."""
-    for name in ("", *PEERS):
-        column = f"{name}_note" if name else "note"
-        for reason in dict.fromkeys(row[column] for row in rows if row.get(column)):
-            output.note(f"{name or 'this operator'}: {reason}")

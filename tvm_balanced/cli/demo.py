@@ -37,7 +37,6 @@ def command(output: Output, destination: str) -> None:
       tvm-balanced demo -o build/demo
     """
     folder = Path(destination)
-    output.arguments("demo", {"output": folder})
     begin = time.monotonic()
     try:
         folder.mkdir(parents=True, exist_ok=True)

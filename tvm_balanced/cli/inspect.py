@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ import click
 from rich.table import Table
 
 from tvm_balanced.cli.coverage import coverage_table, coverage_text
-from tvm_balanced.cli.options import parse_shapes, with_output
+from tvm_balanced.cli.options import options_words, parse_shapes, shapes_option, with_output
 from tvm_balanced.cli.output import Output, summary
 from tvm_balanced.errors import InputError
 
@@ -23,13 +22,7 @@ if TYPE_CHECKING:
 
 @click.command(name="inspect")
 @click.argument("path", type=click.Path())
-@click.option(
-    "--input-shape",
-    "input_shapes",
-    multiple=True,
-    metavar="NAME=1,128",
-    help="Shape of an input of an ONNX model; repeatable.",
-)
+@shapes_option
 @click.option("--source", metavar="KERNEL", help="Print the CUDA source of a kernel of a library.")
 @click.option(
     "--static",
@@ -49,9 +42,6 @@ def command(
       tvm-balanced inspect model.tvmb --json
     """
     shapes = parse_shapes(input_shapes)
-    output.arguments(
-        "inspect", {"path": path, "input-shape": shapes, "source": source, "static": static}
-    )
     place = Path(path)
     if not place.exists():
         raise InputError(f"{path} does not exist; give a .tvmb, .onnx, .pt2 or .safetensors")
@@ -86,20 +76,18 @@ def _library(output: Output, path: Path, source: str | None, static: bool) -> No
         _static(output, library)
         return
     sizes = {name: (path / name).stat().st_size for name in ("manifest.json", *manifest.files)}
-    report = library.report
-    report.title = "layers (times are predicted, uncalibrated)"
     output.document(
         {
             "command": "inspect",
             "kind": "library",
             "path": str(path),
-            **asdict(manifest),
+            **manifest.to_json(),
             "kernels": library.kernels,
             "bytes": sizes,
         }
     )
     target = manifest.target
-    code = ", ".join(f"{c['arch']} ({c['num_bytes'] / 1024:.0f} KiB)" for c in manifest.cubins)
+    code = ", ".join(f"{c.arch} ({c.num_bytes / 1024:.0f} KiB)" for c in manifest.cubins)
     rows = {
         "target": f"{target.name}: {target.kind} {target.arch}, host {target.machine}",
         "CPU features": ", ".join(target.features) or "none",
@@ -108,6 +96,7 @@ def _library(output: Output, path: Path, source: str | None, static: bool) -> No
         "dense products": _dense(manifest),
         "schedules": coverage_text(manifest.coverage),
         "files": _files(sizes),
+        "made by": _again(library),
         "hashes": "every file is as it was written",
         "built with": ", ".join(f"{n} {v}" for n, v in manifest.versions.items()),
     }
@@ -119,7 +108,7 @@ def _library(output: Output, path: Path, source: str | None, static: bool) -> No
         fixed = ", ".join(f"{name}={size}" for name, size in entry.bindings.items())
         table.add_row(entry.name, _tensors(entry.inputs), _tensors(entry.outputs), fixed)
     output.show(table)
-    output.show(report)
+    output.show(library.report)
     if manifest.coverage:
         output.show(coverage_table(manifest.coverage))
     quoted = shlex.quote(str(path))
@@ -129,14 +118,21 @@ def _library(output: Output, path: Path, source: str | None, static: bool) -> No
         output.next(f"tvm-balanced run {quoted} --random")
 
 
+def _again(library: Library) -> str:
+    """The command that makes the library again of its model, pruned as it was."""
+    words = ["--target", library.manifest.target.name, *options_words(library.options)]
+    return f"tvm-balanced compile MODEL {shlex.join(words)} of {library.manifest.model}"
+
+
 def _dense(manifest: Manifest) -> str:
     """Who computes the matrix products that stay dense."""
-    if manifest.dense != "cublas":
-        by = {"dlight": "by kernels that TVM generates (DLight)", "llvm": "by host code"}
-        return by[manifest.dense]
+    if manifest.target.kind != "cuda":
+        return "by host code"
+    if manifest.options["dense"] != "cublas":
+        return "by kernels that TVM generates (DLight)"
     if not manifest.cublas:
         return "by cuBLAS, and there are none"
-    calls = len({call["name"] for call in manifest.cublas})
+    calls = len({call.name for call in manifest.cublas})
     return f"by cuBLAS ({calls}), libcublas.so.13 is needed where the library runs"
 
 
@@ -170,14 +166,14 @@ def _files(sizes: Mapping[str, int]) -> str:
     from tvm_balanced.artifact.manifest import KERNELS
 
     sources = [size for name, size in sizes.items() if name.startswith(f"{KERNELS}/")]
-    told = [
+    listed = [
         f"{name} {size / 1024:.0f} KiB"
         for name, size in sizes.items()
         if not name.startswith(f"{KERNELS}/")
     ]
     if sources:
-        told.append(f"{len(sources)} of {KERNELS}/*.cu {sum(sources) / 1024:.0f} KiB")
-    return ", ".join(told)
+        listed.append(f"{len(sources)} of {KERNELS}/*.cu {sum(sources) / 1024:.0f} KiB")
+    return ", ".join(listed)
 
 
 def _tensors(entries: tuple[TensorEntry, ...]) -> str:
@@ -240,8 +236,8 @@ def _row(name: str, weight: Any, noted: str | None) -> dict[str, Any]:
     if noted is not None and is_balanced(weight, BalancedPattern(noted)):
         pattern: str | None = noted
     else:
-        found = detect_pattern(weight)
-        pattern = None if found is None else str(found)
+        detected = detect_pattern(weight)
+        pattern = None if detected is None else str(detected)
     zeros = 1.0 - float(np.count_nonzero(weight)) / max(weight.size, 1)
     return {
         "name": name,

@@ -100,16 +100,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TvmBalancedError as error:
         return _fail(_sentence(error), error, state, error.exit_code)
     except Exception as error:
-        told = f"{type(error).__name__}: {_sentence(error)}"
+        message = f"{type(error).__name__}: {_sentence(error)}"
         if state.get("verbosity", 0) <= 0:
-            told += " (this is not expected; run with -v for the whole story)"
-        return _fail(told, error, state, 1)
+            message += " (this is not expected; run with -v for the whole story)"
+        return _fail(message, error, state, 1)
 
 
-def _fail(told: str, error: Exception, state: dict[str, int], code: int) -> int:
+def _fail(message: str, error: Exception, state: dict[str, int], code: int) -> int:
     if state.get("verbosity", 0) > 0:
         traceback.print_exception(error)
-    print(f"error: {told}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     return code
 
 

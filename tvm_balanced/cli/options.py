@@ -5,24 +5,21 @@ from __future__ import annotations
 import functools
 import re
 import shlex
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from tvm_balanced.cli.output import Output, set_up_logging
 from tvm_balanced.errors import InputError
+from tvm_balanced.options import DENSE_KERNELS, ENCODINGS, POLICIES, CompileOptions
+
+if TYPE_CHECKING:
+    from tvm_balanced.model import Model
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-POLICIES = ("auto", "always", "never")
-
-
-ENCODINGS = ("auto", "u8", "u4", "u3", "u2", "bitmap")
-
-
-DENSE_KERNELS = ("dlight", "cublas")
 
 
 def with_output(function: Callable[..., None]) -> Callable[..., None]:
@@ -42,95 +39,39 @@ def with_output(function: Callable[..., None]) -> Callable[..., None]:
         if ctx.obj is not None:
             ctx.obj["verbosity"] = output.verbosity
         set_up_logging(output)
+        output.arguments(str(ctx.command.name), ctx.params)
         function(output, *args, **rest)
 
     return wrapper
 
 
-def model_argument(function: F) -> F:
-    """``MODEL`` and ``--input-shape``."""
-    function = click.option(
-        "--input-shape",
-        "input_shapes",
-        multiple=True,
-        metavar="NAME=1,128",
-        help="Shape of an input of an ONNX model; repeatable. A word is a symbolic extent.",
-    )(function)
-    return click.argument("model", type=click.Path())(function)
+shapes_option = click.option(
+    "--input-shape",
+    "input_shapes",
+    multiple=True,
+    metavar="NAME=1,128",
+    help="Shape of an input of an ONNX model; repeatable. A word is a symbolic extent.",
+)
 
 
-def pattern_option(required: bool, text: str) -> Callable[[F], F]:
-    """``--pattern``."""
-    return click.option("--pattern", required=required, metavar="NNZ:BLOCK", help=text)
+target_option = click.option(
+    "--target",
+    default="llvm",
+    show_default=True,
+    metavar="NAME",
+    help="llvm, cuda, cuda-sm_90, h100, ...; tvm-balanced doctor lists them.",
+)
 
 
-def target_option(function: F) -> F:
-    """``--target``."""
-    return click.option(
-        "--target",
-        default="llvm",
-        show_default=True,
-        metavar="NAME",
-        help="llvm, cuda, cuda-sm_90, h100, ...; tvm-balanced doctor lists them.",
-    )(function)
+ignore_option = click.option(
+    "--ignore",
+    multiple=True,
+    metavar="LAYER",
+    help='Leave a layer dense: exact name or "re:" and a regular expression; repeatable.',
+)
 
 
-def layer_options(function: F) -> F:
-    """``--ignore`` and ``--policy``."""
-    function = click.option(
-        "--policy",
-        "policies",
-        multiple=True,
-        metavar="auto|always|never|LAYER=...",
-        help="Which layers run sparse; repeatable for single layers. Default: auto.",
-    )(function)
-    return ignore_option(function)
-
-
-def ignore_option(function: F) -> F:
-    """``--ignore``."""
-    return click.option(
-        "--ignore",
-        multiple=True,
-        metavar="LAYER",
-        help='Leave a layer dense: exact name or "re:" and a regular expression; repeatable.',
-    )(function)
-
-
-def buckets_option(function: F) -> F:
-    """``--buckets``."""
-    return click.option(
-        "--buckets",
-        metavar="1,8,16",
-        help="Sizes of the symbolic dimension that get functions of their own.",
-    )(function)
-
-
-def encoding_option(function: F) -> F:
-    """``--encoding``."""
-    return click.option(
-        "--encoding",
-        default="auto",
-        show_default=True,
-        type=click.Choice(ENCODINGS),
-        help="How indices are stored; auto takes the fewest bytes that the target likes.",
-    )(function)
-
-
-def dense_option(function: F) -> F:
-    """``--dense``."""
-    return click.option(
-        "--dense",
-        type=click.Choice(DENSE_KERNELS),
-        default="dlight",
-        show_default=True,
-        help="What runs dense matrix products on a GPU; cublas must be installed where the library runs.",
-    )(function)
-
-
-def repeated(option: str, values: Sequence[str]) -> str:
-    """A repeatable option as it is typed, with a space before it; empty where it was not given."""
-    return "".join(f" {option} {shlex.quote(value)}" for value in values)
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what exists there.")
 
 
 def parse_shapes(given: Sequence[str]) -> dict[str, tuple[int | str, ...]] | None:
@@ -158,8 +99,8 @@ def parse_shapes(given: Sequence[str]) -> dict[str, tuple[int | str, ...]] | Non
     return shapes or None
 
 
-def parse_buckets(given: str | None) -> list[int] | None:
-    """``"1,8"`` to ``[1, 8]``, in order and without repeats.
+def parse_buckets(given: str | None) -> list[int] | dict[str, list[int]] | None:
+    """``"1,8"`` to ``[1, 8]``, ``"batch=1,8"`` to ``{"batch": [1, 8]}``.
 
     Raises
     ------
@@ -168,12 +109,14 @@ def parse_buckets(given: str | None) -> list[int] | None:
     """
     if given is None:
         return None
-    words = [word.strip() for word in given.split(",")]
+    name, _, numbers = given.rpartition("=")
+    words = [word.strip() for word in numbers.split(",")]
     if not all(re.fullmatch(r"[1-9]\d*", word) for word in words):
         raise InputError(
-            f'--buckets "{given}" is not of the form 1,8,16; give whole numbers from 1'
+            f'--buckets "{given}" is not of the form 1,8,16 or batch=1,8; give whole numbers from 1'
         )
-    return sorted({int(word) for word in words})
+    sizes = [int(word) for word in words]
+    return {name: sizes} if name else sizes
 
 
 def parse_policies(given: Sequence[str]) -> str | dict[str, str]:
@@ -201,3 +144,191 @@ def parse_policies(given: Sequence[str]) -> str | dict[str, str]:
     rest = general[0] if general else "auto"
     # of a mapping the later entries win
     return {"re:.*": rest, **single} if single else rest
+
+
+def _policy_words(policy: str | Mapping[str, str]) -> list[str]:
+    if isinstance(policy, str):
+        return ["--policy", policy]
+    return [word for name, choice in policy.items() for word in ("--policy", f"{name}={choice}")]
+
+
+def _bucket_words(buckets: Sequence[int] | Mapping[str, Sequence[int]]) -> list[str]:
+    if isinstance(buckets, Mapping):
+        return ["--buckets", *(f"{n}={','.join(map(str, s))}" for n, s in buckets.items())]
+    return ["--buckets", ",".join(map(str, buckets))]
+
+
+def repeated(option: str, values: Sequence[str]) -> list[str]:
+    """A repeatable option as words of a command line."""
+    return [word for value in values for word in (option, value)]
+
+
+@dataclass(frozen=True)
+class _Knob:
+    """One field of :class:`CompileOptions` on the command line: click's option, and both directions."""
+
+    option: Callable[[Any], Any]
+    words: Callable[[Any], list[str]]
+    parse: Callable[[Any], Any] = lambda given: given
+
+
+# by field; what is compiled can be asked for here and said again from here
+KNOBS = {
+    "policy": _Knob(
+        click.option(
+            "--policy",
+            multiple=True,
+            metavar="auto|always|never|LAYER=...",
+            help="Which layers run sparse; repeatable for single layers. Default: auto.",
+        ),
+        _policy_words,
+        parse_policies,
+    ),
+    "ignore": _Knob(ignore_option, functools.partial(repeated, "--ignore")),
+    "buckets": _Knob(
+        click.option(
+            "--buckets",
+            metavar="1,8,16",
+            help="Sizes of the first symbolic dimension, or NAME=1,8 of another, that get functions of "
+            "their own.",
+        ),
+        _bucket_words,
+        parse_buckets,
+    ),
+    "encoding": _Knob(
+        click.option(
+            "--encoding",
+            default="auto",
+            show_default=True,
+            type=click.Choice(ENCODINGS),
+            help="How indices are stored; auto takes the fewest bytes that the target likes.",
+        ),
+        lambda encoding: ["--encoding", encoding],
+    ),
+    "dense": _Knob(
+        click.option(
+            "--dense",
+            type=click.Choice(DENSE_KERNELS),
+            default="dlight",
+            show_default=True,
+            help="What runs dense matrix products on a GPU; cublas must be installed where the library "
+            "runs.",
+        ),
+        lambda dense: ["--dense", dense],
+    ),
+    "cuda_graph": _Knob(
+        click.option(
+            "--cuda-graph/--no-cuda-graph",
+            default=True,
+            show_default=True,
+            help="Replay kernels of static shapes as CUDA graphs.",
+        ),
+        lambda wanted: ["--cuda-graph" if wanted else "--no-cuda-graph"],
+    ),
+    "logs": _Knob(
+        click.option(
+            "--logs",
+            metavar="DIR|none",
+            help="Tuning records: where tune writes and compile looks first; none for no records.",
+        ),
+        lambda logs: ["--logs", "none" if logs is False else logs],
+        lambda given: False if given == "none" else given,
+    ),
+    "dump_ir": _Knob(
+        click.option("--dump-ir", metavar="DIR", help="Write the IR after every phase here."),
+        lambda folder: ["--dump-ir", folder],
+    ),
+}
+
+
+def options_words(options: CompileOptions) -> list[str]:
+    """The words of a command line that ask for these options."""
+    words = []
+    for field in fields(CompileOptions):
+        value = getattr(options, field.name)
+        if value != field.default:
+            words += KNOBS[field.name].words(value)
+    return words
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command is asked to compile, or to look at as if it were compiled.
+
+    Parameters
+    ----------
+    model : str
+        The model's file.
+    input_shapes : tuple of str
+        ``--input-shape`` as given.
+    target : str
+        Name of the target.
+    pattern : str or None
+        Pattern to prune to, on the way or in thought.
+    options : CompileOptions
+        What it is compiled with.
+    """
+
+    model: str
+    input_shapes: tuple[str, ...]
+    target: str
+    pattern: str | None
+    options: CompileOptions
+
+    def __post_init__(self) -> None:
+        # wrong words are told before anything is imported
+        parse_shapes(self.input_shapes)
+
+    def load(self, tell: Callable[[str], None], weights: str | None = None) -> Model:
+        """The imported model, with the weights of a checkpoint where one is given."""
+        from tvm_balanced.frontend import load_model
+        from tvm_balanced.frontend.checkpoint import with_weights
+
+        tell("import the model")
+        model = load_model(self.model, parse_shapes(self.input_shapes))
+        if weights is None:
+            return model
+        tell("read the weights")
+        return with_weights(model, Path(weights))
+
+    def load_pruned(self, tell: Callable[[str], None], weights: str | None = None) -> Model:
+        """As :meth:`load`, pruned to the pattern where one is given."""
+        from tvm_balanced.format.pattern import BalancedPattern
+        from tvm_balanced.pruning.prune import prune
+
+        # before minutes of importing
+        form = None if self.pattern is None else BalancedPattern(self.pattern)
+        model = self.load(tell, weights)
+        if form is None:
+            return model
+        ignore = self.options.ignore
+        return prune(model, form, ignore, progress=lambda name: tell(f"prune {name}"))
+
+    def command(self, verb: str, *more: str) -> str:
+        """A command line that asks another command for the same."""
+        words = ["tvm-balanced", verb, self.model, *repeated("--input-shape", self.input_shapes)]
+        words += ["--target", self.target]
+        words += [] if self.pattern is None else ["--pattern", self.pattern]
+        return shlex.join([*words, *options_words(self.options), *more])
+
+
+def requesting(pattern_help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add MODEL and all options of a compilation; the command gets them as ``request``."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **given: Any) -> None:
+            values = {name: knob.parse(given.pop(name)) for name, knob in KNOBS.items()}
+            head = [given.pop(name) for name in ("model", "input_shapes", "target", "pattern")]
+            request = Request(*head, CompileOptions(**values))
+            function(*args, request=request, **given)
+
+        decorated = wrapper
+        for knob in reversed(KNOBS.values()):
+            decorated = knob.option(decorated)
+        pattern_option = click.option("--pattern", metavar="NNZ:BLOCK", help=pattern_help)
+        for option in (pattern_option, target_option, shapes_option):
+            decorated = option(decorated)
+        return click.argument("model", type=click.Path())(decorated)
+
+    return decorate

@@ -47,10 +47,14 @@ class Output:
         self.notes = _console(sys.stderr)
 
     def arguments(self, command: str, values: Mapping[str, Any]) -> None:
-        """Say what a command understood, before it starts."""
+        """Say what a command was given, before it starts."""
         if self.verbosity < 0:
             return
-        shown = ", ".join(f"{name}={_shown(value)}" for name, value in values.items())
+        hidden = ("as_json", "verbose", "quiet")
+        given = {n.replace("_", "-"): v for n, v in values.items() if n not in hidden}
+        shown = ", ".join(
+            f"{name}={_shown(value)}" for name, value in given.items() if value not in (None, ())
+        )
         self._note(f"{command}: {shown or 'no arguments'}")
 
     def note(self, text: str) -> None:
@@ -88,7 +92,7 @@ class Output:
         Yields
         ------
         callable
-            To be told, in a few words, of each step when it begins.
+            To be note, in a few words, of each step when it begins.
         """
         if self.verbosity < 0 or not self.notes.is_terminal:
             yield (lambda step: self._note(f"{title}: {step}")) if self.verbosity > 0 else _ignore
@@ -122,13 +126,13 @@ class Output:
         Yields
         ------
         callable
-            To be told the name of a row, steps done, all its steps, and a few words.
+            To be note the name of a row, steps done, all its steps, and a few words.
         """
         if self.verbosity < 0 or not self.notes.is_terminal:
 
-            def say(row: str, done: int, total: int, told: str) -> None:
+            def say(row: str, done: int, total: int, note: str) -> None:
                 if self.verbosity > 0:
-                    self._note(f"{title}: {row}: {done} of {total}, {told}")
+                    self._note(f"{title}: {row}: {done} of {total}, {note}")
 
             yield say
             return
@@ -136,16 +140,16 @@ class Output:
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[told]}", markup=False),
+            TextColumn("{task.fields[note]}", markup=False),
             ElapsedColumn(),
         )
         with Progress(*columns, console=self.notes, transient=True) as bar:
             rows: dict[str, Any] = {}
 
-            def show(row: str, done: int, total: int, told: str) -> None:
+            def show(row: str, done: int, total: int, note: str) -> None:
                 if row not in rows:
-                    rows[row] = bar.add_task(row, total=total, told=told)
-                bar.update(rows[row], completed=done, total=total, told=told)
+                    rows[row] = bar.add_task(row, total=total, note=note)
+                bar.update(rows[row], completed=done, total=total, note=note)
 
             yield show
 
@@ -181,11 +185,7 @@ def _console(stream: Any) -> Console:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k}: {_shown(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_shown(item) for item in value) + "]"
-    return "none" if value is None else str(value)
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
 
 
 def _ignore(step: str) -> None:

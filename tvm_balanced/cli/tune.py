@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from tvm_balanced.cli.options import (
-    buckets_option,
-    dense_option,
-    encoding_option,
-    layer_options,
-    model_argument,
-    parse_buckets,
-    parse_policies,
-    parse_shapes,
-    pattern_option,
-    repeated,
-    target_option,
-    with_output,
-)
+from tvm_balanced.cli.options import Request, requesting, with_output
 from tvm_balanced.cli.output import Output, TellRow, summary
 from tvm_balanced.errors import InputError
 
@@ -32,16 +18,9 @@ if TYPE_CHECKING:
 
 
 @click.command(name="tune")
-@model_argument
-@target_option
-@pattern_option(False, "Tune the kernels that compile would build with this pattern.")
-@layer_options
-@buckets_option
-@encoding_option
-@dense_option
+@requesting("Tune the kernels that compile would build with this pattern.")
 @click.option("--trials", default=64, show_default=True, help="Schedules to measure of a kernel.")
 @click.option("--time", "budget", metavar="30m", help="When the search ends: 90s, 30m, 2h.")
-@click.option("--logs", metavar="DIR", help="Where records go; where compile looks if not given.")
 @click.option(
     "--cache",
     type=click.Choice(("model", "cold", "hot")),
@@ -71,27 +50,11 @@ if TYPE_CHECKING:
 @with_output
 def command(
     output: Output,
-    model: str,
-    input_shapes: tuple[str, ...],
-    target: str,
-    pattern: str | None,
-    ignore: tuple[str, ...],
-    policies: tuple[str, ...],
-    buckets: str | None,
-    encoding: str,
-    dense: str,
-    trials: int,
+    request: Request,
     budget: str | None,
-    logs: str | None,
-    cache: str | None,
-    kernels: str,
-    runner: str,
-    tracker: str | None,
-    key: str | None,
-    seed: int,
-    resume: bool,
     plot: str | None,
     prune: int | None,
+    **search: Any,
 ) -> None:
     """Find faster schedules for the kernels of MODEL; compile then uses them.
 
@@ -105,40 +68,10 @@ def command(
       tvm-balanced tune sparse.onnx --time 30m
       tvm-balanced tune sparse.onnx --target h100 --runner model
     """
-    shapes, sizes = parse_shapes(input_shapes), parse_buckets(buckets)
-    policy = parse_policies(policies)
     seconds = parse_time(budget)
     if prune is not None and prune < 1:
         raise InputError(f"--prune is {prune}; give at least 1")
-    output.arguments(
-        "tune",
-        {
-            "model": model,
-            "input-shape": shapes,
-            "target": target,
-            "pattern": pattern,
-            "ignore": ignore,
-            "policy": policy,
-            "buckets": sizes,
-            "encoding": encoding,
-            "dense": dense,
-            "trials": trials,
-            "time": budget,
-            "logs": logs,
-            "cache": cache,
-            "kernels": kernels,
-            "runner": runner,
-            "tracker": tracker,
-            "key": key,
-            "seed": seed,
-            "resume": resume,
-            "plot": plot,
-            "prune": prune,
-        },
-    )
     from tvm_balanced.cli.main import INTERRUPTED
-    from tvm_balanced.format.pattern import BalancedPattern
-    from tvm_balanced.frontend import load_model
     from tvm_balanced.records import store as records
     from tvm_balanced.targets.resolve import resolve
     from tvm_balanced.tuning.result import check_plot
@@ -146,15 +79,11 @@ def command(
 
     if plot is not None:
         check_plot(Path(plot))
-    form = None if pattern is None else BalancedPattern(pattern)
-    spec = resolve(target)
+    spec = resolve(request.target)
     with contextlib.ExitStack() as bars:
         tell = bars.enter_context(output.progress("tune"))
         rows: list[TellRow] = []
-        tell("import the model")
-        ready = load_model(model, shapes)
-        if form is not None:
-            ready = ready.prune(form, ignore, lambda name: tell(f"prune {name}"))
+        model = request.load_pruned(tell)
 
         def show(status: Status) -> None:
             if not rows:
@@ -168,47 +97,31 @@ def command(
             rows[0](kernel.name, done, status.limit, f"best {best}, {kernel.failures} failed")
 
         result = tune(
-            ready,
+            model,
             spec,
-            trials=trials,
+            options=request.options,
             seconds=seconds,
-            logs=logs,
-            cache=cache,
-            kernels=kernels,
-            runner=runner,
-            tracker=tracker,
-            key=key,
-            seed=seed,
-            resume=resume,
-            policy=policy,
-            ignore=ignore,
-            buckets=sizes,
-            encoding=encoding,
-            dense=dense,
             progress=show,
             tell=tell,
+            **search,
         )
     if plot is not None:
         result.plot(Path(plot))
-    told = {"records": result.folder, "took": f"{result.seconds:.0f} s"}
+    outcome = {"records": result.folder, "took": f"{result.seconds:.0f} s"}
     if result.interrupted:
-        told["ended"] = "by Ctrl-C; the same command with --resume goes on"
+        outcome["ended"] = "by Ctrl-C; the same command with --resume goes on"
     elif prune is not None:
         before, after = records.prune(result.folder, prune)
-        told["pruned"] = f"{before} records to {after}"
-    output.document({"command": "tune", "model": model, "target": spec.name, **result.to_json()})
+        outcome["pruned"] = f"{before} records to {after}"
+    output.document(
+        {"command": "tune", "model": request.model, "target": spec.name, **result.to_json()}
+    )
     output.show(result.table())
-    output.show(summary("tuned", told))
+    output.show(summary("tuned", outcome))
     if result.interrupted:
         raise click.exceptions.Exit(INTERRUPTED)
     # records are only found again by the options that make the same kernels
-    words = [f"tvm-balanced compile {shlex.quote(model)}" + repeated("--input-shape", input_shapes)]
-    words += [f"--target {target}" + repeated("--ignore", ignore) + repeated("--policy", policies)]
-    given = {"--pattern": pattern, "--buckets": buckets, "--logs": logs}
-    words += [f"{name} {shlex.quote(value)}" for name, value in given.items() if value is not None]
-    for name, value, default in (("--encoding", encoding, "auto"), ("--dense", dense, "dlight")):
-        words += [f"{name} {value}"] * (value != default)
-    output.next(" ".join([*words, "-o model.tvmb"]))
+    output.next(request.command("compile", "-o", "model.tvmb"))
 
 
 def parse_time(given: str | None) -> float | None:
@@ -221,7 +134,7 @@ def parse_time(given: str | None) -> float | None:
     """
     if given is None:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", given.strip())
-    if found is None or float(found[1]) <= 0:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", given.strip())
+    if match is None or float(match[1]) <= 0:
         raise InputError(f'--time "{given}" is not of the form 90s, 30m or 2h; give one of these')
-    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]

@@ -52,32 +52,22 @@ def command(
     Example:
       tvm-balanced verify model.tvmb
     """
-    output.arguments(
-        "verify",
-        {
-            "library": library,
-            "kernel": kernels or "all",
-            "blocks": blocks or "all",
-            "symbol": symbol,
-            "seed": seed,
-        },
-    )
     from tvm_balanced.verification.library import FAIL, PASS, UNCHECKED, verify
 
     with output.progress("verify") as tell:
-        found = verify(
+        checked = verify(
             library, seed=seed, symbol=symbol, blocks=blocks, kernels=kernels, progress=tell
         )
-    output.document({"command": "verify", **found.to_json()})
-    for table in found.tables():
+    output.document({"command": "verify", **checked.to_json()})
+    for table in checked.tables():
         output.show(table)
-    checks = found.checks
+    checks = checked.checks
     counts = {what: sum(c.result == what for c in checks) for what in (PASS, FAIL, UNCHECKED)}
-    verdict = "pass" if found.passed else "FAIL"
+    verdict = "pass" if checked.passed else "FAIL"
     output.show(
         summary("verdict", {verdict: ", ".join(f"{n} {what}" for what, n in counts.items() if n)})
     )
-    if not found.passed:
+    if not checked.passed:
         raise TvmBalancedError(
             f"{library} did not pass: {counts[FAIL]} of {len(checks)} checks failed"
         )

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from tvm_balanced.build.compiler import CompiledLibrary
 from tvm_balanced.build.compiler import compile as compile_model
 from tvm_balanced.demo.digits import Tell, _file
 from tvm_balanced.demo.sentences import calibration_sentences
@@ -28,6 +27,8 @@ from tvm_balanced.model import Model
 from tvm_balanced.pruning.calibrated import prune_calibrated
 from tvm_balanced.pruning.distillation import distill
 from tvm_balanced.pruning.layers import Batch, copy_of
+from tvm_balanced.pruning.magnitude import prune_model
+from tvm_balanced.runtime.library import Library
 from tvm_balanced.support.optional import need
 from tvm_balanced.targets.host import core_count
 
@@ -92,7 +93,7 @@ def minilm(tell: Tell, out: Path) -> dict[str, Any]:
     tell("MiniLM: compile dense for llvm")
     dense = compile_model(model, "llvm", policy="never")
     pruned: dict[str, Model] = {}
-    libraries: dict[str, CompiledLibrary] = {}
+    libraries: dict[str, Library] = {}
     reports: dict[tuple[str, str], Any] = {("dense", "llvm"): dense.report}
     built: dict[str, dict[str, Any]] = {"dense": {"llvm": _save(dense, out, "dense", "llvm")}}
     sparse = copy_of(module)
@@ -105,7 +106,9 @@ def minilm(tell: Tell, out: Path) -> dict[str, Any]:
         tell(f"MiniLM: distil {pattern}, {STEPS} steps")
         distill(sparse, module, list(itertools.islice(fresh, STEPS)), STEPS)
         # which weights are left was decided; importing may share them with the module, which trains on
-        pruned[pattern] = from_torch(copy_of(sparse), inputs[0], name="MiniLM").prune(pattern)
+        pruned[pattern] = prune_model(
+            from_torch(copy_of(sparse), inputs[0], name="MiniLM"), pattern
+        )
         built[pattern] = {}
         for target in ("llvm", GPU):
             tell(f"MiniLM: compile {pattern} for {target}")
@@ -149,8 +152,7 @@ def minilm(tell: Tell, out: Path) -> dict[str, Any]:
         calls[f"PyTorch {threads}"] = _eager(module, inputs[0], threads)
     sample = [np.asarray(value) for value in inputs[0]]
     for name, library in {"dense": dense, **libraries}.items():
-        loaded = library.load()
-        calls[name] = functools.partial(loaded, *sample)
+        calls[name] = functools.partial(library, *sample)
     times = _in_turns(calls)
     eager = min(
         (name for name in times if name.startswith("PyTorch")), key=lambda name: times[name]["min"]
@@ -255,7 +257,7 @@ def sentence_encoder() -> tuple[Any, list[tuple[Any, Any]]]:
     return SentenceEncoder().eval(), inputs
 
 
-def _save(library: CompiledLibrary, out: Path, name: str, target: str) -> dict[str, Any]:
+def _save(library: Library, out: Path, name: str, target: str) -> dict[str, Any]:
     path = library.save(out / f"minilm-{_file(name)}-{target}.tvmb", overwrite=True)
     return {
         "path": str(path),
@@ -265,7 +267,7 @@ def _save(library: CompiledLibrary, out: Path, name: str, target: str) -> dict[s
     }
 
 
-def _error(library: CompiledLibrary, inputs: Sequence[Any], expected: Sequence[Any]) -> float:
+def _error(library: Library, inputs: Sequence[Any], expected: Sequence[Any]) -> float:
     """Largest absolute error as a share of the largest expected output."""
     worst = 0.0
     for sample, truth in zip(inputs, expected, strict=True):

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from tvm_balanced.errors import InputError, TvmBalancedError
 from tvm_balanced.format.pattern import BalancedPattern
-from tvm_balanced.model import PrunedLayer
 from tvm_balanced.pruning.layers import (
     Batch,
     LinearLayer,
@@ -32,6 +31,7 @@ from tvm_balanced.pruning.layers import (
     find_linear,
 )
 from tvm_balanced.pruning.masks import largest_of_blocks
+from tvm_balanced.report import PrunedLayer
 from tvm_balanced.selection import per_layer, select
 from tvm_balanced.support.optional import need
 

@@ -12,6 +12,7 @@ import numpy as np
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.model import Array, Model
+from tvm_balanced.report import PruningReport
 from tvm_balanced.support.tensors import read_tensors
 
 if TYPE_CHECKING:
@@ -214,5 +215,5 @@ def prune_program(
     changed = {n: to_numpy(state[n]).copy() for n in imported.params if n in state}
     patterns = {row.name: BalancedPattern(row.pattern) for row in rows if row.pattern is not None}
     cosine = agreement(module, teacher, batches)
-    pruned = imported.with_params(changed, patterns=patterns, pruned=tuple(rows))
+    pruned = imported.with_params(changed, patterns=patterns, pruned=PruningReport(rows))
     return pruned, cosine, selection

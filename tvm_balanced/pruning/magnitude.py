@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -17,8 +17,9 @@ from tvm_balanced.format.weights import (
     magnitude_bits,
     row_chunks,
 )
-from tvm_balanced.model import PrunedLayer
-from tvm_balanced.selection import select
+from tvm_balanced.model import Model
+from tvm_balanced.report import PrunedLayer, PruningReport
+from tvm_balanced.selection import per_layer, select
 
 
 def balanced_mask(weight: Array, pattern: BalancedPattern | str) -> Array:
@@ -84,6 +85,81 @@ def kept_energy(dense: Array, pruned: Array) -> float:
     return kept / total if total else 1.0
 
 
+def prune_model(
+    model: Model,
+    pattern: str | BalancedPattern | Mapping[str, str],
+    ignore: Iterable[str] = (),
+    progress: Callable[[str], None] | None = None,
+) -> Model:
+    """Prune the dense layers of an imported model; see :func:`tvm_balanced.prune`."""
+    from tvm_balanced.relay_passes.pack_weights import dense_weight
+    from tvm_balanced.relay_passes.weight_chain import scatter_mask
+
+    if isinstance(pattern, BalancedPattern):
+        pattern = str(pattern)
+    layers = {layer.name: layer for layer in model.dense_layers()}
+    names = list(layers)
+    ignored = select(ignore, names)
+    forms = {n: BalancedPattern(p) for n, p in per_layer(pattern, names, "pattern").items()}
+    skipped = {
+        name: layer.blocked or ("ignored by name" if name in ignored else "no pattern given")
+        for name, layer in layers.items()
+        if layer.blocked or name in ignored or name not in forms
+    }
+    if len(skipped) == len(names):
+        raise InputError(
+            f"every dense layer of {model.name} is ignored or cannot be sparse; ignore fewer layers"
+        )
+
+    def weight(name: str) -> Array:
+        return dense_weight(model.params, layers[name])
+
+    changed: dict[str, Array] = {}
+    rows = []
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    for row, mask in _prune(shapes, weight, forms, skipped, progress):
+        rows.append(row)
+        if mask is not None:
+            source = model.params[row.name]
+            keep = scatter_mask(layers[row.name].chain, source.shape, mask.T)
+            changed[row.name] = np.where(keep, source, source.dtype.type(0))
+    patterns = {**model.patterns, **{n: form for n, form in forms.items() if n not in skipped}}
+    return model.with_params(changed, patterns=patterns, pruned=PruningReport(rows))
+
+
+def _prune(
+    shapes: Mapping[str, tuple[int, int]],
+    weight_of: Callable[[str], Array],
+    forms: Mapping[str, BalancedPattern],
+    skipped: Mapping[str, str],
+    progress: Callable[[str], None] | None,
+) -> Iterator[tuple[PrunedLayer, Array | None]]:
+    """What becomes of each layer, and its mask where its weight has to change."""
+    # everything is checked before anything is pruned: a long run must not fail at its end
+    for name, (_, columns) in shapes.items():
+        if name in skipped:
+            continue
+        if forms[name].block > columns:
+            raise InputError(
+                f"pattern {forms[name]} has blocks of {forms[name].block}, but layer {name} has only "
+                f"K={columns} columns; choose a smaller block or ignore this layer"
+            )
+        check_weight(weight_of(name), f"the weight of layer {name}")
+    for name, shape in shapes.items():
+        if name in skipped:
+            yield PrunedLayer(name, shape, None, 1.0, skipped[name]), None
+            continue
+        if progress is not None:
+            progress(name)
+        weight, form = weight_of(name), forms[name]
+        if is_balanced(weight, form):
+            yield PrunedLayer(name, shape, str(form), 1.0, "already balanced"), None
+            continue
+        mask = balanced_mask(weight, form)
+        energy = kept_energy(weight, np.where(mask, weight, weight.dtype.type(0)))
+        yield PrunedLayer(name, shape, str(form), energy, None), mask
+
+
 # tables that are looked up, not multiplied by: pruning one only costs accuracy
 _TABLES = ("embed", "wte", "wpe")
 
@@ -91,9 +167,9 @@ _TABLES = ("embed", "wte", "wpe")
 def prune_tensors(
     tensors: Mapping[str, Array],
     pattern: str,
-    ignore: tuple[str, ...],
+    ignore: Iterable[str],
     progress: Callable[[str], None],
-) -> tuple[dict[str, Array], dict[str, BalancedPattern], list[PrunedLayer]]:
+) -> tuple[dict[str, Array], dict[str, BalancedPattern], PruningReport]:
     """Prune the matrices of a checkpoint, rows being outputs as in ``nn.Linear``.
 
     Without the model nobody can know which matrices are multiplied by: those whose name ends in
@@ -128,25 +204,13 @@ def prune_tensors(
         raise InputError(
             "every matrix of the checkpoint is ignored or an embedding table; ignore fewer layers"
         )
-    for name in chosen:
-        if form.block > tensors[name].shape[1]:
-            raise InputError(
-                f"pattern {form} has blocks of {form.block}, but {name} has only "
-                f"K={tensors[name].shape[1]} columns; choose a smaller block or ignore this layer"
-            )
-        check_weight(tensors[name], f"the weight {name}")
+    shapes = {name: (tensors[name].shape[0], tensors[name].shape[1]) for name in names}
+    patterns = dict.fromkeys(chosen, form)
     changed: dict[str, Array] = {}
-    rows: list[PrunedLayer] = []
-    for name in names:
-        weight = tensors[name]
-        shape = (weight.shape[0], weight.shape[1])
-        if name in skipped:
-            rows.append(PrunedLayer(name, shape, None, 1.0, skipped[name]))
-            continue
-        progress(name)
-        if is_balanced(weight, form):
-            rows.append(PrunedLayer(name, shape, str(form), 1.0, "already balanced"))
-            continue
-        changed[name] = np.where(balanced_mask(weight, form), weight, weight.dtype.type(0))
-        rows.append(PrunedLayer(name, shape, str(form), kept_energy(weight, changed[name]), None))
-    return changed, dict.fromkeys(chosen, form), rows
+    rows = []
+    for row, mask in _prune(shapes, tensors.__getitem__, patterns, skipped, progress):
+        rows.append(row)
+        if mask is not None:
+            weight = tensors[row.name]
+            changed[row.name] = np.where(mask, weight, weight.dtype.type(0))
+    return changed, patterns, PruningReport(rows)

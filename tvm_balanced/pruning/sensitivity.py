@@ -17,6 +17,7 @@ import numpy as np
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.model import Model
+from tvm_balanced.planning.plan import plan
 from tvm_balanced.pruning.calibrated import prune_calibrated
 from tvm_balanced.pruning.layers import Batch, agreement, copy_of, find_linear
 from tvm_balanced.selection import select
@@ -114,7 +115,7 @@ def scan(
     Raises
     ------
     InputError
-        As :func:`tvm_balanced.pruning.calibrated.prune_calibrated` and :meth:`Model.plan`.
+        As :func:`tvm_balanced.pruning.calibrated.prune_calibrated` and :func:`tvm_balanced.plan`.
     """
     import torch
 
@@ -123,10 +124,11 @@ def scan(
     layers = {layer.name: layer for layer in find_linear(module, batches[0])}
     ignored = select(ignore, list(layers))
     plans = {
-        form: {row.name: row for row in model.plan(target, form, policy="always")} for form in forms
+        form: {row.name: row for row in plan(model, target, form, policy="always")}
+        for form in forms
     }
     choices: list[LayerChoice] = []
-    for row in model.plan(target, forms[0], policy="always"):
+    for row in plan(model, target, forms[0], policy="always"):
         times = {form: plans[form][row.name] for form in forms}
         dense_us = max((r.dense_us or 0.0 for r in times.values()), default=0.0)
         options = [Option(None, dense_us, 0.0)]

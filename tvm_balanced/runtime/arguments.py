@@ -71,7 +71,7 @@ def _mismatch(entry: FunctionEntry, shapes: Sequence[tuple[int, ...]]) -> str | 
     return None
 
 
-def _bind_arguments(
+def bind_arguments(
     entry: FunctionEntry, inputs: Sequence[Any], named: Mapping[str, Any]
 ) -> list[Any]:
     """Inputs in the model's order, of the right number, kind and dtype."""
@@ -105,7 +105,7 @@ def _bind_arguments(
     return [values[name] for name in names]
 
 
-def _is_torch(value: Any) -> bool:
+def is_torch(value: Any) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
@@ -117,18 +117,18 @@ def _is_tvm(value: Any) -> bool:
 
 def _dtype(value: Any) -> str | None:
     """The dtype's name, None for what is no array."""
-    if _is_torch(value):
+    if is_torch(value):
         return str(value.dtype).removeprefix("torch.")
     if isinstance(value, np.ndarray | np.generic):
         return value.dtype.name
     return str(value.dtype) if _is_tvm(value) else None
 
 
-def _shape(value: Any) -> tuple[int, ...]:
+def shape_of(value: Any) -> tuple[int, ...]:
     return tuple(int(extent) for extent in value.shape)
 
 
-def _place(value: Any, device: Any) -> Any:
+def on_device(value: Any, device: Any) -> Any:
     """A TVM tensor on ``device``: the value's own memory where that is possible, else a copy."""
     import tvm
     import tvm_ffi
@@ -145,7 +145,7 @@ def _place(value: Any, device: Any) -> Any:
         ):
             return tvm.runtime.from_dlpack(array)
         return tvm.runtime.tensor(np.ascontiguousarray(array), device)
-    if _is_torch(value):
+    if is_torch(value):
         value = value.detach().contiguous()
         aligned = value.data_ptr() % _ALIGNMENT == 0 and value.numel() > 0
         tensor = tvm_ffi.from_dlpack(value)
@@ -153,22 +153,22 @@ def _place(value: Any, device: Any) -> Any:
         tensor, aligned = value, True
     if aligned and tensor.device == device:
         return tensor
-    return tvm.runtime.empty(_shape(tensor), str(tensor.dtype), device).copyfrom(tensor)
+    return tvm.runtime.empty(shape_of(tensor), str(tensor.dtype), device).copyfrom(tensor)
 
 
-def _answer(result: Any, entry: FunctionEntry, values: Sequence[Any]) -> Any:
+def in_kind_of(result: Any, entry: FunctionEntry, values: Sequence[Any]) -> Any:
     """The result in the kind of the inputs, a tuple only where the model returned one."""
-    leaves = [_in_kind(leaf, values) for leaf in _flatten(result)]
+    leaves = [_leaf_in_kind(leaf, values) for leaf in _flatten(result)]
     return tuple(leaves) if entry.returns_tuple else leaves[0]
 
 
-def _to_host(result: Any) -> Any:
+def to_host(result: Any) -> Any:
     import tvm
 
     if _is_tvm(result):
-        host = tvm.runtime.empty(_shape(result), str(result.dtype), tvm.cpu())
+        host = tvm.runtime.empty(shape_of(result), str(result.dtype), tvm.cpu())
         return host.copyfrom(result)
-    return [_to_host(part) for part in result]
+    return [to_host(part) for part in result]
 
 
 def _flatten(result: Any) -> list[Any]:
@@ -177,8 +177,8 @@ def _flatten(result: Any) -> list[Any]:
     return [leaf for field in result for leaf in _flatten(field)]
 
 
-def _in_kind(tensor: Any, values: Sequence[Any]) -> Any:
-    like = next((value for value in values if _is_torch(value)), None)
+def _leaf_in_kind(tensor: Any, values: Sequence[Any]) -> Any:
+    like = next((value for value in values if is_torch(value)), None)
     if like is not None:
         import torch
 

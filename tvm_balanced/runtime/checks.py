@@ -15,7 +15,7 @@ from tvm_balanced.targets.host import cpu_flags
 _PINNED = ("apache-tvm", "apache-tvm-ffi")
 
 
-def _check_versions(path: Path, versions: Mapping[str, str]) -> None:
+def check_versions(path: Path, versions: Mapping[str, str]) -> None:
     for package in _PINNED:
         try:
             here = version(package)
@@ -32,7 +32,7 @@ def _check_versions(path: Path, versions: Mapping[str, str]) -> None:
             )
 
 
-def _check_host(path: Path, manifest: Manifest) -> None:
+def check_host(path: Path, manifest: Manifest) -> None:
     """Whether the host code can run here."""
     target = manifest.target
     machine = platform.machine()
@@ -52,7 +52,7 @@ def _check_host(path: Path, manifest: Manifest) -> None:
             )
 
 
-def _check_device(path: Path, manifest: Manifest) -> None:
+def check_device(path: Path, manifest: Manifest) -> None:
     """Whether the GPU that the library was compiled for is here."""
     target = manifest.target
     if target.kind != "cuda":
@@ -65,10 +65,10 @@ def _check_device(path: Path, manifest: Manifest) -> None:
         )
     if manifest.device_code != "cubin":
         raise ArtifactError(f"{path} holds no machine code for {target.arch}; compile it again")
-    _gpu_ordinal(target.arch, path)
+    gpu_ordinal(target.arch, path)
 
 
-def _gpu_ordinal(arch: str, path: Path | str = "the library") -> int:
+def gpu_ordinal(arch: str, path: Path | str = "the library") -> int:
     gpus = detect_driver().gpus
     for ordinal, gpu in enumerate(gpus):
         # "a" and "f" code runs on the very architecture; so does plain code, compared as strictly:

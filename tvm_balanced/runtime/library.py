@@ -3,46 +3,50 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tvm_balanced.artifact.folder import verify_hashes
+from tvm_balanced.artifact.folder import copy_library, move_library, verify_hashes
 from tvm_balanced.artifact.manifest import (
     KERNELS,
     LIBRARY,
     PARAMETERS,
     FunctionEntry,
-    Manifest,
+    KernelEntry,
     read_manifest,
 )
 from tvm_balanced.cuda.source import file_stem, join_kernels
 from tvm_balanced.errors import ArtifactError, InputError
+from tvm_balanced.options import CompileOptions
 from tvm_balanced.report import Report
 from tvm_balanced.runtime.arguments import (
-    _answer,
-    _bind_arguments,
-    _is_torch,
-    _place,
-    _shape,
-    _to_host,
+    bind_arguments,
     choose_function,
+    in_kind_of,
+    is_torch,
+    on_device,
+    shape_of,
+    to_host,
 )
-from tvm_balanced.runtime.checks import _check_device, _check_host, _check_versions, _gpu_ordinal
+from tvm_balanced.runtime.checks import check_device, check_host, check_versions, gpu_ordinal
 from tvm_balanced.support.tensors import read_tensors
 from tvm_balanced.targets.threads import use_cores
 
 DEVICES = ("emulated",)
 
 
-def load(path: str | Path, device: str | None = None) -> Library:
+def load(path: str | os.PathLike[str], device: str | None = None) -> Library:
     """Load a compiled model on this machine.
 
     Parameters
     ----------
-    path : path-like
-        A ``model.tvmb`` folder.
+    path : path-like or Library
+        A ``model.tvmb`` folder, or what :func:`tvm_balanced.compile` returned.
     device : str, optional
         ``"emulated"``: run CUDA code on the CPU, thread by thread, without a GPU
         (:mod:`tvm_balanced.cuda.emulator.device`); for tests, and slow. Else the device it was compiled for.
@@ -62,7 +66,6 @@ def load(path: str | Path, device: str | None = None) -> Library:
         For an unknown device, or an emulated one for a library that holds no CUDA code.
     """
     library = Library(path, device)
-    library.check()
     library.prepare()
     return library
 
@@ -106,8 +109,16 @@ class _Calls:
 _CUDA_CALLS = _Calls()  # of all libraries: a capture concerns the whole process
 
 
+@dataclass
+class _Place:
+    """Where a library lies; ``temporary`` goes with the last one that uses it, unless it is saved."""
+
+    path: Path
+    temporary: tempfile.TemporaryDirectory[str] | None = None
+
+
 class Library:
-    """A compiled model on disk: its manifest at once, its code when it is first called.
+    """A compiled model: its manifest at once, its code when it is first called.
 
     May be called from several threads: each gets a virtual machine of its own. On a GPU every machine
     copies the parameters embedded in ``lib.so`` to the device; those in ``params.safetensors`` are
@@ -115,15 +126,15 @@ class Library:
 
     Parameters
     ----------
-    path : path-like
-        A ``model.tvmb`` folder.
+    path : path-like or Library
+        A ``model.tvmb`` folder, or the library of one.
     device : str, optional
         As for :func:`load`.
+    fresh : tempfile.TemporaryDirectory, optional
+        What the folder lies in, where :func:`tvm_balanced.compile` has just written it.
 
     Attributes
     ----------
-    path : pathlib.Path
-        The folder.
     manifest : Manifest
         What is in it.
     emulated : bool
@@ -137,19 +148,28 @@ class Library:
         As :func:`load`.
     """
 
-    def __init__(self, path: str | Path, device: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        device: str | None = None,
+        *,
+        fresh: tempfile.TemporaryDirectory[str] | None = None,
+    ) -> None:
         if device is not None and device not in DEVICES:
             raise InputError(
                 f'device "{device}" is not known; leave it out to use the one the library was compiled '
                 'for, or choose "emulated"'
             )
-        self.path = Path(path)
-        self.manifest: Manifest = read_manifest(self.path)
+        if isinstance(path, Library):
+            self._place, self._fresh, self.manifest = path._place, path._fresh, path.manifest
+        else:
+            self._place, self._fresh = _Place(Path(path), fresh), fresh is not None
+            self.manifest = read_manifest(self.path)
         self.emulated = device == "emulated"
         if self.emulated and self.manifest.target.kind != "cuda":
             raise InputError(
-                f"{path} was compiled for {self.manifest.target.name}, and only CUDA code is emulated; "
-                "leave the device out"
+                f"{self.path} was compiled for {self.manifest.target.name}, and only CUDA code is "
+                "emulated; leave the device out"
             )
         self._lock = threading.Lock()
         self._local = threading.local()
@@ -164,10 +184,28 @@ class Library:
         where = ", on the emulated device" if self.emulated else ""
         return f"Library({str(self.path)!r}, target={target.name} {target.arch}, functions={names}{where})"
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def path(self) -> Path:
+        """The folder; a temporary one until the library is saved."""
+        return self._place.path
+
+    @property
+    def options(self) -> CompileOptions:
+        """What it was compiled with."""
+        return CompileOptions.from_json(self.manifest.options)
+
     @property
     def report(self) -> Report:
         """Every dense layer with decision and reason."""
-        return Report.from_json([dict(row) for row in self.manifest.layers])
+        return Report(self.manifest.layers, self.manifest.title)
+
+    @property
+    def coverage(self) -> tuple[KernelEntry, ...]:
+        """How each kernel was scheduled: by a tuning record, or by default."""
+        return self.manifest.coverage
 
     @property
     def kernels(self) -> list[str]:
@@ -178,6 +216,29 @@ class Library:
             for name in self.manifest.files
             if name.startswith(prefix)
         ]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files together."""
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+
+    def save(self, path: str | Path, overwrite: bool = False) -> Path:
+        """Write ``model.tvmb/``, whole or not at all: a fresh library moves there, another is copied.
+
+        Raises
+        ------
+        OutputError
+            When ``path`` exists or cannot be written.
+        """
+        with self._lock:
+            place = self._place
+            if place.temporary is None:
+                return copy_library(place.path, path, overwrite=overwrite)
+            saved = move_library(place.path, path, overwrite=overwrite)
+            place.path = saved.absolute()
+            place.temporary.cleanup()
+            place.temporary = None
+            return saved
 
     def source(self, name: str | None = None) -> str:
         """CUDA source of one kernel (its ``_kernel`` suffix may be left out), or of all.
@@ -212,13 +273,19 @@ class Library:
         ArtifactError, ToolchainError
             As :func:`load`.
         """
-        _check_versions(self.path, self.manifest.versions)
-        verify_hashes(self.path, self.manifest)
-        _check_host(self.path, self.manifest)
+        check_versions(self.path, self.manifest.versions)
+        if not self._fresh:
+            verify_hashes(self.path, self.manifest)
+        elif read_manifest(self.path) != self.manifest:
+            raise ArtifactError(
+                f"{self.path} was replaced since this library was saved there; load what is there now, "
+                "or compile the model again"
+            )
+        check_host(self.path, self.manifest)
         if self.emulated:
             self._emulated_device()
         else:
-            _check_device(self.path, self.manifest)
+            check_device(self.path, self.manifest)
         if self.manifest.target.kind == "cuda" and not self.emulated:
             from tvm_balanced.cuda.libraries import load_cuda_runtime
 
@@ -240,7 +307,7 @@ class Library:
                 self._emulated_device()
                 device = tvm.cuda(0)
             elif self.manifest.target.kind == "cuda":
-                device = tvm.cuda(_gpu_ordinal(self.manifest.target.arch))
+                device = tvm.cuda(gpu_ordinal(self.manifest.target.arch))
             stored: Mapping[str, Any] = {}
             if PARAMETERS in self.manifest.files:
                 stored = read_tensors(self.path / PARAMETERS)
@@ -252,7 +319,7 @@ class Library:
                             "copy or build it again"
                         )
             with _CUDA_CALLS.shared():
-                self._params = {name: _place(array, device) for name, array in stored.items()}
+                self._params = {name: on_device(array, device) for name, array in stored.items()}
             try:
                 # tvm.runtime.load_module keeps code and constants until the process ends. What a CUDA library
                 # leaves in the driver (captured graphs) was not tried without its code
@@ -273,7 +340,7 @@ class Library:
         emulated = install(self.manifest.target.arch)
         source = self.source()
         for cubin in self.manifest.cubins:
-            emulated.know(str(cubin["sha256"]), source)
+            emulated.know(cubin.sha256, source)
 
     @property
     def device(self) -> Any:
@@ -328,8 +395,8 @@ class Library:
     def _call(
         self, entries: Sequence[FunctionEntry], inputs: Sequence[Any], named: Mapping[str, Any]
     ) -> Any:
-        values = _bind_arguments(entries[0], inputs, named)
-        entry = choose_function(entries, [_shape(value) for value in values])
+        values = bind_arguments(entries[0], inputs, named)
+        entry = choose_function(entries, [shape_of(value) for value in values])
         self.prepare()
         if self.manifest.target.kind != "cuda":
             return self._run(entry, values)
@@ -346,14 +413,14 @@ class Library:
         return answer
 
     def _run(self, entry: FunctionEntry, values: Sequence[Any]) -> Any:
-        tensors = [_place(value, self._device) for value in values]
+        tensors = [on_device(value, self._device) for value in values]
         tensors.extend(self._params[name] for name in entry.params)
         with self._stream(values):
             result = self._machine()[entry.name](*tensors)
             if self.emulated:
                 # no other framework knows this device
-                result = _to_host(result)
-            return _answer(result, entry, values)
+                result = to_host(result)
+            return in_kind_of(result, entry, values)
 
     def _machine(self) -> Any:
         # a virtual machine keeps registers of the call in progress: every thread has its own
@@ -367,7 +434,7 @@ class Library:
 
     def _stream(self, values: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
         if self.manifest.target.kind == "cuda" and any(
-            _is_torch(value) and value.is_cuda for value in values
+            is_torch(value) and value.is_cuda for value in values
         ):
             import tvm_ffi
 

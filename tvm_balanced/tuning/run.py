@@ -13,12 +13,13 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tvm_balanced._version import __version__
 from tvm_balanced.errors import InputError
+from tvm_balanced.options import CompileKeywords, CompileOptions, make_options
 from tvm_balanced.records import lookup
 from tvm_balanced.records import record as records_record
 from tvm_balanced.records.record import Environment
@@ -31,6 +32,7 @@ from tvm_balanced.tuning.search import _SEARCH_LOG, _Tuner, log
 
 if TYPE_CHECKING:
     import tvm
+    from typing_extensions import Unpack
 
     from tvm_balanced.model import Model
     from tvm_balanced.tuning.tasks import Task
@@ -43,9 +45,9 @@ def tune(
     model: Model,
     target: str | tvm.target.Target | TargetSpec,
     *,
+    options: CompileOptions | None = None,
     trials: int = 64,
     seconds: float | None = None,
-    logs: str | Path | None = None,
     cache: str | None = None,
     kernels: str = "all",
     seed: int = 0,
@@ -53,13 +55,9 @@ def tune(
     runner: str = "local",
     tracker: str | None = None,
     key: str | None = None,
-    policy: str | Mapping[str, str] = "auto",
-    ignore: Iterable[str] = (),
-    buckets: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
-    encoding: str = "auto",
-    dense: str = "dlight",
     progress: Callable[[Status], None] | None = None,
     tell: Callable[[str], None] | None = None,
+    **keywords: Unpack[CompileKeywords],
 ) -> TuningResult:
     """Find faster schedules for a model's kernels, and keep them for :func:`tvm_balanced.compile`.
 
@@ -71,13 +69,14 @@ def tune(
         Usually pruned, as for :func:`tvm_balanced.compile`.
     target : str or tvm.target.Target or TargetSpec
         What to tune for.
+    options : CompileOptions, optional
+        What the model will be compiled with: kernels are only found again by equal options. Records go to
+        its ``logs``, a folder of device folders, else to ``$TVM_BALANCED_LOGS`` or the user's, where
+        ``compile`` looks.
     trials : int
         Schedules to measure of each kernel, at most; small spaces are measured whole.
     seconds : float, optional
         After which the search ends; no limit when left out.
-    logs : path-like, optional
-        Folder of device folders to write to; ``$TVM_BALANCED_LOGS`` or the user's when left out, where
-        ``compile`` looks.
     cache : str, optional
         What lies in the caches when a kernel begins. ``"model"``, the local runner's usual one: what a run of
         the model leaves there; ``"cold"``, that of the others: no weights; ``"hot"``: all of them.
@@ -93,12 +92,12 @@ def tune(
         where nothing was measured.
     tracker, key : str, optional
         ``"host:port"`` of TVM's RPC tracker, and the key of its servers, for ``"rpc"``.
-    policy, ignore, buckets, encoding, dense
-        As for :func:`tvm_balanced.compile`: kernels are only found again by the same ones.
     progress : callable, optional
         Told of every batch.
     tell : callable, optional
         Told in a few words what is done before the first batch.
+    **keywords
+        Fields of :class:`tvm_balanced.CompileOptions`, in place of ``options``.
 
     Returns
     -------
@@ -113,6 +112,11 @@ def tune(
     ToolchainError
         When a package, a tracker or a device is missing.
     """
+    chosen = make_options(options, **keywords)
+    if chosen.logs is False:
+        raise InputError(
+            "logs is False, and tuning has to write its records; give a folder, or leave it out"
+        )
     spec = target if isinstance(target, TargetSpec) else resolve(target)
     how = Runner.parse(runner, tracker, key)
     cache = how.usual_cache if cache is None else cache
@@ -121,18 +125,10 @@ def tune(
     from tvm_balanced.tuning.tasks import find_tasks, fused_module
 
     begin = time.monotonic()
-    place = Path(logs) if logs is not None else lookup.default_place()
-    folder = open_folder(place, spec, cache, seed, trials, how)
-    mod = fused_module(
-        model,
-        spec,
-        policy=policy,
-        ignore=ignore,
-        buckets=buckets,
-        encoding=encoding,
-        dense=dense,
-        progress=tell,
-    )
+    given = chosen.record_folder
+    place = lookup.default_place() if given is None else Path(given)
+    folder = open_folder(place, spec, cache, seed, trials, how, chosen)
+    mod = fused_module(model, spec, chosen, tell)
     tasks = find_tasks(mod, spec.target, kernels)
     if not tasks:
         raise InputError(
@@ -253,6 +249,7 @@ def open_folder(
     seed: int,
     trials: int,
     runner: Runner | None = None,
+    options: CompileOptions | None = None,
 ) -> RecordFolder:
     """The folder of a target below ``place``, with what this run measures on; estimates have their own.
 
@@ -274,6 +271,7 @@ def open_folder(
         "seed": seed,
         "trials": trials,
         "clock_ghz": spec.clock_ghz,
+        "options": None if options is None else options.to_json(),
     }
     model = cpu_model() if spec.kind == "llvm" else str(spec.gpu)
     method = "estimated" if how.estimates else "measured"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from tvm.ir.expr import GenericConst
 
 from tvm_balanced.model import Model
 from tvm_balanced.ops import format_text
+from tvm_balanced.options import CompileOptions
 from tvm_balanced.schedules import workload
 from tvm_balanced.schedules.balanced_block import find
 from tvm_balanced.targets.resolve import TargetSpec
@@ -65,19 +66,14 @@ class Task:
 def fused_module(
     model: Model,
     spec: TargetSpec,
-    *,
-    policy: str | Mapping[str, str] = "auto",
-    ignore: Iterable[str] = (),
-    buckets: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
-    encoding: str = "auto",
-    dense: str = "dlight",
+    options: CompileOptions,
     progress: Callable[[str], None] | None = None,
 ) -> tvm.IRModule:
     """The module with whole, unscheduled kernels that :func:`tvm_balanced.compile` would schedule.
 
     Parameters
     ----------
-    model, policy, ignore, buckets, encoding, dense, progress
+    model, options, progress
         As for :func:`tvm_balanced.compile`.
     spec : TargetSpec
         Where it will run.
@@ -86,7 +82,7 @@ def fused_module(
     from tvm_balanced.build.pipeline import fuse_passes
     from tvm_balanced.build.prepare import prepare
 
-    prepared = prepare(model, spec, policy, ignore, buckets, encoding, dense, progress)
+    prepared = prepare(model, spec, options, progress)
     mod = bind_parameters(prepared.mod, prepared.embedded)
     with spec.target, tvm.transform.PassContext(opt_level=3):
         return tvm.transform.Sequential(fuse_passes())(mod)

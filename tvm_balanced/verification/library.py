@@ -25,7 +25,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tvm_balanced.artifact.folder import sha256
-from tvm_balanced.artifact.manifest import KERNELS, LIBRARY, REFERENCE, Manifest, read_manifest
+from tvm_balanced.artifact.manifest import (
+    KERNELS,
+    LIBRARY,
+    REFERENCE,
+    CompilerEntry,
+    Manifest,
+    read_manifest,
+)
 from tvm_balanced.errors import ArtifactError, InputError, ToolchainError
 
 if TYPE_CHECKING:
@@ -267,7 +274,7 @@ def _check_files(path: Path, manifest: Manifest) -> Iterator[PartCheck]:
         else:
             told = f"SHA-256 {found[:12]}, the manifest says {expected[:12]}"
             yield PartCheck(name, FAIL, told)
-    known = {str(cubin.get("sha256")) for cubin in manifest.cubins}
+    known = {cubin.sha256 for cubin in manifest.cubins}
     try:
         images = cubin_images(path / LIBRARY)
     except OSError:
@@ -288,22 +295,22 @@ def _check_recompilation(library: Library) -> PartCheck:
     from tvm_balanced.cuda import nvrtc
 
     part = "cubin made again of kernels/*.cu"
-    recorded = dict(library.manifest.compiler)
-    told = f"{recorded['name']} {recorded['version']}"
+    recorded = library.manifest.compiler
+    if recorded is None:
+        return PartCheck(part, UNCHECKED, "the library has no CUDA kernel")
+    told = f"{recorded.name} {recorded.version}"
     try:
-        here = nvrtc.compiler()
+        here = CompilerEntry.of(nvrtc.compiler())
     except ToolchainError as error:
         return PartCheck(part, UNCHECKED, f"recorded {told}; {error}")
     if here != recorded:
-        return PartCheck(
-            part, UNCHECKED, f"recorded {told}, here is {here['name']} {here['version']}"
-        )
+        return PartCheck(part, UNCHECKED, f"recorded {told}, here is {here.name} {here.version}")
     try:
         made = nvrtc.compile_cubin(library.source(), library.manifest.target.arch).cubin
     except ToolchainError as error:
         return PartCheck(part, FAIL, str(error))
     digest = hashlib.sha256(made).hexdigest()
-    if digest in {str(cubin.get("sha256")) for cubin in library.manifest.cubins}:
+    if digest in {cubin.sha256 for cubin in library.manifest.cubins}:
         return PartCheck(part, PASS, f"{told}, SHA-256 {digest[:12]}")
     return PartCheck(
         part, FAIL, f"{told} gives SHA-256 {digest[:12]}: the cubin is not its source's"
@@ -325,7 +332,7 @@ def _cublas_rows(manifest: Manifest) -> Iterator[KernelCheck]:
     """What nobody judges here: each layer or product once, though several functions call it."""
     products: dict[str, dict[str, None]] = {}
     for call in manifest.cublas:
-        products.setdefault(str(call["name"]), {})[str(call["product"])] = None
+        products.setdefault(call.name, {})[call.product] = None
     for name, shapes in products.items():
         yield KernelCheck(name, UNCHECKED, f"computed by cuBLAS: {'; '.join(shapes)}")
 

@@ -198,7 +198,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, 
     module = torch.nn.Sequential(*layers).half().eval()
     batch = torch.export.Dim("batch", min=1, max=512)
     x = torch.zeros(4, 4096, dtype=torch.float16)
-    model = tb.from_torch(module, (x,), dynamic_shapes=({0: batch},)).prune("8:16")
+    model = tb.prune(tb.from_torch(module, (x,), dynamic_shapes=({0: batch},)), "8:16")
     with torch.no_grad():
         module[1].weight.copy_(torch.from_numpy(model.params["1.weight"]))
     compiled = tb.compile(model, "h100", policy="always", buckets=[16])
@@ -252,9 +252,9 @@ def test_a_library_states_its_kernels(library: tuple[torch.nn.Module, Path]) -> 
     _, path = library
     manifest = read_manifest(path)
     told = "cuda_gather; from M = 9 cuda_expand, 16 rows a tile"
-    notes = [kernel["note"] for kernel in manifest.coverage if kernel["balanced"]]
+    notes = [kernel.note for kernel in manifest.coverage if kernel.balanced]
     assert sorted(notes) == ["cuda_expand: no record", f"symbolic shapes: {told}"]
-    assert f"any M: {told}" in manifest.layers[0]["reason"]
+    assert f"any M: {told}" in manifest.layers[0].reason
     found = verify(path)
     assert found.passed
     assert {check.result for check in found.parts} == {"pass"}

@@ -215,7 +215,7 @@ def test_dispatch_by_rows() -> None:
 def test_library_says_so_and_verifies(tmp_path: Path) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(256, 64), torch.nn.ReLU()).half().eval()
     model = tb.from_torch(module, (torch.randn(16, 256).half(),))
-    library = tb.compile(model.prune("2:4"), "cuda-sm_90", policy="always")
+    library = tb.compile(tb.prune(model, "2:4"), "cuda-sm_90", policy="always")
     (layer,) = library.report
     assert "by sparse tensor cores" in layer.reason
     path = library.save(tmp_path / "model.tvmb")

@@ -86,7 +86,7 @@ def test_default_tile_splits_long_rows_of_small_layers(
 
 
 @pytest.fixture(scope="module")
-def library() -> tuple[torch.nn.Module, tb.CompiledLibrary]:
+def library() -> tuple[torch.nn.Module, tb.Library]:
     """A split layer amid a model, for two rows of activations and for any number of them."""
     torch.manual_seed(0)
     module = torch.nn.Sequential(
@@ -97,7 +97,7 @@ def library() -> tuple[torch.nn.Module, tb.CompiledLibrary]:
     ).eval()
     batch = torch.export.Dim("batch", min=1, max=8)
     model = tb.from_torch(module, (torch.zeros(2, 32),), dynamic_shapes=({0: batch},))
-    model = model.prune("4:16", ignore=["0.weight"])
+    model = tb.prune(model, "4:16", ignore=["0.weight"])
     with torch.no_grad():
         module[2].weight.copy_(torch.from_numpy(model.params["2.weight"]))
     return module, tb.compile(
@@ -106,11 +106,11 @@ def library() -> tuple[torch.nn.Module, tb.CompiledLibrary]:
 
 
 def test_split_kernels_are_captured_and_replayed(
-    library: tuple[torch.nn.Module, tb.CompiledLibrary], emulated: device.Device
+    library: tuple[torch.nn.Module, tb.Library], emulated: device.Device
 ) -> None:
     """Their workspace is the library's, so that a graph finds it where it was."""
     module, compiled = library
-    lib = compiled.load("emulated")
+    lib = tb.load(compiled, "emulated")
     for call in range(3):
         x = torch.randn(2, 32)
         with torch.no_grad():
@@ -122,18 +122,20 @@ def test_split_kernels_are_captured_and_replayed(
 
 
 def test_a_symbolic_batch_is_not_split(
-    library: tuple[torch.nn.Module, tb.CompiledLibrary], emulated: device.Device
+    library: tuple[torch.nn.Module, tb.Library], emulated: device.Device
 ) -> None:
     module, compiled = library
     x = torch.randn(3, 32)
     with torch.no_grad():
-        torch.testing.assert_close(compiled.load("emulated")(x), module(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            tb.load(compiled, "emulated")(x), module(x), rtol=1e-4, atol=1e-4
+        )
     sparse = [x for x in emulated.launches() if "balanced_sparse_dense" in x.kernel]
     assert [launch.grid[2] for launch in sparse] == [1]
 
 
 def test_verify_judges_split_kernels(
-    library: tuple[torch.nn.Module, tb.CompiledLibrary], tmp_path: Path
+    library: tuple[torch.nn.Module, tb.Library], tmp_path: Path
 ) -> None:
     checked = verify(library[1].save(tmp_path / "model.tvmb"))
     assert checked.passed, str(checked)

@@ -1,0 +1,187 @@
+"""Pruning a file into a file: ``.onnx`` to ``.onnx``, a ``.pt2`` or a checkpoint to ``.safetensors``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tvm_balanced.errors import InputError
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.report import PruningReport
+from tvm_balanced.support.files import check_output
+
+if TYPE_CHECKING:
+    from tvm_balanced.pruning.inputs import Goal
+    from tvm_balanced.pruning.sensitivity import Selection
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class PrunedFile:
+    """What was done, and for calibrated pruning how near the model still is and what was chosen."""
+
+    report: PruningReport
+    cosine: float | None = None
+    selection: Selection | None = None
+
+
+@dataclass(frozen=True)
+class FilePruning:
+    """What is to be pruned, how, and where the result goes.
+
+    Parameters
+    ----------
+    source : pathlib.Path
+        A ``.onnx``, ``.pt2`` or ``.safetensors`` file.
+    pattern : str or Goal or None
+        One pattern for all layers, or what to reach.
+    output : pathlib.Path, optional
+        The file to write; ``SOURCE-pruned`` beside the source when left out.
+    dry_run : bool
+        Whether nothing is written.
+    overwrite : bool
+        Whether a file that is there is replaced.
+    ignore : tuple of str
+        Layers to leave alone.
+    shapes : Mapping, optional
+        Shapes of inputs, of an ONNX model.
+    method : str
+        ``"magnitude"``, ``"wanda"`` or ``"sparsegpt"``.
+    calibration : pathlib.Path, optional
+        Inputs, for a method other than magnitude, distillation or a goal.
+    distill : int
+        Steps of distillation.
+
+    Raises
+    ------
+    InputError
+        For settings that contradict each other.
+    OutputError
+        For an output that could not be written.
+    """
+
+    source: Path
+    pattern: str | Goal | None
+    output: Path | None = None
+    dry_run: bool = False
+    overwrite: bool = False
+    ignore: tuple[str, ...] = ()
+    shapes: Mapping[str, tuple[int | str, ...]] | None = None
+    method: str = "magnitude"
+    calibration: Path | None = None
+    distill: int = 0
+
+    def __post_init__(self) -> None:
+        if self.pattern is None:
+            raise InputError(
+                "there is neither a pattern nor a goal; give --pattern 4:16, or --target-speedup or "
+                "--max-loss"
+            )
+        if isinstance(self.pattern, str):
+            BalancedPattern(self.pattern)
+        if self.path.suffix != self.suffix:
+            raise InputError(
+                f"the pruned weights of {self.source} are written as {self.suffix}, but the output is "
+                f"{self.path}; name it {self.path.with_suffix(self.suffix)}"
+            )
+        if self.calibrated and self.calibration is None:
+            raise InputError(
+                "a method other than magnitude, --distill and a goal need inputs to look at; give "
+                "--calibration FILE"
+            )
+        if self.calibration is not None and not self.calibrated:
+            raise InputError(
+                "--calibration was given, but pruning by magnitude without --distill looks at no input; "
+                "add --method sparsegpt, or leave it out"
+            )
+        if self.calibrated and self.source.suffix in (".onnx", ".safetensors"):
+            raise InputError(
+                f"calibration runs the model in PyTorch, and {self.source} is no .pt2; export it with "
+                "torch.export, or prune it by magnitude"
+            )
+        if not self.dry_run:
+            check_output(self.path, self.overwrite)
+
+    @property
+    def suffix(self) -> str:
+        """What kind of file is written."""
+        known = (".onnx", ".safetensors")
+        return self.source.suffix if self.source.suffix in known else ".safetensors"
+
+    @property
+    def path(self) -> Path:
+        """The file that is written."""
+        default = self.source.with_name(f"{self.source.stem}-pruned{self.suffix}")
+        return default if self.output is None else self.output
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the model is run on inputs."""
+        goal = not isinstance(self.pattern, str)
+        return self.method != "magnitude" or self.distill > 0 or goal
+
+    def run(self, tell: Tell) -> PrunedFile:
+        """Prune and, unless it is a dry run, write.
+
+        Raises
+        ------
+        InputError
+            As :func:`tvm_balanced.prune`, and for files that cannot be used.
+        OutputError
+            When the output cannot be written.
+        """
+        if self.calibrated:
+            return self._calibrated(tell)
+        if self.source.suffix == ".safetensors":
+            return PrunedFile(self._checkpoint(tell))
+        return PrunedFile(self._model(tell))
+
+    def _calibrated(self, tell: Tell) -> PrunedFile:
+        from tvm_balanced.pruning.inputs import prune_program
+
+        assert self.calibration is not None and self.pattern is not None
+        wanted = BalancedPattern(self.pattern) if isinstance(self.pattern, str) else self.pattern
+        pruned, cosine, selection = prune_program(
+            self.source, wanted, self.calibration, self.method, self.ignore, self.distill, tell
+        )
+        self._write(pruned.params, {}, pruned.patterns)
+        return PrunedFile(pruned.pruned, cosine, selection)
+
+    def _checkpoint(self, tell: Tell) -> PruningReport:
+        from tvm_balanced.frontend import checkpoint
+        from tvm_balanced.pruning.magnitude import prune_tensors
+
+        tensors, metadata = checkpoint.read_checkpoint(self.source)
+        changed, patterns, report = prune_tensors(tensors, str(self.pattern), self.ignore, tell)
+        # what was noted before holds for the weights that stay
+        patterns = {**checkpoint.read_patterns(metadata, self.source), **patterns}
+        self._write({**tensors, **changed}, metadata, patterns)
+        return report
+
+    def _model(self, tell: Tell) -> PruningReport:
+        from tvm_balanced.frontend import checkpoint, load_model
+        from tvm_balanced.pruning.magnitude import prune_model
+
+        tell("import the model")
+        model = load_model(self.source, self.shapes)
+        pruned = prune_model(model, str(self.pattern), self.ignore, tell)
+        if self.suffix != ".onnx":
+            self._write(pruned.params, {}, pruned.patterns)
+        elif not self.dry_run:
+            new = {n: a for n, a in pruned.params.items() if a is not model.params[n]}
+            checkpoint.write_onnx(self.source, self.path, new, self.overwrite)
+        return pruned.pruned
+
+    def _write(
+        self,
+        tensors: Mapping[str, Any],
+        metadata: Mapping[str, str],
+        patterns: Mapping[str, BalancedPattern],
+    ) -> None:
+        from tvm_balanced.frontend.checkpoint import write_checkpoint
+
+        if not self.dry_run:
+            write_checkpoint(self.path, tensors, metadata, patterns, self.overwrite)

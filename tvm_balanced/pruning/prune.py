@@ -1,0 +1,103 @@
+"""``prune``: one verb for imported models, model files and PyTorch modules."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+from tvm_balanced.errors import InputError
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.model import Model
+from tvm_balanced.pruning.magnitude import prune_model
+from tvm_balanced.report import PruningReport
+
+if TYPE_CHECKING:
+    import torch
+
+Pattern = str | BalancedPattern | Mapping[str, str]
+
+
+@overload
+def prune(
+    model: Model | str | os.PathLike[str],
+    pattern: Pattern,
+    ignore: Iterable[str] = ...,
+    *,
+    progress: Callable[[str], None] | None = ...,
+) -> Model: ...
+@overload
+def prune(
+    model: torch.nn.Module,
+    pattern: Pattern,
+    ignore: Iterable[str] = ...,
+    *,
+    calibration: Sequence[tuple[Any, ...]],
+    method: str = ...,
+    progress: Callable[[str], None] | None = ...,
+) -> PruningReport: ...
+def prune(
+    model: Any,
+    pattern: Pattern,
+    ignore: Iterable[str] = (),
+    *,
+    calibration: Sequence[tuple[Any, ...]] | None = None,
+    method: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Model | PruningReport:
+    """Prune the dense layers of a model once to a balanced pattern, without retraining.
+
+    An imported model is pruned by magnitude. A PyTorch module is pruned in place from calibration inputs,
+    which keeps more of its accuracy, and is imported afterwards.
+
+    Parameters
+    ----------
+    model : Model or path-like or torch.nn.Module
+        What to prune; a ``.pt2`` or ``.onnx`` file is imported first.
+    pattern : str or BalancedPattern or Mapping
+        ``"4:16"`` for every layer, or a mapping from layer names (or ``re:`` patterns) to patterns.
+    ignore : iterable of str
+        Layers to leave alone, by exact name or ``re:`` pattern.
+    calibration : sequence of tuple, optional
+        Positional inputs of the module, a few hundred unlabelled samples in all.
+    method : str, optional
+        ``"sparsegpt"`` (when left out), ``"wanda"`` or ``"magnitude"``, for a module.
+    progress : callable, optional
+        Called with the name of each layer before it is pruned.
+
+    Returns
+    -------
+    Model or PruningReport
+        A new model, what was done in its ``pruned``; of a module, which is changed, the report alone.
+
+    Raises
+    ------
+    InputError
+        For an unknown pattern, method or name, a block larger than a layer's K, NaN or Inf in a weight,
+        calibration that does not go with the model, or when no layer is left to prune.
+    """
+    if isinstance(model, str | os.PathLike):
+        from tvm_balanced.frontend import load_model
+
+        model = load_model(model)
+    if isinstance(model, Model):
+        if calibration is not None or method not in (None, "magnitude"):
+            raise InputError(
+                f"{model.name} is imported and pruned by magnitude, but calibration or method "
+                f"{method!r} were given; give the PyTorch module, and import it when it is pruned"
+            )
+        return prune_model(model, pattern, ignore, progress)
+    if not hasattr(model, "named_parameters"):
+        raise InputError(
+            f"a {type(model).__name__} was given, expected an imported model, a .pt2 or .onnx file, or a "
+            "PyTorch module; import it with from_torch, from_onnx or from_relax first"
+        )
+    if calibration is None:
+        raise InputError(
+            "a PyTorch module was given without calibration inputs; give calibration=[(x,), ...], or "
+            "import it with from_torch first and prune by magnitude"
+        )
+    from tvm_balanced.pruning.calibrated import prune_calibrated
+
+    rows = prune_calibrated(model, pattern, calibration, method or "sparsegpt", ignore, progress)
+    return PruningReport(rows)
