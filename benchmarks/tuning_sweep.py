@@ -187,6 +187,7 @@ def operator(
 def _compare(problem: dict[str, Any], machine: Any, seed: int) -> list[dict[str, Any]]:
     """Rows of one operator: the sweep, best first, and what was measured by turns in the end."""
     from tvm_balanced.schedules import dispatch, workload
+    from tvm_balanced.tuning.options import TuneOptions
     from tvm_balanced.tuning.run import open_folder, tune_tasks
 
     spec, cache, trials = machine.spec, problem["cache"], problem["trials"]
@@ -195,14 +196,13 @@ def _compare(problem: dict[str, Any], machine: Any, seed: int) -> list[dict[str,
     spaces = dispatch.spaces(task.mod["main"], spec.target)
     points = [(space.kernel, point) for space in spaces for point in space.points()]
     _say(f"M={m}: {task.detail}, {len(points)} points")
+    search = TuneOptions(trials=trials, cache=cache, seed=seed)
     with tempfile.TemporaryDirectory() as place:
         result = tune_tasks(
             [task],
             spec,
-            open_folder(Path(place), spec, cache, seed, trials),
-            trials=trials,
-            cache=cache,
-            seed=seed,
+            open_folder(Path(place), spec, search),
+            search,
             progress=lambda status: _say(f"tuned {status.trials} of {status.total}"),
         )
         chosen = _chosen(result.folder)

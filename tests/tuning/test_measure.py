@@ -15,6 +15,7 @@ import tvm_balanced as tb
 from tvm_balanced.errors import OutputError
 from tvm_balanced.targets.resolve import resolve
 from tvm_balanced.tuning import measure
+from tvm_balanced.tuning.options import TuneOptions
 from tvm_balanced.tuning.run import open_folder, tune
 from tvm_balanced.tuning.space import default_schedule
 from tvm_balanced.tuning.tasks import find_tasks, fused_module
@@ -91,7 +92,7 @@ def test_times_with_other_caches_are_kept_apart(tmp_path: Path) -> None:
     tune(model, "llvm", cache="hot", **given)
     with pytest.raises(OutputError, match="--cache hot, not model; give another folder"):
         tune(model, "llvm", **given)
-    open_folder(tmp_path, spec, "hot", 0, 1)
+    open_folder(tmp_path, spec, TuneOptions(cache="hot", trials=1))
 
 
 def test_indices_of_a_kernel_without_packed_ones_are_zero() -> None:

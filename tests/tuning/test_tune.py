@@ -19,6 +19,7 @@ from tvm_balanced.records import record as records_record
 from tvm_balanced.records import store as records
 from tvm_balanced.schedules import dispatch, tuned, workload
 from tvm_balanced.targets.resolve import resolve
+from tvm_balanced.tuning.options import TuneOptions
 from tvm_balanced.tuning.run import open_folder, tune
 from tvm_balanced.tuning.tasks import Task, find_tasks, fused_module
 
@@ -137,7 +138,7 @@ def test_records_that_cannot_be_used_cost_one_warning(
     choice = _choice(task, "llvm_batch_lanes", sums=4)
     target = _target_json(spec)
     record = records_record.Record(choice.workload, choice.trace, (1e-6,), target, choice.args_info)
-    folder = open_folder(tmp_path, spec, "hot", 0, 1)
+    folder = open_folder(tmp_path, spec, TuneOptions(cache="hot", trials=1))
     folder.append([record])
     if damage is not None:
         damage(folder.folder)

@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 from tvm_balanced._version import __version__
 from tvm_balanced.errors import InputError
-from tvm_balanced.options import CompileKeywords, CompileOptions, make_options
+from tvm_balanced.options import CompileOptions, make_options
 from tvm_balanced.records import lookup
 from tvm_balanced.records import record as records_record
 from tvm_balanced.records.record import Environment
 from tvm_balanced.records.store import RecordFolder
 from tvm_balanced.targets.resolve import TargetSpec, resolve
 from tvm_balanced.tuning import measure
+from tvm_balanced.tuning.options import AllKeywords, TuneKeywords, TuneOptions
 from tvm_balanced.tuning.result import KernelResult, Status, TuningResult
-from tvm_balanced.tuning.runners import Runner
-from tvm_balanced.tuning.search import _SEARCH_LOG, _Tuner, log
+from tvm_balanced.tuning.search import SEARCH_LOG, Tuner, log
 
 if TYPE_CHECKING:
     import tvm
@@ -38,26 +38,15 @@ if TYPE_CHECKING:
     from tvm_balanced.tuning.tasks import Task
 
 
-KERNELS = ("all", "balanced")
-
-
 def tune(
     model: Model,
     target: str | tvm.target.Target | TargetSpec,
     *,
     options: CompileOptions | None = None,
-    trials: int = 64,
-    seconds: float | None = None,
-    cache: str | None = None,
-    kernels: str = "all",
-    seed: int = 0,
-    resume: bool = False,
-    runner: str = "local",
-    tracker: str | None = None,
-    key: str | None = None,
+    search: TuneOptions | None = None,
     progress: Callable[[Status], None] | None = None,
     tell: Callable[[str], None] | None = None,
-    **keywords: Unpack[CompileKeywords],
+    **keywords: Unpack[AllKeywords],
 ) -> TuningResult:
     """Find faster schedules for a model's kernels, and keep them for :func:`tvm_balanced.compile`.
 
@@ -66,38 +55,22 @@ def tune(
     Parameters
     ----------
     model : Model
-        Usually pruned, as for :func:`tvm_balanced.compile`.
+        A model, usually pruned, as for :func:`tvm_balanced.compile`.
     target : str or tvm.target.Target or TargetSpec
         What to tune for.
     options : CompileOptions, optional
         What the model will be compiled with: kernels are only found again by equal options. Records go to
         its ``logs``, a folder of device folders, else to ``$TVM_BALANCED_LOGS`` or the user's, where
         ``compile`` looks.
-    trials : int
-        Schedules to measure of each kernel, at most; small spaces are measured whole.
-    seconds : float, optional
-        After which the search ends; no limit when left out.
-    cache : str, optional
-        What lies in the caches when a kernel begins. ``"model"``, the local runner's usual one: what a run of
-        the model leaves there; ``"cold"``, that of the others: no weights; ``"hot"``: all of them.
-    kernels : str
-        ``"all"``, or ``"balanced"`` for those that hold the balanced operator.
-    seed : int
-        Of the search; measurements still differ from run to run.
-    resume : bool
-        Go on where earlier runs ended: their records count as trials.
-    runner : str
-        ``"local"`` measures on this CPU, ``"rpc"`` on the servers of a tracker; ``"model"`` compiles for a
-        GPU that is not here and predicts, which makes estimates: records of their own, which serve only
-        where nothing was measured.
-    tracker, key : str, optional
-        ``"host:port"`` of TVM's RPC tracker, and the key of its servers, for ``"rpc"``.
+    search : TuneOptions, optional
+        How to search.
     progress : callable, optional
-        Told of every batch.
+        Called with a :class:`Status` after every batch.
     tell : callable, optional
-        Told in a few words what is done before the first batch.
+        Called with a few words on what is done before the first batch.
     **keywords
-        Fields of :class:`tvm_balanced.CompileOptions`, in place of ``options``.
+        Fields of :class:`tvm_balanced.CompileOptions` and of :class:`TuneOptions`, in place of ``options``
+        and ``search``.
 
     Returns
     -------
@@ -112,75 +85,60 @@ def tune(
     ToolchainError
         When a package, a tracker or a device is missing.
     """
-    chosen = make_options(options, **keywords)
+    from tvm_balanced.tuning.tasks import find_tasks, fused_module
+
+    begin = time.monotonic()
+    own = {name: keywords.pop(name) for name in TuneKeywords.__annotations__ if name in keywords}  # type: ignore[misc]
+    if search is not None and own:
+        raise InputError(f"search and also {', '.join(own)} were given; put everything into search")
+    wanted = search or TuneOptions(**own)
+    chosen = make_options(options, **keywords)  # type: ignore[misc]
     if chosen.logs is False:
         raise InputError(
             "logs is False, and tuning has to write its records; give a folder, or leave it out"
         )
     spec = target if isinstance(target, TargetSpec) else resolve(target)
-    how = Runner.parse(runner, tracker, key)
-    cache = how.usual_cache if cache is None else cache
-    _check(trials, seconds, cache, kernels, seed)
-    how.check(spec, cache)
-    from tvm_balanced.tuning.tasks import find_tasks, fused_module
-
-    begin = time.monotonic()
+    wanted.how.check(spec, wanted.caches)
     given = chosen.record_folder
     place = lookup.default_place() if given is None else Path(given)
-    folder = open_folder(place, spec, cache, seed, trials, how, chosen)
+    folder = open_folder(place, spec, wanted, chosen)
     mod = fused_module(model, spec, chosen, tell)
-    tasks = find_tasks(mod, spec.target, kernels)
+    tasks = find_tasks(mod, spec.target, wanted.kernels)
     if not tasks:
         raise InputError(
             f"{model.name} has no kernel to tune for {spec.name}: kernels need static shapes; give "
             "buckets for a symbolic dimension, or kernels=all where no layer runs sparse"
         )
-    return tune_tasks(
-        tasks,
-        spec,
-        folder,
-        trials=trials,
-        seconds=seconds,
-        cache=cache,
-        seed=seed,
-        resume=resume,
-        runner=how,
-        progress=progress,
-        begin=begin,
-    )
+    return tune_tasks(tasks, spec, folder, wanted, progress, begin)
 
 
 def tune_tasks(
     tasks: Sequence[Task],
     spec: TargetSpec,
     folder: RecordFolder,
-    *,
-    trials: int = 64,
-    seconds: float | None = None,
-    cache: str = "model",
-    seed: int = 0,
-    resume: bool = False,
-    runner: Runner | None = None,
+    search: TuneOptions,
     progress: Callable[[Status], None] | None = None,
     begin: float | None = None,
 ) -> TuningResult:
-    """As :func:`tune`, for kernels that are known; arguments of the same names mean the same.
+    """As :func:`tune`, for kernels that are known.
 
     Parameters
     ----------
     tasks : sequence of Task
-        From :func:`tvm_balanced.tuning.tasks.find_tasks`.
+        Kernels, from :func:`tvm_balanced.tuning.tasks.find_tasks`.
     spec : TargetSpec
         What to tune for.
     folder : RecordFolder
-        From :func:`open_folder`, for the same runner.
-    runner : Runner, optional
-        The local one when left out.
+        Where records go, from :func:`open_folder` for the same search.
+    search : TuneOptions
+        How to search.
+    progress : callable, optional
+        Called with a :class:`Status` after every batch.
     begin : float, optional
         When the time began to count, by ``time.monotonic``; now when left out.
     """
     begin = time.monotonic() if begin is None else begin
-    how = runner or Runner()
+    how = search.how
     left_out: list[KernelResult] = []
     if how.estimates:
         tasks, left_out = _with_estimates(tasks, spec)
@@ -190,24 +148,11 @@ def tune_tasks(
         )
         for task in tasks
     }
-    builder, device = how.open(feeds, cache)
+    devices = how.open(feeds, search.caches)
     _quiet_tvm()
     _import_intrinsics()
-    deadline = None if seconds is None else begin + seconds
-    tuner = _Tuner(
-        tasks,
-        spec,
-        folder,
-        builder,
-        device,
-        trials,
-        seed,
-        deadline,
-        progress or (lambda _: None),
-        how.estimates,
-    )
-    tuner.started = begin
-    if resume:
+    tuner = Tuner(tasks, spec, folder, devices, search, progress or (lambda _: None), begin)
+    if search.resume:
         known, problems = folder.read()
         if problems:
             log.warning("records were passed over: %s", "; ".join(problems[:3]))
@@ -243,13 +188,7 @@ def _with_estimates(
 
 
 def open_folder(
-    place: Path,
-    spec: TargetSpec,
-    cache: str,
-    seed: int,
-    trials: int,
-    runner: Runner | None = None,
-    options: CompileOptions | None = None,
+    place: Path, spec: TargetSpec, search: TuneOptions, options: CompileOptions | None = None
 ) -> RecordFolder:
     """The folder of a target below ``place``, with what this run measures on; estimates have their own.
 
@@ -261,15 +200,15 @@ def open_folder(
     from tvm_balanced.targets.host import cpu_model
 
     name = lookup.device_name(spec)
-    how = runner or Runner()
+    how = search.how
     run = {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "package": __version__,
         "commit": _commit(),
         **how.describe(),
-        "caches": cache,
-        "seed": seed,
-        "trials": trials,
+        "caches": search.caches,
+        "seed": search.seed,
+        "trials": search.trials,
         "clock_ghz": spec.clock_ghz,
         "options": None if options is None else options.to_json(),
     }
@@ -301,30 +240,9 @@ def _args_json(task: Task) -> list[Any]:
     return [info.as_json() for info in ms.arg_info.ArgInfo.from_prim_func(task.mod["main"])]
 
 
-def _check(
-    trials: int,
-    seconds: float | None,
-    cache: str,
-    kernels: str,
-    seed: int,
-) -> None:
-    for name, value, known in (
-        ("cache", cache, measure.CACHES),
-        ("kernels", kernels, KERNELS),
-    ):
-        if value not in known:
-            raise InputError(f'{name} "{value}" is not known; choose {", ".join(known)}')
-    if trials < 1:
-        raise InputError(f"trials is {trials}; give at least 1")
-    if not 0 <= seed < 2**31 - 1000:
-        raise InputError(f"seed is {seed}; give a whole number from 0 to two billion")
-    if seconds is not None and not seconds > 0:
-        raise InputError(f"the time is {seconds} s; give more than 0")
-
-
 def _quiet_tvm() -> None:
     """TVM tells every step of its search at level INFO."""
-    _SEARCH_LOG.setLevel(logging.WARNING)
+    SEARCH_LOG.setLevel(logging.WARNING)
     for name in list(logging.Logger.manager.loggerDict):
         if name.startswith("tvm.s_tir.meta_schedule"):
             logging.getLogger(name).setLevel(logging.WARNING)

@@ -16,6 +16,7 @@ from tvm_balanced.records.store import RecordFolder
 from tvm_balanced.targets.host import core_count
 from tvm_balanced.targets.resolve import TargetSpec
 from tvm_balanced.tuning import measure
+from tvm_balanced.tuning.options import TuneOptions
 from tvm_balanced.tuning.result import KernelResult, Status
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _WARM_UP_SAMPLES = 16
 # what the second round of measurements may take of the time
 _FOR_SEARCH = 0.85
 log = logging.getLogger("tvm_balanced.tuning")
-_SEARCH_LOG = logging.getLogger("tvm_balanced.tuning.search")
+SEARCH_LOG = logging.getLogger("tvm_balanced.tuning.search")
 
 
 @dataclass(frozen=True)
@@ -73,19 +74,18 @@ class _State:
         return self.task.uses * (best or 1.0)
 
 
-class _Tuner:
+class Tuner:
+    """A run over some kernels."""
+
     def __init__(
         self,
         tasks: Sequence[Task],
         spec: TargetSpec,
         folder: RecordFolder,
-        builder: Any,
-        runner: Any,
-        trials: int,
-        seed: int,
-        deadline: float | None,
+        devices: tuple[Any, Any],
+        search: TuneOptions,
         progress: Callable[[Status], None],
-        estimates: bool = False,
+        begin: float,
     ) -> None:
         from tvm.s_tir import meta_schedule as ms
         from tvm.s_tir.meta_schedule.cost_model.xgb_model import XGBConfig
@@ -95,13 +95,13 @@ class _Tuner:
         self.ms = ms
         self.spec = spec
         self.folder = folder
-        self.builder, self.runner = builder, runner
-        self.deadline = deadline
+        self.builder, self.runner = devices
+        self.started, self.seconds = begin, search.seconds
         self.progress = progress
         self.stopped = threading.Event()
         self.database = ms.database.MemoryDatabase()
-        self.estimates = estimates
-        if estimates:
+        self.estimates = search.how.estimates
+        if self.estimates:
             from tvm_balanced.tuning.estimates import ModelScores
 
             # what is searched for is the model's opinion, so there is nothing to learn
@@ -109,11 +109,13 @@ class _Tuner:
         else:
             self.model = ms.cost_model.XGBModel(
                 extractor=KernelFeatures(spec.target),
-                config=XGBConfig(seed=seed),
+                config=XGBConfig(seed=search.seed),
                 num_warmup_samples=_WARM_UP_SAMPLES,
                 num_tuning_cores=core_count(),
             )
-        self.states = [self._state(task, trials, seed + i) for i, task in enumerate(tasks)]
+        self.states = [
+            self._state(task, search.trials, search.seed + i) for i, task in enumerate(tasks)
+        ]
 
     def _state(self, task: Task, trials: int, seed: int) -> _State:
         from tvm_balanced.schedules import dispatch
@@ -132,7 +134,7 @@ class _Tuner:
             num_threads=1 if spaces else core_count(),
             # 0 is no state of TVM's generator
             rand_state=seed + 1,
-            logger=_SEARCH_LOG,
+            logger=SEARCH_LOG,
         )
         arguments = self.ms.arg_info.ArgInfo.from_prim_func(task.mod["main"])
         default = self.ms.MeasureCandidate(default_schedule(task.mod), arguments)
@@ -379,12 +381,8 @@ class _Tuner:
         """Whether ``share`` of the time has passed, or the run was stopped."""
         if self.stopped.is_set():
             return True
-        if self.deadline is None:
-            return False
-        begin, end = self.started, self.deadline
-        return time.monotonic() >= begin + share * (end - begin)
-
-    started = 0.0
+        spent = time.monotonic() - self.started
+        return self.seconds is not None and spent >= share * self.seconds
 
     def _tell(self, state: _State) -> None:
         self.progress(
