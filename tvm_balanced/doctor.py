@@ -140,7 +140,7 @@ def cublas_places() -> list[str]:
 
 
 def find_cublas(places: Sequence[str]) -> dict[str, str]:
-    """The first libcublas that loads.
+    """Return the first libcublas that loads.
 
     Parameters
     ----------
@@ -170,7 +170,7 @@ def find_cublas(places: Sequence[str]) -> dict[str, str]:
 
 
 def _attempt(function: Callable[[], Any]) -> dict[str, Any]:
-    """The answer of ``function``, or in one line why there is none."""
+    """Return the answer of ``function``, or in one line why there is none."""
     try:
         return {"value": function(), "problem": None}
     except TvmBalancedError as error:

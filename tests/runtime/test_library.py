@@ -42,7 +42,7 @@ def tiny():
         yield tiny_model
 
 
-def _make(folder, tiny, mod, params, *, target="llvm", embed=True, report=Report()):
+def _make(folder, tiny, mod, params, *, target="llvm", embed=True, rows=()):
     spec = targets.resolve(target)
     embedded, beside = (params, {}) if embed else ({}, params)
     functions = artifact_functions.describe_functions(
@@ -51,7 +51,7 @@ def _make(folder, tiny, mod, params, *, target="llvm", embed=True, report=Report
     exported = toolchain.export_library(
         mod, spec, folder / "lib.so", params=embedded, build="tiny_model:build"
     )
-    contents = artifact.Contents(exported, spec, functions, params=beside, report=report)
+    contents = artifact.Contents(exported, spec, functions, params=beside, report=Report(rows))
     return contents.write(folder / "model.tvmb")
 
 
@@ -296,7 +296,7 @@ def test_the_report_comes_back(tiny, tmp_path):
     row = LayerRow(
         "fc", (24, 32), "n", 1, "float32", "4:16", 0.25, 3072, 960, 2.0, 1.0, "sparse", "!"
     )
-    path = _make(tmp_path, tiny, tiny.linear(), tiny.weights(), report=Report([row]))
+    path = _make(tmp_path, tiny, tiny.linear(), tiny.weights(), rows=[row])
     assert list(runtime.Library(path).report) == [row]
 
 
