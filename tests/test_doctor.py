@@ -9,52 +9,52 @@ import pytest
 
 from tvm_balanced import doctor
 from tvm_balanced.build import cxx
-from tvm_balanced.build import export as toolchain
 from tvm_balanced.cuda import libraries, nvrtc
 from tvm_balanced.errors import ToolchainError
 from tvm_balanced.targets import driver as targets_driver
+from tvm_balanced.targets import host
 from tvm_balanced.targets import resolve as targets
-from tvm_balanced.targets import threads
 from tvm_balanced.targets.driver import DetectedGpu, Driver
 
 A10 = DetectedGpu("NVIDIA A10", "sm_86", 24 << 30, 600.0, 72, 1.695, 6 << 20, 101376)
 
 
 def _with_driver(monkeypatch, driver):
-    monkeypatch.setattr(targets_driver, "detect_driver", lambda: driver)
-    monkeypatch.setattr(toolchain, "missing_cuda_packages", list)
+    for module in (targets_driver, targets):
+        monkeypatch.setattr(module, "detect_driver", lambda: driver)
+    monkeypatch.setattr(nvrtc, "missing_cuda_packages", list)
 
 
 def test_it_names_every_target_and_is_json(monkeypatch):
     _with_driver(monkeypatch, Driver(None, (), "no driver"))
-    found = json.loads(json.dumps(doctor.collect()))
-    assert list(found["targets"]) == targets.names()
-    assert found["targets"]["llvm"] == {"compiles": True, "runs": True, "reason": None}
-    assert found["targets"]["h100"] == {
+    machine = json.loads(json.dumps(doctor.collect()))
+    assert list(machine["targets"]) == targets.names()
+    assert machine["targets"]["llvm"] == {"compiles": True, "runs": True, "reason": None}
+    assert machine["targets"]["h100"] == {
         "compiles": True,
         "runs": False,
         "reason": "runs on another machine, or emulated (run --device emulated, verify): no driver",
     }
-    assert found["targets"]["cuda"]["compiles"] is False
-    assert found["packages"]["apache-tvm"]
+    assert machine["targets"]["cuda"]["compiles"] is False
+    assert machine["packages"]["apache-tvm"]
 
 
 def test_a_gpu_runs_its_own_architecture(monkeypatch):
     _with_driver(monkeypatch, Driver("13.0", (A10,), None))
-    found = doctor.collect()
-    assert found["gpus"] == [{"name": "NVIDIA A10", "arch": "sm_86", "memory_bytes": 24 << 30}]
-    runs = {name for name, entry in found["targets"].items() if entry["runs"]}
+    machine = doctor.collect()
+    assert machine["gpus"] == [{"name": "NVIDIA A10", "arch": "sm_86", "memory_bytes": 24 << 30}]
+    runs = {name for name, entry in machine["targets"].items() if entry["runs"]}
     assert {"cuda", "cuda-sm_86", "a10", "rtx-3090"} <= runs
-    assert "sm_86" in found["targets"]["h100"]["reason"] and "h100" not in runs
+    assert "sm_86" in machine["targets"]["h100"]["reason"] and "h100" not in runs
 
 
 def test_without_nvrtc_only_llvm_compiles(monkeypatch):
     _with_driver(monkeypatch, Driver(None, (), "no driver"))
-    monkeypatch.setattr(toolchain, "missing_cuda_packages", lambda: ["nvidia-cuda-nvrtc"])
-    found = doctor.collect()
-    compiles = {name for name, entry in found["targets"].items() if entry["compiles"]}
+    monkeypatch.setattr(nvrtc, "missing_cuda_packages", lambda: ["nvidia-cuda-nvrtc"])
+    machine = doctor.collect()
+    compiles = {name for name, entry in machine["targets"].items() if entry["compiles"]}
     assert "llvm" in compiles and not any(name.startswith("cuda") for name in compiles)
-    assert "nvidia-cuda-nvrtc not installed: pip install" in found["targets"]["h100"]["reason"]
+    assert "nvidia-cuda-nvrtc not installed: pip install" in machine["targets"]["h100"]["reason"]
 
 
 def test_an_nvrtc_that_does_not_load_is_told_from_one_that_is_missing(monkeypatch):
@@ -62,11 +62,11 @@ def test_an_nvrtc_that_does_not_load_is_told_from_one_that_is_missing(monkeypatc
         raise ToolchainError("libnvrtc.so.13 cannot be loaded")
 
     _with_driver(monkeypatch, Driver(None, (), "no driver"))
-    monkeypatch.setattr(toolchain, "missing_cuda_packages", list)
+    monkeypatch.setattr(nvrtc, "missing_cuda_packages", list)
     monkeypatch.setattr(nvrtc, "compiler", broken)
-    found = doctor.collect()
-    assert found["nvrtc"]["problem"] == "libnvrtc.so.13 cannot be loaded"
-    assert found["targets"]["h100"]["compiles"] is False
+    machine = doctor.collect()
+    assert machine["nvrtc"]["problem"] == "libnvrtc.so.13 cannot be loaded"
+    assert machine["targets"]["h100"]["compiles"] is False
 
 
 def test_cublas_is_the_first_that_loads(tmp_path):
@@ -80,8 +80,8 @@ def test_cublas_is_the_first_that_loads(tmp_path):
     compiler = [cxx.find_cxx(), "-x", "c", "-shared", "-fPIC", tmp_path / "code.c"]
     subprocess.run([*compiler, "-o", stand_in], check=True)
     missing = str(tmp_path / "libcublas.so.13")
-    found = doctor.find_cublas([missing, str(broken), str(stand_in)])
-    assert found == {"path": str(stand_in), "version": "13.9.5"}
+    machine = doctor.find_cublas([missing, str(broken), str(stand_in)])
+    assert machine == {"path": str(stand_in), "version": "13.9.5"}
     with pytest.raises(
         ToolchainError, match=r"libcublas.so.13 cannot be loaded \(.*tvm-balanced\[cublas"
     ):
@@ -101,11 +101,11 @@ def test_without_a_compiler_nothing_compiles(monkeypatch):
         raise ToolchainError("no C++ compiler was found")
 
     monkeypatch.setattr(cxx, "find_cxx", none)
-    found = doctor.collect()
-    assert not any(entry["compiles"] for entry in found["targets"].values())
-    assert found["targets"]["llvm"]["reason"] == "no C++ compiler was found"
+    machine = doctor.collect()
+    assert not any(entry["compiles"] for entry in machine["targets"].values())
+    assert machine["targets"]["llvm"]["reason"] == "no C++ compiler was found"
     # what was built elsewhere needs none
-    assert found["targets"]["llvm"]["runs"]
+    assert machine["targets"]["llvm"]["runs"]
 
 
 @pytest.mark.parametrize(
@@ -114,9 +114,9 @@ def test_without_a_compiler_nothing_compiles(monkeypatch):
         (targets, "detect_driver"),
         (targets, "resolve"),
         (targets, "cpu_flags"),
-        (threads, "core_count"),
-        (toolchain, "find_cxx"),
-        (toolchain, "missing_cuda_packages"),
+        (host, "core_count"),
+        (cxx, "find_cxx"),
+        (nvrtc, "missing_cuda_packages"),
         (doctor, "_check_tvm"),
         (doctor, "find_cublas"),
     ],

@@ -12,15 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from tvm_balanced._version import __version__
-from tvm_balanced.build import cxx as build_cxx
+from tvm_balanced.build import cxx
 from tvm_balanced.cuda import libraries, nvrtc
-from tvm_balanced.cuda import nvrtc as cuda_nvrtc
 from tvm_balanced.errors import ToolchainError, TvmBalancedError
-from tvm_balanced.targets import driver as targets_driver
-from tvm_balanced.targets import gpus as targets_gpus
-from tvm_balanced.targets import host
+from tvm_balanced.targets import driver, gpus, host
 from tvm_balanced.targets import resolve as targets
-from tvm_balanced.targets.host import cpu_model
 
 PACKAGES = (
     "apache-tvm",
@@ -72,27 +68,13 @@ def collect() -> dict[str, Any]:
     dict
         ``tvm_balanced``, ``python``, ``platform``: versions; ``packages``: name to version or None;
         ``cpu``: model, cores, vector features; ``cxx``, ``nvrtc``, ``cublas``, ``driver``, ``gpus``,
-        ``tvm``: what was found, each with a ``problem`` that is None when it is usable; ``targets``: one
+        ``tvm``: what is there, each with a ``problem`` that is None when it is usable; ``targets``: one
         entry a target name with ``compiles``, ``runs`` and, where one is False, ``reason``.
     """
-    driver = _attempt(targets_driver.detect_driver)
-    cxx = _attempt(build_cxx.find_cxx)
-    missing = _attempt(cuda_nvrtc.missing_cuda_packages)
-    nvrtc_problem = missing["problem"]
-    if not nvrtc_problem and missing["value"]:
-        nvrtc_problem = (
-            f"{', '.join(missing['value'])} not installed: pip install 'tvm-balanced[cuda]'"
-        )
-    # that they are installed does not say that they load
-    compiler = _attempt(nvrtc.compiler) if not nvrtc_problem else {"value": None, "problem": None}
-    nvrtc_problem = nvrtc_problem or compiler["problem"]
+    detected = _attempt(driver.detect_driver)
+    here = detected["value"] or driver.Driver(None, (), detected["problem"])
+    compiler = _attempt(cxx.find_cxx)
     cublas = _attempt(lambda: find_cublas(cublas_places()))
-    found = driver["value"]
-    gpus = [
-        {"name": gpu.name, "arch": gpu.arch, "memory_bytes": gpu.memory_bytes}
-        for gpu in (found.gpus if found else ())
-    ]
-    tvm = _attempt(_check_tvm)
     out: dict[str, Any] = {
         "tvm_balanced": __version__,
         "python": platform.python_version(),
@@ -100,28 +82,36 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": {
-            "model": cpu_model(),
+            "model": host.cpu_model(),
             "cores": _attempt(host.core_count)["value"],
             "features": _attempt(lambda: sorted(host.cpu_flags()))["value"] or [],
         },
-        "tvm": {"problem": tvm["problem"]},
-        "cxx": {"path": cxx["value"], "problem": cxx["problem"]},
-        "nvrtc": {
-            "version": (compiler["value"] or {}).get("version") or _version("nvidia-cuda-nvrtc"),
-            "problem": nvrtc_problem,
-        },
+        "tvm": {"problem": _attempt(_check_tvm)["problem"]},
+        "cxx": {"path": compiler["value"], "problem": compiler["problem"]},
+        "nvrtc": _nvrtc(),
         "cublas": {
             **(cublas["value"] or {"path": None, "version": None}),
             "problem": cublas["problem"],
         },
-        "driver": {
-            "cuda_version": found.cuda_version if found else None,
-            "problem": driver["problem"] or (found.problem if found else None),
-        },
-        "gpus": gpus,
+        "driver": {"cuda_version": here.cuda_version, "problem": here.problem},
+        "gpus": [
+            {"name": gpu.name, "arch": gpu.arch, "memory_bytes": gpu.memory_bytes}
+            for gpu in here.gpus
+        ],
     }
     out["targets"] = {name: _usable(name, out) for name in targets.names()}
     return out
+
+
+def _nvrtc() -> dict[str, str | None]:
+    missing = _attempt(nvrtc.missing_cuda_packages)
+    problem = missing["problem"]
+    if missing["value"]:
+        problem = f"{', '.join(missing['value'])} not installed: pip install 'tvm-balanced[cuda]'"
+    # that they are installed does not say that they load
+    compiler = {"value": None, "problem": problem} if problem else _attempt(nvrtc.compiler)
+    version = (compiler["value"] or {}).get("version") or _version("nvidia-cuda-nvrtc")
+    return {"version": version, "problem": compiler["problem"]}
 
 
 def cublas_places() -> list[str]:
@@ -140,7 +130,7 @@ def cublas_places() -> list[str]:
 
 
 def find_cublas(places: Sequence[str]) -> dict[str, str]:
-    """The first libcublas that loads.
+    """Return the first libcublas that loads.
 
     Parameters
     ----------
@@ -170,7 +160,7 @@ def find_cublas(places: Sequence[str]) -> dict[str, str]:
 
 
 def _attempt(function: Callable[[], Any]) -> dict[str, Any]:
-    """The answer of ``function``, or in one line why there is none."""
+    """Return the answer of ``function``, or in one line why there is none."""
     try:
         return {"value": function(), "problem": None}
     except TvmBalancedError as error:
@@ -195,34 +185,35 @@ def _check_tvm() -> None:
         raise TvmBalancedError("TVM was built without LLVM: pip install apache-tvm")
 
 
-def _usable(name: str, found: dict[str, Any]) -> dict[str, Any]:
+def _usable(name: str, machine: dict[str, Any]) -> dict[str, Any]:
+    """Whether a target compiles and runs on ``machine``, and where not, why."""
     resolved = _attempt(lambda: targets.resolve(name))
     spec: targets.TargetSpec | None = resolved["value"]
-    cuda = name in targets_gpus.GPUS or name.startswith("cuda")
-    building = [
-        found["tvm"]["problem"],
-        resolved["problem"],
-        found["cxx"]["problem"],
-        found["nvrtc"]["problem"] if cuda else None,
-    ]
-    blocked = next((problem for problem in building if problem), None)
-    if spec is None or found["tvm"]["problem"]:
+    cuda = name in gpus.GPUS or name.startswith("cuda")
+    needed = ("cxx", "nvrtc") if cuda else ("cxx",)
+    problems = [machine["tvm"]["problem"], resolved["problem"]]
+    problems += [machine[part]["problem"] for part in needed]
+    blocked = next((problem for problem in problems if problem), None)
+    if spec is None or machine["tvm"]["problem"]:
         return {"compiles": False, "runs": False, "reason": blocked}
     # a library that was built elsewhere runs without a compiler
-    reason = None
-    if cuda:
-        archs = sorted({gpu["arch"] for gpu in found["gpus"]})
+    reason = _why_not_here(spec, machine)
+    return {"compiles": blocked is None, "runs": reason is None, "reason": blocked or reason}
+
+
+def _why_not_here(spec: targets.TargetSpec, machine: dict[str, Any]) -> str | None:
+    if spec.kind == "cuda":
+        archs = sorted({gpu["arch"] for gpu in machine["gpus"]})
         if not archs:
             place = "on another machine"
-            if not found["cxx"]["problem"]:
+            if not machine["cxx"]["problem"]:
                 place += ", or emulated (run --device emulated, verify)"
-            reason = f"runs {place}: {found['driver']['problem']}"
-        elif spec.arch not in archs:
-            reason = f"runs on another machine: the GPU here is {', '.join(archs)}"
-    else:
-        here = found["cpu"]["features"]
-        lacking = sorted(set(spec.features) - set(here))
-        # where the system does not say what its CPU can do there is nothing to compare with
-        if here and lacking:
-            reason = f"runs on another machine: this CPU lacks {', '.join(lacking)}"
-    return {"compiles": blocked is None, "runs": reason is None, "reason": blocked or reason}
+            return f"runs {place}: {machine['driver']['problem']}"
+        known = spec.arch in archs
+        return None if known else f"runs on another machine: the GPU here is {', '.join(archs)}"
+    here = machine["cpu"]["features"]
+    lacking = sorted(set(spec.features) - set(here))
+    # where the system does not say what its CPU can do there is nothing to compare with
+    if here and lacking:
+        return f"runs on another machine: this CPU lacks {', '.join(lacking)}"
+    return None

@@ -52,11 +52,11 @@ class Model:
         return f"Model({self.name!r}, {len(self.params)} weights of {size / 2**20:.1f} MiB)"
 
     def with_params(self, changed: Mapping[str, Array], **fields: Any) -> Model:
-        """The same model with some weights replaced."""
+        """Return the same model with some weights replaced."""
         return replace(self, params={**self.params, **changed}, **fields)
 
     def dense_layers(self) -> list[DenseLayer]:
-        """The dense operators whose weight is a parameter, in the order of use.
+        """Return the dense operators whose weight is a parameter, in the order of use.
 
         Raises
         ------

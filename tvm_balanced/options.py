@@ -135,7 +135,7 @@ class CompileOptions:
 def make_options(
     options: CompileOptions | None, **keywords: Unpack[CompileKeywords]
 ) -> CompileOptions:
-    """The options that a verb was called with: an object, or the plain keywords of one.
+    """Return the options that a verb was called with: an object, or the plain keywords of one.
 
     Raises
     ------

@@ -91,11 +91,35 @@ class PrunedLayer:
     skipped: str | None
 
 
-Row = TypeVar("Row", LayerRow, PrunedLayer)
+Row = TypeVar("Row", bound=LayerRow | PrunedLayer)
 
 
-class _Rows(Sequence[Row], Generic[Row]):
-    """Rows, one a layer; ``str()`` is a table, :meth:`to_json` for machines."""
+class Printable:
+    """A result whose ``str()`` is tables."""
+
+    def tables(self, width: int = WIDE) -> Sequence[Table]:
+        """``rich.table.Table`` for a terminal of ``width`` columns."""
+        raise NotImplementedError
+
+    def text(self, width: int = WIDE) -> str:
+        """Return the tables as text of at most ``width`` columns."""
+        from rich.console import Console
+
+        out = io.StringIO()
+        console = Console(file=out, width=width, color_system=None)
+        for table in self.tables(width):
+            console.print(table, markup=False, highlight=False)
+        return out.getvalue()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        yield from self.tables(options.max_width)
+
+    def __str__(self) -> str:
+        return self.text(shutil.get_terminal_size((WIDE, 24)).columns)
+
+
+class _Rows(Printable, Sequence[Row], Generic[Row]):
+    """Rows, one a layer; :meth:`to_json` for machines."""
 
     def __init__(self, rows: Iterable[Row] = (), title: str = "") -> None:
         self._rows = list(rows)
@@ -117,25 +141,6 @@ class _Rows(Sequence[Row], Generic[Row]):
     def to_json(self) -> list[dict[str, Any]]:
         """Plain dictionaries, one a layer."""
         return [{**asdict(row), "shape": list(row.shape)} for row in self._rows]
-
-    def table(self, width: int = WIDE) -> Table:
-        """A ``rich.table.Table`` for a terminal of ``width`` columns."""
-        raise NotImplementedError
-
-    def text(self, width: int = WIDE) -> str:
-        """The table as text of at most ``width`` columns."""
-        from rich.console import Console
-
-        out = io.StringIO()
-        console = Console(file=out, width=width, color_system=None)
-        console.print(self.table(width), markup=False, highlight=False)
-        return out.getvalue()
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
-        yield self.table(options.max_width)
-
-    def __str__(self) -> str:
-        return self.text(shutil.get_terminal_size((WIDE, 24)).columns)
 
     def grouped(self, width: int) -> list[tuple[str, Row]]:
         """Rows that differ in their name alone as one, named for what the names have in common."""
@@ -166,8 +171,8 @@ class Report(_Rows[LayerRow]):
         """The layers that run sparse."""
         return [row for row in self if row.decision == "sparse"]
 
-    def table(self, width: int = WIDE) -> Table:
-        """A ``rich.table.Table`` for a terminal of ``width`` columns; equal layers share a row.
+    def tables(self, width: int = WIDE) -> list[Table]:
+        """One table; equal layers share a row.
 
         Where the full table would squeeze names and reasons, sizes and times share columns and the
         reason stands below the name.
@@ -187,7 +192,7 @@ class Report(_Rows[LayerRow]):
             f"{sum(row.bytes_dense for row in self) / 2**20:.1f} MiB dense -> "
             f"{sum(row.bytes_sparse for row in self) / 2**20:.1f} MiB"
         )
-        return table
+        return [table]
 
     def _full_table(self, groups: Sequence[tuple[str, LayerRow]]) -> Table:
         from rich.table import Table
@@ -257,8 +262,8 @@ class PruningReport(_Rows[PrunedLayer]):
         """The layers that were pruned."""
         return [row for row in self if row.skipped is None]
 
-    def table(self, width: int = WIDE) -> Table:
-        """A ``rich.table.Table``; layers are equal here only where nothing was done to them."""
+    def tables(self, width: int = WIDE) -> list[Table]:
+        """One table; layers are equal here only where nothing was done to them."""
         from rich.table import Table
 
         table = Table(title=self.title or "pruned layers", title_justify="left")
@@ -275,7 +280,7 @@ class PruningReport(_Rows[PrunedLayer]):
                 row.skipped or "",
             )
         table.caption = f"{len(self.changed)} of {len(self)} dense layers pruned"
-        return table
+        return [table]
 
 
 def _common(names: Sequence[str], longest: int) -> str:

@@ -9,7 +9,7 @@ from tvm_balanced.errors import InputError
 
 
 def short_name(name: str) -> str:
-    """A weight's name as people say it: ``lm_head`` for ``lm_head.weight``."""
+    """Return a weight's name as people say it: ``lm_head`` for ``lm_head.weight``."""
     return name.removesuffix(".weight")
 
 

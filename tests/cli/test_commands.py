@@ -214,8 +214,10 @@ def test_inspect_library(run, library):
     assert document["device_code"] == "none" and document["kernels"] == []
     assert [row["decision"] for row in document["layers"]] == ["sparse", "sparse"]
     assert document["bytes"]["lib.so"] == (library / "lib.so").stat().st_size
+    assert document["options"]["policy"] == "always"
     text = run("inspect", library).out
     assert "fc1.weight" in text and "4:16" in text
+    assert "tvm-balanced compile MODEL --target llvm --policy always" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("kind", ["onnx_mlp", "pt2_mlp", "checkpoint"])

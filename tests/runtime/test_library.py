@@ -42,7 +42,7 @@ def tiny():
         yield tiny_model
 
 
-def _make(folder, tiny, mod, params, *, target="llvm", embed=True, report=Report()):
+def _make(folder, tiny, mod, params, *, target="llvm", embed=True, rows=()):
     spec = targets.resolve(target)
     embedded, beside = (params, {}) if embed else ({}, params)
     functions = artifact_functions.describe_functions(
@@ -51,7 +51,7 @@ def _make(folder, tiny, mod, params, *, target="llvm", embed=True, report=Report
     exported = toolchain.export_library(
         mod, spec, folder / "lib.so", params=embedded, build="tiny_model:build"
     )
-    contents = artifact.Contents(exported, spec, functions, params=beside, report=report)
+    contents = artifact.Contents(exported, spec, functions, params=beside, report=Report(rows))
     return contents.write(folder / "model.tvmb")
 
 
@@ -296,7 +296,7 @@ def test_the_report_comes_back(tiny, tmp_path):
     row = LayerRow(
         "fc", (24, 32), "n", 1, "float32", "4:16", 0.25, 3072, 960, 2.0, 1.0, "sparse", "!"
     )
-    path = _make(tmp_path, tiny, tiny.linear(), tiny.weights(), report=Report([row]))
+    path = _make(tmp_path, tiny, tiny.linear(), tiny.weights(), rows=[row])
     assert list(runtime.Library(path).report) == [row]
 
 
@@ -392,3 +392,68 @@ def test_a_gpu_whose_runtime_does_not_load(cuda_path, monkeypatch):
     with pytest.raises(ToolchainError, match="libcudart"):
         runtime.load(cuda_path)
     assert checks.gpu_ordinal("sm_90a") == 1
+
+
+def _fresh(path, folder):
+    """As ``compile`` leaves a library: in a temporary folder of its own."""
+    import shutil
+    import tempfile
+
+    temporary = tempfile.TemporaryDirectory(dir=folder)
+    shutil.copytree(path, Path(temporary.name) / "model.tvmb")
+    return runtime.Library(Path(temporary.name) / "model.tvmb", fresh=temporary)
+
+
+def test_a_fresh_library_moves_where_it_is_saved_and_runs_there(tiny, path, tmp_path):
+    library = _fresh(path, tmp_path)
+    twin = runtime.Library(library)
+    temporary = library.path
+    assert library.save(tmp_path / "m.tvmb") == tmp_path / "m.tvmb"
+    assert not temporary.parent.exists() and twin.path == library.path == tmp_path / "m.tvmb"
+    expected = tiny.expected(_x(), tiny.weights())
+    for one in (library, twin):
+        np.testing.assert_allclose(one(_x()), expected, rtol=1e-5, atol=1e-5)
+    library.save(tmp_path / "copy.tvmb")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"m.tvmb", "copy.tvmb"}
+    np.testing.assert_allclose(
+        runtime.load(tmp_path / "copy.tvmb")(_x()), expected, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_fresh_library_is_hashed_once_and_goes_with_its_last_user(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        runtime, "verify_hashes", lambda *_: pytest.fail("what was just written was hashed again")
+    )
+    library = _fresh(path, tmp_path)
+    twin = runtime.load(library)
+    del library
+    twin(_x())
+    del twin
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_saved_library_that_was_replaced_is_not_run(path, tmp_path):
+    library, other = _fresh(path, tmp_path), _fresh(path, tmp_path)
+    _edit(other.path, lambda m: m.update(model="other"))
+    library.save(tmp_path / "m.tvmb")
+    other.save(tmp_path / "m.tvmb", overwrite=True)
+    with pytest.raises(ArtifactError, match="was replaced since this library was saved there"):
+        library(_x())
+
+
+def test_saving_to_another_file_system_copies(path, tmp_path, monkeypatch):
+    import errno
+
+    real = Path.rename
+
+    def rename(source, target):
+        if "tmp" in source.parent.name and source.name == "model.tvmb":
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return real(source, target)
+
+    library = _fresh(path, tmp_path)
+    monkeypatch.setattr(Path, "rename", rename)
+    library.save(tmp_path / "m.tvmb")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"m.tvmb"}
+    artifact.verify_hashes(tmp_path / "m.tvmb")

@@ -266,7 +266,7 @@ def _contents(work: Path) -> list[str]:
 
 
 def _link(source: Path, destination: Path) -> None:
-    """The same file under another name where the file system can, else a copy."""
+    """Give a file another name where the file system can, else copy it."""
     try:
         os.link(source, destination)
     except OSError:

@@ -120,7 +120,7 @@ class CompilerEntry:
 
     @staticmethod
     def of(compiler: Mapping[str, Any]) -> CompilerEntry:
-        """What :func:`tvm_balanced.cuda.nvrtc.compiler` says."""
+        """Return what :func:`tvm_balanced.cuda.nvrtc.compiler` says."""
         return msgspec.convert(compiler, CompilerEntry)
 
 
@@ -198,7 +198,7 @@ class Manifest:
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
 
     def problems(self) -> Iterator[tuple[str, object, str]]:
-        """What types do not say: field, value and what was expected of it."""
+        """Return what types do not say: field, value and what was expected of it."""
         if not self.functions:
             yield "functions", [], "at least one"
         for name in self.files:
@@ -292,7 +292,7 @@ def _explain(message: str, document: object) -> str:
             # msgspec does not say which entry of a mapping it is
             break
         assert isinstance(value, dict | list)
-        value = value[key if key else int(index)]  # type: ignore[call-overload]
+        value = value[key if key else int(index)]
     words = re.search(r"matching regex '\^\((.*)\)\$'", complaint)
     expected = re.match(r"Expected `([^`]+)`( >= \d+)?", complaint)
     if words:

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 from tvm_balanced.bench import results
 from tvm_balanced.bench.operators import Benchmark, library_problems, make_machine
 from tvm_balanced.bench.peers import peer_names
+from tvm_balanced.report import WIDE, Printable
 from tvm_balanced.runtime.library import Library
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions
     from rich.table import Table
 
     from tvm_balanced.bench.shapes import Problem
 
 
 @dataclass
-class BenchmarkResult:
+class BenchmarkResult(Printable):
     """What was timed.
 
     Parameters
@@ -52,31 +52,20 @@ class BenchmarkResult:
             for reason in dict.fromkeys(row[column] for row in self.rows if row.get(column)):
                 yield f"{name or 'this operator'}: {reason}"
 
-    def table(self) -> Table:
-        """The times and ratios; what is empty was not timed."""
+    def tables(self, width: int = WIDE) -> list[Table]:
+        """Return the times and ratios; what is empty was not timed."""
         from rich.table import Table
 
-        where = (
-            f"{self.environment['device']} ({self.environment['kind']} {self.environment['arch']})"
-        )
-        if self.environment["threads"]:
-            where += f", threads: {self.environment['threads']}"
+        made = self.environment
+        where = f"{made['device']} ({made['kind']} {made['arch']})"
+        if made["threads"]:
+            where += f", threads: {made['threads']}"
         shown = [peer for peer in peer_names() if any(row.get(f"{peer}_us") for row in self.rows)]
         table = Table(title=f"{where}: us, and times faster than ...", title_justify="left")
-        for heading in (
-            "layer",
-            "N x K",
-            "M",
-            "pattern",
-            "dtype",
-            "caches",
-            "us (p20-p80)",
-            *shown,
-        ):
-            table.add_column(
-                heading, justify="right" if heading not in ("layer", "N x K") else "left"
-            )
-        for heading in ("GB/s", "of copy", "of ceiling", "error"):
+        for heading in ("layer", "N x K"):
+            table.add_column(heading)
+        figures = ("us (p20-p80)", *shown, "GB/s", "of copy", "of ceiling", "error")
+        for heading in ("M", "pattern", "dtype", "caches", *figures):
             table.add_column(heading, justify="right")
         for row in self.rows:
             time = "-"
@@ -96,21 +85,7 @@ class BenchmarkResult:
                 _shown(row.get("share_of_ceiling"), ".0%"),
                 _shown(row.get("error"), ".0e"),
             )
-        return table
-
-    def _shown(value: float | None, form: str, unit: str = "") -> str:
-        return "-" if value is None else f"{value:{form}}{unit}"
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
-        yield self.table()
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=240, color_system=None)
-        with console.capture() as capture:
-            console.print(self.table(), markup=False, highlight=False)
-        return capture.get()
+        return [table]
 
 
 def benchmark(
@@ -157,7 +132,7 @@ def benchmark(
 
 
 def unmeasured(run: Benchmark, problems: Iterable[Problem], file: Path) -> list[Problem]:
-    """The problems that a file of rows lacks, of this machine and code."""
+    """Return the problems that a file of rows lacks, of this machine and code."""
     done = {results.key(row) for row in results.read(file) if row["us"]} if file.exists() else set()
     return [p for p in problems if not all(results.key(key) in done for key in run.keys(p))]
 

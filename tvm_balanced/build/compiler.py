@@ -112,7 +112,7 @@ def compile(
 
 
 def _target_json(spec: TargetSpec) -> dict[str, Any]:
-    """The target as plain values, as tuning records hold it."""
+    """Return the target as plain values, as tuning records hold it."""
     exported = spec.target.export()
     return {
         str(name): value if isinstance(value, str | int | float) else [str(v) for v in value]
@@ -123,7 +123,7 @@ def _target_json(spec: TargetSpec) -> dict[str, Any]:
 def _temporary_folder(
     embedded: Mapping[str, Array], beside: Mapping[str, Array]
 ) -> tempfile.TemporaryDirectory[str]:
-    """A folder with room for a library that embeds some weights and has others beside it.
+    """Return a folder with room for a library that embeds some weights and has others beside it.
 
     Asked beforehand, as LLVM ends the whole process when it cannot write an object file.
     """

@@ -163,7 +163,7 @@ def _problems(
     method: str,
     **shapes: Any,
 ) -> tuple[Benchmark, list[Problem]]:
-    """What is measured how: the options about machine and clock, then those about shapes."""
+    """Make what measures, by the options on machine and clock, and what is measured, by the others."""
     from tvm_balanced.bench.operators import CACHES, Benchmark, library_problems, make_machine
     from tvm_balanced.bench.shapes import problems
     from tvm_balanced.runtime.library import Library

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def command(
     output: Output, path: str, input_shapes: tuple[str, ...], source: str | None, static: bool
 ) -> None:
-    """What is in PATH: a library (.tvmb), a model (.onnx, .pt2) or a checkpoint (.safetensors).
+    """Show what is in PATH: a library (.tvmb), a model (.onnx, .pt2) or a checkpoint (.safetensors).
 
     Nothing in it is run, and no GPU is needed.
 
@@ -119,7 +119,7 @@ def _library(output: Output, path: Path, source: str | None, static: bool) -> No
 
 
 def _again(library: Library) -> str:
-    """The command that makes the library again of its model, pruned as it was."""
+    """Return the command that makes the library again of its model, pruned as it was."""
     words = ["--target", library.manifest.target.name, *options_words(library.options)]
     return f"tvm-balanced compile MODEL {shlex.join(words)} of {library.manifest.model}"
 

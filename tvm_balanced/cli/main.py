@@ -114,7 +114,7 @@ def _fail(message: str, error: Exception, state: dict[str, int], code: int) -> i
 
 
 def _sentence(error: Exception) -> str:
-    """The message on one line; of what others raise, its last line, which says most."""
+    """Return the message on one line; of what others raise, its last line, which says most."""
     text = str(error).strip()
     if isinstance(error, TvmBalancedError):
         return " ".join(text.split())

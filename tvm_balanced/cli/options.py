@@ -120,7 +120,7 @@ def parse_buckets(given: str | None) -> list[int] | dict[str, list[int]] | None:
 
 
 def parse_policies(given: Sequence[str]) -> str | dict[str, str]:
-    """``["always"]`` to ``"always"``, ``["never", "fc1=always"]`` to a mapping.
+    """Turn ``["always"]`` to ``"always"``, ``["never", "fc1=always"]`` to a mapping.
 
     Raises
     ------
@@ -159,7 +159,7 @@ def _bucket_words(buckets: Sequence[int] | Mapping[str, Sequence[int]]) -> list[
 
 
 def repeated(option: str, values: Sequence[str]) -> list[str]:
-    """A repeatable option as words of a command line."""
+    """Return a repeatable option as words of a command line."""
     return [word for value in values for word in (option, value)]
 
 
@@ -242,7 +242,7 @@ KNOBS = {
 
 
 def options_words(options: CompileOptions) -> list[str]:
-    """The words of a command line that ask for these options."""
+    """Return the words of a command line that ask for these options."""
     words = []
     for field in fields(CompileOptions):
         value = getattr(options, field.name)
@@ -280,7 +280,7 @@ class Request:
         parse_shapes(self.input_shapes)
 
     def load(self, tell: Callable[[str], None], weights: str | None = None) -> Model:
-        """The imported model, with the weights of a checkpoint where one is given."""
+        """Return the imported model, with the weights of a checkpoint where one is given."""
         from tvm_balanced.frontend import load_model
         from tvm_balanced.frontend.checkpoint import with_weights
 
@@ -305,7 +305,7 @@ class Request:
         return prune(model, form, ignore, progress=lambda name: tell(f"prune {name}"))
 
     def command(self, verb: str, *more: str) -> str:
-        """A command line that asks another command for the same."""
+        """Return a command line that asks another command for the same."""
         words = ["tvm-balanced", verb, self.model, *repeated("--input-shape", self.input_shapes)]
         words += ["--target", self.target]
         words += [] if self.pattern is None else ["--pattern", self.pattern]
@@ -319,8 +319,13 @@ def requesting(pattern_help: str) -> Callable[[Callable[..., None]], Callable[..
         @functools.wraps(function)
         def wrapper(*args: Any, **given: Any) -> None:
             values = {name: knob.parse(given.pop(name)) for name, knob in KNOBS.items()}
-            head = [given.pop(name) for name in ("model", "input_shapes", "target", "pattern")]
-            request = Request(*head, CompileOptions(**values))
+            request = Request(
+                model=given.pop("model"),
+                input_shapes=given.pop("input_shapes"),
+                target=given.pop("target"),
+                pattern=given.pop("pattern"),
+                options=CompileOptions(**values),
+            )
             function(*args, request=request, **given)
 
         decorated = wrapper

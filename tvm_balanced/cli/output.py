@@ -63,24 +63,24 @@ class Output:
             self._note(text)
 
     def show(self, table: Any) -> None:
-        """A table or a line on stdout, unless the results are JSON."""
+        """Write a table or a line on stdout, unless the results are JSON."""
         if not self.as_json:
             # names of layers and files hold brackets and numbers that are no markup
             self.results.print(table, markup=False, highlight=False)
 
     def document(self, value: Mapping[str, Any]) -> None:
-        """The one JSON document of a command run with ``--json``."""
+        """Write the one JSON document of a command run with ``--json``."""
         if self.as_json:
             sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
     def next(self, command: str) -> None:
-        """The command that usually follows."""
+        """Name the command that usually follows."""
         if not self.as_json and self.verbosity >= 0:
             self._note(f"next: {command}")
 
     @contextlib.contextmanager
     def progress(self, title: str, total: int | None = None) -> Iterator[Tell]:
-        """A bar on a terminal; lines with ``-v`` where there is none; else silence.
+        """Show a bar on a terminal; lines with ``-v`` where there is none; else silence.
 
         Parameters
         ----------
@@ -158,7 +158,7 @@ class Output:
 
 
 def summary(title: str, rows: Mapping[str, Any]) -> Table:
-    """A table of two columns without headings."""
+    """Make a table of two columns without headings."""
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

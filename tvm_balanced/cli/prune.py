@@ -142,7 +142,7 @@ def command(
 def _next(
     job: FilePruning, pattern: str | None, input_shapes: tuple[str, ...], goal: dict[str, Any]
 ) -> str:
-    """The same without ``--dry-run``, or the compilation of what was written."""
+    """Return the same without ``--dry-run``, or the compilation of what was written."""
     words = ["tvm-balanced"]
     shapes = repeated("--input-shape", input_shapes)
     if job.dry_run:
@@ -195,7 +195,7 @@ def _choice_json(selection: Selection) -> list[Mapping[str, Any]]:
 
 
 def _choice(selection: Selection, target: str) -> Table:
-    """What each layer costs and gains, dense and under every candidate."""
+    """Return what each layer costs and gains, dense and under every candidate."""
     table = Table(title=f"choice for {target}, times predicted", title_justify="left")
     table.add_column("layer", overflow="fold", min_width=12)
     for heading in ("chosen", "dense us", "us", "loss alone"):

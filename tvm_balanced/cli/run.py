@@ -128,7 +128,7 @@ def command(
 def _reader(
     inputs: tuple[str, ...], use_random: bool, seed: int, input_shapes: tuple[str, ...]
 ) -> Callable[[Sequence[TensorEntry]], Arrays]:
-    """What makes a library's inputs, as the options say."""
+    """Return what makes a library's inputs, as the options say."""
     shapes = parse_shapes(input_shapes)
     if use_random == bool(inputs):
         raise click.UsageError("give either --input or --random")

@@ -116,7 +116,7 @@ def command(
     output.document(
         {"command": "tune", "model": request.model, "target": spec.name, **result.to_json()}
     )
-    output.show(result.table())
+    output.show(result)
     output.show(summary("tuned", outcome))
     if result.interrupted:
         raise click.exceptions.Exit(INTERRUPTED)

@@ -41,7 +41,7 @@ from tvm_balanced.errors import TvmBalancedError
 def command(
     output: Output, library: str, kernels: tuple[str, ...], blocks: int, symbol: int, seed: int
 ) -> None:
-    """Is LIBRARY (.tvmb) what its manifest says, and is every kernel right?
+    """Check that LIBRARY (.tvmb) is what its manifest says, and that every kernel is right.
 
     Files and cubins are compared with the manifest's hashes, the cubin is compiled again, and every kernel
     runs on small seeded inputs against a float64 reference: CUDA kernels on an emulated device, checked for
@@ -59,8 +59,7 @@ def command(
             library, seed=seed, symbol=symbol, blocks=blocks, kernels=kernels, progress=tell
         )
     output.document({"command": "verify", **checked.to_json()})
-    for table in checked.tables():
-        output.show(table)
+    output.show(checked)
     checks = checked.checks
     counts = {what: sum(c.result == what for c in checks) for what in (PASS, FAIL, UNCHECKED)}
     verdict = "pass" if checked.passed else "FAIL"

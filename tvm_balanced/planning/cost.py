@@ -156,7 +156,7 @@ def symbolic_text(
 
 
 def predicted(spec: TargetSpec, rows: int, fmt: PackedFormat, dtype: str) -> machine.Prediction:
-    """The prediction for a layer, with the kernel and the knobs that the compiler will choose.
+    """Return the prediction for a layer, with the kernel and the knobs that the compiler will choose.
 
     Parameters
     ----------

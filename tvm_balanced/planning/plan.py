@@ -165,7 +165,7 @@ class _Case:
     def decide(
         self, model: Model, asked: Mapping[str, BalancedPattern] | None, ignored: bool
     ) -> tuple[LayerRow, PackedFormat | None]:
-        """The report's row, and the format where the layer runs sparse."""
+        """Return the report's row, and the format where the layer runs sparse."""
         layer = self.layer
         if layer.blocked is not None:
             return self._row("dense", layer.blocked), None

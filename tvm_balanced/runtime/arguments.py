@@ -18,7 +18,7 @@ _ALIGNMENT = 64
 def choose_function(
     entries: Sequence[FunctionEntry], shapes: Sequence[tuple[int, ...]]
 ) -> FunctionEntry:
-    """The most specific function that takes inputs of these shapes.
+    """Return the most specific function that takes inputs of these shapes.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ def _mismatch(entry: FunctionEntry, shapes: Sequence[tuple[int, ...]]) -> str | 
 def bind_arguments(
     entry: FunctionEntry, inputs: Sequence[Any], named: Mapping[str, Any]
 ) -> list[Any]:
-    """Inputs in the model's order, of the right number, kind and dtype."""
+    """Return inputs in the model's order, of the right number, kind and dtype."""
     names = [tensor.name for tensor in entry.inputs]
     expected = f"{len(names)} ({', '.join(names)})"
     if len(inputs) > len(names):
@@ -106,6 +106,7 @@ def bind_arguments(
 
 
 def is_torch(value: Any) -> bool:
+    """Whether a value is a torch tensor, asked without importing PyTorch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
@@ -116,7 +117,7 @@ def _is_tvm(value: Any) -> bool:
 
 
 def _dtype(value: Any) -> str | None:
-    """The dtype's name, None for what is no array."""
+    """Return the dtype's name, None for what is no array."""
     if is_torch(value):
         return str(value.dtype).removeprefix("torch.")
     if isinstance(value, np.ndarray | np.generic):
@@ -125,11 +126,12 @@ def _dtype(value: Any) -> str | None:
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
+    """Return the extents of any array as plain numbers."""
     return tuple(int(extent) for extent in value.shape)
 
 
 def on_device(value: Any, device: Any) -> Any:
-    """A TVM tensor on ``device``: the value's own memory where that is possible, else a copy."""
+    """Return a TVM tensor on ``device``: the value's own memory where that is possible, else a copy."""
     import tvm
     import tvm_ffi
 
@@ -157,12 +159,13 @@ def on_device(value: Any, device: Any) -> Any:
 
 
 def in_kind_of(result: Any, entry: FunctionEntry, values: Sequence[Any]) -> Any:
-    """The result in the kind of the inputs, a tuple only where the model returned one."""
+    """Return the result in the kind of the inputs, a tuple only where the model returned one."""
     leaves = [_leaf_in_kind(leaf, values) for leaf in _flatten(result)]
     return tuple(leaves) if entry.returns_tuple else leaves[0]
 
 
 def to_host(result: Any) -> Any:
+    """Copy a result, nested as it may be, to the CPU."""
     import tvm
 
     if _is_tvm(result):

@@ -16,6 +16,7 @@ _PINNED = ("apache-tvm", "apache-tvm-ffi")
 
 
 def check_versions(path: Path, versions: Mapping[str, str]) -> None:
+    """Whether the TVM here is the one that the library was compiled with."""
     for package in _PINNED:
         try:
             here = version(package)
@@ -69,6 +70,7 @@ def check_device(path: Path, manifest: Manifest) -> None:
 
 
 def gpu_ordinal(arch: str, path: Path | str = "the library") -> int:
+    """Return the number of the first GPU here that runs code for ``arch``."""
     gpus = detect_driver().gpus
     for ordinal, gpu in enumerate(gpus):
         # "a" and "f" code runs on the very architecture; so does plain code, compared as strictly:

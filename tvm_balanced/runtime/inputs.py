@@ -113,7 +113,7 @@ def random_inputs(
 
 
 def read_inputs(files: Sequence[str], entries: Sequence[TensorEntry]) -> Arrays:
-    """Inputs of ``.npy`` files, ``NAME=FILE`` or in the model's order.
+    """Return inputs of ``.npy`` files, ``NAME=FILE`` or in the model's order.
 
     Raises
     ------

@@ -18,6 +18,7 @@ from tvm_balanced.artifact.manifest import (
     PARAMETERS,
     FunctionEntry,
     KernelEntry,
+    Manifest,
     read_manifest,
 )
 from tvm_balanced.cuda.source import file_stem, join_kernels
@@ -161,9 +162,12 @@ class Library:
                 'for, or choose "emulated"'
             )
         if isinstance(path, Library):
-            self._place, self._fresh, self.manifest = path._place, path._fresh, path.manifest
+            self._place: _Place = path._place
+            self._fresh: bool = path._fresh
+            self.manifest: Manifest = path.manifest
         else:
-            self._place, self._fresh = _Place(Path(path), fresh), fresh is not None
+            self._place = _Place(Path(path), fresh)
+            self._fresh = fresh is not None
             self.manifest = read_manifest(self.path)
         self.emulated = device == "emulated"
         if self.emulated and self.manifest.target.kind != "cuda":

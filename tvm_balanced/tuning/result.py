@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 from tvm_balanced.errors import InputError, OutputError, ToolchainError
 from tvm_balanced.records import ranking, traces
 from tvm_balanced.records.record import Record
+from tvm_balanced.report import WIDE, Printable
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from tvm_balanced.tuning.tasks import Task
 
 
@@ -150,7 +153,7 @@ class Status:
 
 
 @dataclass(frozen=True)
-class TuningResult:
+class TuningResult(Printable):
     """A finished run.
 
     Attributes
@@ -182,8 +185,8 @@ class TuningResult:
             k.uses * (k.best_us or 0) for k in known
         )
 
-    def table(self) -> Any:
-        """A ``rich.table.Table``, one row a kernel."""
+    def tables(self, width: int = WIDE) -> list[Table]:
+        """One ``rich.table.Table``, one row a kernel."""
         from rich.table import Table
 
         how = "estimated" if self.estimated else "measured"
@@ -206,7 +209,7 @@ class TuningResult:
         total = self.gain()
         if total is not None:
             table.caption = f"all kernels by their calls: {total:.2f}x"
-        return table
+        return [table]
 
     def plot(self, path: Path) -> None:
         """Best time over trials, one line a kernel, as ``.png``, ``.svg`` or ``.pdf``.

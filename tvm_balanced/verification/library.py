@@ -17,6 +17,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,8 +35,11 @@ from tvm_balanced.artifact.manifest import (
     read_manifest,
 )
 from tvm_balanced.errors import ArtifactError, InputError, ToolchainError
+from tvm_balanced.report import WIDE, Printable
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from tvm_balanced.cuda.emulator.device import Device, DeviceLaunch
     from tvm_balanced.runtime.library import Library
 
@@ -108,7 +112,7 @@ class KernelCheck:
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Printable):
     """What :func:`verify` found.
 
     Parameters
@@ -149,7 +153,7 @@ class Verification:
                     kernel[field] = str(value)
         return {**document, "passed": self.passed}
 
-    def tables(self) -> list[Any]:
+    def tables(self, width: int = WIDE) -> list[Table]:
         """Two ``rich`` tables, of the parts and of the kernels."""
         from rich.table import Table
 
@@ -184,7 +188,7 @@ class Verification:
 
 
 def verify(
-    path: str | Path,
+    path: str | os.PathLike[str],
     *,
     seed: int = 0,
     symbol: int = SYMBOL,
@@ -200,7 +204,7 @@ def verify(
     Parameters
     ----------
     path : path-like
-        A ``model.tvmb`` folder.
+        A ``model.tvmb`` folder, or the library itself.
     seed : int
         Of inputs and of the order of threads.
     symbol : int
