@@ -9,11 +9,7 @@ import tvm
 from tvm import tirx
 
 SCHEDULED = "tirx.is_scheduled"  # TVM's own mark: DLight leaves such kernels alone
-
-
 RULE = "tvm_balanced.schedule"  # NAME of the rule; manifests and records hold it, whatever its file is called
-
-
 # of a kernel of symbolic shapes with several launches: the M from which on each behind the first one runs
 ROWS_FROM = "tvm_balanced.rows_from"
 

@@ -43,8 +43,6 @@ _NO_RECORD, _NO_FIT, _DEFAULT_BEST = (
     "its record does not fit",
     "the default was fastest",
 )
-
-
 _NO_KERNEL = (_NO_RECORD, _NO_FIT, _DEFAULT_BEST)
 
 

@@ -39,7 +39,6 @@ from tvm_balanced.targets.gpus import gpu_figures
 
 NAME = "cuda_expand"
 
-
 _SOURCE = r"""
 // stores of halves and loads of words reach the same bytes: volatile keeps them in their order
 // where a lane keeps the column that slot SLOT of a run stands in: two columns to a word, a bank to a lane

@@ -36,53 +36,27 @@ from tvm_balanced.schedules.cuda.tensor_core_model import (
 # fewer rows of activations are the gather's, which memory bounds there: half a product's columns would be
 # padding, and what this model calls a gain of a few percent is less than it can tell
 LEAST_ROWS = 5
-
-
 # up to so many rows, one tile of the gather, it has to be predicted so much faster than that
 _FEW_ROWS = 8
-
-
 _FEW_WORTH = 1.1
-
-
 # rows of activations that a symbolic M is taken for
 _SYMBOLIC_ROWS = 32
-
-
 _STATIC_ROWS = 64  # of activations in a tile, at most: 64 sums a lane
-
-
 # rows of activations in the tiles that share a symbolic M, and up to which M they are compared: a whole
 # number of every kernel's tiles, from which on times repeat themselves
 _HEIGHTS = (16, 32, 64)
-
-
 _COMPARED_ROWS = 512
-
-
 # whole blocks to a run of slots; 1:32 spills
 _PATTERNS = {(nnz, block) for nnz in (1, 2, 4, 8) for block in (16, 32)} - {(1, 32)}
-
-
 # of a thread block; two times eight warps leave 128 registers, which blocks of 32 spill
 _WARPS = {16: 8, 32: 4}
-
-
 # instructions of a warp: for a slot of one of a lane's four rows (store, clear), for reading a block back
 # besides one load a word, for a product (with half a load), for a copy of 16 bytes of activations; within 8 %
 # of the loops of 96 kernels of large layers for sm_90 and sm_80
 _SLOT_INSTRUCTIONS = 10
-
-
 _ROW_INSTRUCTIONS = 2
-
-
 _PRODUCT_INSTRUCTIONS = 1.3
-
-
 _COPY_INSTRUCTIONS = 3
-
-
 # how much faster a tile with a second launch has to be
 _SPLIT_WORTH = 1.1
 

@@ -15,8 +15,6 @@ from tvm_balanced import ops
 from tvm_balanced.schedules.balanced_block import has_balanced_block
 
 NAME = "cuda_fallback"
-
-
 _THREADS = 256
 
 

@@ -74,38 +74,16 @@ from tvm_balanced.schedules.space import Space
 from tvm_balanced.targets.gpus import GPUS, GpuFigures, gpu_figures
 
 NAME = "cuda_gather"
-
-
 BLOCK_ROWS = "balanced_rows"
-
-
 BLOCK_VALUES = "balanced_values"
-
-
 BLOCK_INDICES = "balanced_indices"
-
-
 BLOCK_POSITIONS = "balanced_positions"
-
-
 BLOCK_PARTIAL = "balanced_partial"
-
-
 BLOCK_SPLIT = "balanced_split"
-
-
 _LANES = 32
-
-
 _LOAD_BYTES = 16  # of the widest load
-
-
 _SECTOR_BYTES = 32  # that memory moves at least
-
-
 _WINDOW = gather_tile.WINDOW
-
-
 _STATIC_SHARED_BYTES = 48 << 10
 
 

@@ -40,19 +40,11 @@ from tvm_balanced.schedules.cuda.machine import Machine, Prediction, resident_bl
 from tvm_balanced.targets.gpus import SM_LIMITS
 
 _WAVEFRONT_BYTES = 128  # of shared memory, in a clock
-
-
 _BANK_WORDS = 32
-
-
 # rows of activations that a symbolic M is taken for
 _SYMBOLIC_ROWS = 8
-
-
 # predictions that are taken for equal
 _NEAR = 1.1
-
-
 # weight of the issue slots' time among those
 _HIDDEN = 0.1
 

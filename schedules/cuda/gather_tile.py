@@ -44,53 +44,25 @@ class Tile:
 
 
 _LANES = 32
-
-
 WINDOW = 16  # elements staged side by side, at least
-
-
 _PARTIAL_BYTES = 4  # of a sum in float32
-
-
 _REUSED = (
     16  # times a buffer's size, up to which TVM's storage rewriting lets it take another's place
 )
-
-
 STAGED_BYTES = 8  # of the widest staged element
-
-
 _LOAD_BYTES = 16  # of the widest load
-
-
 MAX_ROWS = 16  # of activations in a tile
-
-
 MAX_WARPS = 16
-
-
 MAX_UNROLL = 4
-
-
 MAX_WHOLE_RUNS = 8  # vectors of slots that are unrolled so that they hold whole blocks
-
-
 # warps that are always tried; others only where they pad less than one more, as with 1 or 3 loads
 _EVEN_WARPS = (2, 4, 8, 12, 16)
-
-
 # padding of slots that is accepted without looking for fewer
 SPARE = 1.07
-
-
 # and that a tuner may try
 _TUNED_SPARE = 1.34
-
-
 # a tuner may stage K in so many times the fewest chunks
 _TUNED_CHUNKS = (1, 2, 4)
-
-
 # slots of a row, the fewest that a thread block of its own is asked about for
 _SPLIT_SLOTS = 1024
 

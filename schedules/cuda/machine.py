@@ -130,7 +130,6 @@ class Machine:
 # share of the data sheet's bandwidth that a plain copy reaches
 SUSTAINED_BANDWIDTH = 0.92
 
-
 # bytes a clock from the level-2 cache: 5120 on GA100 by its white paper, taken for its successors too; the
 # others have 32 bytes for each of 64 slices or so
 _L2_BYTES_PER_CLOCK = {
@@ -141,7 +140,6 @@ _L2_BYTES_PER_CLOCK = {
     "sm_100": 5120.0,
     "sm_120": 2560.0,
 }
-
 
 _PORT_BYTES_PER_CLOCK = 64.0
 

@@ -14,8 +14,6 @@ from tvm import s_tir, tirx
 from tvm.s_tir.dlight import ScheduleRule
 
 NAME = "cuda_serial"
-
-
 _THREADS = 256
 
 

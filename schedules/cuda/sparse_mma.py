@@ -40,10 +40,7 @@ from tvm_balanced.schedules.cuda.tensor_core_model import COLUMNS, LANES, ROWS, 
 from tvm_balanced.schedules.space import Space
 
 NAME = "cuda_sparse_mma"
-
-
 _BLOCK_BYTES = 8  # of activations: four columns
-
 
 _SOURCE = r"""
 // the four bits of block b of run t, from lane t of a quad to lane b; rows 8 apart in the halves of a word

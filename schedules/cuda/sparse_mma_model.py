@@ -31,29 +31,15 @@ from tvm_balanced.schedules.cuda.tensor_core_model import (
 
 # one row of activations is the gather's, which reads the same bytes and multiplies no padding
 LEAST_ROWS = 2
-
-
 WINDOW_COLUMNS = WINDOW * RUN * 2  # of K: 32 slots of a row at 2:4
-
-
 _MOST_ROWS = 128  # of activations in a tile: 128 sums a lane
-
-
 _WARPS = 8
-
-
 # instructions of a warp for a window: its loads, their transposition, moves; for a product of 32 rows by 32
 # columns by 8 activations (two mma.sp, one ldmatrix); for a copy of 8 bytes of activations. Within 7 % of the
 # loops of 12 kernels for sm_90 and sm_80 (``benchmarks/expand_report.py``)
 _WINDOW_INSTRUCTIONS = 108
-
-
 _PRODUCT_INSTRUCTIONS = 2.9
-
-
 _COPY_INSTRUCTIONS = 3.5
-
-
 # a sparse product takes the time of a dense one of half its depth
 _SPARSE_RATE = 2
 

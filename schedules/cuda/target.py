@@ -21,28 +21,14 @@ from tvm_balanced.targets.gpus import gpu_figures
 # a symbolic M is the first one's; the next two take different patterns, and only what they are predicted
 # faster for than the gather
 BALANCED_RULES = (cuda_by_rows, cuda_sparse_mma, cuda_expand, cuda_gather, cuda_fallback)
-
-
 _LANES = 32
-
-
 _LOAD_BYTES = 16
-
-
 # of one row of activations in a skewed group, 32 KiB for 16 rows; two or four times that where little else
 # helps: tiles are then lower, and more of them read the stream
 _SKEWED_BYTES = 2048
-
-
 _FEW_SLOTS = 1 / 32  # of a block, too few to order
-
-
 _WINDOW = 32  # blocks up to this many elements conflict at most twice as they are
-
-
 _SPARE = 1.07  # share of blocks that may be padding
-
-
 _BUSY_ROWS = 8  # of activations, from which on instructions can take longer than bytes
 
 

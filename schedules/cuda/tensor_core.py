@@ -53,7 +53,6 @@ from tvm_balanced.targets.gpus import gpu_figures
 
 BLOCK_ADD = "balanced_add"
 
-
 # Each function is one step of a warp or a lane. They are handed addresses, not buffers: TVM would put a
 # barrier between a lane's stores and loads of its own columns.
 SOURCE = r"""

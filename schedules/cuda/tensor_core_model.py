@@ -18,42 +18,20 @@ from tvm_balanced.schedules.cuda import machine
 from tvm_balanced.schedules.cuda.machine import Machine, Prediction
 
 LANES = 32
-
-
 RUN = 8  # slots that a lane loads at once
-
-
 WINDOW = 4  # runs of a window, one for each lane of a fragment's row
-
-
 ROWS = 4  # rows of the weight that a lane owns
-
-
 COLUMNS = 8  # rows of activations in a product
-
-
 SUM_STRIDE = 36  # floats from one row of sums to the next: rows 2t of all t are in different banks
-
-
 ITEMSIZE = 2  # bytes of a value or an activation
-
-
 # what a step waits for at the least: a barrier, a load from shared memory, a chain of products
 _STEP_CLOCKS = 150
-
-
 # eight rows of sums: two barriers, stores, loads, the output
 _SUMS_CLOCKS = 150
-
-
 # share of the tensor cores' rate that mma.sync reaches: all but overheads where it is their own instruction;
 # the full rate of later ones takes wgmma or tcgen05. Assumed, not measured
 _TENSOR_SHARE = {"sm_90": 0.6, "sm_100": 0.3}
-
-
 _OWN_TENSOR_SHARE = 0.85
-
-
 # share of the time that the busiest of the multiprocessor's own resources works, with a barrier in every step
 _OVERLAP = 0.8
 

@@ -30,16 +30,10 @@ from tvm_balanced.schedules.llvm.rest.common import vector_bits
 from tvm_balanced.schedules.space import Space, _powers
 
 NAME = "llvm_batch_lanes"
-
-
 # slots written out in the body of the innermost loop
 _UNROLL = 8
-
-
 # floats of a cache line
 _LINE = 16
-
-
 # steps of the parallel loop, where there are rows enough
 _STEPS = 16
 
@@ -500,8 +494,6 @@ def _turn(vectors: list[Any], lanes: int) -> tuple[list[Any], list[Any]]:
 # of the kernel with lanes over the batch: steps of the parallel loop that are tried, the largest ones, and
 # bytes of activations, from a part of the first cache to all of a usual K
 _GROUPS = 5
-
-
 _CHUNKS = (8192, 16384, 32768, 65536, 262144)
 
 

@@ -22,8 +22,6 @@ from tvm_balanced.schedules.llvm.rest import math as cpu_math
 from tvm_balanced.schedules.llvm.rest.common import attempt
 
 INDEX = "int64"
-
-
 # multiply-adds from which threads pay for waking them
 PARALLEL_WORK = 1 << 19
 

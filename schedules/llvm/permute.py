@@ -30,12 +30,8 @@ from tvm_balanced.schedules.llvm.rest.common import has_feature
 from tvm_balanced.schedules.space import Space, _powers
 
 NAME = "llvm_permute"
-
-
 # a block is looked up in at most this many registers; beyond, one load per lane is as fast
 MAX_REGISTERS = {16: 16, 8: 8}
-
-
 # multiply-adds written out in the body of the innermost loop
 _UNROLL = 128
 

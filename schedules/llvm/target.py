@@ -11,8 +11,6 @@ from tvm_balanced.schedules.llvm import fallback as llvm_fallback
 from tvm_balanced.schedules.llvm import permute as llvm_permute
 
 BALANCED_RULES = (llvm_permute, llvm_batch_lanes, llvm_fallback)
-
-
 # without a permute the rows of a tile only share a cache line; 8 of them fill two NEON or SSE registers
 _PLAIN_ROWS = 8
 

@@ -15,14 +15,8 @@ from tvm_balanced.errors import InputError
 from tvm_balanced.format.pattern import BalancedPattern
 
 VALUE_DTYPES = ("float32", "float16", "bfloat16")
-
-
 ENCODINGS = {"u8": 8, "u4": 4, "u3": 3, "u2": 2}  # name: bits of an index
-
-
 BITMAP = "bitmap"
-
-
 BITMAP_BLOCKS = (8, 16, 24, 32)
 
 

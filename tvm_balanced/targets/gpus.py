@@ -41,13 +41,8 @@ SM_LIMITS = {
     "sm_120": SMLimits(48, 24, 100 << 10),
 }
 
-
 _RESERVED_SHARED = 1024  # of every block, for the driver
-
-
 _KIB = 1024
-
-
 _MIB = 1024 * 1024
 
 
@@ -96,7 +91,6 @@ GPUS: dict[str, GpuFigures] = {
     "b200": GpuFigures("sm_100", 8000, 75, 2250, 148, 1.965, 126 * _MIB, 227 * _KIB),
     "rtx-5090": GpuFigures("sm_120", 1792, 104.8, 209.5, 170, 2.407, 96 * _MIB, 99 * _KIB),
 }
-
 
 # whose figures stand for an architecture given by its number alone
 REPRESENTATIVE = {

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 
 LLVM_LEVELS = ("x86-64-v4", "x86-64-v3")
-
-
 # what separates a kernel from the next one in a stream that is kept full, without CUDA graphs: 2 to
 # 3 us are commonly measured; no data sheet says it
 _LAUNCH_US = 2.5

@@ -12,12 +12,8 @@ from tvm import s_tir, tirx
 # an empty parallel loop of two threads costs 5 to 20 us: below this many weighted element operations
 # one thread is faster
 PARALLEL_WORK = 1 << 17
-
-
 # transcendental calls cost about as much as this many additions once they are polynomials
 _CALL_WEIGHT = 12
-
-
 # bytes of a stack buffer that TVM keeps in registers or on the stack; larger ones go to its workspace
 MAX_LOCAL_BYTES = 1024
 

@@ -12,12 +12,8 @@ from tvm_balanced.schedules.llvm.rest import elementwise as cpu_elementwise
 from tvm_balanced.schedules.llvm.rest.matmul import epilogue, operands, used_iters
 
 NAME = "cpu_conv2d"
-
-
 # positions of the iterators of a convolution block: n, c_out, h, w, c_in, kh, kw
 _KINDS = "SSSSRRR"
-
-
 _PIXELS = 7
 
 

@@ -18,11 +18,8 @@ import tvm_ffi
 from tvm import tirx
 
 _LOG2E = 1.44269504088896341
-
-
 # ln 2 in two parts, the first with few mantissa bits: n times it is exact
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
-
 
 _EXP = (
     1.9875691500e-4,
@@ -33,10 +30,8 @@ _EXP = (
     5.0000001201e-1,
 )
 
-
 # results beyond are zero (below the smallest normal number) or infinite
 _EXP_LOW, _EXP_HIGH = -87.336544, 88.722839
-
 
 _TANH = (
     -5.70498872745e-3,
@@ -46,9 +41,7 @@ _TANH = (
     -3.33332819422e-1,
 )
 
-
 _ERF_LIMIT = 4.0
-
 
 _ERF_NUMERATOR = (
     -2.72614225801306e-10,
@@ -59,7 +52,6 @@ _ERF_NUMERATOR = (
     -2.95459980854025e-03,
     -1.60960333262415e-02,
 )
-
 
 _ERF_DENOMINATOR = (
     -1.45660718464996e-05,

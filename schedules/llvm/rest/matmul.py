@@ -17,8 +17,6 @@ from tvm_balanced.schedules.llvm.rest import common as cpu_common
 from tvm_balanced.schedules.llvm.rest import elementwise as cpu_elementwise
 
 NAME = "cpu_matmul"
-
-
 # below this many rows a transposed weight is read once along K and never repacked
 _FEW_ROWS = 4
 
