@@ -51,27 +51,28 @@ def predict(gpu: str, n: int, k: int, pattern: str, m: int) -> Row:
     from tvm_balanced.format.pattern import BalancedPattern
     from tvm_balanced.planning import cost
     from tvm_balanced.schedules.cuda import expand as cuda_expand
-    from tvm_balanced.schedules.cuda import expand_model, sparse_mma_model
     from tvm_balanced.schedules.cuda import gather as cuda_gather
-    from tvm_balanced.schedules.cuda import gather_model as kernel_model
+    from tvm_balanced.schedules.cuda import gather_model
     from tvm_balanced.schedules.cuda import machine as cuda_machine
     from tvm_balanced.schedules.cuda import sparse_mma as cuda_sparse_mma
     from tvm_balanced.schedules.cuda import target as cuda
     from tvm_balanced.schedules.cuda import tensor_core as cuda_tensor_core
+    from tvm_balanced.schedules.cuda.expand_model import EXPAND
+    from tvm_balanced.schedules.cuda.sparse_mma_model import SPARSE_MMA
     from tvm_balanced.targets import gpus
     from tvm_balanced.targets import resolve as targets
 
     spec = targets.resolve(gpu)
-    machine = cuda_machine.machine(gpus.gpu_figures(spec.target))
+    machine = cuda_machine.machine(gpus.gpu_of(spec.target))
     fmt = cuda.preferred_format(BalancedPattern(pattern), n, k, m, "float16", spec.target)
-    knobs = kernel_model.choose(fmt, m, "float16", cuda_gather.shared_limit(spec.target), machine)
-    gather = kernel_model.Model(machine, fmt, m, "float16").predict(knobs).total_us
+    knobs = gather_model.choose(fmt, m, "float16", cuda_gather.shared_limit(spec.target), machine)
+    gather = gather_model.GatherModel(machine, fmt, m, "float16").predict(knobs).total_us
     tensor, expand, splits, taken = "expand", None, None, False
     for model, rule, name in (
-        (expand_model, cuda_expand, "expand"),
-        (sparse_mma_model, cuda_sparse_mma, "sparse_mma"),
+        (EXPAND, cuda_expand, "expand"),
+        (SPARSE_MMA, cuda_sparse_mma, "sparse_mma"),
     ):
-        if m >= model.LEAST_ROWS and model.takes_format(fmt, "float16"):
+        if m >= model.least_rows and model.takes_format(fmt, "float16"):
             shared = cuda_tensor_core.shared_limit(spec.target)
             best = model.best(fmt, m, "float16", shared, machine)
             if best is not None:

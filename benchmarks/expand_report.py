@@ -73,6 +73,7 @@ def report(arch: str, n: int, k: int, pattern: str, m: int) -> Row | None:
     from tvm_balanced.schedules.cuda import sparse_mma as cuda_sparse_mma
     from tvm_balanced.schedules.cuda import target as cuda
     from tvm_balanced.schedules.cuda import tensor_core_model
+    from tvm_balanced.schedules.cuda.gather_tile import LANES
     from tvm_balanced.targets import resolve as targets
 
     target = targets.resolve(_GPUS[arch]).target
@@ -98,7 +99,7 @@ def report(arch: str, n: int, k: int, pattern: str, m: int) -> Row | None:
         )
     ((kernel, loop),) = kernels
     slots = tensor_core_model.WINDOW * tensor_core_model.RUN
-    weights = tensor_core_model.LANES * slots * form.block // form.nnz
+    weights = LANES * slots * form.block // form.nnz
     return Row(
         *(arch, n, k, pattern, m, fmt.encoding, "-".join(str(v) for v in asdict(tile).values())),
         *(kernel.resources.registers, told.registers, kernel.resources.stack_bytes),

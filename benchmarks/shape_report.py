@@ -150,17 +150,15 @@ def report(problem: Any, arch: str, encoding: str | None, emulate: bool) -> Row:
     from tvm_balanced.format.layout import numpy_dtype
     from tvm_balanced.planning import cost
     from tvm_balanced.schedules.cuda import gather as cuda_gather
-    from tvm_balanced.schedules.cuda import gather_model as kernel_model
-    from tvm_balanced.schedules.cuda import gather_tile, machine
-    from tvm_balanced.schedules.cuda.machine import SUSTAINED_BANDWIDTH
+    from tvm_balanced.schedules.cuda import gather_model, machine
     from tvm_balanced.targets import gpus
     from tvm_balanced.targets import resolve as targets
 
     spec = targets.resolve(_GPUS[arch])
-    target, figures = spec.target, gpus.GPUS[_GPUS[arch]]
-    layer, m, dtype = problem.layer, problem.m, problem.dtype
+    target, layer, m, dtype = spec.target, problem.layer, problem.m, problem.dtype
     fmt = _format(problem, target, encoding)
-    tile = cuda_gather.default_tile(fmt, m, dtype, cuda_gather.shared_limit(target), figures)
+    gpu = machine.machine(gpus.GPUS[_GPUS[arch]])
+    tile = gather_model.choose(fmt, m, dtype, cuda_gather.shared_limit(target), gpu)
     row = Row(
         *(problem.set, layer.name, layer.n, layer.k, m, problem.pattern, dtype, arch, _GPUS[arch]),
         *(str(fmt.layout), fmt.encoding, "-".join(str(v) for v in asdict(tile).values())),
@@ -185,12 +183,12 @@ def report(problem: Any, arch: str, encoding: str | None, emulate: bool) -> Row:
         row.occupancy, row.resident_blocks = kernel.occupancy.share, kernel.occupancy.blocks
 
     # of this kernel, whichever the compiler chooses
-    gpu = replace(machine.machine(figures), launch_us=spec.launch_us)
-    told = kernel_model.Model(gpu, fmt, m, dtype).predict(gather_tile.Knobs(**asdict(tile)))
+    gpu = replace(gpu, launch_us=spec.launch_us)
+    told = gather_model.GatherModel(gpu, fmt, m, dtype).predict(tile)
     row.predicted_us, row.bound = told.total_us, told.bound
     row.bytes_in_flight = told.bytes_in_flight
     row.needed_bytes_in_flight = told.needed_bytes_in_flight
-    itemsize, rate = numpy_dtype(dtype).itemsize, figures.bandwidth_gbps * SUSTAINED_BANDWIDTH * 1e3
+    itemsize, rate = numpy_dtype(dtype).itemsize, gpu.bandwidth_gbps * 1e3
     around = m * (layer.n + layer.k) * itemsize
     row.ceiling_us = (fmt.nbytes(dtype) + around) / rate
     row.cublas_ceiling_us = (layer.n * layer.k * itemsize + around) / rate

@@ -65,21 +65,21 @@ class Configuration:
 
 def configurations() -> list[Configuration]:
     """What is simulated: for every shape the same number of tiles, drawn with a fixed seed."""
-    from tvm_balanced.schedules.cuda.gather_tile import Tile, chunk_unit
+    from tvm_balanced.schedules.cuda.gather_tile import GatherTile, chunk_unit
 
     rng = random.Random(20190127)
     drawn = []
     for n, k, m, pattern in _SHAPES:
         fmt = _format(n, k, pattern)
         unit = chunk_unit(fmt)
-        found: dict[Tile, None] = {}
+        found: dict[GatherTile, None] = {}
         while len(found) < _TILES_OF_A_SHAPE:
             rows = rng.choice([r for r in (1, 2, 4, 8) if r <= m])
             vector = rng.choice([v for v in (1, 2) if v <= rows])
             warps = rng.choice([2, 4, 8, 16])
             # the whole of K at once, or a half or a quarter of it
             chunk = max(unit, fmt.blocks // rng.choice([1, 1, 2, 4]) // unit * unit)
-            tile = Tile(vector, rows // vector, warps, rng.choice([1, 2, 4]), chunk)
+            tile = GatherTile(vector, rows // vector, warps, rng.choice([1, 2, 4]), chunk)
             staged = chunk * fmt.pattern.block * rows * 4
             if staged + warps * rows * 32 * 4 <= 48 << 10:
                 found[tile] = None
@@ -137,7 +137,7 @@ def kernel_and_data(one: Configuration) -> tuple[Any, list[Any], Any]:
     )
     (func,) = (f for _, f in mod.functions_items() if isinstance(f, tirx.PrimFunc))
     target = targets.resolve("cuda-sm_86").target
-    tile = gather_tile.Tile(one.vector, one.groups, one.warps, one.unroll, one.chunk)
+    tile = gather_tile.GatherTile(one.vector, one.groups, one.warps, one.unroll, one.chunk)
     schedule = cuda_gather.apply(func.with_attr("global_symbol", "main"), target, tile)
     assert schedule is not None
     rng = np.random.default_rng(0)
@@ -356,9 +356,9 @@ def simulate_command(output: Path, jobs: int) -> None:
 
 def simulated_gpu() -> Any:
     """The simulated GPU as the kernel model sees it: the simulator's configuration, and PTX for SASS."""
-    from tvm_balanced.schedules.cuda.machine import Instructions, Machine
+    from tvm_balanced.schedules.cuda.machine import Instructions, MachineModel
 
-    return Machine(
+    return MachineModel(
         arch="sm_86",
         sm_count=46,
         clock_ghz=1.132,
@@ -391,12 +391,12 @@ def simulated_gpu() -> Any:
 
 def predicted_cycles(one: Configuration) -> float:
     """What the kernel model predicts for the simulated GPU."""
-    from tvm_balanced.schedules.cuda.gather_model import Model
-    from tvm_balanced.schedules.cuda.gather_tile import Knobs
+    from tvm_balanced.schedules.cuda.gather_model import GatherModel
+    from tvm_balanced.schedules.cuda.gather_tile import GatherTile
 
     gpu = simulated_gpu()
-    model = Model(gpu, _format(one.n, one.k, one.pattern), one.m, "float32")
-    knobs = Knobs(one.vector, one.groups, one.warps, one.unroll, one.chunk)
+    model = GatherModel(gpu, _format(one.n, one.k, one.pattern), one.m, "float32")
+    knobs = GatherTile(one.vector, one.groups, one.warps, one.unroll, one.chunk)
     return float(model.predict(knobs).total_us * gpu.clock_ghz * 1e3)
 
 

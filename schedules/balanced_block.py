@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
 
 import tvm_ffi
 from tvm import s_tir, tirx
 
 from tvm_balanced.format.layout import PackedFormat
 from tvm_balanced.ops import BLOCK_DATA, FORMAT_ATTR, parse_format
+from tvm_balanced.support.tvm_types import Block, Buffer, Stmt
 
 
 @dataclass(frozen=True)
@@ -18,65 +19,72 @@ class BalancedBlock:
 
     Parameters
     ----------
-    block : tvm.s_tir.SBlock
-        The block ``balanced_sparse_dense``: spatial axes for the batch and the padded rows, one
-        reduction axis over slots.
+    name : str
+        Name of the block: spatial axes for the batch and the padded rows, one reduction axis over slots.
     fmt : PackedFormat
-        Read from the block's attribute.
+        The weight's format, read from the block's attribute.
     batch : tuple of int or None
         Extents of the batch axes; None where symbolic.
-    data_dtype, value_dtype : str
-        Of the activations and of the packed values.
+    data, values, indices : Buffer
+        Activations cut into blocks, and the packed arrays, as the block reads them.
     """
 
-    block: Any
+    name: str
     fmt: PackedFormat
     batch: tuple[int | None, ...]
-    data_dtype: str
-    value_dtype: str
+    data: Buffer
+    values: Buffer
+    indices: Buffer
+
+    @property
+    def data_dtype(self) -> str:
+        """Dtype of the activations."""
+        return str(self.data.dtype)
+
+    @property
+    def value_dtype(self) -> str:
+        """Dtype of the packed values."""
+        return str(self.values.dtype)
 
     @property
     def rows(self) -> int | None:
         """M, the product of the batch extents; None when any is symbolic."""
-        total = 1
-        for extent in self.batch:
-            if extent is None:
-                return None
-            total *= extent
-        return total
+        known = [extent for extent in self.batch if extent is not None]
+        return math.prod(known) if len(known) == len(self.batch) else None
 
 
-def _sblocks(func: tirx.PrimFunc) -> list[Any]:
-    found: list[Any] = []
-    tvm_ffi.structural_walk(func.body, (s_tir.SBlock, found.append), order="post")
-    return found
+def sblocks(stmt: Stmt) -> list[Block]:
+    """List the blocks in a statement, inner ones first."""
+    blocks: list[Block] = []
+    tvm_ffi.structural_walk(stmt, (s_tir.SBlock, blocks.append), order="post")
+    return blocks
+
+
+def _balanced(func: tirx.PrimFunc) -> list[Block]:
+    return [block for block in sblocks(func.body) if FORMAT_ATTR in block.annotations]
 
 
 def has_balanced_block(func: tirx.PrimFunc) -> bool:
     """Whether ``func`` holds the operator's main block."""
-    return any(FORMAT_ATTR in block.annotations for block in _sblocks(func))
+    return bool(_balanced(func))
 
 
 def find(func: tirx.PrimFunc) -> BalancedBlock | None:
-    """The operator in ``func``; None where there is none, or more than one."""
-    blocks = _sblocks(func)
-    found = [block for block in blocks if FORMAT_ATTR in block.annotations]
-    if len(found) != 1:
+    """Find the operator in ``func``; None where there is none, or more than one."""
+    blocks = _balanced(func)
+    if len(blocks) != 1:
         return None
-    main = found[0]
-    fmt = parse_format(str(main.annotations[FORMAT_ATTR]))
+    (main,) = blocks
     spatial = [v.dom.extent for v in main.iter_vars if v.iter_type == tirx.IterVar.DataPar]
-    # the index array is the only uint8 one; values are tiled in four axes and never staged
-    data = next(r.source for r in main.reads if r.source.name.startswith(BLOCK_DATA))
-    values = next(
-        r.source
-        for r in main.reads
-        if not r.source.same_as(data) and str(r.source.dtype) != "uint8"
-    )
+    read = [region.source for region in main.reads]
+    data = next(buffer for buffer in read if buffer.name.startswith(BLOCK_DATA))
+    packed = [buffer for buffer in read if not buffer.same_as(data)]
     return BalancedBlock(
-        block=main,
-        fmt=fmt,
+        name=str(main.name_hint),
+        fmt=parse_format(str(main.annotations[FORMAT_ATTR])),
         batch=tuple(int(e) if isinstance(e, tirx.IntImm) else None for e in spatial[:-1]),
-        data_dtype=str(data.dtype),
-        value_dtype=str(values.dtype),
+        data=data,
+        # the index array is the only one of bytes
+        values=next(buffer for buffer in packed if str(buffer.dtype) != "uint8"),
+        indices=next(buffer for buffer in packed if str(buffer.dtype) == "uint8"),
     )

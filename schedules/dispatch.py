@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Protocol
 
 import tvm
 from tvm import tirx
@@ -13,22 +14,36 @@ from tvm_balanced.format.layout import PackedFormat
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.schedules.balanced_block import find, has_balanced_block
 from tvm_balanced.schedules.cuda import target as cuda
-from tvm_balanced.schedules.cuda.expand import expand_space
-from tvm_balanced.schedules.cuda.gather import gather_space
-from tvm_balanced.schedules.cuda.sparse_mma import sparse_mma_space
-from tvm_balanced.schedules.llvm import nest
 from tvm_balanced.schedules.llvm import target as llvm
-from tvm_balanced.schedules.llvm.batch_lanes import batch_lanes_space
-from tvm_balanced.schedules.llvm.permute import permute_space
 from tvm_balanced.schedules.llvm.rest import math as cpu_math
 from tvm_balanced.schedules.llvm.rest.rules import ScheduleForCpu
-from tvm_balanced.schedules.rules import SCHEDULED, first_match, replaced
+from tvm_balanced.schedules.rules import Rule, TunableRule, first_match, replaced, unscheduled
 from tvm_balanced.schedules.space import Space
 
-_TARGETS = {"cuda": cuda, "llvm": llvm}
+
+class _Offer(Protocol):
+    """What the module of a target offers: rules for the balanced operator, in order, and its formats."""
+
+    BALANCED_RULES: Sequence[Rule]
+    TUNABLE_RULES: Sequence[TunableRule]
+
+    def preferred_format(
+        self,
+        pattern: BalancedPattern,
+        out_features: int,
+        in_features: int,
+        batch: int | None,
+        dtype: str,
+        target: tvm.target.Target,
+        /,
+    ) -> PackedFormat:
+        """As of the function below, for any encoding."""
 
 
-def _rules(target: tvm.target.Target) -> Any:
+_TARGETS: dict[str, _Offer] = {"cuda": cuda, "llvm": llvm}
+
+
+def _offer(target: tvm.target.Target) -> _Offer:
     kind = str(target.kind.name)
     if kind not in _TARGETS:
         raise InputError(f'target kind "{kind}" is not supported; choose cuda or llvm')
@@ -44,31 +59,30 @@ def preferred_format(
     target: tvm.target.Target,
     encoding: str = "auto",
 ) -> PackedFormat:
-    """The packed format that the schedules of ``target`` like best for a layer.
+    """Choose the packed format that the schedules of ``target`` like best for a layer.
 
     Parameters
     ----------
     pattern : BalancedPattern
         What the weight follows. The format's own pattern may be a coarser reading of it.
     out_features, in_features : int
-        N and K.
+        Shape of the weight, N and K.
     batch : int or None
-        Rows of activations, None when symbolic.
+        Rows of activations, M; None when symbolic.
     dtype : str
-        Of the values.
+        Dtype of the values.
     target : tvm.target.Target
         Where the operator will run.
     encoding : str
-        Of the indices: ``"auto"``, ``"bitmap"`` or one of :data:`tvm_balanced.format.layout.ENCODINGS`.
+        Encoding of the indices: ``"auto"``, ``"bitmap"`` or one of
+        :data:`tvm_balanced.format.layout.ENCODINGS`.
 
     Raises
     ------
     InputError
         For an encoding that is not known or does not hold the pattern's block.
     """
-    fmt: PackedFormat = _rules(target).preferred_format(
-        pattern, out_features, in_features, batch, dtype, target
-    )
+    fmt = _offer(target).preferred_format(pattern, out_features, in_features, batch, dtype, target)
     return fmt if encoding == "auto" else dataclasses.replace(fmt, encoding=encoding)
 
 
@@ -85,18 +99,16 @@ class ScheduleBalanced:
     def __init__(self, target: tvm.target.Target) -> None:
         self.target = target
 
-    def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
-        rules = _rules(self.target).BALANCED_RULES
+    def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
+        """Schedule the kernels of a module."""
         updated = {}
-        for gvar, func in mod.functions_items():
-            if not isinstance(func, tirx.PrimFunc) or not has_balanced_block(func):
-                continue
-            if func.attrs is not None and SCHEDULED in func.attrs:
+        for gvar, func in unscheduled(mod):
+            if not has_balanced_block(func):
                 continue
             if self.target.kind.name == "llvm":
                 # exp, erf and tanh of an epilogue would be scalar library calls
                 func = cpu_math.rewrite(func)
-            scheduled = first_match(func, self.target, rules)
+            scheduled = first_match(func, self.target, _offer(self.target).BALANCED_RULES)
             if scheduled is None:
                 raise TvmBalancedError(
                     f"no schedule takes kernel {gvar.name_hint} for target {self.target}"
@@ -105,8 +117,8 @@ class ScheduleBalanced:
         return replaced(mod, updated)
 
 
-def schedule_rest(target: tvm.target.Target) -> Any:
-    """The pass that gives every other kernel a default schedule (DLight's rules first on CUDA)."""
+def schedule_rest(target: tvm.target.Target) -> tvm.transform.Pass:
+    """Make the pass that gives every other kernel a default schedule (DLight's rules first on CUDA)."""
     if target.kind.name == "llvm":
         return ScheduleForCpu()
     from tvm.s_tir import dlight
@@ -124,7 +136,7 @@ def schedule_rest(target: tvm.target.Target) -> Any:
 
 
 def spaces(func: tirx.PrimFunc, target: tvm.target.Target) -> list[Space]:
-    """The spaces of a kernel that holds the balanced operator; empty for any other kernel.
+    """List the spaces of a kernel that holds the balanced operator; none for any other kernel.
 
     Parameters
     ----------
@@ -133,13 +145,7 @@ def spaces(func: tirx.PrimFunc, target: tvm.target.Target) -> list[Space]:
     target : tvm.target.Target
         Where it will run.
     """
-    found = find(func)
-    if found is None or found.rows is None:
+    operator = find(func)
+    if operator is None or operator.rows is None:
         return []
-    if target.kind.name == "cuda":
-        kinds = (sparse_mma_space, expand_space, gather_space)
-        return [space for kind in kinds for space in kind(func, found, target)]
-    parts = nest.take_apart(func)
-    if parts is None or not isinstance(parts.rows, int):
-        return []
-    return [*permute_space(parts, target), *batch_lanes_space(parts, target)]
+    return [space for rule in _offer(target).TUNABLE_RULES for space in rule.spaces(func, target)]

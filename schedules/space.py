@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from tvm import s_tir
 
 
 class MismatchError(Exception):
@@ -30,15 +31,16 @@ class Space:
     kernel: str
     choices: Mapping[str, tuple[int, ...]]
     valid: Callable[[Mapping[str, int]], bool]
-    build: Callable[[Mapping[str, int]], Any]
+    build: Callable[[Mapping[str, int]], s_tir.Schedule | None]
 
     def points(self) -> list[dict[str, int]]:
-        """Every combination of values that goes together, in order."""
-        found: list[dict[str, int]] = [{}]
+        """List every combination of values that goes together, in order."""
+        combined: list[dict[str, int]] = [{}]
         for name, values in self.choices.items():
-            found = [{**point, name: value} for point in found for value in values]
-        return [point for point in found if self.valid(point)]
+            combined = [{**point, name: value} for point in combined for value in values]
+        return [point for point in combined if self.valid(point)]
 
 
-def _powers(limit: int) -> tuple[int, ...]:
+def powers(limit: int) -> tuple[int, ...]:
+    """List the powers of two up to ``limit``, or 1."""
     return tuple(1 << i for i in range(max(1, limit).bit_length()))

@@ -16,35 +16,34 @@ one of TVM's own rules, and its result is the kernel.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import tvm
 from tvm import s_tir, tirx
 
 from tvm_balanced.schedules.balanced_block import find, has_balanced_block
 from tvm_balanced.schedules.cuda import by_rows as cuda_by_rows
-from tvm_balanced.schedules.rules import RULE, SCHEDULED, replaced
+from tvm_balanced.schedules.rules import RULE, marked, replaced, unscheduled
 from tvm_balanced.schedules.space import MismatchError
 from tvm_balanced.schedules.workload import (
     DEFAULT,
-    _attrs,
-    _with_attrs,
+    attrs_of,
     build_for,
     knobs_of,
+    with_attrs,
     workload,
     workload_hash,
 )
 
+if TYPE_CHECKING:
+    from tvm_balanced.records.lookup import Choice
+
 # notes of kernels with their default schedule
-_NO_RECORD, _NO_FIT, _DEFAULT_BEST = (
-    "no record",
-    "its record does not fit",
-    "the default was fastest",
-)
-
-
+_NO_RECORD = "no record"
+_NO_FIT = "its record does not fit"
+_DEFAULT_BEST = "the default was fastest"
 _NO_KERNEL = (_NO_RECORD, _NO_FIT, _DEFAULT_BEST)
 
 
@@ -89,19 +88,16 @@ class ScheduleTuned:
         Records that did not fit their kernel.
     """
 
-    def __init__(self, target: tvm.target.Target, choices: Mapping[str, Any]) -> None:
+    def __init__(self, target: tvm.target.Target, choices: Mapping[str, Choice]) -> None:
         self.target = target
         self.choices = choices
         self.coverage: list[Coverage] = []
         self.problems: list[str] = []
 
-    def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
+    def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
+        """Schedule the kernels of a module, and note how in ``coverage``."""
         updated = {}
-        for gvar, func in mod.functions_items():
-            if not isinstance(func, tirx.PrimFunc):
-                continue
-            if func.attrs is not None and SCHEDULED in func.attrs:
-                continue
+        for gvar, func in unscheduled(mod):
             name = str(gvar.name_hint)
             schedule, note, scheduled = self._one(name, func)
             if scheduled is not None:
@@ -120,7 +116,7 @@ class ScheduleTuned:
         rules = {
             str(gvar.name_hint): str(func.attrs[RULE])
             for gvar, func in mod.functions_items()
-            if isinstance(func, tirx.PrimFunc) and func.attrs is not None and RULE in func.attrs
+            if isinstance(func, tirx.PrimFunc) and RULE in (func.attrs or {})
         }
         self.coverage = [
             dataclasses.replace(one, note=f"{rules[one.kernel]}: {one.note}")
@@ -148,32 +144,30 @@ class ScheduleTuned:
         return ("tuned" if choice.method == "measured" else "estimated"), note, scheduled
 
     def _symbolic(self, func: tirx.PrimFunc) -> str:
-        """The note of a kernel with symbolic shapes, which names what runs from which M on."""
-        found = find(func) if self.target.kind.name == "cuda" else None
-        ranges = [] if found is None else cuda_by_rows.ranges(found, self.target)
-        return f"symbolic shapes: {cuda_by_rows.told(ranges)}" if ranges else "symbolic shapes"
+        """Note of a kernel with symbolic shapes, which names what runs from which M on."""
+        operator = find(func) if self.target.kind.name == "cuda" else None
+        ranges = [] if operator is None else cuda_by_rows.ranges(operator, self.target)
+        return f"symbolic shapes: {cuda_by_rows.in_words(ranges)}" if ranges else "symbolic shapes"
 
     def _apply(
-        self, func: tirx.PrimFunc, plain: tvm.IRModule, choice: Any
+        self, func: tirx.PrimFunc, plain: tvm.IRModule, choice: Choice
     ) -> tuple[tirx.PrimFunc | None, str]:
-        if [tuple(info) for info in _args_info(plain["main"])] != [
+        if _args_info(plain["main"]) != [
             (kind, dtype, tuple(shape)) for kind, dtype, shape in choice.args_info
         ]:
             raise MismatchError("its arguments have other shapes")
         sch = s_tir.Schedule(plain)
         s_tir.schedule.Trace.apply_json_to_schedule(choice.trace, sch)
-        found = knobs_of(sch.mod)
-        if found is None:
-            scheduled = _with_attrs(sch.mod["main"], _attrs(func))
-            return scheduled.with_attr(SCHEDULED, True).with_attr(
-                RULE, "meta_schedule"
-            ), "TVM's rules"
-        kernel, knobs = found
+        noted = knobs_of(sch.mod)
+        if noted is None:
+            scheduled = with_attrs(sch.mod["main"], attrs_of(func))
+            return marked(scheduled, "meta_schedule"), "TVM's rules"
+        kernel, knobs = noted
         if kernel == DEFAULT:
             return None, _DEFAULT_BEST
-        told = ", ".join(f"{name} {value}" for name, value in knobs.items())
-        return build_for(func, self.target, kernel, knobs), f"{kernel}: {told}"
+        values = ", ".join(f"{name} {value}" for name, value in knobs.items())
+        return build_for(func, self.target, kernel, knobs), f"{kernel}: {values}"
 
 
-def _args_info(func: tirx.PrimFunc) -> Sequence[tuple[str, str, tuple[int, ...]]]:
+def _args_info(func: tirx.PrimFunc) -> list[tuple[str, str, tuple[int, ...]]]:
     return [("TENSOR", str(p.dtype), tuple(int(extent) for extent in p.shape)) for p in func.params]

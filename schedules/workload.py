@@ -10,31 +10,26 @@ import tvm_ffi
 from tvm import s_tir, tirx
 
 from tvm_balanced.records.traces import DEFAULT_KERNEL, KERNEL_NOTE, KNOB_NOTE
-from tvm_balanced.schedules.balanced_block import has_balanced_block
-from tvm_balanced.schedules.dispatch import spaces
+from tvm_balanced.schedules.balanced_block import has_balanced_block, sblocks
+from tvm_balanced.schedules.dispatch import ScheduleBalanced, schedule_rest, spaces
 from tvm_balanced.schedules.llvm.rest import half as cpu_half
 from tvm_balanced.schedules.llvm.rest import math as cpu_math
-from tvm_balanced.schedules.rules import RULE, SCHEDULED
+from tvm_balanced.schedules.rules import SCHEDULED, marked
 from tvm_balanced.schedules.space import MismatchError
+from tvm_balanced.support.tvm_types import Block
 
 KERNEL, KNOB, DEFAULT = KERNEL_NOTE, KNOB_NOTE, DEFAULT_KERNEL
 
 
-# --- workloads
-
-
 def is_static(func: tirx.PrimFunc) -> bool:
     """Whether all shapes are known, which tuning needs."""
-    return all(
-        isinstance(extent, tirx.IntImm)
-        for param in func.params
-        if tirx.is_buffer_var(param)
-        for extent in param.shape
-    ) and all(tirx.is_buffer_var(param) for param in func.params)
+    return all(tirx.is_buffer_var(param) for param in func.params) and all(
+        isinstance(extent, tirx.IntImm) for param in func.params for extent in param.shape
+    )
 
 
 def workload(func: tirx.PrimFunc, target: tvm.target.Target) -> tvm.IRModule | None:
-    """The module by which a kernel's records are found; None where shapes are symbolic.
+    """Make the module by which a kernel's records are found; None where shapes are symbolic.
 
     Parameters
     ----------
@@ -48,43 +43,41 @@ def workload(func: tirx.PrimFunc, target: tvm.target.Target) -> tvm.IRModule | N
     if target.kind.name == "llvm" and not has_balanced_block(func):
         func = cpu_half.rewrite(cpu_math.rewrite(func))
     attrs = {"global_symbol": "main", "tirx.noalias": True, "s_tir": True}
-    return tvm.IRModule({"main": _with_attrs(func, attrs)})
+    return tvm.IRModule({"main": with_attrs(func, attrs)})
 
 
-def _with_attrs(func: tirx.PrimFunc, attrs: Mapping[str, Any]) -> tirx.PrimFunc:
-    for name in _attrs(func):
+def with_attrs(func: tirx.PrimFunc, attrs: Mapping[str, object]) -> tirx.PrimFunc:
+    """Replace the attributes of a function."""
+    for name in attrs_of(func):
         func = func.without_attr(name)
     for name, value in attrs.items():
         func = func.with_attr(name, value)
     return func
 
 
-def _attrs(func: tirx.PrimFunc) -> dict[str, Any]:
+def attrs_of(func: tirx.PrimFunc) -> dict[str, Any]:
+    """Read the attributes of a function."""
     return {str(name): value for name, value in func.attrs.items()} if func.attrs else {}
 
 
-# --- applying
-
-
 def knobs_of(mod: tvm.IRModule) -> tuple[str, dict[str, int]] | None:
-    """Kernel and knobs that a trace wrote into the annotations; None where there are none."""
-    blocks: list[Any] = []
-    tvm_ffi.structural_walk(mod["main"].body, (s_tir.SBlock, blocks.append), order="post")
-    for block in blocks:
-        if KERNEL in block.annotations:
+    """Read the kernel and knobs that a trace wrote into the annotations; None where there are none."""
+    for block in sblocks(mod["main"].body):
+        notes = {str(key): value for key, value in block.annotations.items()}
+        if KERNEL in notes:
             knobs = {
-                str(key)[len(KNOB) :]: int(value)
-                for key, value in block.annotations.items()
-                if str(key).startswith(KNOB)
+                key.removeprefix(KNOB): int(value)
+                for key, value in notes.items()
+                if key.startswith(KNOB)
             }
-            return str(block.annotations[KERNEL]), knobs
+            return str(notes[KERNEL]), knobs
     return None
 
 
 def build_for(
     func: tirx.PrimFunc, target: tvm.target.Target, kernel: str, knobs: Mapping[str, int]
 ) -> tirx.PrimFunc:
-    """``func`` scheduled by one of our kernels.
+    """Schedule ``func`` by one of our kernels.
 
     Raises
     ------
@@ -105,11 +98,11 @@ def build_for(
     scheduled = space.build(values)
     if scheduled is None:
         raise MismatchError(f"kernel {kernel} does not take it")
-    return scheduled.mod["main"].with_attr(SCHEDULED, True).with_attr(RULE, kernel)
+    return marked(scheduled.mod["main"], kernel)
 
 
 def realize(mod: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
-    """The kernel that a trace stands for: a module with one scheduled function ``main``.
+    """Make the kernel that a trace stands for: a module with one scheduled function ``main``.
 
     Parameters
     ----------
@@ -123,12 +116,10 @@ def realize(mod: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
     MismatchError
         As for :func:`build_for`.
     """
-    from tvm_balanced.schedules.dispatch import ScheduleBalanced, schedule_rest
-
-    found = knobs_of(mod)
-    if found is None:
+    noted = knobs_of(mod)
+    if noted is None:
         return tvm.IRModule({"main": mod["main"].with_attr(SCHEDULED, True)})
-    kernel, knobs = found
+    kernel, knobs = noted
     plain = without_annotations(mod)
     if kernel == DEFAULT:
         with target:
@@ -139,9 +130,9 @@ def realize(mod: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
 
 
 def without_annotations(mod: tvm.IRModule) -> tvm.IRModule:
-    """The workload that a trace of ours was applied to."""
+    """Recover the workload that a trace of ours was applied to."""
 
-    def strip(block: Any) -> Any:
+    def strip(block: Block) -> Block:
         kept = {
             key: value
             for key, value in block.annotations.items()
@@ -149,17 +140,9 @@ def without_annotations(mod: tvm.IRModule) -> tvm.IRModule:
         }
         if len(kept) == len(block.annotations):
             return block
-        return s_tir.SBlock(
-            block.iter_vars,
-            block.reads,
-            block.writes,
-            block.name_hint,
-            block.body,
-            block.init,
-            block.alloc_buffers,
-            block.match_buffers,
-            kept,
-        )
+        names = ("iter_vars", "reads", "writes", "name_hint", "body", "init", "alloc_buffers")
+        parts = [getattr(block, name) for name in names]
+        return s_tir.SBlock(*parts, block.match_buffers, kept)
 
     func = mod["main"]
     body = tvm_ffi.structural_map(func.body, (s_tir.SBlock, strip))
@@ -167,7 +150,7 @@ def without_annotations(mod: tvm.IRModule) -> tvm.IRModule:
 
 
 def workload_hash(mod: tvm.IRModule) -> str:
-    """The hash by which MetaSchedule's database knows a workload."""
+    """Hash by which MetaSchedule's database knows a workload."""
     from tvm.s_tir import meta_schedule as ms
 
     return str(ms.database.Workload(mod).as_json()[0])

@@ -21,22 +21,12 @@ from tvm_balanced.format.layout import BITMAP, ENCODINGS, Layout, PackedFormat
 from tvm_balanced.format.pattern import BalancedPattern
 
 OP_NAME = "relax.nn.balanced_sparse_dense"
-
-
 # Names of the TensorIR blocks. They are stable API: schedules, the tuner and tests look blocks up by them.
 BLOCK_DATA = "balanced_data"
-
-
 BLOCK_MAIN = "balanced_sparse_dense"
-
-
 BLOCK_OUT = "balanced_out"
-
-
 # Block attribute that MetaSchedule's ApplyCustomRule looks up, and the one that holds the format.
 SCHEDULE_RULE = "balanced_sparse_dense"
-
-
 FORMAT_ATTR = "balanced_format"
 
 

@@ -13,32 +13,29 @@ of rows g, g + 8, g + 16 and g + 24 are all its own. It expands a block by stori
 (or 32) columns of shared memory that are all in the bank of the lane, and reads them back as fragments:
 no search, no shuffle, no barrier, and no two lanes meet in a bank. Then it puts zeros where the values were.
 
-**Activations** come in by ``cp.async``, ``Tile.stages`` steps ahead: for each t the block that the lanes t
-work on, so that one 16-byte load of shared memory is the fragments of two ``mma.sync``, with nothing for
-``ldmatrix`` to rearrange. The 16-byte pieces of a row are permuted (``_place``): these loads are free of
-bank conflicts.
+**Activations** come in by ``cp.async``, as many steps ahead as ``TensorCoreTile.stages`` says: for each t
+the block that the lanes t work on, so that one 16-byte load of shared memory is the fragments of two
+``mma.sync``, with nothing for ``ldmatrix`` to rearrange. The 16-byte pieces of a row are permuted
+(``_place``): these loads are free of bank conflicts.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from tvm import tirx
 
-import tvm
-from tvm import s_tir, tirx
-
-from tvm_balanced.format.layout import PackedFormat
-from tvm_balanced.schedules.balanced_block import BalancedBlock
-from tvm_balanced.schedules.cuda import expand as cuda_expand
-from tvm_balanced.schedules.cuda import expand_model, machine
-from tvm_balanced.schedules.cuda import tensor_core as cuda_tensor_core
-from tvm_balanced.schedules.cuda.expand_model import Memory
-from tvm_balanced.schedules.cuda.tensor_core import at, call, loop, tile_space
-from tvm_balanced.schedules.cuda.tensor_core_model import COLUMNS, ROWS, RUN, WINDOW, Tile
-from tvm_balanced.schedules.space import Space
-from tvm_balanced.targets.gpus import gpu_figures
+from tvm_balanced.schedules.cuda.expand_model import EXPAND
+from tvm_balanced.schedules.cuda.tensor_core import (
+    TensorCoreKernel,
+    TensorCoreRule,
+    at,
+    call,
+    local,
+    loop,
+)
+from tvm_balanced.schedules.cuda.tensor_core_model import COLUMNS, ROWS, RUN, WINDOW
+from tvm_balanced.support.tvm_types import Buffer, Expr, Stmt
 
 NAME = "cuda_expand"
-
 
 _SOURCE = r"""
 // stores of halves and loads of words reach the same bytes: volatile keeps them in their order
@@ -115,52 +112,15 @@ __device__ __forceinline__ void balanced_multiply(
 """
 
 
-def choose(
-    fmt: PackedFormat,
-    rows: int | None,
-    dtype: str,
-    target: tvm.target.Target,
-) -> tuple[Tile, machine.Prediction] | None:
-    """Tile and prediction where this schedule is predicted faster than the gather; None elsewhere.
-
-    Parameters
-    ----------
-    fmt, rows, dtype, target
-        As for :func:`tvm_balanced.schedules.cuda.tensor_core.choose`.
-    """
-    return cuda_tensor_core.choose(expand_model, fmt, rows, dtype, target)
-
-
-def apply(
-    func: tirx.PrimFunc, target: tvm.target.Target, tile: Tile | None = None
-) -> s_tir.Schedule | None:
-    """Schedule ``func``, or None when it is not of the form this schedule takes.
-
-    Parameters
-    ----------
-    func, target, tile
-        As for :func:`tvm_balanced.schedules.cuda.tensor_core.schedule`. Without a tile only kernels are taken
-        that are predicted faster than the gather.
-    """
-    return cuda_tensor_core.schedule(expand_model, _Kernel, func, target, tile)
-
-
-def takes(found: BalancedBlock) -> bool:
-    """Whether the operator's format and types are this schedule's."""
-    return cuda_tensor_core.takes(expand_model, found)
-
-
-class _Kernel(cuda_tensor_core.Kernel):
+class ExpandKernel(TensorCoreKernel):
     """Expands a block at a time in shared memory, and multiplies it."""
 
     name = "expand"
     source = _SOURCE
+    model = EXPAND
 
-    def _memory(self) -> Memory:
-        return Memory(self.fmt, self.tile)
-
-    def _scratch(self) -> Any:
-        return self._local(ROWS * self.words, "uint32", "dense")
+    def _scratch(self) -> Buffer:
+        return local(ROWS * self.words, "uint32", "dense")
 
     @property
     def block(self) -> int:
@@ -183,24 +143,24 @@ class _Kernel(cuda_tensor_core.Kernel):
         return RUN // self.nnz
 
     @property
-    def steps(self) -> Any:
-        """See the base class."""
+    def steps(self) -> Expr:
+        """Steps of a warp."""
         return self.windows * self.blocks_of_run
 
     @property
     def pieces(self) -> int:
-        """See the base class."""
+        """Pieces of a row of activations in a step."""
         return WINDOW * self.block // 8
 
-    def _own(self) -> Any:
+    def _own(self) -> Expr:
         """Where a lane expands its blocks."""
         byte = self.memory.blocks + self.warp * self.memory.own + self.lane * 4
         return at(self.shared, byte)
 
-    def _prepare(self) -> list[Any]:
+    def _prepare(self) -> list[Stmt]:
         return [call(f"balanced_zero<{self.words}>", self._own())]
 
-    def _place(self, row: Any, piece: Any) -> Any:
+    def _place(self, row: Expr, piece: Expr) -> Expr:
         """Byte, from the start of a stage, of 16 bytes of a row of activations.
 
         Eight lanes load at once: rows g and g + 1, all t, the same piece of each block.
@@ -211,14 +171,14 @@ class _Kernel(cuda_tensor_core.Kernel):
             place = tirx.bitwise_xor(tirx.bitwise_xor(piece, piece // 8), row % 2 * 2)
         return row * self.memory.row + place * 16
 
-    def _piece(self, step: Any, row: Any, piece: Any) -> tuple[Any, Any]:
+    def _piece(self, step: Expr, row: Expr, piece: Expr) -> tuple[Expr, Expr]:
         window, part = step // self.blocks_of_run, step % self.blocks_of_run
         of_block = self.block // 8
         first = (self.part * self.windows + window) * WINDOW
         block = (first + piece // of_block) * self.blocks_of_run + part
         return block * self.block + piece % of_block * 8, self._place(row, piece)
 
-    def _multiply(self, window: Any) -> list[Any]:
+    def _multiply(self, window: Expr) -> list[Stmt]:
         return [
             loop(
                 self.blocks_of_run,
@@ -228,52 +188,31 @@ class _Kernel(cuda_tensor_core.Kernel):
             )
         ]
 
-    def _step(self, window: Any, part: Any) -> list[Any]:
+    def _step(self, window: Expr, part: Expr) -> list[Stmt]:
         step = window * self.blocks_of_run + part
         values, indices = self.held[0]
-        first = part * self.nnz
+        first, slot = part * self.nnz, self._staged(step)
 
-        def expand(i: Any) -> Any:
-            kept = at(indices, i * self.index_words)
+        def expand(i: Expr) -> Stmt:
+            own, kept = self._own(), at(indices, i * self.index_words)
+            of_slots = f"<{self.bits}, {self.nnz}>"
             return tirx.SeqStmt(
                 [
-                    call(
-                        f"balanced_scatter<{self.bits}, {self.nnz}>",
-                        self._own(),
-                        at(values, i * 4),
-                        kept,
-                        first,
-                    ),
-                    call(
-                        f"balanced_read<{self.words}>",
-                        at(self.scratch, i * self.words),
-                        self._own(),
-                    ),
-                    call(f"balanced_clear<{self.bits}, {self.nnz}>", self._own(), kept, first),
+                    call(f"balanced_scatter{of_slots}", own, at(values, i * 4), kept, first),
+                    call(f"balanced_read<{self.words}>", at(self.scratch, i * self.words), own),
+                    call(f"balanced_clear{of_slots}", own, kept, first),
                 ]
             )
 
-        bfloat = "true" if self.x.dtype == "bfloat16" else "false"
-        slot = self._staged(step)
-
-        def multiply(group: Any) -> Any:
-            return tirx.SeqStmt(
-                [
-                    call(
-                        f"balanced_multiply<{bfloat}, {self.words}>",
-                        at(self.sums, group * 8),
-                        at(self.scratch, 4 * piece),
-                        at(
-                            self.shared,
-                            slot
-                            + self._place(
-                                group * COLUMNS + self.g, self.t * (self.block // 8) + piece
-                            ),
-                        ),
-                    )
-                    for piece in range(self.block // 8)
-                ]
-            )
+        def multiply(group: Expr) -> Stmt:
+            name = f"balanced_multiply<{self.bfloat}, {self.words}>"
+            sums, row = at(self.sums, group * 8), group * COLUMNS + self.g
+            calls = []
+            for piece in range(self.block // 8):
+                place = self._place(row, self.t * (self.block // 8) + piece)
+                weights, activations = at(self.scratch, 4 * piece), at(self.shared, slot + place)
+                calls.append(call(name, sums, weights, activations))
+            return tirx.SeqStmt(calls)
 
         return [
             *self._next(step),
@@ -282,18 +221,5 @@ class _Kernel(cuda_tensor_core.Kernel):
         ]
 
 
-def expand_space(
-    func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target
-) -> list[Space]:
-    shared, count = cuda_tensor_core.shared_limit(target), gpu_figures(target).sm_count
-    return tile_space(
-        cuda_expand,
-        func,
-        found,
-        target,
-        lambda fmt, rows: expand_model.choices(fmt, rows, count),
-        lambda fmt, rows, tile: (
-            tile.splits <= expand_model.idle_times(fmt, rows, tile, count)
-            and expand_model.is_legal(fmt, shared, tile)
-        ),
-    )
+_RULE = TensorCoreRule(NAME, EXPAND, ExpandKernel)
+takes, choose, apply, spaces = _RULE.takes, _RULE.choose, _RULE.apply, _RULE.spaces

@@ -6,22 +6,19 @@ all slots of its row and reads the activations from global memory. Nothing is st
 
 from __future__ import annotations
 
-from typing import Any
-
 import tvm
 from tvm import s_tir
+from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from tvm_balanced import ops
 from tvm_balanced.schedules.balanced_block import has_balanced_block
 
 NAME = "cuda_fallback"
-
-
 _THREADS = 256
 
 
-def apply(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> Any:
-    """Schedule ``func`` with one thread per output element.
+def apply(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | None:
+    """Schedule ``func`` with one thread per output element, or return None when it lacks the operator.
 
     Parameters
     ----------
@@ -29,11 +26,6 @@ def apply(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> Any:
         A fused kernel with the operator's blocks and any elementwise epilogue.
     target : tvm.target.Target
         A CUDA target.
-
-    Returns
-    -------
-    tvm.s_tir.Schedule or None
-        None when ``func`` does not hold the operator.
     """
     if not has_balanced_block(func):
         return None
@@ -59,7 +51,7 @@ def apply(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> Any:
     return sch
 
 
-def inline_around(sch: Any, main: Any) -> None:
+def inline_around(sch: s_tir.Schedule, main: SBlockRV) -> None:
     """Inline every block but the operator's own two and those that write a result of the kernel."""
     keep = {ops.BLOCK_MAIN, ops.BLOCK_DATA, *_outputs(sch)}
     for block in sch.get_child_blocks(sch.get_sblock("root")):
@@ -67,7 +59,7 @@ def inline_around(sch: Any, main: Any) -> None:
             sch.compute_inline(block)
 
 
-def _outputs(sch: Any) -> list[str]:
+def _outputs(sch: s_tir.Schedule) -> list[str]:
     """Names of the blocks that write a parameter of the function."""
     params = sch.mod["main"].params
     return [
@@ -77,7 +69,7 @@ def _outputs(sch: Any) -> list[str]:
     ]
 
 
-def _bind(sch: Any, block: Any, spatial: int) -> Any:
+def _bind(sch: s_tir.Schedule, block: SBlockRV, spatial: int) -> LoopRV:
     """Spread the first ``spatial`` loops of ``block`` over threads and return the thread loop."""
     loops = sch.get_loops(block)[:spatial]
     fused = sch.fuse(*loops) if loops else sch.add_unit_loop(block)

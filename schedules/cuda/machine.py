@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, fields, replace
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from tvm_balanced.cuda.cubin import KernelResources
 from tvm_balanced.cuda.occupancy import occupancy
 from tvm_balanced.errors import InputError
-from tvm_balanced.targets.gpus import GpuFigures
+from tvm_balanced.targets.gpus import ARCHITECTURES, Gpu
 
 CALIBRATION = "uncalibrated"
 
@@ -56,13 +58,13 @@ class Instructions:
 
 
 @dataclass(frozen=True)
-class Machine:
+class MachineModel:
     """A GPU as the model sees it; rates are of one multiprocessor and clock.
 
     Parameters
     ----------
     arch : str
-        Key of :data:`tvm_balanced.targets.gpus.SM_LIMITS`.
+        Key of :data:`tvm_balanced.targets.gpus.ARCHITECTURES`.
     sm_count : int
         Streaming multiprocessors.
     clock_ghz : float
@@ -76,7 +78,7 @@ class Machine:
     fma_lanes, int_lanes : float
         Multiply-adds in float32, and integer operations.
     tensor_flops_per_clock : float
-        Of dense 16-bit products on tensor cores, a multiply-add counted as two.
+        Of dense 16-bit products on tensor cores by ``mma.sync``, a multiply-add counted as two.
     schedulers : int
         Warp-wide instructions issued.
     memory_ns : float
@@ -130,29 +132,16 @@ class Machine:
 # share of the data sheet's bandwidth that a plain copy reaches
 SUSTAINED_BANDWIDTH = 0.92
 
-
-# bytes a clock from the level-2 cache: 5120 on GA100 by its white paper, taken for its successors too; the
-# others have 32 bytes for each of 64 slices or so
-_L2_BYTES_PER_CLOCK = {
-    "sm_80": 5120.0,
-    "sm_86": 1536.0,
-    "sm_89": 2048.0,
-    "sm_90": 5120.0,
-    "sm_100": 5120.0,
-    "sm_120": 2560.0,
-}
-
-
 _PORT_BYTES_PER_CLOCK = 64.0
 
 
-def machine(gpu: GpuFigures, multiprocessors: int | None = None) -> Machine:
-    """The model's view of a GPU.
+def machine(gpu: Gpu, multiprocessors: int | None = None) -> MachineModel:
+    """Make the models' view of a GPU.
 
     Parameters
     ----------
-    gpu : GpuFigures
-        Of an architecture in :data:`tvm_balanced.targets.gpus.SM_LIMITS`.
+    gpu : Gpu
+        A GPU of an architecture in :data:`tvm_balanced.targets.gpus.ARCHITECTURES`.
     multiprocessors : int, optional
         Instead of all; bandwidths and the level-2 cache are reduced in proportion.
 
@@ -175,28 +164,29 @@ def machine(gpu: GpuFigures, multiprocessors: int | None = None) -> Machine:
 
 
 @functools.lru_cache(maxsize=64)
-def _machine(gpu: GpuFigures) -> Machine:
-    if gpu.arch not in _L2_BYTES_PER_CLOCK:
+def _machine(gpu: Gpu) -> MachineModel:
+    architecture = ARCHITECTURES.get(gpu.arch)
+    if architecture is None:
         raise InputError(
             f'a kernel cannot be modelled for architecture "{gpu.arch}": its limits are not known; known '
-            f"are {', '.join(_L2_BYTES_PER_CLOCK)}"
+            f"are {', '.join(ARCHITECTURES)}"
         )
-    return Machine(
+    tensor = gpu.tensor_tflops * 1e3 / (gpu.sm_count * gpu.clock_ghz)
+    return MachineModel(
         arch=gpu.arch,
         sm_count=gpu.sm_count,
         clock_ghz=gpu.clock_ghz,
         bandwidth_gbps=gpu.bandwidth_gbps * SUSTAINED_BANDWIDTH,
         l2_bytes=gpu.l2_bytes,
-        l2_bytes_per_clock=_L2_BYTES_PER_CLOCK[gpu.arch],
+        l2_bytes_per_clock=architecture.l2_bytes,
         port_bytes_per_clock=_PORT_BYTES_PER_CLOCK,
         # a multiply-add counts as two operations
         fma_lanes=gpu.fp32_tflops * 1e3 / (2 * gpu.sm_count * gpu.clock_ghz),
-        tensor_flops_per_clock=gpu.tensor_tflops * 1e3 / (gpu.sm_count * gpu.clock_ghz),
+        tensor_flops_per_clock=tensor * architecture.mma_share,
     )
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(NamedTuple):
     """What the model makes of one launch, or of two where thread blocks share K.
 
     Parameters
@@ -258,18 +248,41 @@ class Prediction:
 
     def __str__(self) -> str:
         lines = [f"predicted {self.total_us:.2f} us ({CALIBRATION}), bound by {self.bound}"]
-        for field in fields(self)[1:]:
-            value = getattr(self, field.name)
-            lines.append(
-                f"  {field.name:24}{value:12.2f}"
-                if isinstance(value, float)
-                else f"  {field.name:24}{value:9d}"
-            )
+        for name, value in list(self._asdict().items())[1:]:
+            number = f"{value:12.2f}" if isinstance(value, float) else f"{value:9d}"
+            lines.append(f"  {name:24}{number}")
         return "\n".join(lines)
+
+
+#: Of a kernel that cannot be launched.
+NEVER = Prediction(math.inf, *(0.0,) * 7, 0, 0, 0.0, 0.0, 0, 0, 0, 0, *(0.0,) * 4)
 
 
 @functools.lru_cache(maxsize=4096)
 def resident_blocks(arch: str, registers: int, shared_bytes: int, threads: int) -> int:
-    """Thread blocks that one multiprocessor holds at a time."""
+    """Count the thread blocks that one multiprocessor holds at a time."""
     kernel = KernelResources("", registers, 0, shared_bytes, threads)
     return occupancy(kernel, arch, threads).blocks
+
+
+def adding_us(gpu: MachineModel, splits: int, outputs: int, work_groups: int) -> float:
+    """Microseconds of the kernel in which a thread adds the ``splits`` sums of one output.
+
+    Its launch, the sums through the level-2 cache, where the kernel before has just left them, and a
+    thread's chain: so many loads at a time as it takes gathers, then the result.
+
+    Parameters
+    ----------
+    gpu : MachineModel
+        Where it runs.
+    splits, outputs : int
+        Sums of an output, float32, and outputs.
+    work_groups : int
+        Parts of them that multiprocessors share.
+    """
+    moved = 2 * splits * outputs * 4  # written by one kernel and read by the other
+    chain = -(-splits // gpu.shared_in_flight) * gpu.stage_ns * gpu.clock_ghz
+    chain += (splits + gpu.instructions.kernel) * gpu.issue_clocks
+    active = min(gpu.sm_count, work_groups)
+    rate = min(gpu.l2_bytes_per_clock, gpu.port_bytes_per_clock * active)
+    return gpu.launch_us + (chain + moved / rate) / (gpu.clock_ghz * 1e3)

@@ -7,32 +7,22 @@ kernel that no rule took would be compiled as host code that writes the device's
 
 from __future__ import annotations
 
-from typing import Any
-
 import tvm
 from tvm import s_tir, tirx
 from tvm.s_tir.dlight import ScheduleRule
+from tvm.s_tir.schedule import SBlockRV
 
 NAME = "cuda_serial"
-
-
 _THREADS = 256
 
 
 class Serial(ScheduleRule):  # type: ignore[misc]
     """Last of the rules for kernels without the balanced-sparse operator."""
 
-    def apply(self, func: tirx.PrimFunc, target: tvm.target.Target, _tunable: bool) -> Any:
+    def apply(
+        self, func: tirx.PrimFunc, target: tvm.target.Target, _tunable: bool
+    ) -> s_tir.Schedule | None:
         """Bind the outer spatial loops of every block.
-
-        Parameters
-        ----------
-        func : tirx.PrimFunc
-            A kernel that is not scheduled.
-        target : tvm.target.Target
-            A CUDA target.
-        _tunable : bool
-            Not used.
 
         Returns
         -------
@@ -50,7 +40,7 @@ class Serial(ScheduleRule):  # type: ignore[misc]
         return sch if blocks else None
 
 
-def _bind(sch: s_tir.Schedule, block: Any) -> None:
+def _bind(sch: s_tir.Schedule, block: SBlockRV) -> None:
     kinds = [axis.iter_type == tirx.IterVar.DataPar for axis in sch.get(block).iter_vars]
     loops = list(zip(sch.get_loops(block), kinds, strict=True))
     spatial = [loop for loop, is_spatial in loops if is_spatial]

@@ -17,33 +17,31 @@ bits and row g + 8 in its upper ones (``docs/sparse-mma.md`` has the sources). T
 t stand in lane t and are wanted in lane b: the 4 x 4 transposition of a quad, two shuffles for two rows.
 One word then serves both products, selector 0 the first and 1 the second.
 
-**Activations** come in by ``cp.async``, ``Tile.stages`` windows ahead, 8 bytes (a block) at a time, to where
-``ldmatrix`` delivers them: two blocks of neighbouring runs side by side. The 16-byte pieces of a row are
-permuted by its number, so that neither copies nor ``ldmatrix`` have bank conflicts.
+**Activations** come in by ``cp.async``, as many windows ahead as ``TensorCoreTile.stages`` says, 8 bytes (a
+block) at a time, to where ``ldmatrix`` delivers them: two blocks of neighbouring runs side by side. The
+16-byte pieces of a row are permuted by its number, so that neither copies nor ``ldmatrix`` have bank
+conflicts.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from tvm import tirx
 
-import tvm
-from tvm import s_tir, tirx
-
-from tvm_balanced.format.layout import PackedFormat
-from tvm_balanced.schedules.balanced_block import BalancedBlock
-from tvm_balanced.schedules.cuda import machine, sparse_mma_model
-from tvm_balanced.schedules.cuda import sparse_mma as cuda_sparse_mma
-from tvm_balanced.schedules.cuda import tensor_core as cuda_tensor_core
-from tvm_balanced.schedules.cuda.sparse_mma_model import WINDOW_COLUMNS, Memory
-from tvm_balanced.schedules.cuda.tensor_core import at, call, loop, tile_space
-from tvm_balanced.schedules.cuda.tensor_core_model import COLUMNS, LANES, ROWS, WINDOW, Tile
-from tvm_balanced.schedules.space import Space
+from tvm_balanced.schedules.cuda.gather_tile import LANES
+from tvm_balanced.schedules.cuda.sparse_mma_model import SPARSE_MMA, WINDOW_COLUMNS
+from tvm_balanced.schedules.cuda.tensor_core import (
+    TensorCoreKernel,
+    TensorCoreRule,
+    at,
+    call,
+    local,
+    loop,
+)
+from tvm_balanced.schedules.cuda.tensor_core_model import COLUMNS, ROWS, WINDOW
+from tvm_balanced.support.tvm_types import Buffer, Expr, Stmt
 
 NAME = "cuda_sparse_mma"
-
-
 _BLOCK_BYTES = 8  # of activations: four columns
-
 
 _SOURCE = r"""
 // the four bits of block b of run t, from lane t of a quad to lane b; rows 8 apart in the halves of a word
@@ -91,71 +89,34 @@ __device__ __forceinline__ void balanced_sparse_multiply(
 """
 
 
-def choose(
-    fmt: PackedFormat,
-    rows: int | None,
-    dtype: str,
-    target: tvm.target.Target,
-) -> tuple[Tile, machine.Prediction] | None:
-    """Tile and prediction where this schedule is predicted faster than the gather; None elsewhere.
-
-    Parameters
-    ----------
-    fmt, rows, dtype, target
-        As for :func:`tvm_balanced.schedules.cuda.tensor_core.choose`; a symbolic M is the gather's.
-    """
-    return cuda_tensor_core.choose(sparse_mma_model, fmt, rows, dtype, target)
-
-
-def apply(
-    func: tirx.PrimFunc, target: tvm.target.Target, tile: Tile | None = None
-) -> s_tir.Schedule | None:
-    """Schedule ``func``, or None when it is not of the form this schedule takes.
-
-    Parameters
-    ----------
-    func, target, tile
-        As for :func:`tvm_balanced.schedules.cuda.tensor_core.schedule`, at 2:4. Without a tile only kernels
-        are taken that are predicted faster than the gather.
-    """
-    return cuda_tensor_core.schedule(sparse_mma_model, _Kernel, func, target, tile)
-
-
-def takes(found: BalancedBlock) -> bool:
-    """Whether the operator's format and types are this schedule's."""
-    return cuda_tensor_core.takes(sparse_mma_model, found)
-
-
-class _Kernel(cuda_tensor_core.Kernel):
+class SparseMmaKernel(TensorCoreKernel):
     """Makes metadata of a window's indices, and multiplies its values as they are."""
 
     name = "sparse_mma"
     source = _SOURCE
     piece_bytes = _BLOCK_BYTES
+    model = SPARSE_MMA
 
-    def _memory(self) -> Memory:
-        return Memory(self.tile)
-
-    def _scratch(self) -> Any:
-        return self._local(ROWS // 2, "uint32", "metadata")
+    def _scratch(self) -> Buffer:
+        return local(ROWS // 2, "uint32", "metadata")
 
     @property
-    def steps(self) -> Any:
-        """See the base class."""
+    def steps(self) -> Expr:
+        """Steps of a warp."""
         return self.windows
 
     @property
     def pieces(self) -> int:
-        """See the base class."""
+        """Pieces of a row of activations in a step."""
         return WINDOW_COLUMNS // 4
 
-    def _holds(self, tile: Any, row: Any) -> Any:
+    def _holds(self, tile: Expr, row: Expr) -> Expr | None:
         if self.fmt.padded_rows == self.fmt.out_features:
             return None
         # rows that fill the tile hold index 0 twice
         return tile * LANES + row < self.fmt.out_features
 
-    def _piece(self, step: Any, row: Any, piece: Any) -> tuple[Any, Any]:
+    def _piece(self, step: Expr, row: Expr, piece: Expr) -> tuple[Expr, Expr]:
         first = (self.part * self.windows + step) * WINDOW_COLUMNS
         run, block = piece // WINDOW, piece % WINDOW
         # two blocks of neighbouring runs side by side, as ldmatrix reads them
@@ -163,34 +124,22 @@ class _Kernel(cuda_tensor_core.Kernel):
         place = row * self.memory.row + tirx.bitwise_xor(pair, row % 8) * 16
         return first + piece * 4, place + run % 2 * _BLOCK_BYTES
 
-    def _multiply(self, window: Any) -> list[Any]:
-        memory = self.memory
+    def _multiply(self, window: Expr) -> list[Stmt]:
         values, indices = self.held[0]
-        bfloat = "true" if self.x.dtype == "bfloat16" else "false"
-        slot = self._staged(window)
+        slot, pitch = self._staged(window), self.memory.row
         # lanes 8 r to 8 r + 7 name the rows of piece r
         row, piece = self.lane % 8, self.lane // 8
 
-        def multiply(group: Any) -> Any:
-            return tirx.SeqStmt(
-                [
-                    call(
-                        f"balanced_sparse_multiply<{bfloat}, {product}>",
-                        at(self.sums, group * 8),
-                        at(values, 0),
-                        at(self.scratch, 0),
-                        at(
-                            self.shared,
-                            slot
-                            + row * memory.row
-                            + tirx.bitwise_xor(piece + 4 * product, row) * 16,
-                        ),
-                        # apart, so that it becomes part of the load
-                        group * (COLUMNS * memory.row),
-                    )
-                    for product in range(2)
-                ]
-            )
+        def multiply(group: Expr) -> Stmt:
+            sums = at(self.sums, group * 8)
+            calls = []
+            for product in range(2):
+                place = slot + row * pitch + tirx.bitwise_xor(piece + 4 * product, row) * 16
+                operands = at(values, 0), at(self.scratch, 0), at(self.shared, place)
+                # the group apart, so that it becomes part of the load
+                name = f"balanced_sparse_multiply<{self.bfloat}, {product}>"
+                calls.append(call(name, sums, *operands, group * (COLUMNS * pitch)))
+            return tirx.SeqStmt(calls)
 
         return [
             call("balanced_sparse_metadata", at(self.scratch, 0), at(indices, 0), self.lane),
@@ -199,15 +148,5 @@ class _Kernel(cuda_tensor_core.Kernel):
         ]
 
 
-def sparse_mma_space(
-    func: tirx.PrimFunc, found: BalancedBlock, target: tvm.target.Target
-) -> list[Space]:
-    shared = cuda_tensor_core.shared_limit(target)
-    return tile_space(
-        cuda_sparse_mma,
-        func,
-        found,
-        target,
-        lambda fmt, rows: sparse_mma_model.choices(rows),
-        lambda fmt, rows, tile: sparse_mma_model.is_legal(fmt, shared, tile),
-    )
+_RULE = TensorCoreRule(NAME, SPARSE_MMA, SparseMmaKernel)
+takes, choose, apply, spaces = _RULE.takes, _RULE.choose, _RULE.apply, _RULE.spaces

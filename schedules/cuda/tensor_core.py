@@ -4,14 +4,14 @@
 balanced weight in the gather's layout ``r32v8`` by rows of activations. Rows of the weight are the 16 rows
 of a product, rows of activations its 8 columns; sums are float32.
 
-Thread map, for tiles of ``Tile.rows`` rows of activations by ``32 * Tile.columns`` outputs::
+Thread map, for tiles of ``TensorCoreTile.rows`` rows of activations by ``32 * Tile.columns`` outputs::
 
     blockIdx.x  -> 32 * columns outputs       threadIdx.x -> lane (g, t) = (lane / 4, lane % 4)
     blockIdx.y  -> a tile of rows             threadIdx.y -> a warp's 32 outputs, and its share of K
-    blockIdx.z  -> a share of K, where ``Tile.splits`` says so
+    blockIdx.z  -> a share of K, where ``TensorCoreTile.splits`` says so
 
 A warp takes four runs of 8 slots (a *window*) at once; lane (g, t) loads run t of the rows g, g + 8, g + 16
-and g + 24, one window ahead. Activations come in by ``cp.async``, ``Tile.stages`` steps ahead.
+and g + 24, one window ahead. Activations come in by ``cp.async``, ``TensorCoreTile.stages`` steps ahead.
 
 Warps that share K add their sums in shared memory in a fixed order, eight rows of activations at a time,
 and finish the output there, 32 neighbouring outputs to a warp. Where thread blocks share K too, they leave
@@ -25,34 +25,37 @@ shapes, predicates and everything after the operator stay TensorIR.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import tvm
-import tvm_ffi
 from tvm import s_tir, tirx
 
-from tvm_balanced.format.layout import ENCODINGS, PackedFormat
-from tvm_balanced.ops import BLOCK_DATA
-from tvm_balanced.schedules import fused_kernel
+from tvm_balanced.format.layout import ENCODINGS, PackedFormat, ceil_div
 from tvm_balanced.schedules.balanced_block import BalancedBlock, find
-from tvm_balanced.schedules.cuda import gather as cuda_gather
-from tvm_balanced.schedules.cuda import machine
+from tvm_balanced.schedules.cuda import gather, machine
+from tvm_balanced.schedules.cuda.gather_tile import LANES
 from tvm_balanced.schedules.cuda.tensor_core_model import (
     COLUMNS,
-    LANES,
     ROWS,
     RUN,
     SUM_STRIDE,
     WINDOW,
-    Tile,
-    ceil,
+    SharedMemory,
+    TensorCoreModel,
+    TensorCoreTile,
     windows_of,
 )
+from tvm_balanced.schedules.fused_kernel import (
+    FusedKernel,
+    take_apart,
+    unravel,
+    whole,
+)
 from tvm_balanced.schedules.space import Space
-from tvm_balanced.targets.gpus import gpu_figures
+from tvm_balanced.support.tvm_types import Buffer, Expr, Stmt
+from tvm_balanced.targets.gpus import gpu_of
 
 BLOCK_ADD = "balanced_add"
-
 
 # Each function is one step of a warp or a lane. They are handed addresses, not buffers: TVM would put a
 # barrier between a lane's stores and loads of its own columns.
@@ -135,146 +138,147 @@ def shared_limit(target: tvm.target.Target) -> int:
     return int(target.attrs.get("max_shared_memory_per_block", 48 << 10))
 
 
-def choose(
-    model: Any,
-    fmt: PackedFormat,
-    rows: int | None,
-    dtype: str,
-    target: tvm.target.Target,
-) -> tuple[Tile, machine.Prediction] | None:
-    """Tile and prediction where a schedule is predicted faster than the gather; None elsewhere.
+@dataclass(frozen=True)
+class TensorCoreRule:
+    """The functions of a rule for tensor cores.
 
     Parameters
     ----------
-    model : module
-        Of the schedule: ``expand_model`` or ``sparse_mma_model``.
-    fmt : PackedFormat
-        Any.
-    rows : int or None
-        M; None when symbolic, which is for :mod:`tvm_balanced.schedules.cuda.by_rows`.
-    dtype : str
-        Of values and activations.
-    target : tvm.target.Target
-        A CUDA target.
+    name : str
+        Name of the rule.
+    model : TensorCoreModel
+        Its tiles and times.
+    kernel : type of TensorCoreKernel
+        What writes the kernel.
     """
-    found: tuple[Tile, machine.Prediction] | None = model.choose(
-        fmt,
-        rows,
-        dtype,
-        shared_limit(target),
-        cuda_gather.shared_limit(target),
-        machine.machine(gpu_figures(target)),
-    )
-    return found
 
+    name: str
+    model: TensorCoreModel
+    kernel: type[TensorCoreKernel]
 
-def takes(model: Any, found: BalancedBlock) -> bool:
-    """Whether an operator's format and types are those of a model's schedule."""
-    return found.data_dtype == found.value_dtype and bool(
-        model.takes_format(found.fmt, found.value_dtype)
-    )
+    def takes(self, operator: BalancedBlock) -> bool:
+        """Whether an operator's format and types are this schedule's."""
+        dtype = operator.value_dtype
+        return operator.data_dtype == dtype and self.model.takes_format(operator.fmt, dtype)
 
+    def choose(
+        self, fmt: PackedFormat, rows: int | None, dtype: str, target: tvm.target.Target
+    ) -> tuple[TensorCoreTile, machine.Prediction] | None:
+        """Choose the tile where this schedule is predicted faster than the gather; None elsewhere.
 
-def schedule(
-    model: Any,
-    kernel: type[Kernel],
-    func: tirx.PrimFunc,
-    target: tvm.target.Target,
-    tile: Tile | None,
-) -> s_tir.Schedule | None:
-    """Schedule ``func`` by ``kernel``, or None when it is not of the form it takes.
+        Parameters
+        ----------
+        fmt : PackedFormat
+            Any format.
+        rows : int or None
+            Rows of activations, M; None when symbolic, which is for
+            :mod:`tvm_balanced.schedules.cuda.by_rows`.
+        dtype : str
+            Dtype of values and activations.
+        target : tvm.target.Target
+            A CUDA target.
+        """
+        gpu = machine.machine(gpu_of(target))
+        limits = shared_limit(target), gather.shared_limit(target)
+        return self.model.choose(fmt, rows, dtype, *limits, gpu)
 
-    Parameters
-    ----------
-    model : module
-        As for :func:`choose`, which finds the tile that is left out.
-    kernel : type of Kernel
-        What writes it.
-    func : tirx.PrimFunc
-        The operator in layout ``r32v8``, fused with element-wise work on its result.
-    target : tvm.target.Target
-        A CUDA target; its shared memory bounds the tile.
-    tile : Tile, optional
-        Knobs.
-    """
-    found = find(func)
-    if found is None or not takes(model, found):
-        return None
-    if tile is None:
-        chosen = choose(model, found.fmt, found.rows, found.value_dtype, target)
-        if chosen is None:
+    def apply(
+        self, func: tirx.PrimFunc, target: tvm.target.Target, tile: TensorCoreTile | None = None
+    ) -> s_tir.Schedule | None:
+        """Schedule ``func``, or return None when it is not of the form this schedule takes.
+
+        Parameters
+        ----------
+        func : tirx.PrimFunc
+            The operator in layout ``r32v8``, fused with element-wise work on its result.
+        target : tvm.target.Target
+            A CUDA target; its shared memory bounds the tile.
+        tile : TensorCoreTile, optional
+            The knobs. Without them only kernels are taken that are predicted faster than the gather.
+        """
+        operator = find(func)
+        if operator is None or not self.takes(operator):
             return None
-        tile, _ = chosen
-    parts = parts_of(func, found)
-    if parts is None:
-        return None
-    return s_tir.Schedule(tvm.IRModule({"main": kernel(func, found.fmt, tile, *parts).build()}))
+        if tile is None:
+            chosen = self.choose(operator.fmt, operator.rows, operator.value_dtype, target)
+            if chosen is None:
+                return None
+            tile, _ = chosen
+        fused = take_apart(func, operator)
+        if fused is None:
+            return None
+        return s_tir.Schedule(tvm.IRModule({"main": self.kernel(fused, tile).build()}))
+
+    def spaces(self, func: tirx.PrimFunc, target: tvm.target.Target) -> list[Space]:
+        """Give the tiles of the kernel where it is the default; else it is predicted slower."""
+        operator = find(func)
+        if operator is None or operator.rows is None or not self.takes(operator):
+            return []
+        fmt, rows, count = operator.fmt, operator.rows, gpu_of(target).sm_count
+        if self.choose(fmt, rows, operator.value_dtype, target) is None:
+            return []
+
+        def valid(values: Mapping[str, int]) -> bool:
+            tile = TensorCoreTile(**values)
+            return self.model.is_legal(fmt, rows, shared_limit(target), count, tile)
+
+        def build(values: Mapping[str, int]) -> s_tir.Schedule | None:
+            return self.apply(func, target, TensorCoreTile(**values))
+
+        return [Space(self.name, self.model.choices(fmt, rows, count), valid, build)]
 
 
-def parts_of(func: tirx.PrimFunc, found: BalancedBlock) -> tuple[Any, Any, Any, Any] | None:
-    """Activations, values, indices and the epilogue; None when the kernel holds anything else."""
-    nests = fused_kernel._nests(func)
-    if nests is None or len(nests) < 2:
-        return None
-    data, main, *rest = nests
-    if not data.name.startswith(BLOCK_DATA) or found.block.name_hint != main.name:
-        return None
-    params = list(func.params)
-    x = data.reads[0]
-    values, indices = (
-        next(b for b in main.reads if b.ty.dtype == dtype and not b.same_as(data.body.buffer))
-        for dtype in (found.value_dtype, "uint8")
-    )
-    if not all(fused_kernel._is_any(buffer, params) for buffer in (x, values, indices)):
-        return None
-    epilogue = fused_kernel._fold_epilogue(main, rest, params)
-    if epilogue is None or len(epilogue.axes) != len(x.shape):
-        return None
-    return x, values, indices, epilogue
-
-
-def as_int(value: Any) -> Any:
-    """A Python number as TensorIR's int32; expressions stay."""
+def as_int(value: Expr) -> Expr:
+    """Write a Python number as TensorIR's int32; expressions stay."""
     return tirx.const(value, "int32") if isinstance(value, int) else value
 
 
-def call(name: str, *args: Any, source: str = "") -> Any:
-    """A call of a device function; ``source`` is printed once for each name that has some."""
+def call(name: str, *args: Expr, source: str = "") -> Stmt:
+    """Call a device function; ``source`` is printed once for each name that has some."""
     from tvm.backend.cuda.op import cuda_func_call
 
     return tirx.Evaluate(cuda_func_call(name, *args, source_code=source))
 
 
-def at(buffer: Any, *index: Any) -> Any:
-    """The address of an element."""
+def at(buffer: Buffer, *index: Expr) -> Expr:
+    """Address of an element."""
     return tirx.address_of(tirx.BufferLoad(buffer, [as_int(one) for one in index]))
 
 
-def loop(extent: Any, body: Any, unroll: bool = False, name: str = "i") -> Any:
-    """A loop over ``body(variable)``."""
+def loop(
+    extent: Expr, body: Callable[[tirx.Var], Stmt], unroll: bool = False, name: str = "i"
+) -> Stmt:
+    """Loop over ``body(variable)``."""
     var = tirx.Var(name, "int32")
     kind = tirx.ForKind.UNROLLED if unroll else tirx.ForKind.SERIAL
     return tirx.For(var, as_int(0), as_int(extent), kind, body(var))
 
 
-def barrier() -> Any:
-    """Waits for the thread block."""
+def guarded(stmt: Stmt, *conditions: Expr) -> Stmt:
+    """Run a statement where all conditions hold; those that are None always do."""
+    known = [condition for condition in conditions if condition is not None]
+    return tirx.IfThenElse(tirx.all(*known), stmt, None) if known else stmt
+
+
+def barrier() -> Stmt:
+    """Wait for the thread block."""
     return tirx.Evaluate(tirx.call_intrin("", "tirx.tvm_storage_sync", "shared"))
 
 
-class Kernel:
+def local(extent: int, dtype: str, name: str) -> Buffer:
+    """Declare registers of a thread."""
+    return tirx.decl_buffer((extent,), dtype, name=name, scope="local")
+
+
+class TensorCoreKernel:
     """Writes the kernel for one format and tile; what multiplies is a subclass's.
 
     Parameters
     ----------
-    func : tirx.PrimFunc
+    fused : FusedKernel
         What is scheduled.
-    fmt : PackedFormat
-        Of the weight.
-    tile : Tile
+    tile : TensorCoreTile
         The knobs.
-    x, values, indices, epilogue
-        From :func:`parts_of`.
     """
 
     #: Of the block, and of buffers.
@@ -283,26 +287,18 @@ class Kernel:
     source = ""
     #: Bytes of activations that are copied together.
     piece_bytes = 16
+    model: TensorCoreModel
 
-    def __init__(
-        self,
-        func: tirx.PrimFunc,
-        fmt: PackedFormat,
-        tile: Tile,
-        x: Any,
-        values: Any,
-        indices: Any,
-        epilogue: Any,
-    ) -> None:
-        self.func, self.fmt, self.tile = func, fmt, tile
-        self.x, self.values, self.indices, self.epilogue = x, values, indices, epilogue
-        self.memory: Any = self._memory()
-        self.lead = list(x.shape[:-1])
-        rows = fused_kernel._product(self.lead)
+    def __init__(self, fused: FusedKernel, tile: TensorCoreTile) -> None:
+        self.fused, self.tile, self.fmt = fused, tile, fused.operator.fmt
+        fmt = self.fmt
+        self.memory: SharedMemory = self.model.shared_memory(fmt, tile)
+        rows = fused.rows
         self.rows = rows if isinstance(rows, int) else tirx.Cast("int32", rows)
         self.bits = ENCODINGS[fmt.encoding]
+        self.bfloat = "true" if fused.data.dtype == "bfloat16" else "false"
         self.runs = fmt.slots // RUN
-        self.windows = ceil(windows_of(fmt), tile.shares * tile.splits)
+        self.windows = ceil_div(windows_of(fmt), tile.shares * tile.splits)
         self.tiles = fmt.padded_rows // LANES
         # widest copy that keeps the rows of activations aligned
         self.width = next(
@@ -320,19 +316,19 @@ class Kernel:
         self.shared = tirx.decl_buffer(
             (self.memory.total,), "uint8", name=f"{self.name}_shared", scope=scope
         )
-        self.sums = self._local(tile.rows // COLUMNS * 8, "float32", "sums")
+        self.sums = local(tile.rows // COLUMNS * 8, "float32", "sums")
         # those of a run of 2 bits fill half a word
         self.index_words = max(1, RUN * self.bits // 32)
         self.held = [
             (
-                self._local(ROWS * 4, "uint32", f"values_{name}"),
-                self._local(ROWS * self.index_words, "uint32", f"indices_{name}"),
+                local(ROWS * 4, "uint32", f"values_{name}"),
+                local(ROWS * self.index_words, "uint32", f"indices_{name}"),
             )
             for name in ("now", "next")
         ]
         self.scratch = self._scratch()
-        self.total = self._local(1, "float32", "total")
-        self.partial = None
+        self.total = local(1, "float32", "total")
+        self.partial: Buffer | None = None
         if tile.splits > 1:
             extents = (tile.splits, rows, fmt.padded_rows)
             shape = [tirx.const(extent, "int64") for extent in extents]
@@ -340,16 +336,12 @@ class Kernel:
 
     # --- what a subclass says
 
-    def _memory(self) -> Any:
-        """Where things lie in shared memory: ``row``, ``stage``, ``share``, ``sums`` and ``total`` bytes."""
-        raise NotImplementedError
-
-    def _scratch(self) -> Any:
-        """Registers that it multiplies from."""
+    def _scratch(self) -> Buffer:
+        """Declare the registers that it multiplies from."""
         raise NotImplementedError
 
     @property
-    def steps(self) -> Any:
+    def steps(self) -> Expr:
         """Steps of a warp: what activations are copied for, and waited for, at a time."""
         raise NotImplementedError
 
@@ -358,80 +350,66 @@ class Kernel:
         """Pieces of a row of activations in a step."""
         raise NotImplementedError
 
-    def _piece(self, step: Any, row: Any, piece: Any) -> tuple[Any, Any]:
+    def _piece(self, step: Expr, row: Expr, piece: Expr) -> tuple[Expr, Expr]:
         """The column of K where a piece begins, and its byte from the start of a stage."""
         raise NotImplementedError
 
-    def _prepare(self) -> list[Any]:
+    def _prepare(self) -> list[Stmt]:
         """Once, before anything is loaded."""
         return []
 
-    def _holds(self, tile: Any, row: Any) -> Any:
+    def _holds(self, tile: Expr, row: Expr) -> Expr | None:
         """Whether a row of a tile of the weight is worth loading; None where all are."""
         return None
 
-    def _multiply(self, window: Any) -> list[Any]:
+    def _multiply(self, window: Expr) -> list[Stmt]:
         """The steps of a window whose slots are in ``held[0]``."""
         raise NotImplementedError
 
     # --- what they share
 
-    @staticmethod
-    def _local(extent: int, dtype: str, name: str) -> Any:
-        return tirx.decl_buffer((extent,), dtype, name=name, scope="local")
-
     def build(self) -> tirx.PrimFunc:
         """Same parameters, same results."""
         arrays = (self.shared, self.sums, *self.held[0], *self.held[1], self.scratch)
+        known = [
+            call(
+                "balanced_whole",
+                at(array, 0),
+                at(array, int(array.shape[0]) - 1),
+                source=SOURCE + self.source,
+            )
+            for array in arrays
+        ]
         body = tirx.SeqStmt(
             [
                 *(tirx.AllocBuffer(buffer) for buffer in (*arrays, self.total)),
-                *(
-                    call(
-                        "balanced_whole",
-                        at(array, 0),
-                        at(array, int(array.shape[0]) - 1),
-                        source=SOURCE + self.source,
-                    )
-                    for array in arrays
-                ),
+                *known,
                 *self._begin(),
                 loop(self.windows, self._window, name="window"),
                 call("balanced_wait<0>"),
                 *self._finish(),
             ]
         )
-        # loops are unrolled by the CUDA compiler, so that the text stays short
-        body = tirx.AttrStmt(as_int(0), "pragma_unroll_explicit", as_int(0), body)
-        tile = self.tile
-        row_tiles = (self.rows + (tile.rows - 1)) // tile.rows
+        tile, output = self.tile, self.fused.epilogue.output
         threads = [
             (self.lane, LANES, "threadIdx.x"),
             (self.warp, tile.warps, "threadIdx.y"),
             *([(self.bz, tile.splits, "blockIdx.z")] if tile.splits > 1 else []),
-            (self.by, row_tiles, "blockIdx.y"),
-            (self.bx, ceil(self.tiles, tile.columns), "blockIdx.x"),
+            (self.by, (self.rows + (tile.rows - 1)) // tile.rows, "blockIdx.y"),
+            (self.bx, ceil_div(self.tiles, tile.columns), "blockIdx.x"),
         ]
-        params = list(self.func.params)
         reads = [
             buffer
-            for buffer in params
-            if isinstance(buffer.ty, tirx.BufferType) and not buffer.same_as(self.epilogue.output)
+            for buffer in self.fused.func.params
+            if isinstance(buffer.ty, tirx.BufferType) and not buffer.same_as(output)
         ]
         block = f"balanced_{self.name}"
         if self.partial is None:
-            stmt = _nest(block, body, reads, self.epilogue.output, threads)
-        else:
-            stmt = tirx.SeqStmt(
-                [_nest(block, body, reads, self.partial, threads), self._add(reads)]
-            )
-        held = [] if self.partial is None else [self.partial]
-        root = s_tir.SBlock([], [], [], "root", stmt, alloc_buffers=held)
-        return tirx.PrimFunc(
-            params, s_tir.SBlockRealize([], True, root), self.func.ret_type, self.func.attrs
-        )
+            return self.fused.with_body(_nest(block, body, reads, output, threads), [])
+        both = [_nest(block, body, reads, self.partial, threads), self._add(reads)]
+        return self.fused.with_body(tirx.SeqStmt(both), [self.partial])
 
-    def _begin(self) -> list[Any]:
+    def _begin(self) -> list[Stmt]:
         zero = tirx.const(0.0, "float32")
         return [
             *self._prepare(),
@@ -448,7 +426,7 @@ class Kernel:
             ),
         ]
 
-    def _load(self, window: Any, held: Any) -> list[Any]:
+    def _load(self, window: Expr, held: tuple[Buffer, Buffer]) -> list[Stmt]:
         """The slots of a window that a lane owns."""
         tile = self.bx * self.tile.columns + self.column
         run = (self.part * self.windows + window) * WINDOW + self.t
@@ -457,47 +435,45 @@ class Kernel:
             valid, tile = tirx.all(valid, tile < self.tiles), tirx.min(tile, self.tiles - 1)
         run = tirx.min(run, self.runs - 1)
 
-        def load(i: Any) -> Any:
+        def load(i: Expr) -> Stmt:
             row = i * 8 + self.g
             holds = self._holds(tile, row)
             return call(
                 f"balanced_load<{self.bits}>",
                 at(held[0], i * 4),
                 at(held[1], i * self.index_words),
-                at(self.values, tile, run, row, 0),
-                at(self.indices, tile, run, row, 0),
+                at(self.fused.operator.values, tile, run, row, 0),
+                at(self.fused.operator.indices, tile, run, row, 0),
                 valid if holds is None else tirx.all(valid, holds),
             )
 
         return [loop(ROWS, load, unroll=True)]
 
-    def _stage(self, step: Any, slot: Any) -> list[Any]:
+    def _stage(self, step: Expr, slot: Expr) -> list[Stmt]:
         """Start the copies of a step's activations, for the warps of one share of K."""
         tile = self.tile
         threads = tile.columns * LANES
         count = tile.rows * self.pieces
 
-        def copy(i: Any) -> Any:
+        def copy(i: Expr) -> Stmt:
             number = i * threads + self.column * LANES + self.lane
             row, piece = number // self.pieces, number % self.pieces
             start, place = self._piece(step, row, piece)
             left = (self.fmt.in_features - start) * 2
-            source = fused_kernel._unravel(
-                tirx.min(self.by * tile.rows + row, self.rows - 1), self.lead
-            )
+            source = unravel(tirx.min(self.by * tile.rows + row, self.rows - 1), self.fused.lead)
             to = self.share * self.memory.share + slot * self.memory.stage + place
             one = call(
                 f"balanced_stage<{self.piece_bytes}, {self.width}>",
                 at(self.shared, to),
-                at(self.x, *source, tirx.Select(left > 0, start, as_int(0))),
+                at(self.fused.data, *source, tirx.Select(left > 0, start, as_int(0))),
                 left,
             )
-            return one if count % threads == 0 else tirx.IfThenElse(number < count, one, None)
+            return guarded(one, number < count if count % threads else None)
 
-        copies = loop(ceil(count, threads), copy, unroll=True)
+        copies = loop(ceil_div(count, threads), copy, unroll=True)
         return [tirx.IfThenElse(step < self.steps, copies, None), call("balanced_commit")]
 
-    def _next(self, step: Any) -> list[Any]:
+    def _next(self, step: Expr) -> list[Stmt]:
         """Wait for a step's activations, and start copying later ones."""
         stages = self.tile.stages
         ahead = step + (stages - 1)
@@ -507,30 +483,28 @@ class Kernel:
             *self._stage(ahead, ahead % stages),
         ]
 
-    def _staged(self, step: Any) -> Any:
+    def _staged(self, step: Expr) -> Expr:
         """Byte in shared memory where a step's activations begin."""
         return self.share * self.memory.share + step % self.tile.stages * self.memory.stage
 
-    def _window(self, window: Any) -> Any:
+    def _window(self, window: Expr) -> Stmt:
         now, later = self.held
-        keep = [
-            loop(
-                int(to.shape[0]),
-                lambda i, to=to, source=source: tirx.BufferStore(
-                    to, tirx.BufferLoad(source, [i]), [i]
-                ),
-                unroll=True,
-            )
-            for to, source in zip(now, later, strict=True)
-        ]
+
+        def kept(to: Buffer, source: Buffer) -> Stmt:
+            def copy(i: Expr) -> Stmt:
+                return tirx.BufferStore(to, tirx.BufferLoad(source, [i]), [i])
+
+            return loop(int(to.shape[0]), copy, unroll=True)
+
+        keep = [kept(to, source) for to, source in zip(now, later, strict=True)]
         return tirx.SeqStmt([*self._load(window + 1, later), *self._multiply(window), *keep])
 
-    def _finish(self) -> list[Any]:
+    def _finish(self) -> list[Stmt]:
         """Add the sums of the warps that share K, eight rows of activations at a time, and write."""
         tile, memory = self.tile, self.memory
         of_warp = COLUMNS // tile.shares
 
-        def finish(group: Any) -> Any:
+        def finish(group: Expr) -> Stmt:
             put = call(
                 f"balanced_put<{SUM_STRIDE}>",
                 at(self.shared, self.warp * memory.sums),
@@ -538,7 +512,7 @@ class Kernel:
                 self.lane,
             )
 
-            def write(i: Any) -> Any:
+            def write(i: Expr) -> Stmt:
                 row = self.share * of_warp + i
                 return self._write(
                     self.by * tile.rows + group * COLUMNS + row,
@@ -550,7 +524,7 @@ class Kernel:
 
         return [loop(tile.rows // COLUMNS, finish, unroll=True)]
 
-    def _write(self, row: Any, column: Any, byte: Any) -> Any:
+    def _write(self, row: Expr, column: Expr, byte: Expr) -> Stmt:
         """One output, or one sum of a thread block, from the sums at ``byte``."""
         from tvm.backend.cuda.op import cuda_func_call
 
@@ -563,116 +537,82 @@ class Kernel:
             return_type="float32",
         )
         if self.partial is not None:
-            stmt: Any = tirx.BufferStore(self.partial, added, [self.bz, row, column])
-            columns, ragged = self.fmt.padded_rows, self.tiles % tile.columns
+            stmt: Stmt = tirx.BufferStore(self.partial, added, [self.bz, row, column])
+            columns = self.fmt.padded_rows
         else:
-            stmt = tirx.SeqStmt(
-                [
-                    tirx.BufferStore(self.total, added, [as_int(0)]),
-                    self._output(row, column, self.total),
-                ]
-            )
+            keep = tirx.BufferStore(self.total, added, [as_int(0)])
+            stmt = tirx.SeqStmt([keep, self._output(row, column, self.total)])
             columns = self.fmt.out_features
-            ragged = self.tiles % tile.columns or self.fmt.padded_rows != columns
-        conditions = []
-        if not isinstance(self.rows, int) or self.rows % tile.rows:
-            conditions.append(row < self.rows)
-        if ragged:
-            conditions.append(column < columns)
-        return tirx.IfThenElse(tirx.all(*conditions), stmt, None) if conditions else stmt
+        whole_rows = isinstance(self.rows, int) and self.rows % tile.rows == 0
+        ragged = self.tiles % tile.columns or self.fmt.padded_rows != columns
+        return guarded(
+            stmt,
+            None if whole_rows else row < self.rows,
+            column < columns if ragged else None,
+        )
 
-    def _output(self, row: Any, column: Any, held: Any) -> Any:
-        """What follows the operator, of the sum in the register ``held``."""
-        epilogue = self.epilogue
-        total = tirx.BufferLoad(held, [as_int(0)])
-        place = [*fused_kernel._unravel(row, self.lead), column]
-
-        def placed(load: Any) -> Any:
-            return total if load.source.same_as(epilogue.total) else load
-
-        value = tvm_ffi.structural_map(epilogue.value, (tvm.ir.TensorLoad, placed))
+    def _output(self, row: Expr, column: Expr, held: Buffer) -> Stmt:
+        """Write what follows the operator, of the sum in the register ``held``."""
+        epilogue = self.fused.epilogue
         place = [
             tirx.Cast(str(axis.ty.dtype), index)
-            for axis, index in zip(epilogue.axes, place, strict=True)
+            for axis, index in zip(
+                epilogue.axes, [*unravel(row, self.fused.lead), column], strict=True
+            )
         ]
-        value = fused_kernel._substitute(value, dict(zip(epilogue.axes, place, strict=True)))
+        value = epilogue.value_at(place, tirx.BufferLoad(held, [as_int(0)]))
         return tirx.BufferStore(epilogue.output, value, place)
 
-    def _add(self, reads: list[Any]) -> Any:
+    def _add(self, reads: list[Buffer]) -> Stmt:
         """The second kernel: a thread adds the sums of one output, in the order of K, and finishes it."""
         bx, by, warp, lane = (
             tirx.Var(f"{name}_add", "int32") for name in ("bx", "by", "warp", "lane")
         )
-        held = self._local(1, "float32", "sum")
+        held = local(1, "float32", "sum")
         row, column = by * COLUMNS + warp, bx * LANES + lane
 
-        def add(split: Any) -> Any:
+        def add(split: Expr) -> Stmt:
             before = tirx.BufferLoad(held, [as_int(0)])
             partial = tirx.BufferLoad(self.partial, [split, row, column])
             return tirx.BufferStore(held, before + partial, [as_int(0)])
 
-        stmt: Any = tirx.SeqStmt(
+        stmt = tirx.SeqStmt(
             [
                 tirx.BufferStore(held, tirx.const(0.0, "float32"), [as_int(0)]),
                 loop(self.tile.splits, add, unroll=True, name="split"),
                 self._output(row, column, held),
             ]
         )
-        conditions = [row < self.rows] if self.rows % COLUMNS else []
-        if self.fmt.padded_rows != self.fmt.out_features:
-            conditions.append(column < self.fmt.out_features)
-        if conditions:
-            stmt = tirx.IfThenElse(tirx.all(*conditions), stmt, None)
+        ragged = self.fmt.padded_rows != self.fmt.out_features
+        stmt = guarded(
+            stmt,
+            row < self.rows if self.rows % COLUMNS else None,
+            column < self.fmt.out_features if ragged else None,
+        )
         threads = [
             (lane, LANES, "threadIdx.x"),
             (warp, min(COLUMNS, self.rows), "threadIdx.y"),
-            (by, ceil(self.rows, COLUMNS), "blockIdx.y"),
+            (by, ceil_div(self.rows, COLUMNS), "blockIdx.y"),
             (bx, self.tiles, "blockIdx.x"),
         ]
         body = tirx.SeqStmt([tirx.AllocBuffer(held), stmt])
-        body = tirx.AttrStmt(as_int(0), "pragma_unroll_explicit", as_int(0), body)
-        return _nest(BLOCK_ADD, body, [*reads, self.partial], self.epilogue.output, threads)
+        return _nest(BLOCK_ADD, body, [*reads, self.partial], self.fused.epilogue.output, threads)
 
 
 def _nest(
-    name: str, body: Any, reads: list[Any], written: Any, threads: list[tuple[Any, Any, str]]
-) -> Any:
-    """A block in its thread loops, the innermost first in ``threads``: one kernel."""
-    block = s_tir.SBlock([], [_region(b) for b in reads], [_region(written)], name, body)
-    stmt: Any = s_tir.SBlockRealize([], True, block)
+    name: str,
+    body: Stmt,
+    reads: list[Buffer],
+    written: Buffer,
+    threads: list[tuple[Expr, Expr, str]],
+) -> Stmt:
+    """Put a block into its thread loops, the innermost first in ``threads``: one kernel."""
+    # loops are unrolled by the CUDA compiler, so that the text stays short
+    body = tirx.AttrStmt(as_int(0), "pragma_unroll_explicit", as_int(0), body)
+    block = s_tir.SBlock([], [whole(b) for b in reads], [whole(written)], name, body)
+    stmt: Stmt = s_tir.SBlockRealize([], True, block)
     for var, extent, thread in threads:
-        stmt = _bound(var, as_int(extent), thread, stmt)
+        axis = tirx.IterVar(None, tirx.Var(thread, "int32"), tirx.IterVar.ThreadIndex, thread)
+        kind = tirx.ForKind.THREAD_BINDING
+        stmt = tirx.For(var, as_int(0), as_int(extent), kind, stmt, axis)
     return stmt
-
-
-def _bound(var: Any, extent: Any, thread: str, stmt: Any) -> Any:
-    """A loop whose iterations are threads or thread blocks."""
-    axis = tirx.IterVar(None, tirx.Var(thread, "int32"), tirx.IterVar.ThreadIndex, thread)
-    return tirx.For(var, as_int(0), extent, tirx.ForKind.THREAD_BINDING, stmt, axis)
-
-
-def _region(buffer: Any) -> Any:
-    return tirx.BufferRegion(buffer, [tvm.ir.Range(0, extent) for extent in buffer.shape])
-
-
-def tile_space(
-    rule: Any,
-    func: tirx.PrimFunc,
-    found: BalancedBlock,
-    target: tvm.target.Target,
-    choices: Callable[[PackedFormat, int], Mapping[str, tuple[int, ...]]],
-    fits: Callable[[PackedFormat, int, Tile], bool],
-) -> list[Space]:
-    """The tiles of a kernel for tensor cores where it is the default; else it is predicted slower."""
-    fmt, rows = found.fmt, found.rows
-    if rows is None or not rule.takes(found):
-        return []
-    if rule.choose(fmt, rows, found.value_dtype, target) is None:
-        return []
-    space = Space(
-        rule.NAME,
-        choices(fmt, rows),
-        lambda values: fits(fmt, rows, Tile(**values)),
-        lambda values: rule.apply(func, target, Tile(**values)),
-    )
-    return [space]

@@ -8,44 +8,40 @@ where scalar code needs one scalar operation.
 
 Thread map: groups of weight rows -> threads; slots of a row -> one thread, in the order of K. A group
 goes through K in chunks whose activations stay in the first cache, where a slot would miss it else:
-its sums wait in memory between chunks. Knobs: :class:`Knobs`.
+its sums wait in memory between chunks. Knobs: :class:`BatchLanesKnobs`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import tvm
 from tvm import s_tir, tirx
 
-from tvm_balanced.format.layout import PackedFormat
-from tvm_balanced.schedules.llvm import batch_lanes as llvm_batch_lanes
+from tvm_balanced.format.layout import PackedFormat, ceil_div, round_up
 from tvm_balanced.schedules.llvm import nest
 from tvm_balanced.schedules.llvm.rest.common import lanes as lanes_of
 from tvm_balanced.schedules.llvm.rest.common import vector_bits
-from tvm_balanced.schedules.space import Space, _powers
+from tvm_balanced.schedules.space import Space, powers
+from tvm_balanced.support.tvm_types import Buffer, Expr, Stmt
 
 NAME = "llvm_batch_lanes"
-
-
 # slots written out in the body of the innermost loop
 _UNROLL = 8
-
-
 # floats of a cache line
 _LINE = 16
-
-
 # steps of the parallel loop, where there are rows enough
 _STEPS = 16
+# for a tuner: steps of the parallel loop that are tried, the largest ones, and bytes of activations, from a
+# part of the first cache to all of a usual K
+_GROUPS = 5
+_CHUNKS = (8192, 16384, 32768, 65536, 262144)
 
 
 @dataclass(frozen=True)
-class Knobs:
+class BatchLanesKnobs:
     """What a tuner may sample.
 
     Parameters
@@ -67,7 +63,7 @@ class Knobs:
 
 
 def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | None:
-    """Schedule ``func``, or None where more than element-wise work was fused.
+    """Schedule ``func``, or return None where more than element-wise work was fused.
 
     Parameters
     ----------
@@ -77,49 +73,32 @@ def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | No
         An llvm target.
     """
     parts = nest.take_apart(func)
-    return None if parts is None else schedule(parts, lanes_of(target), Knobs())
+    return None if parts is None else schedule(parts, lanes_of(target), BatchLanesKnobs())
 
 
-def schedule(parts: nest.Parts, lanes: int, knobs: Knobs) -> s_tir.Schedule:
+def schedule(parts: nest.Parts, lanes: int, knobs: BatchLanesKnobs) -> s_tir.Schedule:
     """Write the kernel out for ``knobs``."""
     return nest.assemble(parts, body(parts, lanes, knobs), "balanced_batch_lanes")
 
 
-def body(parts: nest.Parts, lanes: int, knobs: Knobs) -> Any:
-    """The statements of the kernel, for a rule that puts them beside others."""
-    return _Kernel(parts, lanes, knobs).body()
+def body(parts: nest.Parts, lanes: int, knobs: BatchLanesKnobs) -> Stmt:
+    """Write the statements of the kernel, for a rule that puts them beside others."""
+    return BatchLanesKernel(parts, lanes, knobs).body()
 
 
 def group_sizes(fmt: PackedFormat, lanes: int) -> list[int]:
-    """Weight rows that one step of the parallel loop may handle, ascending; more count as the last.
-
-    Parameters
-    ----------
-    fmt : PackedFormat
-        Of the weight.
-    lanes : int
-        float32 values in a register.
-    """
+    """Weight rows that one step of the parallel loop may handle, ascending; more count as the last."""
     # steps are whole registers and cache lines, and every thread has some to take
     multiple = math.lcm(_LINE, lanes, _unit(fmt))
-    most = -(-fmt.padded_rows // (_STEPS * multiple))
+    most = ceil_div(fmt.padded_rows, _STEPS * multiple)
     doubled = [1 << i for i in range(most.bit_length()) if 1 << i < most]
     return [multiple * size for size in [*doubled, most]]
 
 
-def tile_sizes(fmt: PackedFormat, lanes: int, knobs: Knobs, width: int) -> tuple[int, int]:
-    """What ``knobs`` come to in a tile of ``width`` registers of activations.
-
-    Parameters
-    ----------
-    fmt : PackedFormat
-        Of the weight.
-    lanes : int
-        float32 values in a register.
-    knobs : Knobs
-        What was asked for.
-    width : int
-        Registers of activations.
+def tile_sizes(
+    fmt: PackedFormat, lanes: int, knobs: BatchLanesKnobs, width: int
+) -> tuple[int, int]:
+    """Work out what ``knobs`` come to in a tile of ``width`` registers of activations.
 
     Returns
     -------
@@ -155,76 +134,125 @@ def _step(fmt: PackedFormat) -> int:
     return 2 if fmt.encoding == "u4" and fmt.pattern.nnz % 2 else 1
 
 
-class _Kernel:
-    def __init__(self, parts: nest.Parts, lanes: int, knobs: Knobs) -> None:
-        self.parts = parts
-        self.fmt = parts.fmt
-        self.lanes = lanes
-        self.knobs = knobs
-        self.columns = -(-self.fmt.padded_features // _LINE) * _LINE
+def spaces(func: tirx.PrimFunc, target: tvm.target.Target) -> list[Space]:
+    """Give the tiles of a kernel with static shapes."""
+    parts = nest.take_apart(func)
+    if parts is None or not isinstance(parts.rows, int):
+        return []
+    lanes, fmt = lanes_of(target), parts.fmt
+    registers = ceil_div(parts.rows, lanes)
+    # half of them hold sums at most; the others activations and weights
+    most = 16 if vector_bits(target) >= 512 else 8
+    choices = {
+        "sums": powers(most)[1:],
+        "batch_tile": tuple(size for size in powers(8) if size < 2 * registers),
+        "group": tuple(group_sizes(fmt, lanes)[-_GROUPS:]),
+        "chunk": _CHUNKS,
+    }
+
+    def sizes(values: Mapping[str, int]) -> list[tuple[int, int]]:
+        widths = tile_widths(registers, values["batch_tile"])
+        return [tile_sizes(fmt, lanes, BatchLanesKnobs(**values), width) for width in widths]
+
+    def valid(values: Mapping[str, int]) -> bool:
+        if values["batch_tile"] > values["sums"]:
+            return False
+        # of values that come to the same kernel only the least counts
+        return not any(
+            sizes({**values, name: smaller}) == sizes(values)
+            for name in ("sums", "chunk")
+            for smaller in choices[name]
+            if smaller < values[name] and (name == "chunk" or smaller >= values["batch_tile"])
+        )
+
+    def build(values: Mapping[str, int]) -> s_tir.Schedule:
+        return schedule(parts, lanes, BatchLanesKnobs(**values))
+
+    return [Space(NAME, choices, valid, build)]
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """``count`` weight rows from ``first`` by ``width`` registers of activations from ``register``.
+
+    ``rows`` weight rows are held in registers at a time; ``chunk`` steps of K are gone through before their
+    ``sums`` wait in memory, ``whole`` where that is all of them. ``places`` is where the slots of one unit
+    of weight rows find their activations.
+    """
+
+    first: Expr
+    count: Expr
+    register: Expr
+    width: int
+    rows: int
+    chunk: int
+    whole: bool
+    sums: Buffer
+    places: Buffer
+
+
+class BatchLanesKernel:
+    """Writes the kernel out."""
+
+    def __init__(self, parts: nest.Parts, lanes: int, knobs: BatchLanesKnobs) -> None:
+        self.parts, self.fmt, self.lanes, self.knobs = parts, parts.fmt, lanes, knobs
+        self.columns = round_up(self.fmt.padded_features, _LINE)
         self.registers = (parts.rows + lanes - 1) // lanes
         self.vector_index = _vector_index(self.fmt)
-        self.unit = _unit(self.fmt)
+        self.unit, self.step = _unit(self.fmt), _step(self.fmt)
         self.group = min(knobs.group, group_sizes(self.fmt, lanes)[-1])
+        self.zero = nest.splat(tirx.const(0.0, "float32"), lanes)
 
-    def body(self) -> Any:
+    def body(self) -> Stmt:
+        """Write the statements of the kernel."""
         parts, fmt = self.parts, self.fmt
-        self.values, declare_values = nest.flat_view(parts.values)
-        self.indices, declare_indices = nest.flat_view(parts.indices)
-        statements = [declare_values, declare_indices]
+        self.values, declare_values = nest.flat_view(parts.operator.values)
+        self.indices, declare_indices = nest.flat_view(parts.operator.indices)
         size = self.registers * self.lanes * self.columns
         direct = parts.source is not None and fmt.in_features == self.columns
         # one workspace: of two whose size is symbolic, TVM lets the second overwrite the first
         self.origin = tirx.const(0, nest.INDEX) if direct else size
         self.data, allocate = nest.workspace(size if direct else size * 2, "balanced_columns")
-        statements += allocate
+        work = parts.rows, self.columns * 8
         if direct:
-            self.source, declare_source = nest.flat_source(parts)
-            statements.append(declare_source)
+            self.source, before = nest.flat_view(parts.source)
         else:
             self.source = self.data
-            statements.append(
-                nest.by_work(
-                    parts.rows,
-                    self.columns * 8,
-                    lambda parallel: nest.stage(parts, self.source, self.columns, parallel),
-                )
+            before = nest.by_work(
+                *work, lambda parallel: nest.stage(parts, self.source, self.columns, parallel)
             )
-        statements += [
-            nest.by_work(parts.rows, self.columns * 8, self._transpose),
-            nest.by_work(parts.rows, fmt.padded_rows * fmt.slots, self._groups),
-        ]
-        return nest.sequence(statements)
+        return nest.sequence(
+            [
+                declare_values,
+                declare_indices,
+                *allocate,
+                before,
+                nest.by_work(*work, self._transpose),
+                nest.by_work(parts.rows, fmt.padded_rows * fmt.slots, self._groups),
+            ]
+        )
 
-    def _tiles(self, build: Callable[[Any, int], Any]) -> Any:
+    def _tiles(self, build: Callable[[Expr, int], Stmt]) -> Stmt:
         """``build(register, width)`` for tiles of the batch: full ones, then the rest."""
         tile, registers = self.knobs.batch_tile, self.registers
-        if isinstance(registers, int):
-            whole, rest = divmod(registers, tile)
-            pieces = [nest.loop(whole, lambda i: build(i * tile, tile), name="mo")] if whole else []
-            if rest:
-                pieces.append(build(tirx.const(whole * tile, nest.INDEX), rest))
-            return nest.sequence(pieces)
-        pieces = [nest.loop(registers // tile, lambda i: build(i * tile, tile), name="mo")]
-        size = tile // 2
-        while size:
-            # registers before this part of the rest: a multiple of twice its size
-            at = registers // (2 * size) * (2 * size)
-            there = registers % (2 * size) >= size
-            pieces.append(tirx.IfThenElse(there, build(at, size), None))
-            size //= 2
+        if not isinstance(registers, int):
+            return nest.tiles(registers, tile, build)
+        full, rest = divmod(registers, tile)
+        pieces = [nest.loop(full, lambda i: build(i * tile, tile), name="mo")] if full else []
+        if rest:
+            pieces.append(build(tirx.const(full * tile, nest.INDEX), rest))
         return nest.sequence(pieces)
 
-    def _place(self, register: Any, width: int, column: Any, w: int) -> Any:
+    def _place(self, register: Expr, width: int, column: Expr, w: Expr) -> Expr:
         """Where ``column`` of register ``register + w`` lies, of a tile of ``width`` from ``register``."""
         return self.origin + (register * self.columns + column * width + w) * self.lanes
 
-    def _transpose(self, parallel: bool) -> Any:
+    def _transpose(self, parallel: bool) -> Stmt:
         """Columns of activations side by side, one cache line of each row at a time."""
         lanes, rows = self.lanes, self.parts.rows
 
-        def square(register: Any, width: int, w: Any, column: Any) -> Any:
-            def load(i: int) -> Any:
+        def square(register: Expr, width: int, w: Expr, column: Expr) -> Stmt:
+            def load(i: int) -> Expr:
                 m = (register + w) * lanes + i
                 if not isinstance(rows, int) or rows % lanes:
                     # nothing is stored of the lanes behind the last row
@@ -237,8 +265,8 @@ class _Kernel:
                 statements.append(tirx.BufferStore(self.data, register_of, [nest.ramp(at, lanes)]))
             return nest.sequence(statements)
 
-        def tile(line: Any, register: Any, width: int) -> Any:
-            def squares(w: Any) -> Any:
+        def tile(line: Expr, register: Expr, width: int) -> Stmt:
+            def squares(w: Expr) -> Stmt:
                 return nest.loop(
                     _LINE // lanes,
                     lambda i: square(register, width, w, line * _LINE + i * lanes),
@@ -247,196 +275,163 @@ class _Kernel:
 
             return nest.loop(width, squares, name="w")
 
-        kind = tirx.ForKind.PARALLEL if parallel else tirx.ForKind.SERIAL
         return nest.loop(
             self.columns // _LINE,
             lambda line: self._tiles(lambda register, width: tile(line, register, width)),
-            kind,
+            nest.threads(parallel),
             name="line",
         )
 
-    def _groups(self, parallel: bool) -> Any:
+    def _groups(self, parallel: bool) -> Stmt:
         rows = self.fmt.padded_rows
-        kind = tirx.ForKind.PARALLEL if parallel else tirx.ForKind.SERIAL
 
-        def group(g: Any) -> Any:
+        def group(g: Expr) -> Stmt:
             first = g * self.group
-            count: Any = self.group
+            count: Expr = self.group
             if rows % self.group:
                 count = tirx.min(tirx.const(self.group, nest.INDEX), rows - first)
             return self._tiles(lambda register, width: self._tile(first, count, register, width))
 
-        return nest.loop(-(-rows // self.group), group, kind, name="g")
+        return nest.loop(ceil_div(rows, self.group), group, nest.threads(parallel), name="g")
 
-    def _tile(self, first: Any, count: Any, register: Any, width: int) -> Any:
-        """``count`` weight rows from ``first`` by ``width`` registers from ``register``."""
-        fmt, lanes = self.fmt, self.lanes
+    def _tile(self, first: Expr, count: Expr, register: Expr, width: int) -> Stmt:
+        """Write a tile: chunk by chunk of K, then its result."""
+        fmt, lanes, unit = self.fmt, self.lanes, self.unit
         sums, allocate = nest.workspace(self.group * width * lanes, "balanced_sums")
-        step = _step(fmt)
-        steps = fmt.blocks // step
+        steps = fmt.blocks // self.step
         rows, chunk = tile_sizes(fmt, lanes, self.knobs, width)
-        places = nest.local(chunk * step * fmt.pattern.nnz * self.unit, "balanced_places", "int32")
-        one = chunk == steps
+        slots = chunk * self.step * fmt.pattern.nnz
+        places = nest.local(slots * unit, "balanced_places", "int32")
+        whole = chunk == steps
+        tile = _Tile(first, count, register, width, rows, chunk, whole, sums, places)
 
-        def work(c: Any) -> Any:
-            extent: Any = chunk
+        def work(c: Expr) -> Stmt:
+            extent: Expr = chunk
             if steps % chunk:
                 extent = tirx.min(tirx.const(chunk, nest.INDEX), steps - c * chunk)
-            start = c * (chunk * step)
+            start = c * (chunk * self.step)
 
-            def unit(u: Any) -> Any:
-                n = first + u * self.unit
-                unpack = self._unpack(places, n, width, start, extent, step)
+            def of_unit(u: Expr) -> Stmt:
+                unpack = self._unpack(tile, first + u * unit, start, extent)
+                accumulate = nest.loop(
+                    unit // rows, lambda i: self._accumulate(tile, u, i, start, extent), name="t"
+                )
+                return nest.sequence([unpack, accumulate])
 
-                def accumulate(i: Any) -> Any:
-                    row = u * self.unit + i * rows
-                    slots = extent * (step * fmt.pattern.nnz)
-                    return self._accumulate(
-                        sums, places, n, i * rows, row, rows, register, width, start, slots, one
-                    )
+            return nest.loop(count // unit, of_unit, name="u")
 
-                return nest.sequence([unpack, nest.loop(self.unit // rows, accumulate, name="t")])
+        def clear(i: Expr) -> Stmt:
+            return tirx.BufferStore(sums, self.zero, [nest.ramp(i * lanes, lanes)])
 
-            return nest.loop(count // self.unit, unit, name="u")
-
-        pieces = [nest.loop(-(-steps // chunk), work, name="c")]
-        if not one:
-            zero = nest.splat(tirx.const(0.0, "float32"), lanes)
-            pieces.insert(
-                0,
-                nest.loop(
-                    count * width,
-                    lambda i: tirx.BufferStore(sums, zero, [nest.ramp(i * lanes, lanes)]),
-                    name="i",
-                ),
-            )
         return nest.sequence(
             [
                 *allocate,
                 tirx.AllocBuffer(places),
-                *pieces,
-                self._finish(sums, first, count, register, width),
+                *([] if whole else [nest.loop(count * width, clear, name="i")]),
+                nest.loop(ceil_div(steps, chunk), work, name="c"),
+                self._finish(tile),
             ]
         )
 
-    def _unpack(self, places: Any, n: Any, width: int, start: Any, extent: Any, step: int) -> Any:
+    def _unpack(self, tile: _Tile, n: Expr, start: Expr, extent: Expr) -> Stmt:
         """Write down where the slots of ``unit`` weight rows from ``n`` find their activations.
 
         LLVM would decode the indices of a few rows in a vector register and take it apart again.
         """
-        fmt, unit, nnz = self.fmt, self.unit, self.fmt.pattern.nnz
-        scale = width * self.lanes
+        unit, nnz, step, places = self.unit, self.fmt.pattern.nnz, self.step, tile.places
+        scale = tile.width * self.lanes
 
-        def slot(b: Any, i: int, s: Any) -> Any:
+        def slot(b: Expr, i: int, s: Expr) -> Stmt:
             t = ((start + b * step + i) * nnz) + s
             at = ((b * step + i) * nnz + s) * unit
-            origin = tirx.Cast("int32", (b * step + i) * (fmt.pattern.block * scale))
+            origin = tirx.Cast("int32", (b * step + i) * (self.fmt.pattern.block * scale))
             if self.vector_index:
-                index = self._index(n, t, unit)
-                place = index * nest.splat(tirx.const(scale, "int32"), unit)
+                place = self._index(n, t, unit) * nest.splat(tirx.const(scale, "int32"), unit)
                 place = place + nest.splat(origin, unit)
                 # the next rows lie elsewhere, where the CPU does not expect them
                 fetch = nest.prefetch(self.values, self._at(n + unit, t))
-                return nest.sequence(
-                    [fetch, tirx.BufferStore(places, place, [nest.ramp(at, unit)])]
-                )
-            return nest.loop(
-                unit,
-                lambda r: tirx.BufferStore(
-                    places,
-                    self._index(n + r, t, 1) * tirx.const(scale, "int32") + origin,
-                    [at + r],
-                ),
-                name="r",
-            )
+                store = tirx.BufferStore(places, place, [nest.ramp(at, unit)])
+                return nest.sequence([fetch, store])
 
-        def blocks(b: Any) -> Any:
+            def row(r: Expr) -> Stmt:
+                place = self._index(n + r, t, 1) * tirx.const(scale, "int32") + origin
+                return tirx.BufferStore(places, place, [at + r])
+
+            return nest.loop(unit, row, name="r")
+
+        def blocks(b: Expr) -> Stmt:
             if step == 1 and nnz > _UNROLL:
                 # slots of a byte together
-                unit = 2 if nnz % 2 == 0 else 1
+                pair = 2 if nnz % 2 == 0 else 1
                 return nest.loop(
-                    nnz // unit,
-                    lambda s: nest.sequence([slot(b, 0, s * unit + i) for i in range(unit)]),
+                    nnz // pair,
+                    lambda s: nest.sequence([slot(b, 0, s * pair + i) for i in range(pair)]),
                     name="s",
                 )
             return nest.sequence([slot(b, i, s) for i in range(step) for s in range(nnz)])
 
         return nest.loop(extent, blocks, name="b")
 
-    def _accumulate(
-        self,
-        sums: Any,
-        places: Any,
-        n: Any,
-        sub: Any,
-        row: Any,
-        rows: int,
-        register: Any,
-        width: int,
-        start: Any,
-        slots: Any,
-        clear: bool,
-    ) -> Any:
-        """One chunk of K of ``rows`` weight rows, whose sums are held in registers meanwhile."""
-        fmt, lanes, nnz = self.fmt, self.lanes, self.fmt.pattern.nnz
+    def _accumulate(self, tile: _Tile, u: Expr, i: Expr, start: Expr, extent: Expr) -> Stmt:
+        """One chunk of K of ``tile.rows`` weight rows, whose sums are held in registers meanwhile."""
+        lanes, nnz, width, rows = self.lanes, self.fmt.pattern.nnz, tile.width, tile.rows
         held = nest.local(rows * width * lanes, "balanced_held")
-        cells = [(r, w) for r in range(rows) for w in range(width)]
-        zero = nest.splat(tirx.const(0.0, "float32"), lanes)
-        base = self._place(register, width, start * fmt.pattern.block, 0)
-
-        def cell(r: int, w: int) -> Any:
-            return nest.ramp((r * width + w) * lanes, lanes)
-
-        def waiting(r: int, w: int) -> Any:
-            return nest.ramp(((row + r) * width + w) * lanes, lanes)
-
-        load = [
-            tirx.BufferStore(held, zero if clear else sums[waiting(r, w)], [cell(r, w)])
-            for r, w in cells
+        n, sub, row = tile.first + u * self.unit, i * rows, u * self.unit + i * rows
+        base = self._place(tile.register, width, start * self.fmt.pattern.block, 0)
+        # of each sum, in registers and where it waits
+        cells = [
+            (
+                nest.ramp((r * width + w) * lanes, lanes),
+                nest.ramp(((row + r) * width + w) * lanes, lanes),
+            )
+            for r in range(rows)
+            for w in range(width)
         ]
-        save = [tirx.BufferStore(sums, held[cell(r, w)], [waiting(r, w)]) for r, w in cells]
+        load = [
+            tirx.BufferStore(held, self.zero if tile.whole else tile.sums[waiting], [cell])
+            for cell, waiting in cells
+        ]
+        save = [tirx.BufferStore(tile.sums, held[cell], [waiting]) for cell, waiting in cells]
 
-        def slot(t: Any) -> Any:
-            statements: list[Any] = []
+        def slot(t: Expr) -> Stmt:
+            statements: list[Stmt] = []
             for r in range(rows):
                 place = tirx.Var(f"place_{r}", nest.INDEX)
                 weight = tirx.Var(f"weight_{r}", "float32")
-                stored = places[t * self.unit + sub + r]
+                stored = tile.places[t * self.unit + sub + r]
                 value = nest.load_float(self.values, self._at(n + sub + r, start * nnz + t), 1)
                 statements += [
                     tirx.Bind(place, base + tirx.Cast(nest.INDEX, stored)),
                     tirx.Bind(weight, value),
                 ]
                 for w in range(width):
+                    cell, _ = cells[r * width + w]
                     x = self.data[nest.ramp(place + w * lanes, lanes)]
-                    product = x * nest.splat(weight, lanes)
-                    statements.append(
-                        tirx.BufferStore(held, held[cell(r, w)] + product, [cell(r, w)])
-                    )
+                    total = held[cell] + x * nest.splat(weight, lanes)
+                    statements.append(tirx.BufferStore(held, total, [cell]))
             return nest.sequence(statements)
 
-        return nest.sequence(
-            [tirx.AllocBuffer(held), *load, nest.loop(slots, slot, name="slot"), *save]
-        )
+        slots = nest.loop(extent * (self.step * nnz), slot, name="slot")
+        return nest.sequence([tirx.AllocBuffer(held), *load, slots, *save])
 
-    def _finish(self, sums: Any, first: Any, count: Any, register: Any, width: int) -> Any:
+    def _finish(self, tile: _Tile) -> Stmt:
         """Store the result of a group, ``lanes`` weight rows at a time."""
-        lanes, rows = self.lanes, self.parts.rows
+        lanes, rows, width = self.lanes, self.parts.rows, tile.width
         # rows of the activations by weight rows
         turned = nest.local(width * lanes * lanes, "balanced_turned")
 
-        def square(i: Any, w: Any) -> Any:
+        def square(i: Expr, w: Expr) -> Stmt:
             at = [((i * lanes + r) * width + w) * lanes for r in range(lanes)]
-            statements, columns = _turn([sums[nest.ramp(a, lanes)] for a in at], lanes)
+            statements, columns = _turn([tile.sums[nest.ramp(a, lanes)] for a in at], lanes)
             for r, column in enumerate(columns):
                 place = nest.ramp((w * lanes + r) * lanes, lanes)
                 statements.append(tirx.BufferStore(turned, column, [place]))
             return nest.sequence(statements)
 
-        def block(i: Any) -> Any:
-            def store(lane: Any) -> Any:
-                m = register * lanes + lane
-                n = first + i * lanes
+        def block(i: Expr) -> Stmt:
+            def store(lane: Expr) -> Stmt:
+                m = tile.register * lanes + lane
+                n = tile.first + i * lanes
                 stored = nest.store_rows(self.parts, m, n, lanes, turned, lane * lanes)
                 if isinstance(rows, int) and rows % lanes == 0:
                     return stored
@@ -450,15 +445,15 @@ class _Kernel:
                 ]
             )
 
-        return nest.loop((count + lanes - 1) // lanes, block, name="i")
+        return nest.loop((tile.count + lanes - 1) // lanes, block, name="i")
 
-    def _at(self, n: Any, t: Any) -> Any:
+    def _at(self, n: Expr, t: Expr) -> Expr:
         """Where the value of slot ``t`` of row ``n`` lies."""
         rows, vector = self.fmt.layout.rows, self.fmt.layout.vector
         run = (n // rows * (self.fmt.slots // vector) + t // vector) * rows + n % rows
         return run * vector + t % vector
 
-    def _index(self, n: Any, t: Any, lanes: int) -> Any:
+    def _index(self, n: Expr, t: Expr, lanes: int) -> Expr:
         """Indices of ``lanes`` rows from ``n`` as int32; several only where they lie side by side."""
         rows, vector = self.fmt.layout.rows, self.fmt.index_vector
         run = (n // rows * (self.fmt.slots // vector) + t // vector) * rows + n % rows
@@ -471,12 +466,12 @@ class _Kernel:
         return (stored >> nest.splat(shift, lanes)) & nest.splat(tirx.const(15, "int32"), lanes)
 
 
-def _turn(vectors: list[Any], lanes: int) -> tuple[list[Any], list[Any]]:
+def _turn(vectors: list[Expr], lanes: int) -> tuple[list[Stmt], list[tirx.Var]]:
     """Transpose ``lanes`` vectors of as many lanes: statements, and the vectors they bind."""
     dtype = nest.vector("float32", lanes)
-    statements: list[Any] = []
+    statements: list[Stmt] = []
 
-    def bind(value: Any) -> Any:
+    def bind(value: Expr) -> tirx.Var:
         var = tirx.Var("square", dtype)
         statements.append(tirx.Bind(var, value))
         return var
@@ -495,48 +490,3 @@ def _turn(vectors: list[Any], lanes: int) -> tuple[list[Any], list[Any]]:
             )
         half //= 2
     return statements, held
-
-
-# of the kernel with lanes over the batch: steps of the parallel loop that are tried, the largest ones, and
-# bytes of activations, from a part of the first cache to all of a usual K
-_GROUPS = 5
-
-
-_CHUNKS = (8192, 16384, 32768, 65536, 262144)
-
-
-def batch_lanes_space(parts: nest.Parts, target: tvm.target.Target) -> list[Space]:
-    lanes = lanes_of(target)
-    fmt = parts.fmt
-    registers = -(-int(parts.rows) // lanes)
-    # half of them hold sums at most; the others activations and weights
-    most = 16 if vector_bits(target) >= 512 else 8
-    choices = {
-        "sums": tuple(size for size in _powers(most) if size > 1),
-        "batch_tile": tuple(size for size in _powers(8) if size < 2 * registers),
-        "group": tuple(llvm_batch_lanes.group_sizes(fmt, lanes)[-_GROUPS:]),
-        "chunk": _CHUNKS,
-    }
-
-    def knobs(values: Mapping[str, int]) -> llvm_batch_lanes.Knobs:
-        return dataclasses.replace(llvm_batch_lanes.Knobs(), **values)
-
-    def sizes(values: Mapping[str, int]) -> list[tuple[int, int]]:
-        widths = llvm_batch_lanes.tile_widths(registers, values["batch_tile"])
-        return [llvm_batch_lanes.tile_sizes(fmt, lanes, knobs(values), width) for width in widths]
-
-    def valid(values: Mapping[str, int]) -> bool:
-        if values["batch_tile"] > values["sums"]:
-            return False
-        # of values that come to the same kernel only the least counts
-        return not any(
-            sizes({**values, name: smaller}) == sizes(values)
-            for name in ("sums", "chunk")
-            for smaller in choices[name]
-            if smaller < values[name] and (name == "chunk" or smaller >= values["batch_tile"])
-        )
-
-    def build(values: Mapping[str, int]) -> Any:
-        return llvm_batch_lanes.schedule(parts, lanes, knobs(values))
-
-    return [Space(llvm_batch_lanes.NAME, choices, valid, build)]

@@ -9,21 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import tvm
-import tvm_ffi
 from tvm import s_tir, tirx
 
 from tvm_balanced.format.layout import PackedFormat
 from tvm_balanced.ops import BLOCK_DATA
-from tvm_balanced.schedules.balanced_block import find
+from tvm_balanced.schedules.balanced_block import BalancedBlock, find
+from tvm_balanced.schedules.fused_kernel import (
+    Epilogue,
+    loads,
+    product,
+    same,
+    substitute,
+    unravel,
+    whole,
+    with_root,
+)
 from tvm_balanced.schedules.llvm.rest import math as cpu_math
 from tvm_balanced.schedules.llvm.rest.common import attempt
+from tvm_balanced.support.tvm_types import Block, Buffer, Expr, Stmt
 
 INDEX = "int64"
-
-
 # multiply-adds from which threads pay for waking them
 PARALLEL_WORK = 1 << 19
 
@@ -36,56 +43,39 @@ class Parts:
     ----------
     func : tirx.PrimFunc
         The kernel, its element-wise work inlined.
-    fmt : PackedFormat
-        Of the weight.
-    batch : tuple of expression
+    operator : BalancedBlock
+        The operator in it.
+    batch : tuple of Expr
         Extents of the batch axes.
-    values, indices : buffer
-        Packed arrays.
-    value_dtype : str
-        Of ``values``.
-    data_at : callable of (batch indices, block, element) -> expression
+    data_at : callable of (batch indices, block, element) -> Expr
         The activation there; zero in the padding.
-    source : buffer or None
+    source : Buffer or None
         Float32 activations of shape ``(..., K)`` to read where they lie; None where they have to be
         converted, padded or computed first.
-    out : buffer
-        The result ``(..., N)``.
-    out_at : callable of (batch indices, row, total) -> expression
-        The result there, from the operator's float32 sum.
+    epilogue : Epilogue
+        What becomes of the operator's float32 sums.
     """
 
-    func: Any
-    fmt: PackedFormat
-    batch: tuple[Any, ...]
-    values: Any
-    indices: Any
-    value_dtype: str
-    data_at: Callable[[Sequence[Any], Any, Any], Any]
-    source: Any
-    out: Any
-    out_at: Callable[[Sequence[Any], Any, Any], Any]
+    func: tirx.PrimFunc
+    operator: BalancedBlock
+    batch: tuple[Expr, ...]
+    data_at: Callable[[Sequence[Expr], Expr, Expr], Expr]
+    source: Buffer | None
+    epilogue: Epilogue
 
     @property
-    def rows(self) -> Any:
+    def fmt(self) -> PackedFormat:
+        """The weight's format."""
+        return self.operator.fmt
+
+    @property
+    def rows(self) -> Expr:
         """M: an int where every batch axis is static, else an expression."""
-        total: Any = 1
-        for extent in self.batch:
-            total = total * (int(extent) if isinstance(extent, tirx.IntImm) else extent)
-        return total
+        return product(self.batch)
 
-    def coordinates(self, row: Any) -> list[Any]:
+    def coordinates(self, row: Expr) -> list[Expr]:
         """Batch indices of the flat ``row``."""
-        at: list[Any] = []
-        for position in range(len(self.batch) - 1, 0, -1):
-            extent = self.batch[position]
-            at.insert(0, row % extent)
-            row = row // extent
-        return [row, *at] if self.batch else []
-
-
-def _reads(fmt: PackedFormat) -> bool:
-    return fmt.layout.skew == 1 and fmt.encoding in ("u8", "u4")
+        return unravel(row, self.batch)
 
 
 def take_apart(func: tirx.PrimFunc) -> Parts | None:
@@ -94,15 +84,16 @@ def take_apart(func: tirx.PrimFunc) -> Parts | None:
     None where that leaves more than the three stages (something that is not element-wise was fused), and for
     formats that only CUDA schedules like.
     """
-    found = find(func)
-    if found is None or not _reads(found.fmt):
+    operator = find(func)
+    if operator is None:
+        return None
+    if operator.fmt.layout.skew > 1 or operator.fmt.encoding not in ("u8", "u4"):
         return None
     # the signature must stay as it is, so only the body takes part in the rewriting of calls
     sch = s_tir.Schedule(tvm.IRModule({"main": cpu_math.rewrite(func)}))
-    main_name = found.block.name_hint
     handles = sch.get_child_blocks(sch.get_sblock("root"))
     names = [sch.get(handle).name_hint for handle in handles]
-    kept = names.index(main_name)
+    kept = names.index(operator.name)
     data = next(i for i, name in enumerate(names) if name.startswith(BLOCK_DATA))
     for i, handle in enumerate(handles[:-1]):
         if i not in (kept, data) and not attempt(sch.compute_inline, handle):
@@ -110,53 +101,37 @@ def take_apart(func: tirx.PrimFunc) -> Parts | None:
     stages = [sch.get(b) for b in sch.get_child_blocks(sch.get_sblock("root"))]
     if len(stages) not in (2, 3) or not stages[0].name_hint.startswith(BLOCK_DATA):
         return None
-    data_block, main = stages[0], stages[1]
-    packed = [r.source for r in main.reads if not r.source.same_as(data_block.body.buffer)]
-    indices = next(b for b in packed if str(b.dtype) == "uint8")
-    values = next(b for b in packed if str(b.dtype) != "uint8")
-    epilogue = _epilogue(stages[2], main) if len(stages) == 3 else _plain(main)
-    if epilogue is None:
+    inlined = sch.mod["main"]
+    operator, epilogue = find(inlined), _epilogue(stages[1], *stages[2:])
+    if operator is None or epilogue is None:
         return None
-    out, out_at = epilogue
-    axes = [v.var for v in main.iter_vars]
     return Parts(
-        func=sch.mod["main"],
-        fmt=found.fmt,
-        batch=tuple(v.dom.extent for v in main.iter_vars[: len(axes) - 2]),
-        values=values,
-        indices=indices,
-        value_dtype=str(values.dtype),
-        data_at=_data_at(data_block),
-        source=_direct_source(data_block, sch.mod["main"], found.fmt),
-        out=out,
-        out_at=out_at,
+        func=inlined,
+        operator=operator,
+        batch=tuple(v.dom.extent for v in stages[1].iter_vars[:-2]),
+        data_at=_data_at(stages[0]),
+        source=_direct_source(stages[0], inlined, operator.fmt),
+        epilogue=epilogue,
     )
 
 
-def substitute(node: Any, mapping: dict[Any, Any]) -> Any:
-    """``node`` with variables replaced."""
-    return tvm_ffi.structural_map(node, (tvm.ir.Var, lambda var: mapping.get(var, var)))
-
-
-def _data_at(block: Any) -> Callable[[Sequence[Any], Any, Any], Any]:
+def _data_at(block: Block) -> Callable[[Sequence[Expr], Expr, Expr], Expr]:
     axes = [v.var for v in block.iter_vars]
-    value = block.body.value
 
-    def at(lead: Sequence[Any], kb: Any, e: Any) -> Any:
-        return substitute(value, dict(zip(axes, [*lead, kb, e], strict=True)))
+    def at(lead: Sequence[Expr], kb: Expr, e: Expr) -> Expr:
+        return substitute(block.body.value, dict(zip(axes, [*lead, kb, e], strict=True)))
 
     return at
 
 
-def _direct_source(block: Any, func: Any, fmt: PackedFormat) -> Any:
+def _direct_source(block: Block, func: tirx.PrimFunc, fmt: PackedFormat) -> Buffer | None:
     load = block.body.value
     axes = [v.var for v in block.iter_vars]
     if (
         not isinstance(load, tvm.ir.TensorLoad)
         or str(load.source.dtype) != "float32"
         or not any(load.source.same_as(b) for b in func.params)
-        or len(load.indices) != len(axes) - 1
-        or not all(i.same_as(a) for i, a in zip(load.indices[:-1], axes[:-2], strict=True))
+        or not same(load.indices[:-1], axes[:-2])
     ):
         return None
     column = axes[-2] * fmt.pattern.block + axes[-1]
@@ -164,57 +139,43 @@ def _direct_source(block: Any, func: Any, fmt: PackedFormat) -> Any:
     return load.source if analyzer.can_prove_equal(load.indices[-1], column) else None
 
 
-def _plain(main: Any) -> tuple[Any, Callable[[Sequence[Any], Any, Any], Any]]:
-    return main.body.buffer, lambda lead, n, total: total
-
-
-def _epilogue(last: Any, main: Any) -> tuple[Any, Callable[[Sequence[Any], Any, Any], Any]] | None:
-    axes = [v.var for v in last.iter_vars]
+def _epilogue(main: Block, last: Block | None = None) -> Epilogue | None:
+    """Read what the last block makes of the sums; None where it is not element-wise."""
     total = main.body.buffer
+    if last is None:
+        axes = [v.var for v in main.iter_vars[:-1]]
+        return Epilogue(total, axes, tirx.BufferLoad(total, axes), total)
+    axes = [v.var for v in last.iter_vars]
+    extents = [v.dom.extent for v in last.iter_vars]
     store = last.body
     if not isinstance(store, tirx.BufferStore) or len(axes) != len(total.shape):
         return None
 
-    def own(index: Any, axis: Any, extent: Any) -> bool:
+    def own(index: Expr, axis: tirx.Var, extent: Expr) -> bool:
         zero = isinstance(index, tirx.IntImm) and int(index) == 0
-        return bool(
-            index.same_as(axis) or (zero and isinstance(extent, tirx.IntImm) and int(extent) == 1)
-        )
+        one = isinstance(extent, tirx.IntImm) and int(extent) == 1
+        return bool(index.same_as(axis) or (zero and one))
 
-    loads: list[Any] = []
-    tvm_ffi.structural_walk(store.value, (tvm.ir.TensorLoad, loads.append), order="post")
-    lets: list[Any] = []
-    tvm_ffi.structural_walk(store.value, (tirx.Let, lets.append), order="post")
-    extents = [v.dom.extent for v in last.iter_vars]
-    places = [load.indices for load in loads if load.source.same_as(total)] + [store.indices]
-    for place in places:
+    for place in [load.indices for load in loads(store.value) if load.source.same_as(total)] + [
+        store.indices
+    ]:
         if len(place) != len(axes):
             return None
         if not all(own(i, a, e) for i, a, e in zip(place, axes, extents, strict=True)):
             return None
-
-    def at(lead: Sequence[Any], n: Any, value: Any) -> Any:
-        def replace(load: Any) -> Any:
-            return value if load.source.same_as(total) else load
-
-        result = tvm_ffi.structural_map(store.value, (tvm.ir.TensorLoad, replace))
-        # the epilogue is written out several times, and a variable is defined once only
-        own_lets = {let.var: tirx.Var(let.var.name, let.var.ty) for let in lets}
-        return substitute(result, own_lets | dict(zip(axes, [*lead, n], strict=True)))
-
-    return store.buffer, at
+    return Epilogue(store.buffer, axes, store.value, total)
 
 
 # --- statements
 
 
 def loop(
-    extent: Any,
-    body: Callable[[Any], Any],
+    extent: Expr,
+    body: Callable[[tirx.Var], Stmt],
     kind: tirx.ForKind = tirx.ForKind.SERIAL,
     name: str = "i",
-) -> Any:
-    """A loop whose body is built from its variable; no loop where the extent is one."""
+) -> Stmt:
+    """Make a loop whose body is built from its variable; no loop where the extent is one."""
     if isinstance(extent, int) and extent == 1:
         return body(tirx.const(0, INDEX))
     var = tirx.Var(name, INDEX)
@@ -222,13 +183,13 @@ def loop(
     return tirx.For(var, tirx.const(0, INDEX), limit, kind, body(var))
 
 
-def sequence(statements: Sequence[Any]) -> Any:
-    """One statement of several."""
+def sequence(statements: Sequence[Stmt]) -> Stmt:
+    """Join statements."""
     return statements[0] if len(statements) == 1 else tirx.SeqStmt(list(statements))
 
 
-def ramp(base: Any, lanes: int) -> Any:
-    """The index of ``lanes`` consecutive elements."""
+def ramp(base: Expr, lanes: int) -> Expr:
+    """Index of ``lanes`` consecutive elements."""
     base = tirx.const(base, INDEX) if isinstance(base, int) else base
     return base if lanes == 1 else tirx.Ramp(base, tirx.const(1, INDEX), lanes)
 
@@ -238,12 +199,12 @@ def vector(dtype: str, lanes: int) -> str:
     return dtype if lanes == 1 else f"{dtype}x{lanes}"
 
 
-def splat(value: Any, lanes: int) -> Any:
-    """A vector of equal elements."""
+def splat(value: Expr, lanes: int) -> Expr:
+    """Make a vector of equal elements."""
     return value if lanes == 1 else tirx.Broadcast(value, lanes)
 
 
-def by_work(rows: Any, per_row: int, build: Callable[[bool], Any]) -> Any:
+def by_work(rows: Expr, per_row: int, build: Callable[[bool], Stmt]) -> Stmt:
     """``build(parallel)``: threads or not, decided now where the batch is known, else at run time.
 
     Parameters
@@ -262,12 +223,12 @@ def by_work(rows: Any, per_row: int, build: Callable[[bool], Any]) -> Any:
     return tirx.IfThenElse(rows * per_row >= PARALLEL_WORK, build(True), build(False))
 
 
-def flat_view(buffer: Any) -> tuple[Any, Any]:
-    """A one-dimensional view of a buffer and the statement that declares it.
+def flat_view(buffer: Buffer) -> tuple[Buffer, Stmt]:
+    """Make a one-dimensional view of a buffer and the statement that declares it.
 
     A view of bfloat16 holds its bits, uint16; :func:`load_float` knows.
     """
-    size: Any = 1
+    size: Expr = 1
     for extent in buffer.shape:
         size = size * extent
     dtype = "uint16" if str(buffer.dtype) == "bfloat16" else str(buffer.dtype)
@@ -275,7 +236,7 @@ def flat_view(buffer: Any) -> tuple[Any, Any]:
     return view, tirx.DeclBuffer(view, data=buffer.data)
 
 
-def load_float(view: Any, base: Any, lanes: int) -> Any:
+def load_float(view: Buffer, base: Expr, lanes: int) -> Expr:
     """``lanes`` consecutive elements of a flat view, as float32."""
     loaded = view[ramp(base, lanes)]
     if str(view.dtype) != "uint16":
@@ -287,7 +248,7 @@ def load_float(view: Any, base: Any, lanes: int) -> Any:
     return tirx.reinterpret(vector("float32", lanes), upper)
 
 
-def prefetch(view: Any, at: Any) -> Any:
+def prefetch(view: Buffer, at: Expr) -> Stmt:
     """Ask for the cache line of an element of a flat view, which may lie behind its end."""
     read, keep, data = (tirx.const(i, "int32") for i in (0, 3, 1))
     address = tirx.address_of(view[at])
@@ -296,52 +257,52 @@ def prefetch(view: Any, at: Any) -> Any:
     )
 
 
-def local(size: int, name: str, dtype: str = "float32") -> Any:
-    """A buffer that LLVM keeps in registers."""
+def local(size: int, name: str, dtype: str = "float32") -> Buffer:
+    """Declare a buffer that LLVM keeps in registers."""
     return tirx.decl_buffer((size,), dtype, name=name, scope="local", layout=None)
 
 
-def workspace(size: Any, name: str) -> tuple[Any, list[Any]]:
-    """A float32 buffer for this call, and the statements that allocate it.
+def workspace(size: Expr, name: str) -> tuple[Buffer, list[Stmt]]:
+    """Make a float32 buffer for this call, and the statements that allocate it.
 
     It is used through a view: TVM narrows the buffers it sees the accesses of, by an analysis that takes
     seconds where the batch is symbolic.
     """
-    whole = tirx.decl_buffer((size,), "float32", name=name, layout=None)
-    view, declare = flat_view(whole)
-    return view, [tirx.AllocBuffer(whole), declare]
+    buffer = tirx.decl_buffer((size,), "float32", name=name, layout=None)
+    view, declare = flat_view(buffer)
+    return view, [tirx.AllocBuffer(buffer), declare]
 
 
-def flat_source(parts: Parts) -> tuple[Any, Any]:
-    """:func:`flat_view` of the activations that are read where they lie."""
-    return flat_view(parts.source)
+def threads(parallel: bool) -> tirx.ForKind:
+    """Kind of a loop that threads may share."""
+    return tirx.ForKind.PARALLEL if parallel else tirx.ForKind.SERIAL
 
 
-def stage(parts: Parts, target: Any, pitch: int, parallel: bool) -> Any:
-    """Write the activations to ``target``, float32, rows ``pitch`` apart, zeros behind K.
+def tiles(extent: Expr, tile: int, build: Callable[[Expr, int], Stmt]) -> Stmt:
+    """``build(start, size)`` for full tiles of a symbolic extent, and a tail of half, a quarter and so on."""
+    pieces = [loop(extent // tile, lambda i: build(i * tile, tile), name="mo")]
+    size = tile // 2
+    while size:
+        # what comes before this part of the tail: a multiple of twice its size
+        at = extent // (2 * size) * (2 * size)
+        pieces.append(tirx.IfThenElse(extent % (2 * size) >= size, build(at, size), None))
+        size //= 2
+    return sequence(pieces)
 
-    Parameters
-    ----------
-    parts : Parts
-        The kernel.
-    target : flat float32 buffer
-        At least ``M * pitch`` elements.
-    pitch : int
-        Elements between rows.
-    parallel : bool
-        Whether threads share the rows.
-    """
+
+def stage(parts: Parts, target: Buffer, pitch: int, parallel: bool) -> Stmt:
+    """Write the activations to the flat float32 ``target``, rows ``pitch`` apart, zeros behind K."""
     fmt = parts.fmt
     block = fmt.pattern.block
-    whole = fmt.in_features // block
+    full = fmt.in_features // block
 
-    def row(m: Any) -> Any:
+    def row(m: Expr) -> Stmt:
         lead = parts.coordinates(m)
 
-        def element(kb: Any, e: Any) -> Any:
+        def element(kb: Expr, e: Expr) -> Stmt:
             analyzer = tvm.sym.Analyzer()
             if isinstance(kb, tirx.Var):
-                analyzer.bind(kb, tvm.ir.Range(0, whole))
+                analyzer.bind(kb, tvm.ir.Range(0, full))
             if isinstance(e, tirx.Var):
                 analyzer.bind(e, tvm.ir.Range(0, block))
             value = analyzer.simplify(parts.data_at(lead, kb, e))
@@ -350,31 +311,30 @@ def stage(parts: Parts, target: Any, pitch: int, parallel: bool) -> Any:
             )
 
         pieces = []
-        if whole:
+        if full:
             pieces.append(
                 loop(
-                    whole,
+                    full,
                     lambda kb: loop(
                         block, lambda e: element(kb, e), tirx.ForKind.VECTORIZED, name="e"
                     ),
                     name="kb",
                 )
             )
-        if whole < fmt.blocks:
+        if full < fmt.blocks:
             pieces.append(
                 loop(
-                    (fmt.blocks - whole) * block,
-                    lambda c: element(tirx.const(whole, INDEX) + c // block, c % block),
+                    (fmt.blocks - full) * block,
+                    lambda c: element(tirx.const(full, INDEX) + c // block, c % block),
                     name="c",
                 )
             )
         return sequence(pieces)
 
-    kind = tirx.ForKind.PARALLEL if parallel else tirx.ForKind.SERIAL
-    return loop(parts.rows, row, kind, name="m")
+    return loop(parts.rows, row, threads(parallel), name="m")
 
 
-def store_rows(parts: Parts, m: Any, n: Any, lanes: int, totals: Any, first: Any) -> Any:
+def store_rows(parts: Parts, m: Expr, n: Expr, lanes: int, totals: Buffer, first: Expr) -> Expr:
     """Store the result of rows ``n .. n + lanes`` of the weight for one row of activations.
 
     Parameters
@@ -394,10 +354,11 @@ def store_rows(parts: Parts, m: Any, n: Any, lanes: int, totals: Any, first: Any
     count = parts.fmt.out_features
     begin = tirx.const(first, INDEX) if isinstance(first, int) else first
 
-    def write(width: int) -> Any:
-        def element(e: Any) -> Any:
-            value = parts.out_at(lead, n + e, totals[begin + e])
-            return tirx.BufferStore(parts.out, value, [*lead, n + e])
+    def write(width: int) -> Stmt:
+        def element(e: Expr) -> Stmt:
+            at = [*lead, n + e]
+            value = parts.epilogue.value_at(at, totals[begin + e])
+            return tirx.BufferStore(parts.epilogue.output, value, at)
 
         return loop(width, element, tirx.ForKind.VECTORIZED, name="e")
 
@@ -408,26 +369,11 @@ def store_rows(parts: Parts, m: Any, n: Any, lanes: int, totals: Any, first: Any
     return tirx.IfThenElse(n + lanes <= count, write(lanes), part)
 
 
-def assemble(parts: Parts, body: Any, name: str) -> s_tir.Schedule:
-    """The kernel with ``body`` in place of all of its blocks.
-
-    Parameters
-    ----------
-    parts : Parts
-        Where the signature comes from.
-    body : statement
-        Reads the parameters, writes the result, allocates what it needs.
-    name : str
-        Of the block that holds the body.
-    """
+def assemble(parts: Parts, body: Stmt, name: str) -> s_tir.Schedule:
+    """Put ``body``, in a block ``name``, in place of all blocks of the kernel."""
+    output = parts.epilogue.output
     params = [p for p in parts.func.params if tirx.is_buffer_var(p)]
-
-    def whole(buffer: Any) -> Any:
-        return tirx.BufferRegion(buffer, [tvm.ir.Range(0, e) for e in buffer.shape])
-
-    reads = [whole(b) for b in params if not b.same_as(parts.out)]
-    inner = s_tir.SBlock([], reads, [whole(parts.out)], name, body)
-    true = tirx.const(True, "bool")
-    root = s_tir.SBlock([], [], [], "root", s_tir.SBlockRealize([], true, inner))
-    realized = s_tir.SBlockRealize([], true, root)
-    return s_tir.Schedule(tvm.IRModule({"main": parts.func.with_body(realized)}))
+    reads = [whole(b) for b in params if not b.same_as(output)]
+    inner = s_tir.SBlock([], reads, [whole(output)], name, body)
+    func = with_root(parts.func, s_tir.SBlockRealize([], True, inner))
+    return s_tir.Schedule(tvm.IRModule({"main": func}))

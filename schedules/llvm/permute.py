@@ -11,37 +11,33 @@ one thread, in the order of K. The batch is cut into tiles of even height (where
 full ones, and a tail of 2 and 1). With AVX2, or wide blocks, a larger batch runs with lanes over the batch
 instead, chosen when the kernel runs where the batch is symbolic.
 
-Knobs: :class:`Knobs`, whose defaults :func:`default_knobs` gives.
+Knobs: :class:`PermuteKnobs`, whose defaults :func:`default_knobs` gives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import tvm
 from tvm import s_tir, tirx
 
-from tvm_balanced.schedules.llvm import batch_lanes as llvm_batch_lanes
-from tvm_balanced.schedules.llvm import nest
-from tvm_balanced.schedules.llvm import permute as llvm_permute
+from tvm_balanced.format.layout import ceil_div, round_up
+from tvm_balanced.schedules.llvm import batch_lanes, nest
 from tvm_balanced.schedules.llvm.rest.common import has_feature
-from tvm_balanced.schedules.space import Space, _powers
+from tvm_balanced.schedules.space import Space, powers
+from tvm_balanced.support.tvm_types import Expr, Stmt
 
 NAME = "llvm_permute"
-
-
-# a block is looked up in at most this many registers; beyond, one load per lane is as fast
-MAX_REGISTERS = {16: 16, 8: 8}
-
-
+# registers that a block is looked up in at most, by lanes; beyond, one load per lane is as fast
+_MAX_REGISTERS = {16: 16, 8: 8}
 # multiply-adds written out in the body of the innermost loop
 _UNROLL = 128
 
 
 @dataclass(frozen=True)
-class Knobs:
+class PermuteKnobs:
     """What a tuner may sample.
 
     Parameters
@@ -71,48 +67,35 @@ def lanes_of(target: tvm.target.Target) -> int | None:
     return 8 if has_feature(target, "avx2") else None
 
 
-def default_knobs(lanes: int, registers: int) -> Knobs:
+def default_knobs(lanes: int, registers: int) -> PermuteKnobs:
     """Tile sizes that keep the sums in registers: 32 of them with AVX-512, 16 with AVX2.
 
     Tiles of several registers of weight rows read as many streams of weights at a time, which matters where
-    these come from memory; blocks of more registers leave fewer for sums. Measured on Zen 5 (docs/tuning.md).
-
-    Parameters
-    ----------
-    lanes : int
-        16 for AVX-512, 8 for AVX2.
-    registers : int
-        Registers that hold one block of activations.
+    these come from memory; blocks of more ``registers`` leave fewer for sums. Measured on Zen 5
+    (docs/tuning.md).
     """
     if lanes == 8:
-        return Knobs(4, (4, 2, 1), 4)
+        return PermuteKnobs(4, (4, 2, 1), 4)
     if registers <= 2:
-        return Knobs()
-    return Knobs(2, (1, 4), 4) if registers <= 4 else Knobs(4, (1,), 4)
+        return PermuteKnobs()
+    return PermuteKnobs(2, (1, 4), 4) if registers <= 4 else PermuteKnobs(4, (1,), 4)
 
 
 def tile_heights(rows: int, most: int) -> list[tuple[int, int]]:
     """Cut a batch into as few tiles as ``most`` rows a tile allow, of heights that differ by one at most.
-
-    Parameters
-    ----------
-    rows : int
-        Of activations.
-    most : int
-        Rows of a tile.
 
     Returns
     -------
     list of (height, tiles)
         The higher ones first.
     """
-    tiles = -(-rows // most)
+    tiles = ceil_div(rows, most)
     height, more = divmod(rows, tiles)
     return [(height + 1, more)] * bool(more) + [(height, tiles - more)]
 
 
 def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | None:
-    """Schedule ``func``, or None where the target has no permute or the format does not suit it.
+    """Schedule ``func``, or return None where the target has no permute or the format does not suit it.
 
     Parameters
     ----------
@@ -121,24 +104,32 @@ def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | No
     target : tvm.target.Target
         An llvm target.
     """
-    lanes = lanes_of(target)
-    parts = nest.take_apart(func)
-    if lanes is None or parts is None:
+    suited = _suited(func, target)
+    if suited is None:
         return None
-    layout = parts.fmt.layout
-    registers = -(-parts.fmt.pattern.block // lanes)
-    if layout.vector != 1 or layout.rows % lanes or registers > MAX_REGISTERS[lanes]:
-        return None
+    parts, lanes, registers = suited
     knobs = default_knobs(lanes, registers)
     limit = batch_limit(lanes, registers)
     if limit is None:
         return schedule(parts, lanes, knobs)
     if isinstance(parts.rows, int):
         return schedule(parts, lanes, knobs) if parts.rows < limit else None
-    permuted = _Kernel(parts, lanes, knobs).body()
-    by_lanes = llvm_batch_lanes.body(parts, lanes, llvm_batch_lanes.Knobs())
+    permuted = PermuteKernel(parts, lanes, knobs).body()
+    by_lanes = batch_lanes.body(parts, lanes, batch_lanes.BatchLanesKnobs())
     body = tirx.IfThenElse(parts.rows < limit, permuted, by_lanes)
     return nest.assemble(parts, body, "balanced_permute")
+
+
+def _suited(func: tirx.PrimFunc, target: tvm.target.Target) -> tuple[nest.Parts, int, int] | None:
+    """Take a kernel of this form apart: with the lanes and registers of a block; None for others."""
+    lanes, parts = lanes_of(target), nest.take_apart(func)
+    if lanes is None or parts is None:
+        return None
+    layout = parts.fmt.layout
+    registers = ceil_div(parts.fmt.pattern.block, lanes)
+    if layout.vector != 1 or layout.rows % lanes or registers > _MAX_REGISTERS[lanes]:
+        return None
+    return parts, lanes, registers
 
 
 def batch_limit(lanes: int, registers: int) -> int | None:
@@ -146,54 +137,71 @@ def batch_limit(lanes: int, registers: int) -> int | None:
 
     A lookup in two or more registers costs a blend for each permute but the first. With AVX-512 permutes of
     blocks of up to 32 won at every batch that was tried, those of 64 where N is small (docs/tuning.md).
-
-    Parameters
-    ----------
-    lanes : int
-        16 for AVX-512, 8 for AVX2.
-    registers : int
-        Registers that hold one block of activations.
     """
     if lanes == 16:
         return None if registers <= 4 else 6 if registers <= 8 else 3
     return {1: 12, 2: 5}.get(registers, 3)
 
 
-def schedule(parts: nest.Parts, lanes: int, knobs: Knobs) -> s_tir.Schedule:
+def schedule(parts: nest.Parts, lanes: int, knobs: PermuteKnobs) -> s_tir.Schedule:
     """Write the kernel out for ``knobs``."""
-    return nest.assemble(parts, _Kernel(parts, lanes, knobs).body(), "balanced_permute")
+    return nest.assemble(parts, PermuteKernel(parts, lanes, knobs).body(), "balanced_permute")
 
 
-class _Kernel:
-    def __init__(self, parts: nest.Parts, lanes: int, knobs: Knobs) -> None:
-        self.parts = parts
-        self.fmt = parts.fmt
-        self.lanes = lanes
-        self.knobs = knobs
-        self.registers = -(-self.fmt.pattern.block // lanes)
+def spaces(func: tirx.PrimFunc, target: tvm.target.Target) -> list[Space]:
+    """Give the tiles of a kernel with static shapes."""
+    suited = _suited(func, target)
+    if suited is None or not isinstance(suited[0].rows, int):
+        return []
+    parts, lanes, _ = suited
+    # sums of a tile; the other registers hold activations, indices and values
+    most = 24 if lanes == 16 else 12
+    rows, columns = parts.rows, parts.fmt.padded_rows // lanes
+    heights = {ceil_div(rows, tiles) for tiles in range(1, rows + 1)}
+    choices = {
+        "batch_tile": tuple(sorted(height for height in heights if height <= most)),
+        "row_tile": tuple(size for size in (1, 2, 3, 4, 8) if size <= columns) or (1,),
+        "group": tuple(size for size in powers(16) if size <= columns) or (1,),
+    }
+
+    def valid(values: Mapping[str, int]) -> bool:
+        height, width = values["batch_tile"], values["row_tile"]
+        return width <= values["group"] and height * width <= most
+
+    def build(values: Mapping[str, int]) -> s_tir.Schedule:
+        tile, width = values["batch_tile"], values["row_tile"]
+        return schedule(parts, lanes, PermuteKnobs(tile, (width,), values["group"]))
+
+    return [Space(NAME, choices, valid, build)]
+
+
+class PermuteKernel:
+    """Writes the kernel out."""
+
+    def __init__(self, parts: nest.Parts, lanes: int, knobs: PermuteKnobs) -> None:
+        self.parts, self.fmt, self.lanes, self.knobs = parts, parts.fmt, lanes, knobs
+        self.registers = ceil_div(self.fmt.pattern.block, lanes)
         self.window = self.registers * lanes
+        self.packed = 2 if self.fmt.encoding == "u4" else 1  # indices of a byte
+        # an odd number of 4-bit slots per block ends in the middle of a byte: two blocks at a time
+        self.step = 2 if self.packed == 2 and self.fmt.pattern.nnz % 2 else 1
 
-    def body(self) -> Any:
+    def body(self) -> Stmt:
+        """Write the statements of the kernel."""
         parts, fmt = self.parts, self.fmt
-        values, declare_values = nest.flat_view(parts.values)
-        indices, declare_indices = nest.flat_view(parts.indices)
-        self.values, self.indices = values, indices
-        work = fmt.padded_rows * fmt.slots
+        self.values, declare_values = nest.flat_view(parts.operator.values)
+        self.indices, declare_indices = nest.flat_view(parts.operator.indices)
         statements = [declare_values, declare_indices]
-        if (
-            parts.source is not None
-            and fmt.pattern.block == self.window
-            and (fmt.padded_features == fmt.in_features)
-        ):
-            self.data, declare = nest.flat_source(parts)
+        whole_blocks = fmt.pattern.block == self.window and fmt.padded_features == fmt.in_features
+        if parts.source is not None and whole_blocks:
+            self.data, declare = nest.flat_view(parts.source)
             self.pitch = fmt.in_features
             statements.append(declare)
         else:
             # the last window may reach past the last block
             over = self.window - fmt.pattern.block
-            self.pitch = -(-(fmt.padded_features + over) // self.lanes) * self.lanes
-            size = parts.rows * self.pitch
-            self.data, allocate = nest.workspace(size, "balanced_stage")
+            self.pitch = round_up(fmt.padded_features + over, self.lanes)
+            self.data, allocate = nest.workspace(parts.rows * self.pitch, "balanced_stage")
             statements += [
                 *allocate,
                 nest.by_work(
@@ -202,157 +210,120 @@ class _Kernel:
                     lambda parallel: nest.stage(parts, self.data, self.pitch, parallel),
                 ),
             ]
-        statements.append(nest.by_work(parts.rows, work, self._groups))
+        statements.append(nest.by_work(parts.rows, fmt.padded_rows * fmt.slots, self._groups))
         return nest.sequence(statements)
 
-    def _groups(self, parallel: bool) -> Any:
-        total = self.fmt.padded_rows // self.lanes
+    def _groups(self, parallel: bool) -> Stmt:
         group = self.knobs.group
-        whole, rest = divmod(total, group)
-        kind = tirx.ForKind.PARALLEL if parallel else tirx.ForKind.SERIAL
+        full, rest = divmod(self.fmt.padded_rows // self.lanes, group)
 
-        def body(g: Any) -> Any:
+        def body(g: Expr) -> Stmt:
             first = g * group
             if not rest:
                 return self._group(first, group)
-            if not whole:
+            if not full:
                 return self._group(first, rest)
-            return tirx.IfThenElse(g < whole, self._group(first, group), self._group(first, rest))
+            return tirx.IfThenElse(g < full, self._group(first, group), self._group(first, rest))
 
-        return nest.loop(whole + bool(rest), body, kind, name="g")
+        return nest.loop(full + bool(rest), body, nest.threads(parallel), name="g")
 
-    def _group(self, first: Any, count: int) -> Any:
+    def _group(self, first: Expr, count: int) -> Stmt:
         """All rows of activations by ``count`` registers of weight rows."""
         rows, tile = self.parts.rows, self.knobs.batch_tile
-        if isinstance(rows, int):
-            pieces, begin = [], 0
-            for height, tiles in tile_heights(rows, tile):
-                pieces.append(self._equal_tiles(begin, height, tiles, first, count))
-                begin += height * tiles
-            return nest.sequence(pieces)
-        pieces = [
-            nest.loop(rows // tile, lambda i: self._tiles(i * tile, tile, first, count), name="mo")
-        ]
-        size = tile // 2
-        while size:
-            # rows before this part of the tail: a multiple of twice its size
-            at = rows // (2 * size) * (2 * size)
-            pieces.append(
-                tirx.IfThenElse(
-                    rows % (2 * size) >= size, self._tiles(at, size, first, count), None
-                )
-            )
-            size //= 2
+        if not isinstance(rows, int):
+            return nest.tiles(rows, tile, lambda m, size: self._tiles(m, size, first, count))
+        pieces, begin = [], 0
+        for height, tiles in tile_heights(rows, tile):
+            pieces.append(self._equal_tiles(begin, height, tiles, first, count))
+            begin += height * tiles
         return nest.sequence(pieces)
 
-    def _equal_tiles(self, begin: int, height: int, tiles: int, first: Any, count: int) -> Any:
+    def _equal_tiles(self, begin: int, height: int, tiles: int, first: Expr, count: int) -> Stmt:
         """``tiles`` tiles of ``height`` rows of activations each, from row ``begin``."""
         return nest.loop(
             tiles, lambda i: self._tiles(i * height + begin, height, first, count), name="mo"
         )
 
-    def _tiles(self, m: Any, rows: int, first: Any, count: int) -> Any:
+    def _tiles(self, m: Expr, rows: int, first: Expr, count: int) -> Stmt:
         width = self.knobs.rows_for(rows)
-        pieces = (
-            [
-                nest.loop(
-                    count // width,
-                    lambda i: self._tile(m, rows, first + i * width, width),
-                    name="r",
-                )
-            ]
-            if count >= width
-            else []
-        )
-        if count % width:
-            at = first + count // width * width
-            pieces.append(self._tile(m, rows, at, count % width))
+        full, rest = divmod(count, width)
+        pieces = []
+        if full:
+            tile = partial(self._tile, m, rows)
+            pieces.append(nest.loop(full, lambda i: tile(first + i * width, width), name="r"))
+        if rest:
+            pieces.append(self._tile(m, rows, first + full * width, rest))
         return nest.sequence(pieces)
 
-    def _tile(self, m: Any, rows: int, first: Any, width: int) -> Any:
+    def _tile(self, m: Expr, rows: int, first: Expr, width: int) -> Stmt:
         """``rows`` rows of activations from ``m`` by ``width`` registers of weight rows from ``first``."""
-        lanes = self.lanes
+        lanes, nnz = self.lanes, self.fmt.pattern.nnz
         sums = nest.local(rows * width * lanes, "balanced_sums")
-
-        def place(i: int, r: int) -> int:
-            return (i * width + r) * lanes
-
         zero = nest.splat(tirx.const(0.0, "float32"), lanes)
-        cells = [(i, r) for i in range(rows) for r in range(width)]
-        clear = [tirx.BufferStore(sums, zero, [nest.ramp(place(i, r), lanes)]) for i, r in cells]
-        # an odd number of 4-bit slots per block ends in the middle of a byte: two blocks at a time
-        pair = self.fmt.encoding == "u4" and self.fmt.pattern.nnz % 2 == 1
-        blocks = 2 if pair else 1
-        step = 2 if self.fmt.encoding == "u4" else 1
-        nnz = self.fmt.pattern.nnz
+        cells = {(i, r): (i * width + r) * lanes for i in range(rows) for r in range(width)}
+        clear = [tirx.BufferStore(sums, zero, [nest.ramp(at, lanes)]) for at in cells.values()]
 
-        def slots(kb: Any, start: Any, counts: range) -> Any:
-            found = []
+        def slots(kb: Expr, start: Expr, counts: range) -> Stmt:
+            statements = []
             for s in counts:
-                block = kb + s // nnz if pair else kb
-                found += self._slot(sums, m, cells, place, first, block, start, s)
-            return nest.sequence(found)
+                block = kb + s // nnz if self.step == 2 else kb
+                columns, index, weight = self._load(first, width, start, s)
+                statements += columns
+                for (i, r), at in cells.items():
+                    base = (m + i) * self.pitch + block * self.fmt.pattern.block
+                    picked = self._look_up(base, 0, self.registers, index[r])
+                    where = nest.ramp(at, lanes)
+                    total = sums[where] + picked * weight[r]
+                    statements.append(tirx.BufferStore(sums, total, [where]))
+            return nest.sequence(statements)
 
-        def group_of_blocks(b: Any) -> Any:
-            kb = b * blocks
+        def group_of_blocks(b: Expr) -> Stmt:
+            kb = b * self.step
             start = kb * nnz
-            if pair or nnz * rows * width <= _UNROLL:
-                return slots(kb, start, range(nnz * blocks))
+            if self.step == 2 or nnz * rows * width <= _UNROLL:
+                return slots(kb, start, range(nnz * self.step))
             return nest.loop(
-                nnz // step, lambda t: slots(kb, start + t * step, range(step)), name="t"
+                nnz // self.packed,
+                lambda t: slots(kb, start + t * self.packed, range(self.packed)),
+                name="t",
             )
 
-        accumulate = nest.loop(self.fmt.blocks // blocks, group_of_blocks, name="kb")
+        accumulate = nest.loop(self.fmt.blocks // self.step, group_of_blocks, name="kb")
         finish = [
-            nest.store_rows(self.parts, m + i, (first + r) * lanes, lanes, sums, place(i, r))
-            for i, r in cells
+            nest.store_rows(self.parts, m + i, (first + r) * lanes, lanes, sums, at)
+            for (i, r), at in cells.items()
         ]
         return nest.sequence([tirx.AllocBuffer(sums), *clear, accumulate, *finish])
 
-    def _slot(
-        self,
-        sums: Any,
-        m: Any,
-        cells: list[tuple[int, int]],
-        place: Callable[[int, int], int],
-        first: Any,
-        block: Any,
-        start: Any,
-        s: int,
-    ) -> list[Any]:
-        """One slot of all rows of a tile: slot ``start + s``, ``start`` even for 4-bit indices."""
-        lanes, layout = self.lanes, self.fmt.layout
+    def _load(
+        self, first: Expr, width: int, start: Expr, s: int
+    ) -> tuple[list[Stmt], list[tirx.Var], list[tirx.Var]]:
+        """Indices and values of slot ``start + s`` of a tile; ``start`` is even for 4-bit indices."""
+        lanes, layout, slots = self.lanes, self.fmt.layout, self.fmt.slots
         per_tile = layout.rows // lanes
-        statements: list[Any] = []
-        index, weight = {}, {}
-        for r in sorted({r for _, r in cells}):
-            register = first + r
-            tile, sub = register // per_tile, register % per_tile
-            if self.fmt.encoding == "u4":
-                run = tile * (self.fmt.slots // 2) + start // 2 + s // 2
+        statements: list[Stmt] = []
+        index = [tirx.Var(f"index_{s}_{r}", nest.vector("int32", lanes)) for r in range(width)]
+        weight = [tirx.Var(f"weight_{s}_{r}", nest.vector("float32", lanes)) for r in range(width)]
+        for r in range(width):
+            tile, sub = (first + r) // per_tile, (first + r) % per_tile
+            if self.packed == 2:
+                run = tile * (slots // 2) + start // 2 + s // 2
             else:
-                run = tile * self.fmt.slots + start + s
+                run = tile * slots + start + s
             stored = self.indices[nest.ramp(run * layout.rows + sub * lanes, lanes)]
             wide = tirx.Cast(nest.vector("int32", lanes), stored)
-            if self.fmt.encoding == "u4":
+            if self.packed == 2:
                 if s % 2:
                     wide = wide >> _splat(4, lanes)
                 elif lanes != 16 or self.registers != 1:
                     # a permute of one register of 16 lanes looks at four bits only
                     wide = wide & _splat(15, lanes)
-            at = (tile * self.fmt.slots + start + s) * layout.rows + sub * lanes
+            at = (tile * slots + start + s) * layout.rows + sub * lanes
             value = nest.load_float(self.values, at, lanes)
-            index[r] = tirx.Var(f"index_{s}_{r}", nest.vector("int32", lanes))
-            weight[r] = tirx.Var(f"weight_{s}_{r}", nest.vector("float32", lanes))
             statements += [tirx.Bind(index[r], wide), tirx.Bind(weight[r], value)]
-        for i, r in cells:
-            base = (m + i) * self.pitch + block * self.fmt.pattern.block
-            picked = self._look_up(base, 0, self.registers, index[r])
-            where = [nest.ramp(place(i, r), lanes)]
-            statements.append(tirx.BufferStore(sums, sums[where[0]] + picked * weight[r], where))
-        return statements
+        return statements, index, weight
 
-    def _look_up(self, base: Any, first: int, count: int, index: Any) -> Any:
+    def _look_up(self, base: Expr, first: int, count: int, index: tirx.Var) -> Expr:
         """Elements ``index`` of a block, for indices within ``count`` registers from ``first``.
 
         The permutes ignore the index bits above their own, so halves are told apart by one compare.
@@ -368,54 +339,14 @@ class _Kernel:
         return tirx.Select(index >= _splat((first + half) * lanes, lanes), high, low)
 
 
-def _splat(value: int, lanes: int) -> Any:
+def _splat(value: int, lanes: int) -> Expr:
     return nest.splat(tirx.const(value, "int32"), lanes)
 
 
-def _permute(tables: list[Any], index: Any, lanes: int) -> Any:
+def _permute(tables: list[Expr], index: tirx.Var, lanes: int) -> Expr:
+    dtype = nest.vector("float32", lanes)
     if lanes == 8:
-        return tirx.call_llvm_pure_intrin("float32x8", "llvm.x86.avx2.permps", tables[0], index)
-    if len(tables) == 1:
-        return tirx.call_llvm_pure_intrin(
-            "float32x16", "llvm.x86.avx512.permvar.sf.512", tables[0], index
-        )
-    return tirx.call_llvm_pure_intrin(
-        "float32x16", "llvm.x86.avx512.vpermi2var.ps.512", tables[0], index, tables[1]
-    )
-
-
-def permute_space(parts: nest.Parts, target: tvm.target.Target) -> list[Space]:
-    lanes = llvm_permute.lanes_of(target)
-    fmt = parts.fmt
-    if lanes is None:
-        return []
-    registers = -(-fmt.pattern.block // lanes)
-    if (
-        fmt.layout.vector != 1
-        or fmt.layout.rows % lanes
-        or registers > llvm_permute.MAX_REGISTERS[lanes]
-    ):
-        return []
-    # sums of a tile; the other registers hold activations, indices and values
-    most = 24 if lanes == 16 else 12
-    rows = int(parts.rows)
-    columns = fmt.padded_rows // lanes
-    heights = {-(-rows // tiles) for tiles in range(1, rows + 1)}
-    groups = tuple(size for size in _powers(16) if size <= columns) or (1,)
-    choices = {
-        "batch_tile": tuple(sorted(height for height in heights if height <= most)),
-        "row_tile": tuple(size for size in (1, 2, 3, 4, 8) if size <= columns) or (1,),
-        "group": groups,
-    }
-
-    def knobs(values: Mapping[str, int]) -> llvm_permute.Knobs:
-        return llvm_permute.Knobs(values["batch_tile"], (values["row_tile"],), values["group"])
-
-    def valid(values: Mapping[str, int]) -> bool:
-        height, width = values["batch_tile"], values["row_tile"]
-        return width <= values["group"] and height * width <= most
-
-    def build(values: Mapping[str, int]) -> Any:
-        return llvm_permute.schedule(parts, lanes, knobs(values))
-
-    return [Space(llvm_permute.NAME, choices, valid, build)]
+        return tirx.call_llvm_pure_intrin(dtype, "llvm.x86.avx2.permps", tables[0], index)
+    name = "permvar.sf" if len(tables) == 1 else "vpermi2var.ps"
+    operands = (tables[0], index, *tables[1:])
+    return tirx.call_llvm_pure_intrin(dtype, f"llvm.x86.avx512.{name}.512", *operands)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import tvm
 
 from tvm_balanced.format.layout import Layout, PackedFormat
 from tvm_balanced.format.pattern import BalancedPattern
-from tvm_balanced.schedules.llvm import batch_lanes as llvm_batch_lanes
-from tvm_balanced.schedules.llvm import fallback as llvm_fallback
-from tvm_balanced.schedules.llvm import permute as llvm_permute
+from tvm_balanced.schedules.llvm import batch_lanes, fallback, permute
+from tvm_balanced.schedules.rules import Rule, TunableRule
 
-BALANCED_RULES = (llvm_permute, llvm_batch_lanes, llvm_fallback)
-
-
+BALANCED_RULES: Sequence[Rule] = (permute, batch_lanes, fallback)
+TUNABLE_RULES: Sequence[TunableRule] = (permute, batch_lanes)
 # without a permute the rows of a tile only share a cache line; 8 of them fill two NEON or SSE registers
 _PLAIN_ROWS = 8
 
@@ -25,26 +25,13 @@ def preferred_format(
     dtype: str,
     target: tvm.target.Target,
 ) -> PackedFormat:
-    """The packed format that the llvm schedules like best; one format serves every batch.
+    """Choose the packed format that the llvm schedules like best; one serves every batch and dtype.
 
     Rows of a tile fill one vector register. A pattern whose block divides a register is read in
     blocks of a whole one, and indices of up to four bits are packed in pairs.
-
-    Parameters
-    ----------
-    pattern : BalancedPattern
-        What the weight follows.
-    out_features, in_features : int
-        N and K.
-    batch : int or None
-        Rows of activations, None when symbolic; not looked at.
-    dtype : str
-        Of the values; not looked at.
-    target : tvm.target.Target
-        An llvm target.
     """
     del batch, dtype
-    lanes = llvm_permute.lanes_of(target)
+    lanes = permute.lanes_of(target)
     rows = _PLAIN_ROWS if lanes is None else lanes
     if lanes is not None and lanes % pattern.block == 0:
         pattern = pattern.coarsen(lanes)

@@ -28,7 +28,7 @@ from tvm_balanced.cuda.sass import SassCounts, find_nvdisasm, sass_counts
 from tvm_balanced.cuda.static_report import StaticReport
 from tvm_balanced.errors import ArtifactError, InputError, ToolchainError
 from tvm_balanced.targets import resolve as targets
-from tvm_balanced.targets.gpus import SM_LIMITS
+from tvm_balanced.targets.gpus import ARCHITECTURES
 
 SOURCE = r"""
 extern "C" __global__ void __launch_bounds__(256) kernel_spills(float* a, int n) {
@@ -59,12 +59,12 @@ extern "C" __global__ void kernel_dynamic(float* a) {
 __device__ __noinline__ float sum(float* a, int n) { return n == 0 ? 0 : sum(a + 1, n - 1) + *a; }
 extern "C" __global__ void kernel_recursion(float* a, int n) { a[0] = sum(a, n); }
 """
-ARCHITECTURES = ["sm_80", "sm_90", "sm_120"]
+_COMPILED = ["sm_80", "sm_90", "sm_120"]
 
 
 @pytest.fixture(scope="module")
 def cubins() -> dict[str, tuple[bytes, str]]:
-    return {arch: compile_cubin(SOURCE, arch) for arch in ARCHITECTURES}
+    return {arch: compile_cubin(SOURCE, arch) for arch in _COMPILED}
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def _ptxas(log: str) -> dict[str, tuple[int, int, int]]:
     return found
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", _COMPILED)
 def test_resources_are_those_that_ptxas_tells(cubins: Any, arch: str) -> None:
     cubin, log = cubins[arch]
     told = _ptxas(log)
@@ -185,7 +185,7 @@ def test_occupancy_by_hand(
     found = occupancy(KernelResources("k", registers, 0, shared, None), arch, threads, dynamic)
     assert (found.blocks, found.limits) == (blocks, limits)
     assert found.warps == blocks * -(-threads // 32)
-    assert found.share == found.warps / SM_LIMITS[arch].warps
+    assert found.share == found.warps / ARCHITECTURES[arch].warps
 
 
 CALCULATOR = r"""
@@ -238,7 +238,7 @@ def test_occupancy_is_that_of_nvidias_calculator(tmp_path: Path) -> None:
     command = [cxx.find_cxx(), f"-I{root / 'include'}", str(tmp_path / "calculator.cpp")]
     subprocess.run([*command, "-o", program], check=True)
     lines, found = [], []
-    for arch, limits in SM_LIMITS.items():
+    for arch, limits in ARCHITECTURES.items():
         device = f"{arch[3:-1]} {arch[-1]} {limits.warps * 32} {limits.shared_bytes}"
         for registers in (8, 24, 32, 33, 40, 48, 64, 80, 96, 128, 168, 255):
             for threads in (1, 32, 96, 128, 256, 320, 512, 768, 1024):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.cuda_kernels import Case, fused_kernel, packed_format, target
+from tests.helpers.cuda_kernels import Case, chosen_tile, fused_kernel, packed_format, target
 from tvm_balanced.build.pipeline import TIR_PIPELINE
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.cuda.source import split_kernels
@@ -50,7 +50,7 @@ def _text(rule: Any, case: Case, layout: str, arch: str) -> str:
         # that of one GPU, as each has its own
         found = find(func)
         assert found is not None
-        tile = cuda_gather.default_tile(fmt, found.rows, case.dtype, 48 << 10)
+        tile = chosen_tile(fmt, found.rows, case.dtype)
         sch = cuda_gather.apply(func, target(arch), tile)
     else:
         sch = rule.apply(func, target(arch))

@@ -19,7 +19,10 @@ from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.pruning import magnitude as pruning
 from tvm_balanced.schedules.balanced_block import find
 from tvm_balanced.schedules.cuda import gather as cuda_gather
+from tvm_balanced.schedules.cuda import gather_model, machine
 from tvm_balanced.schedules.cuda import target as cuda
+from tvm_balanced.schedules.cuda.gather_tile import GatherTile
+from tvm_balanced.targets.gpus import GPUS
 
 # of the largest result: rounding of the result's dtype, and of float32 sums in another order
 TOLERANCE = {"float32": 2e-6, "float16": 1.5e-3, "bfloat16": 1.2e-2}
@@ -128,12 +131,20 @@ def fused_kernel(case: Case, fmt: PackedFormat) -> tirx.PrimFunc:
     return kernels[0].with_attr("global_symbol", "main")
 
 
+def chosen_tile(
+    fmt: PackedFormat, rows: int | None, dtype: str, multiprocessors: int | None = None
+) -> GatherTile:
+    """The gather's tile on an H100, or on as many of its multiprocessors."""
+    gpu = machine.machine(GPUS["h100"], multiprocessors)
+    return gather_model.choose(fmt, rows, dtype, 48 << 10, gpu)
+
+
 def gather_kernel(case: Case, fmt: PackedFormat) -> cudaemu.TVMKernel:
     """With the tile of a large N, which the small N of a test would not be given."""
     func = fused_kernel(case, fmt)
     found = find(func)
     assert found is not None
-    tile = cuda_gather.default_tile(fmt, found.rows, case.dtype, 48 << 10, multiprocessors=1)
+    tile = chosen_tile(fmt, found.rows, case.dtype, multiprocessors=1)
     sch = cuda_gather.apply(func, target(), tile)
     assert sch is not None
     return cudaemu.from_tvm(sch.mod, target())

@@ -44,7 +44,7 @@ def test_h100_is_what_the_chip_allows_and_not_the_tag():
 @pytest.mark.parametrize("name", targets_gpus.GPUS)
 def test_figures_of_a_data_sheet_agree_with_each_other(name):
     gpu = targets_gpus.GPUS[name]
-    per_clock = 128 if gpu.arch == "sm_80" else 256
+    per_clock = targets_gpus.ARCHITECTURES[gpu.arch].fp32_flops
     assert gpu.fp32_tflops == pytest.approx(
         gpu.sm_count * gpu.clock_ghz * per_clock / 1e3, rel=0.02
     )
@@ -132,7 +132,7 @@ def test_a_namesake_with_fewer_multiprocessors_gets_figures_of_its_own():
     laptop = DetectedGpu(
         "NVIDIA GeForce RTX 4090 Laptop GPU", "sm_89", 16 << 30, 576.0, 76, 2.04, 64 << 20, 101376
     )
-    figures = targets_gpus.detected_figures(laptop)
+    figures = targets_gpus.known_gpu(laptop)
     assert figures.bandwidth_gbps == 576.0
     assert figures.fp32_tflops == pytest.approx(39.7, rel=0.01)
 

@@ -24,8 +24,7 @@ from tvm_balanced.records.record import Environment
 from tvm_balanced.records.store import RecordFolder
 from tvm_balanced.schedules import dispatch
 from tvm_balanced.schedules import workload as schedules_workload
-from tvm_balanced.schedules.cuda import gather_model as kernel_model
-from tvm_balanced.schedules.cuda import gather_tile, machine
+from tvm_balanced.schedules.cuda import gather_model, gather_tile, machine
 from tvm_balanced.targets.gpus import GPUS
 from tvm_balanced.targets.resolve import resolve
 from tvm_balanced.tuning import estimates as kernel_models
@@ -108,12 +107,12 @@ def test_features_tell_tiles_of_tensor_cores_apart() -> None:
 def test_registers_of_the_compiled_kernel_decide_what_is_resident(workload: Any) -> None:
     operator = kernel_models.operator_of(workload)
     knobs = kernel_models.candidate_of(default_schedule(workload).mod, target()).knobs
-    assert isinstance(knobs, gather_tile.Knobs)
+    assert isinstance(knobs, gather_tile.GatherTile)
 
     def resident(registers: int) -> int:
         resources = KernelResources("main", registers, 0, 1024, None)
         gpu = machine.machine(GPUS["h100"], 1)
-        model = kernel_model.Model(gpu, operator.fmt, 200, "float16")
+        model = gather_model.GatherModel(gpu, operator.fmt, 200, "float16")
         return model.predict(knobs, resources).resident
 
     assert resident(32) > resident(128) > resident(255) > 0

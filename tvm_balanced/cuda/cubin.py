@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tvm_balanced.errors import ArtifactError
-from tvm_balanced.targets.gpus import _RESERVED_SHARED
+from tvm_balanced.targets.gpus import RESERVED_SHARED
 
 _ELF_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 
@@ -155,7 +155,7 @@ def _resources(elf: _Elf) -> list[KernelResources]:
             index, value = words
             (registers if attribute == _REGISTERS else stacks)[symbols[index][0]] = value
     # from sm_90 on shared memory begins with what the driver reserves, which the sizes include
-    reserved = _RESERVED_SHARED if ".nv.shared.reserved.0" in elf.sections else 0
+    reserved = RESERVED_SHARED if ".nv.shared.reserved.0" in elf.sections else 0
     found = []
     for name, kind, other in symbols:
         if kind != _FUNC or not other & _ENTRY:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tvm_balanced.cuda.cubin import KernelResources
 from tvm_balanced.errors import InputError
-from tvm_balanced.targets.gpus import _RESERVED_SHARED, SM_LIMITS
+from tvm_balanced.targets.gpus import ARCHITECTURES, RESERVED_SHARED
 
 _SM_REGISTERS = 65536
 
@@ -59,7 +59,7 @@ def occupancy(
     resources : KernelResources
         The kernel.
     arch : str
-        One of :data:`SM_LIMITS`; a trailing ``a`` or ``f`` is ignored.
+        One of :data:`ARCHITECTURES`; a trailing ``a`` or ``f`` is ignored.
     threads : int
         Of a block.
     dynamic_shared : int
@@ -75,10 +75,10 @@ def occupancy(
     InputError
         For an architecture that is not in the table, or no possible number of threads.
     """
-    limits = SM_LIMITS.get(arch.rstrip("af"))
+    limits = ARCHITECTURES.get(arch.rstrip("af"))
     if limits is None:
         raise InputError(
-            f'the limits of architecture "{arch}" are not known; known are {", ".join(SM_LIMITS)}'
+            f'the limits of architecture "{arch}" are not known; known are {", ".join(ARCHITECTURES)}'
         )
     if not 1 <= threads <= _MAX_BLOCK_THREADS:
         raise InputError(f"a block of {threads} threads was given; give 1 to {_MAX_BLOCK_THREADS}")
@@ -88,7 +88,7 @@ def occupancy(
     # a launch is checked as if every quarter held as many warps of the block
     if of_warp * _round_up(warps, _SM_PARTS) > _SM_REGISTERS:
         warps_with_registers = 0
-    shared = resources.shared_bytes + dynamic_shared + _RESERVED_SHARED
+    shared = resources.shared_bytes + dynamic_shared + RESERVED_SHARED
     most = {
         "warps": limits.warps // warps,
         "blocks": limits.blocks,

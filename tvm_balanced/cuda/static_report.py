@@ -24,7 +24,7 @@ from tvm_balanced.cuda.occupancy import Occupancy, occupancy
 from tvm_balanced.cuda.sass import SassCounts, sass_counts
 from tvm_balanced.errors import ToolchainError
 from tvm_balanced.report import WIDE
-from tvm_balanced.targets.gpus import SM_LIMITS
+from tvm_balanced.targets.gpus import ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class KernelReport:
         From the ELF.
     occupancy : Occupancy or None
         Of blocks as large as the launch bounds; None without them, or for an architecture that is not
-        in :data:`SM_LIMITS`.
+        in :data:`ARCHITECTURES`.
     dynamic_shared : bool
         Whether a launch adds shared memory, of a size that the cubin does not hold: the occupancy is
         then an upper bound.
@@ -105,7 +105,7 @@ class StaticReport(Sequence[KernelReport]):
                         arch,
                         kernel,
                         occupancy(kernel, arch, kernel.max_threads)
-                        if kernel.max_threads is not None and arch.rstrip("af") in SM_LIMITS
+                        if kernel.max_threads is not None and arch.rstrip("af") in ARCHITECTURES
                         else None,
                         kernel.name in dynamic_shared,
                         counts.get(kernel.name),

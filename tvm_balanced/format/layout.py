@@ -15,14 +15,8 @@ from tvm_balanced.errors import InputError
 from tvm_balanced.format.pattern import BalancedPattern
 
 VALUE_DTYPES = ("float32", "float16", "bfloat16")
-
-
 ENCODINGS = {"u8": 8, "u4": 4, "u3": 3, "u2": 2}  # name: bits of an index
-
-
 BITMAP = "bitmap"
-
-
 BITMAP_BLOCKS = (8, 16, 24, 32)
 
 
@@ -61,8 +55,14 @@ class Layout:
         return f"r{self.rows}v{self.vector}" + (f"s{self.skew}" if self.skew > 1 else "")
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def ceil_div(value: int, by: int) -> int:
+    """Divide and round up."""
+    return -(-value // by)
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Round up to a multiple."""
+    return ceil_div(value, multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class PackedFormat:
 
     @property
     def index_vector(self) -> int:
-        """Slots in one run of the index array (``W`` above)."""
+        """Slots in one run of the index array (``W`` in the module of packing)."""
         if self.encoding == BITMAP:
             return math.lcm(self.layout.vector, self.pattern.nnz)
         return max(self.layout.vector, self._index_unit)
@@ -146,9 +146,9 @@ class PackedFormat:
     @cached_property
     def blocks(self) -> int:
         """Blocks of a row, with the padding that makes the slots fill whole vectors and skewed groups."""
-        needed = -(-self.in_features // self.pattern.block)
+        needed = ceil_div(self.in_features, self.pattern.block)
         unit = self.index_vector // math.gcd(self.index_vector, self.pattern.nnz)
-        return _round_up(needed, math.lcm(unit, self.layout.skew))
+        return round_up(needed, math.lcm(unit, self.layout.skew))
 
     @property
     def slots(self) -> int:
@@ -158,7 +158,7 @@ class PackedFormat:
     @property
     def padded_rows(self) -> int:
         """Rows held (``N'``)."""
-        return _round_up(self.out_features, self.layout.rows)
+        return round_up(self.out_features, self.layout.rows)
 
     @property
     def padded_features(self) -> int:
@@ -167,11 +167,13 @@ class PackedFormat:
 
     @property
     def values_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the array of values."""
         rows, vector = self.layout.rows, self.layout.vector
         return (self.padded_rows // rows, self.slots // vector, rows, vector)
 
     @property
     def indices_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the array of indices, uint8."""
         rows, vector = self.layout.rows, self.index_vector
         run = int(vector * self.index_bits) // 8
         inner = (run, rows) if self.index_planes else (rows, run)

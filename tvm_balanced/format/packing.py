@@ -56,11 +56,7 @@ from tvm_balanced.format.weights import (
 
 # CUDA's shared memory serves 16 lanes at a time when each reads 8 bytes, from 16 pairs of banks
 _WARP = 32
-
-
 _SERVED_LANES = 16
-
-
 _BANK_PAIRS = 16
 
 

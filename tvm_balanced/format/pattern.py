@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from tvm_balanced.errors import InputError
 
 MAX_BLOCK = 256  # indices within a block are one byte
-
-
 _SPEC = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*", re.ASCII)
 
 

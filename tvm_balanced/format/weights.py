@@ -12,8 +12,6 @@ from tvm_balanced.format.layout import VALUE_DTYPES
 from tvm_balanced.format.pattern import BalancedPattern
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-
 # dense weights handled at a time, so that temporaries stay small beside a large weight
 _CHUNK_ELEMENTS = 1 << 23
 

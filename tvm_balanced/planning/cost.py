@@ -152,7 +152,7 @@ def symbolic_text(
         else:
             slower = slower or rows
     until = f"; dense predicted faster at M = {slower} and above" if slower else ""
-    return f"{cuda_by_rows.told(served)}{until}"
+    return f"{cuda_by_rows.in_words(served)}{until}"
 
 
 def predicted(spec: TargetSpec, rows: int, fmt: PackedFormat, dtype: str) -> machine.Prediction:

@@ -1,8 +1,7 @@
-"""Figures of every GPU that is known, and the TVM target of one."""
+"""Every figure of a GPU, once: a new chip is a row of :data:`GPUS`, a family one of :data:`ARCHITECTURES`."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,53 +11,70 @@ from tvm_balanced.targets.driver import DetectedGpu
 if TYPE_CHECKING:
     import tvm
 
+RESERVED_SHARED = 1024  # bytes of every thread block's shared memory, for the driver
+_KIB = 1 << 10
+_MIB = 1 << 20
+
 
 @dataclass(frozen=True)
-class SMLimits:
-    """What a streaming multiprocessor of an architecture holds at most.
+class Architecture:
+    """What the multiprocessors of a compute capability have in common.
 
     Parameters
     ----------
+    name : str
+        ``sm_90``: the plain architecture, whose code runs on every GPU of it (``sm_90a`` does not).
     warps, blocks : int
-        Resident at a time.
+        The most that a multiprocessor holds at a time.
     shared_bytes : int
-        Shared memory, where all that can be is taken from L1.
+        Shared memory of a multiprocessor, where all that can be is taken from L1.
+    fp32_flops, tensor_flops : int
+        Operations of a multiprocessor in a clock: on CUDA cores in float32, and of fp16 tensor cores that
+        accumulate in float32, without sparsity.
+    l2_bytes : float
+        Bytes in a clock from the level-2 cache to all multiprocessors.
+    mma_share : float
+        Share of the tensor cores' rate that ``mma.sync`` reaches: all but overheads where it is their own
+        instruction; the full rate of later ones takes wgmma or tcgen05. Assumed, not measured.
     """
 
+    name: str
     warps: int
     blocks: int
     shared_bytes: int
+    fp32_flops: int
+    tensor_flops: int
+    l2_bytes: float
+    mma_share: float
 
 
 # Source: CUDA C++ Programming Guide, section Compute Capabilities, table Technical Specifications;
-# the units of allocation, which it leaves out, from NVIDIA's cuda_occupancy.h
-SM_LIMITS = {
-    "sm_80": SMLimits(64, 32, 164 << 10),
-    "sm_86": SMLimits(48, 16, 100 << 10),
-    "sm_89": SMLimits(48, 24, 100 << 10),
-    "sm_90": SMLimits(64, 32, 228 << 10),
-    "sm_100": SMLimits(64, 32, 228 << 10),
-    "sm_120": SMLimits(48, 24, 100 << 10),
+# the units of allocation, which it leaves out, from NVIDIA's cuda_occupancy.h. Level-2 cache: 5120 bytes a
+# clock on GA100 by its white paper, taken for its successors too; the others have 32 for each of 64 slices
+# or so
+ARCHITECTURES = {
+    row.name: row
+    for row in (
+        Architecture("sm_80", 64, 32, 164 * _KIB, 128, 2048, 5120.0, 0.85),
+        Architecture("sm_86", 48, 16, 100 * _KIB, 256, 512, 1536.0, 0.85),
+        Architecture("sm_89", 48, 24, 100 * _KIB, 256, 512, 2048.0, 0.85),
+        Architecture("sm_90", 64, 32, 228 * _KIB, 256, 4096, 5120.0, 0.6),
+        Architecture("sm_100", 64, 32, 228 * _KIB, 256, 8192, 5120.0, 0.3),
+        Architecture("sm_120", 48, 24, 100 * _KIB, 256, 512, 2560.0, 0.85),
+    )
 }
 
 
-_RESERVED_SHARED = 1024  # of every block, for the driver
-
-
-_KIB = 1024
-
-
-_MIB = 1024 * 1024
-
-
 @dataclass(frozen=True)
-class GpuFigures:
-    """Figures of one GPU, from its public data sheet.
+class Gpu:
+    """Figures of one GPU, from its public data sheet or its driver.
 
     Parameters
     ----------
+    name : str
+        Its key in :data:`GPUS`, or what its driver calls it.
     arch : str
-        ``sm_90``: the plain architecture, whose code runs on every GPU of it (``sm_90a`` does not).
+        Its row in :data:`ARCHITECTURES`.
     bandwidth_gbps : float
         Device memory, GB/s.
     fp32_tflops, tensor_tflops : float
@@ -67,10 +83,11 @@ class GpuFigures:
         Streaming multiprocessors.
     clock_ghz : float
         Boost clock.
-    l2_bytes, shared_bytes : int
-        Level-2 cache, and the most shared memory one thread block can ask for.
+    l2_bytes : int
+        Level-2 cache.
     """
 
+    name: str
     arch: str
     bandwidth_gbps: float
     fp32_tflops: float
@@ -78,73 +95,69 @@ class GpuFigures:
     sm_count: int
     clock_ghz: float
     l2_bytes: int
-    shared_bytes: int
+
+    @property
+    def shared_bytes(self) -> int:
+        """The most shared memory that one thread block can ask for."""
+        return ARCHITECTURES[self.arch].shared_bytes - RESERVED_SHARED
 
 
-# Source: NVIDIA data sheets and architecture white papers of each product (SXM parts where there
-# are several); shared memory per block from the CUDA programming guide, table of compute
-# capabilities.
-GPUS: dict[str, GpuFigures] = {
-    "a100": GpuFigures("sm_80", 2039, 19.5, 312, 108, 1.41, 40 * _MIB, 163 * _KIB),
-    "a10": GpuFigures("sm_86", 600, 31.2, 125, 72, 1.695, 6 * _MIB, 99 * _KIB),
-    "rtx-3090": GpuFigures("sm_86", 936, 35.6, 71, 82, 1.695, 6 * _MIB, 99 * _KIB),
-    "l4": GpuFigures("sm_89", 300, 30.3, 121, 58, 2.04, 48 * _MIB, 99 * _KIB),
-    "l40s": GpuFigures("sm_89", 864, 91.6, 362, 142, 2.52, 96 * _MIB, 99 * _KIB),
-    "rtx-4090": GpuFigures("sm_89", 1008, 82.6, 165, 128, 2.52, 72 * _MIB, 99 * _KIB),
-    "h100": GpuFigures("sm_90", 3350, 66.9, 989, 132, 1.98, 50 * _MIB, 227 * _KIB),
-    "h200": GpuFigures("sm_90", 4800, 66.9, 989, 132, 1.98, 50 * _MIB, 227 * _KIB),
-    "b200": GpuFigures("sm_100", 8000, 75, 2250, 148, 1.965, 126 * _MIB, 227 * _KIB),
-    "rtx-5090": GpuFigures("sm_120", 1792, 104.8, 209.5, 170, 2.407, 96 * _MIB, 99 * _KIB),
+# Source: NVIDIA data sheets and architecture white papers of each product (SXM parts where there are
+# several). The first one of an architecture stands for it where only its number is given
+GPUS = {
+    row.name: row
+    for row in (
+        Gpu("a100", "sm_80", 2039, 19.5, 312, 108, 1.41, 40 * _MIB),
+        Gpu("a10", "sm_86", 600, 31.2, 125, 72, 1.695, 6 * _MIB),
+        Gpu("rtx-3090", "sm_86", 936, 35.6, 71, 82, 1.695, 6 * _MIB),
+        Gpu("l40s", "sm_89", 864, 91.6, 362, 142, 2.52, 96 * _MIB),
+        Gpu("l4", "sm_89", 300, 30.3, 121, 58, 2.04, 48 * _MIB),
+        Gpu("rtx-4090", "sm_89", 1008, 82.6, 165, 128, 2.52, 72 * _MIB),
+        Gpu("h100", "sm_90", 3350, 66.9, 989, 132, 1.98, 50 * _MIB),
+        Gpu("h200", "sm_90", 4800, 66.9, 989, 132, 1.98, 50 * _MIB),
+        Gpu("b200", "sm_100", 8000, 75, 2250, 148, 1.965, 126 * _MIB),
+        Gpu("rtx-5090", "sm_120", 1792, 104.8, 209.5, 170, 2.407, 96 * _MIB),
+    )
 }
 
-
-# whose figures stand for an architecture given by its number alone
-REPRESENTATIVE = {
-    "sm_80": "a100",
-    "sm_86": "a10",
-    "sm_89": "l40s",
-    "sm_90": "h100",
-    "sm_100": "b200",
-    "sm_120": "rtx-5090",
-}
+# what a TVM target says of a GPU that is not in the table, beside its cache: TVM keeps attributes with this
+# prefix, in JSON too, so that a target made in another process, or read from a record, is the same GPU
+_FEATURE = "feature."
+_DESCRIBED = ("sm_count", "bandwidth_gbps", "clock_ghz")
 
 
-def cuda_target(arch: str, figures: GpuFigures | DetectedGpu) -> tvm.target.Target:
-    """The TVM target of a GPU.
+def representative(arch: str) -> Gpu:
+    """Whose figures stand for an architecture that is given by its number alone."""
+    return next(gpu for gpu in GPUS.values() if gpu.arch == arch)
+
+
+def cuda_target(gpu: Gpu) -> tvm.target.Target:
+    """Make the TVM target of a GPU, from which :func:`gpu_of` reads it again.
 
     TVM's own tags are not used: ``nvidia/nvidia-h100`` caps shared memory at 48 KiB, of which the
-    chip gives 227, and names ``sm_90a``, whose code runs on no other GPU of the family. The attribute
-    ``model`` says which GPU it is, for :func:`gpu_figures`.
+    chip gives 227, and names ``sm_90a``, whose code runs on no other GPU of the family.
     """
     from tvm.target import Target
 
+    described = () if GPUS.get(gpu.name) == gpu else _DESCRIBED
     return Target(
         {
             "kind": "cuda",
-            "arch": arch,
-            "model": _model_text(figures),
-            "max_shared_memory_per_block": figures.shared_bytes,
+            "arch": gpu.arch,
+            "model": gpu.name,
+            "max_shared_memory_per_block": gpu.shared_bytes,
             "max_threads_per_block": 1024,
             "max_num_threads": 1024,
             "thread_warp_size": 32,
             "registers_per_block": 65536,
-            "l2_cache_size_bytes": figures.l2_bytes,
+            "l2_cache_size_bytes": gpu.l2_bytes,
+            **{_FEATURE + name: getattr(gpu, name) for name in described},
         }
     )
 
 
-def _model_text(figures: GpuFigures | DetectedGpu) -> str:
-    """A GPU's name in :data:`GPUS`, or the figures that its target does not hold."""
-    if isinstance(figures, DetectedGpu):
-        figures = detected_figures(figures)
-    for name, known in GPUS.items():
-        if known == figures:
-            return name
-    return f"{figures.sm_count} SM, {figures.bandwidth_gbps:g} GB/s, {figures.clock_ghz:g} GHz"
-
-
-def gpu_figures(target: tvm.target.Target) -> GpuFigures:
-    """The figures of a CUDA target's GPU.
+def gpu_of(target: tvm.target.Target) -> Gpu:
+    """Find the GPU of a CUDA target.
 
     Parameters
     ----------
@@ -157,82 +170,45 @@ def gpu_figures(target: tvm.target.Target) -> GpuFigures:
     InputError
         For an architecture that is not supported.
     """
-    model = str(target.attrs.get("model", ""))
+    attrs = target.attrs
+    model, arch = str(attrs.get("model", "")), str(attrs.get("arch", ""))
     if model in GPUS:
         return GPUS[model]
-    arch = re.sub(r"[af]$", "", str(target.attrs.get("arch", "")))
-    if arch not in REPRESENTATIVE:
+    plain = arch.rstrip("af")
+    if plain not in ARCHITECTURES:
         raise InputError(
-            f'the TVM target {target} has arch "{target.attrs.get("arch", "")}"; supported are '
-            f"{', '.join(REPRESENTATIVE)}"
+            f'the TVM target {target} has arch "{arch}"; supported are {", ".join(ARCHITECTURES)}'
         )
-    told = re.fullmatch(r"(\d+) SM, (\S+) GB/s, (\S+) GHz", model)
-    if told is None:
-        return GPUS[REPRESENTATIVE[arch]]
-    return _derived_figures(
-        arch,
-        int(told[1]),
-        float(told[2]),
-        float(told[3]),
-        int(target.attrs["l2_cache_size_bytes"]),
-        int(target.attrs["max_shared_memory_per_block"]),
-    )
+    if _FEATURE + _DESCRIBED[0] not in attrs:
+        return representative(plain)
+    count, bandwidth, clock = (attrs[_FEATURE + name] for name in _DESCRIBED)
+    cache = int(attrs["l2_cache_size_bytes"])
+    return _described(model, plain, int(count), float(bandwidth), float(clock), cache)
 
 
-def detected_figures(gpu: DetectedGpu) -> GpuFigures:
-    """Figures of a GPU: the data sheet's where its name is known, else derived from what it says.
+def known_gpu(gpu: DetectedGpu) -> Gpu:
+    """Find the figures of a GPU: the data sheet's where its name is known, else what its driver says.
 
     Parameters
     ----------
     gpu : DetectedGpu
         Of a supported architecture.
-
-    Returns
-    -------
-    GpuFigures
     """
-    words = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-").split("-")
-    for known, figures in GPUS.items():
-        parts = known.split("-")
+    words = "".join(c if c.isalnum() else " " for c in gpu.name.lower()).split()
+    for known in GPUS.values():
+        parts = known.name.split("-")
         spelt = any(words[i : i + len(parts)] == parts for i in range(len(words)))
         # "RTX 4090 Laptop GPU", "H100 PCIe", "MIG 1g.10gb" share a name with a different chip
-        if spelt and figures.arch == gpu.arch and figures.sm_count == gpu.sm_count:
-            return figures
-    return _derived_figures(
-        gpu.arch,
-        gpu.sm_count,
-        gpu.bandwidth_gbps,
-        gpu.clock_ghz,
-        gpu.l2_bytes,
-        gpu.shared_bytes,
+        if spelt and known.arch == gpu.arch and known.sm_count == gpu.sm_count:
+            return known
+    return _described(
+        gpu.name, gpu.arch, gpu.sm_count, gpu.bandwidth_gbps, gpu.clock_ghz, gpu.l2_bytes
     )
 
 
-def _derived_figures(
-    arch: str,
-    sm_count: int,
-    bandwidth_gbps: float,
-    clock_ghz: float,
-    l2_bytes: int,
-    shared_bytes: int,
-) -> GpuFigures:
-    # FLOP per clock and multiprocessor, architecture by architecture: CUDA cores, tensor cores
-    cuda_rate, tensor_rate = {
-        "sm_80": (128, 2048),
-        "sm_86": (256, 512),
-        "sm_89": (256, 512),
-        "sm_90": (256, 4096),
-        "sm_100": (256, 8192),
-        "sm_120": (256, 512),
-    }[arch]
-    per_clock = sm_count * clock_ghz / 1e3
-    return GpuFigures(
-        arch,
-        bandwidth_gbps,
-        per_clock * cuda_rate,
-        per_clock * tensor_rate,
-        sm_count,
-        clock_ghz,
-        l2_bytes,
-        shared_bytes,
-    )
+def _described(
+    name: str, arch: str, sm_count: int, bandwidth_gbps: float, clock_ghz: float, l2_bytes: int
+) -> Gpu:
+    rates, per_clock = ARCHITECTURES[arch], sm_count * clock_ghz / 1e3
+    fp32, tensor = per_clock * rates.fp32_flops, per_clock * rates.tensor_flops
+    return Gpu(name, arch, bandwidth_gbps, fp32, tensor, sm_count, clock_ghz, l2_bytes)

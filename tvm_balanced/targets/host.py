@@ -71,8 +71,6 @@ def cpu_flags(cpuinfo: str = "/proc/cpuinfo") -> frozenset[str]:
 
 
 _TOPOLOGY = Path("/sys/devices/system/cpu")
-
-
 _CGROUP = Path("/sys/fs/cgroup")
 
 

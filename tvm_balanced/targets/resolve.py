@@ -5,17 +5,18 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tvm_balanced.errors import InputError, ToolchainError
 from tvm_balanced.targets.driver import detect_driver
 from tvm_balanced.targets.gpus import (
+    ARCHITECTURES,
     GPUS,
-    REPRESENTATIVE,
-    GpuFigures,
+    Gpu,
     cuda_target,
-    detected_figures,
-    gpu_figures,
+    gpu_of,
+    known_gpu,
+    representative,
 )
 from tvm_balanced.targets.host import CPU_FLAGS, core_count, cpu_flags
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 
 LLVM_LEVELS = ("x86-64-v4", "x86-64-v3")
-
-
 # what separates a kernel from the next one in a stream that is kept full, without CUDA graphs: 2 to
 # 3 us are commonly measured; no data sheet says it
 _LAUNCH_US = 2.5
@@ -89,7 +88,7 @@ def names() -> list[str]:
     """Every target name :func:`resolve` knows."""
     return [
         "cuda",
-        *(f"cuda-{arch}" for arch in REPRESENTATIVE),
+        *(f"cuda-{arch}" for arch in ARCHITECTURES),
         *GPUS,
         "llvm",
         *(f"llvm-{level}" for level in LLVM_LEVELS),
@@ -125,12 +124,11 @@ def resolve(target: str | tvm.target.Target | TargetSpec) -> TargetSpec:
     name = target.strip()
     key = name.lower()
     if key in GPUS:
-        return _cuda(name, key, GPUS[key])
+        return _cuda(name, GPUS[key])
     if key == "cuda":
         return _local_cuda(name)
-    if key.startswith("cuda-") and key.removeprefix("cuda-") in REPRESENTATIVE:
-        gpu = REPRESENTATIVE[key.removeprefix("cuda-")]
-        return _cuda(name, gpu, GPUS[gpu])
+    if key.startswith("cuda-") and key.removeprefix("cuda-") in ARCHITECTURES:
+        return _cuda(name, representative(key.removeprefix("cuda-")))
     if key == "llvm":
         return _local_llvm(name)
     if key.startswith("llvm-") and key.removeprefix("llvm-") in LLVM_LEVELS:
@@ -143,21 +141,24 @@ def resolve(target: str | tvm.target.Target | TargetSpec) -> TargetSpec:
     raise InputError(f'unknown target "{target}"; choose one of {", ".join(names())}')
 
 
-def _cuda(name: str, gpu: str, figures: GpuFigures, target: Any = None) -> TargetSpec:
-    target = cuda_target(figures.arch, figures) if target is None else target
+def _cuda(
+    name: str, gpu: Gpu, target: tvm.target.Target | None = None, called: str | None = None
+) -> TargetSpec:
+    """Describe a GPU; ``called`` is its name where that is not its row's."""
+    target = cuda_target(gpu) if target is None else target
     return TargetSpec(
         name=name,
         target=target,
         kind="cuda",
         arch=str(target.attrs["arch"]),
-        gpu=gpu,
-        bandwidth_gbps=figures.bandwidth_gbps,
-        fp32_tflops=figures.fp32_tflops,
-        tensor_tflops=figures.tensor_tflops,
-        cores=figures.sm_count,
-        clock_ghz=figures.clock_ghz,
-        l2_bytes=figures.l2_bytes,
-        shared_bytes=int(target.attrs.get("max_shared_memory_per_block", figures.shared_bytes)),
+        gpu=called or gpu.name,
+        bandwidth_gbps=gpu.bandwidth_gbps,
+        fp32_tflops=gpu.fp32_tflops,
+        tensor_tflops=gpu.tensor_tflops,
+        cores=gpu.sm_count,
+        clock_ghz=gpu.clock_ghz,
+        l2_bytes=gpu.l2_bytes,
+        shared_bytes=int(target.attrs.get("max_shared_memory_per_block", gpu.shared_bytes)),
         launch_us=_LAUNCH_US,
     )
 
@@ -170,12 +171,12 @@ def _local_cuda(name: str) -> TargetSpec:
             "architecture to compile for another machine (cuda-sm_90, h100), or use llvm"
         )
     gpu = driver.gpus[0]
-    if gpu.arch not in REPRESENTATIVE:
+    if gpu.arch not in ARCHITECTURES:
         raise ToolchainError(
             f"the GPU of this machine is {gpu.name} ({gpu.arch}), which is not supported; "
-            f"supported are {', '.join(REPRESENTATIVE)}"
+            f"supported are {', '.join(ARCHITECTURES)}"
         )
-    return _cuda(name, gpu.name, detected_figures(gpu), cuda_target(gpu.arch, gpu))
+    return _cuda(name, known_gpu(gpu), called=gpu.name)
 
 
 def _local_llvm(name: str) -> TargetSpec:
@@ -193,7 +194,7 @@ def _local_llvm(name: str) -> TargetSpec:
 def _llvm(name: str, mcpu: str, mattr: Sequence[str]) -> TargetSpec:
     from tvm.target import Target
 
-    config: dict[str, Any] = {"kind": "llvm", "mcpu": mcpu, "num-cores": core_count()}
+    config: dict[str, object] = {"kind": "llvm", "mcpu": mcpu, "num-cores": core_count()}
     if mattr:
         config["mattr"] = list(mattr)
     return _llvm_spec(name, Target(config))
@@ -235,7 +236,7 @@ def _llvm_spec(name: str, target: tvm.target.Target) -> TargetSpec:
     )
 
 
-def _from_tvm(target: Any) -> TargetSpec:
+def _from_tvm(target: object) -> TargetSpec:
     from tvm.target import Target
 
     if not isinstance(target, Target):
@@ -247,7 +248,5 @@ def _from_tvm(target: Any) -> TargetSpec:
     if kind == "llvm":
         return _llvm_spec(str(target), target)
     if kind == "cuda":
-        figures = gpu_figures(target)
-        gpu = str(target.attrs.get("model", REPRESENTATIVE[figures.arch]))
-        return _cuda(str(target), gpu, figures, target)
+        return _cuda(str(target), gpu_of(target), target)
     raise InputError(f"a TVM target of kind {kind} was given; only cuda and llvm are supported")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -16,26 +16,27 @@ from tvm_balanced.cuda.cubin import KernelResources
 from tvm_balanced.schedules import space, workload
 from tvm_balanced.schedules.balanced_block import BalancedBlock, find
 from tvm_balanced.schedules.cuda import expand as cuda_expand
-from tvm_balanced.schedules.cuda import expand_model, machine, sparse_mma_model
 from tvm_balanced.schedules.cuda import gather as cuda_gather
-from tvm_balanced.schedules.cuda import gather_model as kernel_model
+from tvm_balanced.schedules.cuda import gather_model, machine
 from tvm_balanced.schedules.cuda import sparse_mma as cuda_sparse_mma
-from tvm_balanced.schedules.cuda.gather_tile import Knobs
+from tvm_balanced.schedules.cuda.expand_model import EXPAND
+from tvm_balanced.schedules.cuda.gather_tile import GatherTile
 from tvm_balanced.schedules.cuda.machine import Prediction
-from tvm_balanced.schedules.cuda.tensor_core_model import Tile
-from tvm_balanced.targets.gpus import gpu_figures
+from tvm_balanced.schedules.cuda.sparse_mma_model import SPARSE_MMA
+from tvm_balanced.schedules.cuda.tensor_core_model import TensorCoreTile
+from tvm_balanced.targets.gpus import gpu_of
 
 # on tensor cores; where several take a layer, the first one is its default
 _TENSOR_CORES = {
-    "cuda_sparse_mma": (cuda_sparse_mma, sparse_mma_model),
-    "cuda_expand": (cuda_expand, expand_model),
+    "cuda_sparse_mma": (cuda_sparse_mma, SPARSE_MMA),
+    "cuda_expand": (cuda_expand, EXPAND),
 }
 
 _GATHER = "cuda_gather"
 KERNELS = (*_TENSOR_CORES, _GATHER)
 
 # numbers that a model gives for a kernel
-PARTS = len(fields(Prediction))
+PARTS = len(Prediction._fields)
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,12 @@ class Candidate:
     ----------
     kernel : str
         One of :data:`KERNELS`.
-    knobs : Knobs or Tile
+    knobs : GatherTile or TensorCoreTile
         Of the gather, or of a kernel for tensor cores.
     """
 
     kernel: str
-    knobs: Knobs | Tile
+    knobs: GatherTile | TensorCoreTile
 
     @classmethod
     def of(cls, kernel: str, values: Mapping[str, int]) -> Candidate:
@@ -64,7 +65,8 @@ class Candidate:
         """
         if kernel not in KERNELS:
             raise space.MismatchError(f"no model knows {kernel}, only {', '.join(KERNELS)}")
-        return cls(kernel, Knobs(**values) if kernel == _GATHER else Tile(**values))
+        tile = GatherTile if kernel == _GATHER else TensorCoreTile
+        return cls(kernel, tile(**values))
 
     def values(self) -> dict[str, int]:
         """Of its knobs."""
@@ -121,14 +123,14 @@ def default_candidate(operator: BalancedBlock, target: tvm.target.Target) -> Can
             chosen = schedule.choose(operator.fmt, operator.rows, operator.value_dtype, target)
             if chosen is not None:
                 return Candidate(kernel, chosen[0])
-    tile = cuda_gather.default_tile(
+    tile = gather_model.choose(
         operator.fmt,
         operator.rows,
         operator.data_dtype,
         cuda_gather.shared_limit(target),
-        gpu_figures(target),
+        machine.machine(gpu_of(target)),
     )
-    return Candidate(_GATHER, Knobs(**asdict(tile)))
+    return Candidate(_GATHER, tile)
 
 
 def predict(
@@ -150,15 +152,12 @@ def predict(
     compiled : KernelResources, optional
         Of the compiled kernel, instead of estimates.
     """
-    gpu = machine.machine(gpu_figures(target))
+    gpu = machine.machine(gpu_of(target))
     rows = operator.rows or 1
-    if isinstance(candidate.knobs, Tile):
+    if isinstance(candidate.knobs, TensorCoreTile):
         _, model = _TENSOR_CORES[candidate.kernel]
-        prediction: Prediction = model.predict(
-            gpu, operator.fmt, rows, operator.value_dtype, candidate.knobs, compiled
-        )
-        return prediction
-    return kernel_model.Model(gpu, operator.fmt, rows, operator.data_dtype).predict(
+        return model.predict(gpu, operator.fmt, rows, operator.value_dtype, candidate.knobs, compiled)
+    return gather_model.GatherModel(gpu, operator.fmt, rows, operator.data_dtype).predict(
         candidate.knobs, compiled
     )
 
@@ -177,7 +176,7 @@ def features(mod: tvm.IRModule, target: tvm.target.Target, candidate: Candidate)
     """
     prediction = predict(operator_of(mod), target, candidate)
     # what cannot be launched has no time
-    return [float(x) if math.isfinite(x) else 0.0 for x in astuple(prediction)]
+    return [float(x) if math.isfinite(x) else 0.0 for x in prediction]
 
 
 @derived_object

@@ -416,8 +416,6 @@ def _symbols(func: Any, symbol: int) -> list[int]:
 
     The least of each range of M that the schedule tells apart, but ``symbol`` for the range that it is in.
     """
-    from tvm import tirx
-
     from tvm_balanced.schedules.balanced_block import find
     from tvm_balanced.schedules.rules import ROWS_FROM
     from tvm_balanced.verification.arguments import Facts, symbols_of
@@ -426,8 +424,7 @@ def _symbols(func: Any, symbol: int) -> list[int]:
     if found is None:
         return [symbol]
     firsts = [int(first) for first in func.attrs[ROWS_FROM]]
-    axes = [v for v in found.block.iter_vars if v.iter_type == tirx.IterVar.DataPar]
-    lead = [axis.dom.extent for axis in axes[:-1]]
+    lead = list(found.data.shape[:-2])
     numbers = dict.fromkeys(symbols_of(func), 1)
     facts = Facts(func, numbers)
 

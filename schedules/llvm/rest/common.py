@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
+from tvm.s_tir.schedule import SBlockRV
+
+from tvm_balanced.support.tvm_types import Block, Expr, Stmt
 
 # an empty parallel loop of two threads costs 5 to 20 us: below this many weighted element operations
 # one thread is faster
 PARALLEL_WORK = 1 << 17
-
-
 # transcendental calls cost about as much as this many additions once they are polynomials
 _CALL_WEIGHT = 12
-
-
 # bytes of a stack buffer that TVM keeps in registers or on the stack; larger ones go to its workspace
 MAX_LOCAL_BYTES = 1024
 
@@ -48,7 +47,7 @@ def lanes(target: tvm.target.Target, dtype: str = "float32") -> int:
 
 
 @dataclass
-class Block:
+class RootBlock:
     """One block of a function's root.
 
     Attributes
@@ -63,24 +62,26 @@ class Block:
         As it was when analysed.
     """
 
-    rv: Any
+    rv: SBlockRV
     kinds: str
-    extents: list[Any]
-    stmt: Any
+    extents: list[Expr]
+    stmt: Block
 
     @property
     def is_reduction(self) -> bool:
+        """Whether an axis is reduced."""
         return "R" in self.kinds
 
     @property
     def is_spatial(self) -> bool:
+        """Whether no axis is reduced."""
         return set(self.kinds) <= {"S"}
 
 
 _KINDS = {tirx.IterVar.DataPar: "S", tirx.IterVar.CommReduce: "R"}
 
 
-def describe(sch: s_tir.Schedule, rv: Any) -> Block:
+def describe(sch: s_tir.Schedule, rv: SBlockRV) -> RootBlock:
     """Analyse one block."""
     stmt = sch.get(rv)
     extents = [
@@ -88,11 +89,11 @@ def describe(sch: s_tir.Schedule, rv: Any) -> Block:
         for i in stmt.iter_vars
     ]
     kinds = "".join(_KINDS.get(i.iter_type, "O") for i in stmt.iter_vars)
-    return Block(rv, kinds, extents, stmt)
+    return RootBlock(rv, kinds, extents, stmt)
 
 
-def root_blocks(sch: s_tir.Schedule) -> list[Block] | None:
-    """The blocks of a function in program order, or None where it is not a plain sequence of blocks.
+def root_blocks(sch: s_tir.Schedule) -> list[RootBlock] | None:
+    """List the blocks of a function in program order, or None where it is not a plain sequence of blocks.
 
     Plain means: one root block, every block below it has one loop per iterator and no block inside.
     """
@@ -100,18 +101,18 @@ def root_blocks(sch: s_tir.Schedule) -> list[Block] | None:
     if not isinstance(body, s_tir.SBlockRealize):
         return None
     root = sch.get_sblock(body.block.name_hint)
-    found = []
+    blocks = []
     for rv in sch.get_child_blocks(root):
         block = describe(sch, rv)
         if len(sch.get_loops(rv)) != len(block.kinds) or sch.get_child_blocks(rv):
             return None
         if "O" in block.kinds:
             return None
-        found.append(block)
-    return found
+        blocks.append(block)
+    return blocks
 
 
-def attempt(primitive: Any, *args: Any, **kwargs: Any) -> bool:
+def attempt(primitive: Callable[..., object], *args: object) -> bool:
     """Apply a schedule primitive where its own precondition holds.
 
     TensorIR tells whether inlining or moving a block is legal only by trying; a refused primitive leaves
@@ -123,29 +124,20 @@ def attempt(primitive: Any, *args: Any, **kwargs: Any) -> bool:
         Whether it was applied.
     """
     try:
-        primitive(*args, **kwargs)
+        primitive(*args)
     except s_tir.ScheduleError:
         return False
     return True
 
 
-def inline_spatial(sch: s_tir.Schedule, keep: Any = None) -> None:
+def inline_spatial(sch: s_tir.Schedule) -> None:
     """Inline spatial blocks into their consumers, last first, where that computes nothing twice.
 
     A block that calls a transcendental and is read by a reduction (softmax's exponential) stays.
-
-    Parameters
-    ----------
-    sch : tvm.s_tir.Schedule
-        Changed in place.
-    keep : callable of Block -> bool, optional
-        Blocks not to inline.
     """
     blocks = root_blocks(sch) or []
     for block in reversed(blocks):
-        if not block.is_spatial or (keep is not None and keep(block)):
-            continue
-        if writes_output(sch, block):
+        if not block.is_spatial or writes_output(sch, block):
             continue
         consumers = sch.get_consumers(block.rv)
         heavy = calls_in(block.stmt.body) > 0
@@ -154,49 +146,40 @@ def inline_spatial(sch: s_tir.Schedule, keep: Any = None) -> None:
         attempt(sch.compute_inline, block.rv)
 
 
-def writes_output(sch: s_tir.Schedule, block: Block) -> bool:
+def writes_output(sch: s_tir.Schedule, block: RootBlock) -> bool:
     """Whether a block writes a parameter of the function, and not only intermediate buffers."""
     local = sch.mod["main"].body.block.alloc_buffers
     return any(not any(w.source.same_as(b) for b in local) for w in block.stmt.writes)
 
 
 # float32 exp, erf, tanh are polynomials by now (cpu_math), whose mark is the reinterpretation of 2**n
-_HEAVY = (
-    "exp",
-    "erf",
-    "tanh",
-    "sigmoid",
-    "log",
-    "pow",
-    "sin",
-    "cos",
-    "exp2",
-    "log2",
-    "reinterpret",
+_HEAVY = frozenset(
+    ["exp", "erf", "tanh", "sigmoid", "log", "pow", "sin", "cos", "exp2", "log2", "reinterpret"]
 )
 
 
-def calls_in(stmt: Any) -> int:
+def calls_in(stmt: Stmt) -> int:
     """How many transcendental calls a statement holds."""
-    count = 0
-
-    def visit(call: Any) -> None:
-        nonlocal count
-        if isinstance(call.op, tvm.ir.Op):
-            count += call.op.name.rpartition(".")[2] in _HEAVY
-
-    tvm_ffi.structural_walk(stmt, (tvm.ir.Call, visit), order="post")
-    return count
+    calls: list[Expr] = []
+    tvm_ffi.structural_walk(stmt, (tvm.ir.Call, calls.append), order="post")
+    names = [call.op.name for call in calls if isinstance(call.op, tvm.ir.Op)]
+    return sum(name.rpartition(".")[2] in _HEAVY for name in names)
 
 
-def work_of(block: Block) -> int | None:
-    """Weighted element operations of a block, None where an extent is symbolic."""
-    total = 1 + _CALL_WEIGHT * calls_in(block.stmt.body)
-    for extent in block.extents:
+def static_product(extents: Sequence[Expr]) -> int | None:
+    """Multiply extents, or None where one is symbolic."""
+    total = 1
+    for extent in extents:
         if not isinstance(extent, int):
             return None
         total *= extent
     return total
+
+
+def work_of(block: RootBlock) -> int | None:
+    """Weighted element operations of a block, None where an extent is symbolic."""
+    elements = static_product(block.extents)
+    return elements and elements * (1 + _CALL_WEIGHT * calls_in(block.stmt.body))
 
 
 def worth_parallel(work: int | None) -> bool:
@@ -205,5 +188,5 @@ def worth_parallel(work: int | None) -> bool:
 
 
 def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of ``number`` that is at most ``limit``."""
+    """Find the largest divisor of ``number`` that is at most ``limit``."""
     return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import tvm
 from tvm import s_tir, tirx
+from tvm.s_tir.schedule import SBlockRV
 
-from tvm_balanced.schedules.llvm.rest import common as cpu_common
-from tvm_balanced.schedules.llvm.rest import elementwise as cpu_elementwise
+from tvm_balanced.schedules.llvm.rest import common, elementwise
 from tvm_balanced.schedules.llvm.rest.matmul import epilogue, operands, used_iters
 
 NAME = "cpu_conv2d"
-
-
 # positions of the iterators of a convolution block: n, c_out, h, w, c_in, kh, kw
 _KINDS = "SSSSRRR"
-
-
 _PIXELS = 7
 
 
-def _weight_position(block: cpu_common.Block) -> int | None:
+def _weight_position(block: common.RootBlock) -> int | None:
     """Which of the block's reads is the weight, None where this is no ungrouped convolution."""
     if block.kinds != _KINDS:
         return None
@@ -51,7 +45,7 @@ def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | No
     work, as every element is used once per output pixel.
     """
     sch = s_tir.Schedule(func)
-    blocks = cpu_common.root_blocks(sch)
+    blocks = common.root_blocks(sch)
     if not blocks or sum(b.is_reduction for b in blocks) != 1:
         return None
     position = [b.is_reduction for b in blocks].index(True)
@@ -60,33 +54,33 @@ def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | No
     if weight is None:
         return None
     channels, width = main.extents[1], main.extents[3]
-    vector = cpu_common.lanes(target)
+    vector = common.lanes(target)
     if not isinstance(channels, int) or channels % vector != 0 or not isinstance(width, int):
         return None
     for block in reversed(blocks[position + 1 :]):
-        if not cpu_common.writes_output(sch, block):
-            cpu_common.attempt(sch.compute_inline, block.rv)
+        if not common.writes_output(sch, block):
+            common.attempt(sch.compute_inline, block.rv)
     # padding is materialised: its conditions must not stand in the innermost loop
     for block in blocks[:position]:
-        cpu_elementwise.schedule_spatial(sch, block.rv, target)
+        elementwise.schedule_spatial(sch, block.rv, target)
     rv = main.rv
-    if cpu_common.writes_output(sch, main):
+    if common.writes_output(sch, main):
         sch.cache_write(rv, 0, "global")
     packed = sch.cache_read(rv, weight, "global")
     sch.transform_layout(packed, ("write", 0), lambda o, i, h, w: (i, h, w, o))
     out = epilogue(sch, rv)
 
     wide = 2 if channels % (2 * vector) == 0 else 1
-    pixels = cpu_common.largest_divisor(width, _PIXELS)
+    pixels = common.largest_divisor(width, _PIXELS)
     n, c, h, w, ci, kh, kw = sch.get_loops(rv)
     c_outer, c_unroll, lane = sch.split(c, [None, wide, vector])
     w_outer, w_inner = sch.split(w, [None, pixels])
     sch.reorder(n, c_outer, h, w_outer, ci, kh, kw, w_inner, c_unroll, lane)
     threads = sch.fuse(n, c_outer, h)
-    if cpu_common.worth_parallel(cpu_common.work_of(main)):
+    if common.worth_parallel(common.work_of(main)):
         sch.parallel(threads)
-    if out is not None and not cpu_common.attempt(sch.reverse_compute_at, out, w_outer):
-        cpu_elementwise.schedule_spatial(sch, out, target)
+    if out is not None and not common.attempt(sch.reverse_compute_at, out, w_outer):
+        elementwise.schedule_spatial(sch, out, target)
     for loop in (w_inner, c_unroll):
         sch.unroll(loop)
     sch.vectorize(lane)
@@ -95,7 +89,7 @@ def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | No
     return sch
 
 
-def _schedule_packing(sch: s_tir.Schedule, packed: Any) -> None:
+def _schedule_packing(sch: s_tir.Schedule, packed: SBlockRV) -> None:
     """Threads over input channels, which the copy writes contiguously."""
     loops = sch.get_loops(packed)
     sch.reorder(loops[1], loops[2], loops[3], loops[0])

@@ -5,8 +5,7 @@ from __future__ import annotations
 import tvm
 from tvm import s_tir, tirx
 
-from tvm_balanced.schedules.llvm.rest import common as cpu_common
-from tvm_balanced.schedules.llvm.rest import elementwise as cpu_elementwise
+from tvm_balanced.schedules.llvm.rest import common, elementwise
 
 NAME = "cpu_fallback"
 
@@ -18,16 +17,16 @@ def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | No
     is: it stays correct and serial.
     """
     sch = s_tir.Schedule(func)
-    blocks = cpu_common.root_blocks(sch)
+    blocks = common.root_blocks(sch)
     if blocks is None:
         return sch
-    cpu_common.inline_spatial(sch)
-    for block in cpu_common.root_blocks(sch) or []:
+    common.inline_spatial(sch)
+    for block in common.root_blocks(sch) or []:
         if block.is_spatial:
-            cpu_elementwise.schedule_spatial(sch, block.rv, target)
+            elementwise.schedule_spatial(sch, block.rv, target)
             continue
         loops = sch.get_loops(block.rv)
         spatial = len(block.kinds) - len(block.kinds.lstrip("S"))
-        if spatial and cpu_common.worth_parallel(cpu_common.work_of(block)):
+        if spatial and common.worth_parallel(common.work_of(block)):
             sch.parallel(sch.fuse(*loops[:spatial]))
     return sch

@@ -6,19 +6,18 @@ and less exact than keeping the sum in float32 and rounding once.
 
 from __future__ import annotations
 
-from typing import Any
-
 import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 
-from tvm_balanced.schedules.llvm.rest import common as cpu_common
+from tvm_balanced.schedules.llvm.rest import common
+from tvm_balanced.support.tvm_types import Expr, Stmt
 
 _NARROW = ("float16", "bfloat16")
 
 
-def _widen(expr: Any) -> Any:
-    """A narrow expression computed in float32 from float32 operands."""
+def _widen(expr: Expr) -> Expr:
+    """Compute a narrow expression in float32 from float32 operands."""
     if isinstance(expr, tirx.Cast) and isinstance(expr.value, tvm.ir.TensorLoad):
         inner = expr.value
         return inner if str(inner.ty.dtype) == "float32" else tirx.Cast("float32", expr)
@@ -31,7 +30,7 @@ def _widen(expr: Any) -> Any:
     return tirx.Cast("float32", expr)
 
 
-def _sums(block: cpu_common.Block) -> bool:
+def _sums(block: common.RootBlock) -> bool:
     body = block.stmt.body
     return (
         block.is_reduction
@@ -54,7 +53,7 @@ def rewrite(func: tirx.PrimFunc) -> tirx.PrimFunc:
         C[m, n] = float16(W[m, n])
     """
     sch = s_tir.Schedule(func)
-    blocks = [b for b in cpu_common.root_blocks(sch) or [] if _sums(b)]
+    blocks = [b for b in common.root_blocks(sch) or [] if _sums(b)]
     if not blocks:
         return func
     wide = []
@@ -63,7 +62,7 @@ def rewrite(func: tirx.PrimFunc) -> tirx.PrimFunc:
         sch.unsafe_set_dtype(block.rv, 0, "float32")
         wide.append(sch.get(block.rv).writes[0].source)
 
-    def store(stmt: Any) -> Any:
+    def store(stmt: Stmt) -> Stmt:
         if not any(stmt.buffer.same_as(buffer) for buffer in wide):
             return stmt
         if not isinstance(stmt.value, tirx.Cast):

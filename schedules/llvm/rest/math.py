@@ -11,18 +11,17 @@ Source: Cephes ``expf`` and ``tanhf`` (Moshier); the rational minimax of erf is 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import tvm
 import tvm_ffi
 from tvm import tirx
 
+from tvm_balanced.support.tvm_types import Expr, Stmt
+
 _LOG2E = 1.44269504088896341
-
-
 # ln 2 in two parts, the first with few mantissa bits: n times it is exact
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
-
 
 _EXP = (
     1.9875691500e-4,
@@ -33,10 +32,8 @@ _EXP = (
     5.0000001201e-1,
 )
 
-
 # results beyond are zero (below the smallest normal number) or infinite
 _EXP_LOW, _EXP_HIGH = -87.336544, 88.722839
-
 
 _TANH = (
     -5.70498872745e-3,
@@ -46,9 +43,7 @@ _TANH = (
     -3.33332819422e-1,
 )
 
-
 _ERF_LIMIT = 4.0
-
 
 _ERF_NUMERATOR = (
     -2.72614225801306e-10,
@@ -60,7 +55,6 @@ _ERF_NUMERATOR = (
     -1.60960333262415e-02,
 )
 
-
 _ERF_DENOMINATOR = (
     -1.45660718464996e-05,
     -2.13374055278905e-04,
@@ -70,18 +64,18 @@ _ERF_DENOMINATOR = (
 )
 
 
-def _f(value: float) -> Any:
+def _f(value: float) -> Expr:
     return tirx.const(value, "float32")
 
 
-def _horner(x: Any, coefficients: tuple[float, ...]) -> Any:
+def _horner(x: Expr, coefficients: tuple[float, ...]) -> Expr:
     total = _f(coefficients[0])
     for coefficient in coefficients[1:]:
         total = total * x + _f(coefficient)
     return total
 
 
-def _let(value: Any, body: Any) -> Any:
+def _let(value: Expr, body: Callable[[Expr], Expr]) -> Expr:
     """``let v = value in body(v)``: the value is used several times and must be computed once."""
     if isinstance(value, tirx.Var):
         return body(value)
@@ -89,9 +83,9 @@ def _let(value: Any, body: Any) -> Any:
     return tirx.Let(var, value, body(var))
 
 
-def _exp(x: Any) -> Any:
-    def with_n(x: Any, n: Any) -> Any:
-        def with_r(r: Any) -> Any:
+def _exp(x: Expr) -> Expr:
+    def with_n(x: Expr, n: Expr) -> Expr:
+        def with_r(r: Expr) -> Expr:
             value = _horner(r, _EXP) * r * r + r + _f(1.0)
             whole = tirx.Cast("int32", n)
             half = tirx.shift_right(whole, tirx.const(1, "int32"))
@@ -102,23 +96,23 @@ def _exp(x: Any) -> Any:
 
         return _let(x - n * _f(_LN2_HIGH) - n * _f(_LN2_LOW), with_r)
 
-    def with_x(x: Any) -> Any:
+    def with_x(x: Expr) -> Expr:
         inside = tirx.min(tirx.max(x, _f(_EXP_LOW)), _f(_EXP_HIGH))
         return _let(tirx.floor(inside * _f(_LOG2E) + _f(0.5)), lambda n: with_n(x, n))
 
     return _let(x, with_x)
 
 
-def _power_of_two(n: Any) -> Any:
+def _power_of_two(n: Expr) -> Expr:
     bits = tirx.shift_left(n + tirx.const(127, "int32"), tirx.const(23, "int32"))
     return tirx.reinterpret("float32", bits)
 
 
-def _tanh(x: Any) -> Any:
-    def with_x(x: Any) -> Any:
+def _tanh(x: Expr) -> Expr:
+    def with_x(x: Expr) -> Expr:
         magnitude = tirx.Select(x < _f(0.0), -x, x)
 
-        def with_exp(e: Any) -> Any:
+        def with_exp(e: Expr) -> Expr:
             large = _f(1.0) - _f(2.0) / (e + _f(1.0))
             signed = tirx.Select(x < _f(0.0), -large, large)
             small = _let(x * x, lambda z: _horner(z, _TANH) * z * x + x)
@@ -129,15 +123,15 @@ def _tanh(x: Any) -> Any:
     return _let(x, with_x)
 
 
-def _sigmoid(x: Any) -> Any:
+def _sigmoid(x: Expr) -> Expr:
     return _f(1.0) / (_f(1.0) + _exp(-x))
 
 
-def _erf(x: Any) -> Any:
-    def ratio(x: Any) -> Any:
+def _erf(x: Expr) -> Expr:
+    def ratio(x: Expr) -> Expr:
         return _let(x * x, lambda z: x * _horner(z, _ERF_NUMERATOR) / _horner(z, _ERF_DENOMINATOR))
 
-    def with_x(x: Any) -> Any:
+    def with_x(x: Expr) -> Expr:
         inside = tirx.min(tirx.max(x, _f(-_ERF_LIMIT)), _f(_ERF_LIMIT))
         # the clamp swallows NaN, and which way a comparison with NaN goes is up to LLVM: ask the bits
         magnitude = tirx.reinterpret("int32", x) & tirx.const(0x7FFFFFFF, "int32")
@@ -147,7 +141,7 @@ def _erf(x: Any) -> Any:
     return _let(x, with_x)
 
 
-def _pow(x: Any, exponent: Any) -> Any | None:
+def _pow(x: Expr, exponent: Expr) -> Expr | None:
     if not isinstance(exponent, tirx.FloatImm | tirx.IntImm):
         return None
     value = float(exponent.value)
@@ -178,7 +172,7 @@ def rewrite(func: tirx.PrimFunc) -> tirx.PrimFunc:
         B[i] = T.Let(..., where={v: A[i]})    # a polynomial of v, scaled by 2**n
     """
 
-    def replace(call: Any) -> Any:
+    def replace(call: Expr) -> Expr:
         if not isinstance(call.op, tvm.ir.Op) or str(call.ty.dtype) != "float32":
             return call
         name = call.op.name
@@ -195,13 +189,13 @@ def rewrite(func: tirx.PrimFunc) -> tirx.PrimFunc:
     return func.with_body(_without_lets(body) if _rounds_to_bfloat16(body) else body)
 
 
-def _rounds_to_bfloat16(body: Any) -> bool:
-    casts: list[Any] = []
+def _rounds_to_bfloat16(body: Stmt) -> bool:
+    casts: list[Expr] = []
     tvm_ffi.structural_walk(body, (tirx.Cast, casts.append), order="post")
     return any(str(cast.ty.dtype).startswith("bfloat16") for cast in casts)
 
 
-def _without_lets(body: Any) -> Any:
+def _without_lets(body: Stmt) -> Stmt:
     """Every ``Let`` written out.
 
     TVM 0.27 expands a cast to bfloat16 into bit operations that hold their operand twice. A variable bound
@@ -209,7 +203,7 @@ def _without_lets(body: Any) -> Any:
     subexpressions are found again further down.
     """
 
-    def write_out(let: Any) -> Any:
+    def write_out(let: Expr) -> Expr:
         return tvm_ffi.structural_map(
             let.body, (tirx.Var, lambda var: let.value if var.same_as(let.var) else var)
         )

@@ -6,19 +6,19 @@ axes on either side, static or symbolic extents, and a fused spatial epilogue.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
+from tvm.s_tir.schedule import LoopRV, SBlockRV
 
-from tvm_balanced.schedules.llvm.rest import common as cpu_common
-from tvm_balanced.schedules.llvm.rest import elementwise as cpu_elementwise
+from tvm_balanced.schedules.llvm.rest import common, elementwise
+from tvm_balanced.support.tvm_types import Expr
 
 NAME = "cpu_matmul"
-
-
 # below this many rows a transposed weight is read once along K and never repacked
 _FEW_ROWS = 4
 
@@ -29,7 +29,7 @@ class _Product:
 
     Attributes
     ----------
-    block : cpu_common.Block
+    block : common.RootBlock
         The reduction.
     m, n : int
         Positions of the last row axis (-1: none) and of the column axis among the block's iterators.
@@ -43,7 +43,7 @@ class _Product:
         Whether all operands are indexed by iterators alone, which padding needs.
     """
 
-    block: cpu_common.Block
+    block: common.RootBlock
     m: int
     n: int
     k: int
@@ -52,27 +52,28 @@ class _Product:
     transposed: bool
     plain: bool
 
+    @property
+    def rows(self) -> Expr:
+        """Rows of the product."""
+        return self.block.extents[self.m] if self.m >= 0 else 1
 
-def _load_of(expr: Any) -> Any | None:
+
+def _load_of(expr: Expr) -> Expr | None:
     while isinstance(expr, tirx.Cast):
         expr = expr.value
     return expr if isinstance(expr, tvm.ir.TensorLoad) else None
 
 
-def used_iters(exprs: Any, iters: list[Any]) -> set[int]:
+def used_iters(exprs: Sequence[Expr], iters: Sequence[tirx.Var]) -> set[int]:
     """Positions of the iterators that occur in the expressions."""
-    found: set[int] = set()
-
-    def visit(var: Any) -> None:
-        found.update(i for i, it in enumerate(iters) if var.same_as(it))
-
+    used: list[tirx.Var] = []
     for expr in exprs:
-        tvm_ffi.structural_walk(expr, (tirx.Var, visit), order="post")
-    return found
+        tvm_ffi.structural_walk(expr, (tirx.Var, used.append), order="post")
+    return {i for i, it in enumerate(iters) if any(var.same_as(it) for var in used)}
 
 
-def operands(block: cpu_common.Block) -> tuple[Any, Any] | None:
-    """The two loads that a sum of products multiplies, casts around them stripped."""
+def operands(block: common.RootBlock) -> tuple[Expr, Expr] | None:
+    """Find the two loads that a sum of products multiplies, casts around them stripped."""
     body = block.stmt.body
     if not isinstance(body, tirx.BufferStore) or not isinstance(body.value, tirx.Add):
         return None
@@ -87,7 +88,7 @@ def operands(block: cpu_common.Block) -> tuple[Any, Any] | None:
     return loads
 
 
-def match(block: cpu_common.Block) -> _Product | None:
+def match(block: common.RootBlock) -> _Product | None:
     """Recognise a product in a reduction block."""
     body = block.stmt.body
     loads = operands(block)
@@ -127,12 +128,12 @@ def match(block: cpu_common.Block) -> _Product | None:
     return _Product(block, rows[-1] if rows else -1, n, k, a, b, k in last and n not in last, plain)
 
 
-def tile(rows: Any, columns: Any, target: tvm.target.Target) -> tuple[int, int]:
+def tile(rows: Expr, columns: Expr, target: tvm.target.Target) -> tuple[int, int]:
     """Rows and columns of a register tile: accumulators fill at most half the vector registers.
 
     A row count that divides M is preferred, so that nothing is padded.
     """
-    vector = cpu_common.lanes(target)
+    vector = common.lanes(target)
     wide = 3 if isinstance(columns, int) and columns % (3 * vector) == 0 else 2
     if rows == 1:
         # nothing is reused: long runs of consecutive weights feed the prefetcher
@@ -140,15 +141,15 @@ def tile(rows: Any, columns: Any, target: tvm.target.Target) -> tuple[int, int]:
     if isinstance(columns, int):
         wide = min(wide, -(-columns // vector))
     # bytes of the tile stay below what TVM leaves on the stack and LLVM in registers
-    limit = (cpu_common.MAX_LOCAL_BYTES - 1) // (4 * wide * vector)
-    if cpu_common.vector_bits(target) < 512:
+    limit = (common.MAX_LOCAL_BYTES - 1) // (4 * wide * vector)
+    if common.vector_bits(target) < 512:
         limit = min(limit, 12 // wide)
     limit = min(limit, 8)
     if not isinstance(rows, int):
         return limit, wide * vector
     if rows <= limit:
         return rows, wide * vector
-    divisor = cpu_common.largest_divisor(rows, limit)
+    divisor = common.largest_divisor(rows, limit)
     return (divisor if divisor * 2 > limit else limit), wide * vector
 
 
@@ -160,29 +161,28 @@ def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | No
     Few rows, transposed weight: output columns -> threads, K -> lanes, lanes added at the end.
     """
     sch = s_tir.Schedule(func)
-    blocks = cpu_common.root_blocks(sch)
+    blocks = common.root_blocks(sch)
     if not blocks or sum(b.is_reduction for b in blocks) != 1:
         return None
-    cpu_common.inline_spatial(sch)
-    blocks = cpu_common.root_blocks(sch) or []
+    common.inline_spatial(sch)
+    blocks = common.root_blocks(sch) or []
     product = match(next(b for b in blocks if b.is_reduction))
     if product is None:
         return None
     if any(b.is_spatial for b in blocks[: [b.is_reduction for b in blocks].index(True)]):
         return None
-    if cpu_common.writes_output(sch, product.block):
+    if common.writes_output(sch, product.block):
         sch.cache_write(product.block.rv, 0, "global")
-    rows = product.block.extents[product.m] if product.m >= 0 else 1
-    depth = product.block.extents[product.k]
+    rows, depth = product.rows, product.block.extents[product.k]
     few = isinstance(rows, int) and rows <= _FEW_ROWS
-    whole = isinstance(depth, int) and depth % cpu_common.lanes(target) == 0
+    whole = isinstance(depth, int) and depth % common.lanes(target) == 0
     if product.transposed and few and whole:
         return _dot_products(sch, product, target)
     return _register_tiles(sch, product, target)
 
 
-def epilogue(sch: s_tir.Schedule, rv: Any) -> Any | None:
-    """The one spatial block that follows the product, with everything between inlined into it."""
+def epilogue(sch: s_tir.Schedule, rv: SBlockRV) -> SBlockRV | None:
+    """Find the one spatial block that follows the product, with everything between inlined into it."""
     while True:
         consumers = sch.get_consumers(rv)
         if len(consumers) != 1:
@@ -190,7 +190,7 @@ def epilogue(sch: s_tir.Schedule, rv: Any) -> Any | None:
         after = sch.get_consumers(consumers[0])
         if not after:
             return consumers[0]
-        if not cpu_common.attempt(sch.compute_inline, consumers[0]):
+        if not common.attempt(sch.compute_inline, consumers[0]):
             return None
 
 
@@ -207,80 +207,94 @@ def _padding(product: _Product, sizes: dict[int, int]) -> list[int] | None:
     return [ragged.get(i, 1) for i in range(len(extents))]
 
 
-def _register_tiles(
-    sch: s_tir.Schedule, product: _Product, target: tvm.target.Target
-) -> s_tir.Schedule | None:
-    extents = product.block.extents
-    rows = extents[product.m] if product.m >= 0 else 1
-    columns = extents[product.n]
-    tile_rows, tile_columns = tile(rows, columns, target)
-    vector = cpu_common.lanes(target)
-    sizes = {product.n: tile_columns}
-    if product.m >= 0:
-        sizes[product.m] = tile_rows
-    padding = _padding(product, sizes)
-    rv = product.block.rv
-    a_pad = b_pad = None
+class _Copies(NamedTuple):
+    """Blocks that copy an operand; None where it is read in place."""
+
+    a: SBlockRV | None
+    b: SBlockRV | None
+
+
+def _copy_operands(sch: s_tir.Schedule, product: _Product, padding: list[int] | None) -> _Copies:
+    """Pad the product, and copy the weight where that is transposed or read often."""
+    rv, a, b = product.block.rv, None, None
     if padding is not None:
-        if not product.plain:
-            return None
-        known = {sch.get(b).name_hint for b in sch.get_child_blocks(sch.get_sblock("root"))}
+        known = {sch.get(block).name_hint for block in sch.get_child_blocks(sch.get_sblock("root"))}
         sch.pad_einsum(rv, padding)
         for producer in sch.get_producers(rv):
             if sch.get(producer).name_hint in known:
                 continue
             source = sch.get(producer).reads[0].source
             if source.same_as(product.block.stmt.reads[product.b].source):
-                b_pad = producer
+                b = producer
             else:
-                a_pad = producer
-    if b_pad is None and (product.transposed or _reuses_weight(rows)):
-        b_pad = sch.cache_read(rv, product.b, "global")
-    if b_pad is not None and product.transposed:
-        sch.transform_layout(b_pad, ("write", 0), lambda *i: (*i[:-2], i[-1], i[-2]))
+                a = producer
+    if b is None and (product.transposed or _reuses_weight(product.rows)):
+        b = sch.cache_read(rv, product.b, "global")
+    if b is not None and product.transposed:
+        sch.transform_layout(b, ("write", 0), lambda *i: (*i[:-2], i[-1], i[-2]))
+    return _Copies(a, b)
+
+
+def _register_tiles(
+    sch: s_tir.Schedule, product: _Product, target: tvm.target.Target
+) -> s_tir.Schedule | None:
+    rv, extents = product.block.rv, product.block.extents
+    tile_rows, tile_columns = tile(product.rows, extents[product.n], target)
+    vector = common.lanes(target)
+    sizes = {product.n: tile_columns}
+    if product.m >= 0:
+        sizes[product.m] = tile_rows
+    padding = _padding(product, sizes)
+    if padding is not None and not product.plain:
+        return None
+    copies = _copy_operands(sch, product, padding)
     out = epilogue(sch, rv)
 
     loops = sch.get_loops(rv)
     n_outer, n_inner = sch.split(loops[product.n], [None, tile_columns])
     n_unroll, lane = sch.split(n_inner, [None, vector])
-    lead = [loops[i] for i in range(product.n) if i != product.m]
     if product.m >= 0:
-        m_outer, m_inner = sch.split(loops[product.m], [None, tile_rows])
+        m_outer, *m_inner = sch.split(loops[product.m], [None, tile_rows])
     else:
-        m_outer, m_inner = sch.add_unit_loop(n_outer), None
+        m_outer, m_inner = sch.add_unit_loop(n_outer), []
     k = loops[product.k]
-    inner = [k, *([m_inner] if m_inner is not None else []), n_unroll, lane]
-    batch = [i for i in range(product.n) if i != product.m and _is_batch(product, i)]
-    batch_loops = [loops[i] for i in batch]
-    row_loops = [x for x in lead if not any(x.same_as(y) for y in batch_loops)]
-    sch.reorder(*batch_loops, n_outer, *row_loops, m_outer, *inner)
-    threads = sch.fuse(*batch_loops, n_outer)
-    parallel = cpu_common.worth_parallel(_multiply_adds(extents))
-    if parallel:
+    lead = [i for i in range(product.n) if i != product.m]
+    batch = [loops[i] for i in lead if _is_batch(product, i)]
+    rows = [loops[i] for i in lead if not _is_batch(product, i)]
+    sch.reorder(*batch, n_outer, *rows, m_outer, k, *m_inner, n_unroll, lane)
+    threads = sch.fuse(*batch, n_outer)
+    if common.worth_parallel(_multiply_adds(extents)):
         sch.parallel(threads)
-    if b_pad is not None:
-        sch.compute_at(b_pad, threads)
-        if product.transposed:
-            _pack_transposed(sch, b_pad, vector)
-        else:
-            _pack(sch, b_pad, vector)
-    if a_pad is not None:
-        sch.compute_at(a_pad, m_outer)
-    if out is not None and cpu_common.attempt(sch.reverse_compute_at, out, m_outer):
+    _place_copies(sch, copies, product.transposed, (threads, m_outer), vector)
+    if out is not None and common.attempt(sch.reverse_compute_at, out, m_outer):
         *_, last = sch.get_loops(out)
         _, out_lane = sch.split(last, [None, vector])
         sch.vectorize(out_lane)
     elif out is not None:
-        cpu_elementwise.schedule_spatial(sch, out, target)
-    if m_inner is not None:
-        sch.unroll(m_inner)
-    sch.unroll(n_unroll)
+        elementwise.schedule_spatial(sch, out, target)
+    for loop in (*m_inner, n_unroll):
+        sch.unroll(loop)
     sch.vectorize(lane)
     sch.decompose_reduction(rv, k)
     return sch
 
 
-def _reuses_weight(rows: Any) -> bool:
+def _place_copies(
+    sch: s_tir.Schedule,
+    copies: _Copies,
+    transposed: bool,
+    loops: tuple[LoopRV, LoopRV],
+    vector: int,
+) -> None:
+    """Copy the weight's panel in the first loop, and the rows in the second."""
+    if copies.b is not None:
+        sch.compute_at(copies.b, loops[0])
+        (_pack_transposed if transposed else _pack)(sch, copies.b, vector)
+    if copies.a is not None:
+        sch.compute_at(copies.a, loops[1])
+
+
+def _reuses_weight(rows: Expr) -> bool:
     """Whether a copied column panel is read often enough to pay for the copy."""
     return not isinstance(rows, int) or rows >= 32
 
@@ -292,16 +306,12 @@ def _is_batch(product: _Product, i: int) -> bool:
     return i in used_iters(region, iters)
 
 
-def _multiply_adds(extents: list[Any]) -> int | None:
-    total = 1
-    for extent in extents:
-        if not isinstance(extent, int):
-            return None
-        total *= extent
-    return total // 4
+def _multiply_adds(extents: Sequence[Expr]) -> int | None:
+    total = common.static_product(extents)
+    return total and total // 4
 
 
-def _pack(sch: s_tir.Schedule, rv: Any, vector: int) -> None:
+def _pack(sch: s_tir.Schedule, rv: SBlockRV, vector: int) -> None:
     """Copy a panel with its columns as lanes."""
     *_, last = sch.get_loops(rv)
     if int(sch.get(last).extent) % vector == 0:
@@ -309,7 +319,7 @@ def _pack(sch: s_tir.Schedule, rv: Any, vector: int) -> None:
         sch.vectorize(lane)
 
 
-def _pack_transposed(sch: s_tir.Schedule, rv: Any, vector: int) -> None:
+def _pack_transposed(sch: s_tir.Schedule, rv: SBlockRV, vector: int) -> None:
     """Copy a panel of a transposed weight, columns innermost in the copy.
 
     One cache line of every column at a time: it is read whole before the next, and the writes stay in
@@ -325,11 +335,11 @@ def _dot_products(
     sch: s_tir.Schedule, product: _Product, target: tvm.target.Target
 ) -> s_tir.Schedule:
     extents = product.block.extents
-    vector = cpu_common.lanes(target)
+    vector = common.lanes(target)
     columns = extents[product.n]
     rv = product.block.rv
     out = epilogue(sch, rv)
-    group = cpu_common.largest_divisor(columns, 4) if isinstance(columns, int) else 1
+    group = common.largest_divisor(columns, 4) if isinstance(columns, int) else 1
     loops = sch.get_loops(rv)
     steps, lane = sch.split(loops[product.k], [None, vector])
     partial = sch.rfactor(lane, len(extents) - 1)
@@ -339,7 +349,7 @@ def _dot_products(
     rows = [loops[product.m]] if product.m >= 0 else []
     sch.reorder(*lead, n_outer, *rows, n_inner)
     threads = sch.fuse(*lead, n_outer)
-    if cpu_common.worth_parallel(_multiply_adds(extents)):
+    if common.worth_parallel(_multiply_adds(extents)):
         sch.parallel(threads)
     sch.compute_at(partial, threads, preserve_unit_loops=True)
     # steps outermost: the accumulators of a group stay in registers over them
@@ -349,6 +359,6 @@ def _dot_products(
         sch.unroll(loop)
     sch.vectorize(lane)
     sch.decompose_reduction(partial, steps)
-    if out is not None and not cpu_common.attempt(sch.reverse_compute_at, out, threads):
-        cpu_elementwise.schedule_spatial(sch, out, target)
+    if out is not None and not common.attempt(sch.reverse_compute_at, out, threads):
+        elementwise.schedule_spatial(sch, out, target)
     return sch

@@ -6,18 +6,17 @@ along them. The whole chain of one row runs while the row is in the innermost ca
 
 from __future__ import annotations
 
-from typing import Any
-
 import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
+from tvm.s_tir.schedule import LoopRV, SBlockRV
 
-from tvm_balanced.schedules.llvm.rest import common as cpu_common
+from tvm_balanced.schedules.llvm.rest import common
 
 NAME = "cpu_rows"
 
 
-def _rows_of(blocks: list[cpu_common.Block]) -> int | None:
+def _rows_of(blocks: list[common.RootBlock]) -> int | None:
     """How many leading spatial axes all blocks share, None where they differ or reductions mix."""
     reductions = [b for b in blocks if b.is_reduction]
     spatial = [len(b.kinds) - len(b.kinds.lstrip("S")) for b in reductions]
@@ -37,7 +36,7 @@ def _rows_of(blocks: list[cpu_common.Block]) -> int | None:
     return rows
 
 
-def _lanes_of_reduction(sch: s_tir.Schedule, block: cpu_common.Block, vector: int) -> None:
+def _lanes_of_reduction(sch: s_tir.Schedule, block: common.RootBlock, vector: int) -> None:
     """Give a reduction of one axis ``vector`` partial results, so that its loop vectorises."""
     depth = block.extents[-1]
     if block.kinds.count("R") != 1 or not isinstance(depth, int):
@@ -47,17 +46,17 @@ def _lanes_of_reduction(sch: s_tir.Schedule, block: cpu_common.Block, vector: in
     *_, last = sch.get_loops(block.rv)
     _, lane = sch.split(last, [None, vector])
     # the lanes are the last axis of the partial results; argmax and its like have no such form
-    cpu_common.attempt(sch.rfactor, lane, len(block.kinds) - 1)
+    common.attempt(sch.rfactor, lane, len(block.kinds) - 1)
 
 
 def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | None:
     """Thread map: rows fused -> threads; the row's axis -> lanes, partial results per lane."""
     sch = s_tir.Schedule(func)
-    blocks = cpu_common.root_blocks(sch)
+    blocks = common.root_blocks(sch)
     if not blocks or not any(b.is_reduction for b in blocks):
         return None
-    cpu_common.inline_spatial(sch)
-    blocks = cpu_common.root_blocks(sch) or []
+    common.inline_spatial(sch)
+    blocks = common.root_blocks(sch) or []
     rows = _rows_of(blocks)
     if rows is None or rows == 0:
         return None
@@ -65,7 +64,7 @@ def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | No
     last = blocks[-1]
     if any(not sch.get_consumers(b.rv) for b in blocks[:-1]):
         return None
-    vector = cpu_common.lanes(target)
+    vector = common.lanes(target)
     for block in blocks:
         if block.is_reduction:
             _lanes_of_reduction(sch, block, vector)
@@ -73,17 +72,17 @@ def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | No
     row = sch.fuse(*loops[:rows])
     root = sch.get_sblock(sch.mod["main"].body.block.name_hint)
     for rv in reversed(sch.get_child_blocks(root)[:-1]):
-        if not cpu_common.attempt(sch.compute_at, rv, row):
+        if not common.attempt(sch.compute_at, rv, row):
             return None
-    if cpu_common.worth_parallel(work):
+    if common.worth_parallel(work):
         sch.parallel(row)
     for rv in sch.get_child_blocks(row):
         _vectorize(sch, rv, row, vector)
     return sch
 
 
-def _vectorize(sch: s_tir.Schedule, rv: Any, row: Any, vector: int) -> None:
-    block = cpu_common.describe(sch, rv)
+def _vectorize(sch: s_tir.Schedule, rv: SBlockRV, row: LoopRV, vector: int) -> None:
+    block = common.describe(sch, rv)
     inner = sch.get_loops(rv)[1:]
     if not inner:
         return
@@ -104,11 +103,7 @@ def _vectorize(sch: s_tir.Schedule, rv: Any, row: Any, vector: int) -> None:
         sch.vectorize(lane)
 
 
-def _work(blocks: list[cpu_common.Block]) -> int | None:
-    total = 0
-    for block in blocks:
-        work = cpu_common.work_of(block)
-        if work is None:
-            return None
-        total += work
-    return total
+def _work(blocks: list[common.RootBlock]) -> int | None:
+    works = [common.work_of(block) for block in blocks]
+    known = [work for work in works if work is not None]
+    return sum(known) if len(known) == len(works) else None

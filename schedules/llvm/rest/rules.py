@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import tvm
-from tvm import tirx
 
-from tvm_balanced.schedules.llvm.rest import conv2d as cpu_conv2d
-from tvm_balanced.schedules.llvm.rest import elementwise as cpu_elementwise
-from tvm_balanced.schedules.llvm.rest import fallback as cpu_fallback
-from tvm_balanced.schedules.llvm.rest import half as cpu_half
-from tvm_balanced.schedules.llvm.rest import math as cpu_math
-from tvm_balanced.schedules.llvm.rest import matmul as cpu_matmul
-from tvm_balanced.schedules.llvm.rest import rows as cpu_rows
-from tvm_balanced.schedules.rules import SCHEDULED, first_match, replaced
+from tvm_balanced.schedules.llvm.rest import conv2d, elementwise, fallback, half, math, matmul, rows
+from tvm_balanced.schedules.rules import Rule, first_match, replaced, unscheduled
 
-RULES = (cpu_elementwise, cpu_matmul, cpu_conv2d, cpu_rows, cpu_fallback)
+RULES: tuple[Rule, ...] = (elementwise, matmul, conv2d, rows, fallback)
 
 
 @tvm.transform.module_pass(opt_level=0, name="ScheduleForCpu")
@@ -43,21 +34,16 @@ class ScheduleForCpu:
     Kernels marked ``tirx.is_scheduled`` are left as they are, so a second run changes nothing.
     """
 
-    def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
+    def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
+        """Schedule the kernels of a module."""
         updated = {}
-        for gvar, func in mod.functions_items():
-            if not isinstance(func, tirx.PrimFunc):
-                continue
-            attrs = func.attrs or {}
-            if SCHEDULED in attrs:
-                continue
-            target = attrs.get("target")
+        for gvar, func in unscheduled(mod):
+            target = (func.attrs or {}).get("target")
             if target is None:
                 target = tvm.target.Target.current(allow_none=False)
             if target.kind.name != "llvm":
                 continue
-            plain = cpu_half.rewrite(cpu_math.rewrite(func))
-            scheduled = first_match(plain, target, RULES)
+            scheduled = first_match(half.rewrite(math.rewrite(func)), target, RULES)
             if scheduled is not None:
                 updated[gvar] = scheduled
         return replaced(mod, updated)

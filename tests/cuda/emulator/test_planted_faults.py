@@ -27,7 +27,7 @@ from tvm_balanced.schedules.cuda import gather_tile
 
 # two chunks of K, so that every barrier of the kernel has work before and after it
 _CASE = Case((2,), 64, 256, "4:16", "float32", "float32")
-_TILE = gather_tile.Tile(vector=2, groups=1, warps=4, unroll=1, chunk=8)
+_TILE = gather_tile.GatherTile(vector=2, groups=1, warps=4, unroll=1, chunk=8)
 _BARRIERS = 4  # per chunk before and after staging, then before and after the partial sums
 _OUTPUT = "T_add_intermediate_ptr"
 

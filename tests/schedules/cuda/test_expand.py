@@ -29,9 +29,10 @@ from tvm_balanced.errors import ToolchainError
 from tvm_balanced.format.layout import Layout, PackedFormat
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.schedules.cuda import expand as cuda_expand
-from tvm_balanced.schedules.cuda import expand_model, machine
+from tvm_balanced.schedules.cuda import machine
 from tvm_balanced.schedules.cuda import target as cuda
-from tvm_balanced.schedules.cuda.tensor_core_model import Tile
+from tvm_balanced.schedules.cuda.expand_model import EXPAND
+from tvm_balanced.schedules.cuda.tensor_core_model import TensorCoreTile
 from tvm_balanced.schedules.rules import RULE, first_match
 from tvm_balanced.targets import gpus
 from tvm_balanced.verification.library import verify
@@ -40,15 +41,21 @@ from tvm_balanced.verification.library import verify
 CASES = [
     (Case((16,), 33, 70, "8:16"), None),
     (Case((9,), 40, 264, "2:16"), None),
-    (Case((17,), 96, 512, "2:16", "bfloat16", "bfloat16", ("residual",)), Tile(24, 2, 2, 3)),
-    (Case((100,), 50, 300, "4:16", epilogue=("bias", "gelu")), Tile(56, 1, 2, 2)),
-    (Case((32,), 40, 1032, "1:16", "bfloat16", "bfloat16"), Tile(16, 1, 4, 4)),
-    (Case((4, 16), 70, 200, "8:32", epilogue=()), Tile(64, 4, 1, 2)),
+    (
+        Case((17,), 96, 512, "2:16", "bfloat16", "bfloat16", ("residual",)),
+        TensorCoreTile(24, 2, 2, 3),
+    ),
+    (Case((100,), 50, 300, "4:16", epilogue=("bias", "gelu")), TensorCoreTile(56, 1, 2, 2)),
+    (Case((32,), 40, 1032, "1:16", "bfloat16", "bfloat16"), TensorCoreTile(16, 1, 4, 4)),
+    (Case((4, 16), 70, 200, "8:32", epilogue=()), TensorCoreTile(64, 4, 1, 2)),
     (Case((128,), 33, 35, "4:32", "bfloat16", "bfloat16"), None),
     # thread blocks that share K: a part of the last one's is past the end, rows fill no tile of 8
-    (Case((17,), 70, 1032, "4:16", epilogue=("bias", "gelu")), Tile(24, 2, 2, 2, 4)),
-    (Case((3, 16), 64, 2048, "8:32", "bfloat16", "bfloat16", ("residual",)), Tile(16, 1, 4, 3, 8)),
-    (Case(("m",), 50, 264, "4:16", at=((16,), (45,))), Tile(32, 1, 8, 2)),
+    (Case((17,), 70, 1032, "4:16", epilogue=("bias", "gelu")), TensorCoreTile(24, 2, 2, 2, 4)),
+    (
+        Case((3, 16), 64, 2048, "8:32", "bfloat16", "bfloat16", ("residual",)),
+        TensorCoreTile(16, 1, 4, 3, 8),
+    ),
+    (Case(("m",), 50, 264, "4:16", at=((16,), (45,))), TensorCoreTile(32, 1, 8, 2)),
 ]
 
 
@@ -58,17 +65,17 @@ def _format(case: Case) -> PackedFormat:
     return packed_format(case, "u4" if block <= 16 else "u8")
 
 
-def _kernel(case: Case, fmt: PackedFormat, tile: Tile | None, arch: str = "sm_90") -> Any:
+def _kernel(case: Case, fmt: PackedFormat, tile: TensorCoreTile | None, arch: str = "sm_90") -> Any:
     if tile is None:
         (rows,) = case.lead
-        tile = expand_model.candidates(fmt, int(rows), 48 << 10)[0]
+        tile = EXPAND.candidates(fmt, int(rows), 48 << 10)[0]
     sch = cuda_expand.apply(fused_kernel(case, fmt), target(arch), tile)
     assert sch is not None
     return cudaemu.from_tvm(sch.mod, target(arch))
 
 
 @pytest.mark.parametrize(("case", "tile"), CASES, ids=str)
-def test_expand_is_right_and_breaks_no_rule(case: Case, tile: Tile | None) -> None:
+def test_expand_is_right_and_breaks_no_rule(case: Case, tile: TensorCoreTile | None) -> None:
     """Near float64; no race, nothing out of bounds, no unwritten shared memory."""
     fmt = _format(case)
     kernel = _kernel(case, fmt, tile)
@@ -83,7 +90,7 @@ def test_expand_is_right_and_breaks_no_rule(case: Case, tile: Tile | None) -> No
 def test_expand_is_the_same_in_any_order(splits: int) -> None:
     case = Case((16,), 64, 512, "4:16")
     fmt = _format(case)
-    kernel = _kernel(case, fmt, Tile(16, 1, 4 // splits, 2, splits))
+    kernel = _kernel(case, fmt, TensorCoreTile(16, 1, 4 // splits, 2, splits))
     args, expected = arguments(case, fmt, (16,))
     kernel(*args, order="random")
     check_close(case, args[-1], expected)
@@ -97,7 +104,7 @@ def test_no_bank_conflicts(pattern: str) -> None:
     """Expansion, fragments and sums take the least wavefronts, and the stream is read once."""
     case = Case((16,), 64, 1024, pattern)
     fmt = _format(case)
-    kernel = _kernel(case, fmt, Tile(16, 2, 2, 2))
+    kernel = _kernel(case, fmt, TensorCoreTile(16, 2, 2, 2))
     args, _ = arguments(case, fmt, (16,))
     (report,) = kernel.inspect(*args)
     summary = report.summary()
@@ -118,7 +125,7 @@ def test_no_bank_conflicts(pattern: str) -> None:
 def test_expand_compiles_to_tensor_cores(case: Case, arch: str) -> None:
     fmt = _format(case)
     gpu = machine.machine(gpus.GPUS[{"sm_80": "a100", "sm_90": "h100"}[arch]])
-    found = expand_model.best(fmt, int(case.lead[0]), case.dtype, 96 << 10, gpu)
+    found = EXPAND.best(fmt, int(case.lead[0]), case.dtype, 96 << 10, gpu)
     assert found is not None
     tile, predicted = found
     cubin, log = compile_cubin(_kernel(case, fmt, tile, arch).source, arch)
@@ -176,17 +183,17 @@ def test_dispatch_by_rows() -> None:
 def test_candidates_fit(rows: int | None, pattern: str, shared: int) -> None:
     for n, k in ((50, 70), (768, 3072), (28672, 8192)):
         fmt = _format(Case((16,), n, k, pattern))
-        tiles = expand_model.candidates(fmt, rows, shared)
+        tiles = EXPAND.candidates(fmt, rows, shared)
         assert tiles
         for tile in tiles:
-            assert expand_model.shared_bytes(fmt, tile) <= shared
+            assert EXPAND.shared_bytes(fmt, tile) <= shared
             assert tile.rows % 8 == 0 and tile.stages >= 2
             assert tile.warps <= 8 and 8 % tile.shares == 0
 
 
 def test_no_tile_where_nothing_fits() -> None:
     fmt = _format(Case((16,), 64, 512, "4:16"))
-    assert expand_model.candidates(fmt, 16, 1024) == []
+    assert EXPAND.candidates(fmt, 16, 1024) == []
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from tests.helpers.cuda_kernels import (
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.format.layout import PackedFormat
 from tvm_balanced.schedules.cuda import expand as cuda_expand
-from tvm_balanced.schedules.cuda import expand_model
-from tvm_balanced.schedules.cuda.tensor_core_model import Tile
+from tvm_balanced.schedules.cuda.expand_model import EXPAND
+from tvm_balanced.schedules.cuda.tensor_core_model import TensorCoreTile
 
 PATTERNS = ("8:16", "4:16", "2:16", "1:16", "8:32", "4:32")
 ROWS = (16, 17, 32, 64, 100, 128)
@@ -39,10 +39,10 @@ def _format(case: Case) -> PackedFormat:
     return packed_format(case, "u4" if case.pattern.endswith(":16") else "u8")
 
 
-def _tile(case: Case) -> Tile:
+def _tile(case: Case) -> TensorCoreTile:
     """One of those that are compared, another one at another place of the grid."""
     (rows,) = case.shapes[0]
-    tiles = expand_model.candidates(_format(case), rows, 99 << 10)
+    tiles = EXPAND.candidates(_format(case), rows, 99 << 10)
     return tiles[GRID.index(case) % len(tiles)]
 
 

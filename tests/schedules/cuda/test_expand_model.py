@@ -8,10 +8,10 @@ from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.planning import cost
 from tvm_balanced.schedules.cuda import by_rows as cuda_by_rows
 from tvm_balanced.schedules.cuda import expand as cuda_expand
-from tvm_balanced.schedules.cuda import expand_model
-from tvm_balanced.schedules.cuda import gather_model as kernel_model
+from tvm_balanced.schedules.cuda import expand_model, gather_model
 from tvm_balanced.schedules.cuda import machine as cuda_machine
 from tvm_balanced.schedules.cuda import target as cuda
+from tvm_balanced.schedules.cuda.expand_model import EXPAND
 from tvm_balanced.targets import gpus
 from tvm_balanced.targets import resolve as targets
 
@@ -29,14 +29,14 @@ def chosen(fmt, rows, dtype="float16", spec=H100):
 @pytest.mark.parametrize("gpu", ["h100", "a100", "rtx-4090"])
 def test_chosen_only_where_faster_than_the_gather(gpu):
     spec = targets.resolve(gpu)
-    machine = cuda_machine.machine(gpus.gpu_figures(spec.target))
+    machine = cuda_machine.machine(gpus.gpu_of(spec.target))
     taken = 0
     for n, k in ((8192, 8192), (768, 3072), (50, 70)):
         for pattern in ("8:16", "2:16", "4:32"):
             for rows in (16, 33, 64, 256):
                 fmt = layer(pattern, n, k, rows)
-                knobs = kernel_model.choose(fmt, rows, "float16", 48 << 10, machine)
-                gather = kernel_model.Model(machine, fmt, rows, "float16").predict(knobs)
+                knobs = gather_model.choose(fmt, rows, "float16", 48 << 10, machine)
+                gather = gather_model.GatherModel(machine, fmt, rows, "float16").predict(knobs)
                 found = chosen(fmt, rows, spec=spec)
                 if found is not None:
                     taken += 1
@@ -51,9 +51,9 @@ def test_few_rows_have_to_gain_a_tenth():
         for pattern in ("4:16", "1:16", "4:32"):
             for rows in (5, 8):
                 fmt = layer(pattern, n, 8192, rows)
-                knobs = kernel_model.choose(fmt, rows, "float16", 48 << 10, machine)
-                gather = kernel_model.Model(machine, fmt, rows, "float16").predict(knobs)
-                _, told = expand_model.best(fmt, rows, "float16", 227 << 10, machine)
+                knobs = gather_model.choose(fmt, rows, "float16", 48 << 10, machine)
+                gather = gather_model.GatherModel(machine, fmt, rows, "float16").predict(knobs)
+                _, told = EXPAND.best(fmt, rows, "float16", 227 << 10, machine)
                 found = chosen(fmt, rows) is not None
                 assert found == (told.total_us * 1.1 < gather.total_us)
                 taken.add(found)
@@ -97,7 +97,7 @@ def test_prediction_follows_work():
     machine = cuda_machine.machine(gpus.GPUS["h100"])
 
     def predict(fmt, rows, machine=machine):
-        _, prediction = expand_model.best(fmt, rows, "float16", 227 << 10, machine)
+        _, prediction = EXPAND.best(fmt, rows, "float16", 227 << 10, machine)
         return prediction
 
     base = predict(fmt, 32)
@@ -115,22 +115,18 @@ def test_prediction_follows_work():
     [
         (1024, 28672, 32, 16),
         (512, 16384, 16, 8),
-        (1024, 28672, None, 1),  # the sums of a symbolic M would need memory of unknown size
         (8192, 8192, 32, 1),  # a thread block for nearly every multiprocessor
         (768, 3072, 16, 1),  # not worth the second launch
     ],
 )
 def test_thread_blocks_share_long_rows_of_small_layers(n, k, rows, splits):
     fmt, machine = layer(n=n, k=k), cuda_machine.machine(gpus.GPUS["h100"])
-    tiles = expand_model.candidates(fmt, rows, 227 << 10, machine.sm_count)
-    if rows is None:
-        assert {tile.splits for tile in tiles} == {splits}
-        return
-    tile, told = expand_model.best(fmt, rows, "float16", 227 << 10, machine)
+    tiles = EXPAND.candidates(fmt, rows, 227 << 10, machine.sm_count)
+    tile, told = EXPAND.best(fmt, rows, "float16", 227 << 10, machine)
     assert tile.splits == splits
-    assert expand_model.is_legal(fmt, 227 << 10, tile)
+    assert EXPAND.is_legal(fmt, rows, 227 << 10, machine.sm_count, tile)
     whole = [
-        expand_model.predict(machine, fmt, rows, "float16", one).total_us
+        EXPAND.predict(machine, fmt, rows, "float16", one).total_us
         for one in tiles
         if one.splits == 1
     ]
@@ -141,17 +137,17 @@ def test_thread_blocks_share_long_rows_of_small_layers(n, k, rows, splits):
 @pytest.mark.parametrize("pattern", ["4:16", "1:16", "4:32"])
 def test_kernels_of_a_symbolic_batch_take_over_where_they_are_faster(gpu, pattern):
     spec = targets.resolve(gpu)
-    machine = cuda_machine.machine(gpus.gpu_figures(spec.target))
+    machine = cuda_machine.machine(gpus.gpu_of(spec.target))
     fmt = layer(pattern, 4096, 4096)
     tiles = expand_model.by_rows(fmt, "float16", 160 << 10, 48 << 10, machine)
     firsts = [first for first, _ in tiles]
-    assert firsts == sorted(set(firsts)) and firsts[0] >= expand_model.LEAST_ROWS
-    knobs = kernel_model.choose(fmt, None, "float16", 48 << 10, machine)
+    assert firsts == sorted(set(firsts)) and firsts[0] >= EXPAND.least_rows
+    knobs = gather_model.choose(fmt, None, "float16", 48 << 10, machine)
 
     def predicted(serves, rows):
         if serves is None:
-            return kernel_model.Model(machine, fmt, rows, "float16").predict(knobs).total_us
-        return expand_model.predict(machine, fmt, rows, "float16", serves).total_us
+            return gather_model.GatherModel(machine, fmt, rows, "float16").predict(knobs).total_us
+        return EXPAND.predict(machine, fmt, rows, "float16", serves).total_us
 
     before = None
     for first, tile in tiles:
@@ -173,4 +169,6 @@ def test_a_symbolic_batch_times_known_rows_needs_no_kernel_for_fewer():
     assert [first for first, _ in every] == [1, 5, 17, 33]
     fewer = cuda_by_rows.kernels(layer(), "float16", H100.target, least=16)
     assert fewer == every[1:]
-    assert cuda_by_rows.told(fewer).startswith("cuda_expand, 16 rows a tile; from M = 17, 32 rows")
+    assert cuda_by_rows.in_words(fewer).startswith(
+        "cuda_expand, 16 rows a tile; from M = 17, 32 rows"
+    )

@@ -14,7 +14,7 @@ from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.format.layout import PackedFormat
 from tvm_balanced.schedules.cuda import fallback as cuda_fallback
 from tvm_balanced.schedules.cuda import target as cuda
-from tvm_balanced.schedules.cuda.tensor_core_model import Tile
+from tvm_balanced.schedules.cuda.tensor_core_model import TensorCoreTile
 
 _CASE = Case((3,), 50, 70, "4:16", "float32", "float32", ())
 
@@ -86,7 +86,7 @@ def test_cast_after_the_operator(rule: Any) -> None:
     func = te.create_prim_func([x, values, indices, wide], index_dtype_override="int64")
     # of so few rows the kernels for tensor cores take only what they are told to
     tensor = rule in (cuda.cuda_expand, cuda.cuda_sparse_mma)
-    tile = [Tile(8, 1, 2, 2)] if tensor else []
+    tile = [TensorCoreTile(8, 1, 2, 2)] if tensor else []
     sch = rule.apply(func, target(), *tile)
     assert sch is not None
     args, expected = arguments(case, fmt, (3,))

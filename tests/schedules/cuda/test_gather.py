@@ -13,6 +13,7 @@ from tests.helpers.cuda_kernels import (
     Case,
     arguments,
     check_close,
+    chosen_tile,
     fused_kernel,
     gather_kernel,
     packed_format,
@@ -145,7 +146,7 @@ def test_default_tile_fits(rows: int | None, pattern: str, dtype: str) -> None:
 
 def _check_tile(case: Case, rows: int | None) -> None:
     fmt = packed_format(case)
-    tile = cuda_gather.default_tile(fmt, rows, case.dtype, 48 << 10, multiprocessors=1)
+    tile = chosen_tile(fmt, rows, case.dtype, multiprocessors=1)
     itemsize = 4 if case.dtype == "float32" or tile.rows <= 2 else 2
     staged = tile.chunk * fmt.pattern.block * tile.rows * itemsize
     assert staged + tile.warps * tile.rows * 32 * 4 <= 48 << 10
@@ -158,6 +159,6 @@ def _check_tile(case: Case, rows: int | None) -> None:
 def test_default_tile_keeps_the_device_busy(n: int, rows: int) -> None:
     """There is a thread block for most multiprocessors, or tiles have a few rows."""
     fmt = packed_format(Case((rows,), n, 1024, "4:16"))
-    tile = cuda_gather.default_tile(fmt, rows, "float16", 48 << 10)
+    tile = chosen_tile(fmt, rows, "float16")
     thread_blocks = n // 32 * -(-rows // tile.rows)
     assert 2 * thread_blocks >= 132 or tile.rows <= 4

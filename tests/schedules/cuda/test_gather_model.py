@@ -1,19 +1,19 @@
 """The analytic model of the gather kernel: cases computed by hand, monotonicity, and what it chooses."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from tvm.target import Target
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.layout import Layout, PackedFormat
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.planning import cost
-from tvm_balanced.schedules.cuda import gather_model as kernel_model
-from tvm_balanced.schedules.cuda import gather_tile
+from tvm_balanced.schedules.cuda import gather_model, gather_tile
 from tvm_balanced.schedules.cuda import machine as cuda_machine
-from tvm_balanced.schedules.cuda.gather_model import Model
-from tvm_balanced.schedules.cuda.gather_tile import Knobs
+from tvm_balanced.schedules.cuda.gather_model import GatherModel
+from tvm_balanced.schedules.cuda.gather_tile import GatherTile
 from tvm_balanced.targets import driver, gpus
 from tvm_balanced.targets import resolve as targets
 
@@ -35,12 +35,12 @@ def layer(n, k, pattern="4:16", dtype="float16"):
 
 
 def predict(fmt, rows, knobs, gpu=H100, dtype="float16"):
-    return Model(gpu, fmt, rows, dtype).predict(Knobs(*knobs))
+    return GatherModel(gpu, fmt, rows, dtype).predict(GatherTile(*knobs))
 
 
 def fastest(fmt, rows, gpu=H100, dtype="float16"):
-    model = Model(gpu, fmt, rows, dtype)
-    return min(model.bounds(k)[0] for k in gather_tile.candidates(fmt, rows, dtype, ROOM))
+    model = GatherModel(gpu, fmt, rows, dtype)
+    return min(model.predict(k).total_us for k in gather_tile.candidates(fmt, rows, dtype, ROOM))
 
 
 def test_bytes_and_memory_time_by_hand():
@@ -104,8 +104,10 @@ def test_wavefronts_of_gathers_by_hand():
 
 
 def test_a_kernel_that_fits_nowhere_takes_forever():
-    knobs = Knobs(4, 4, 16, 4, 4096)
-    assert Model(H100, layer(4096, 65536), 16, "float16").bounds(knobs)[0] == float("inf")
+    knobs = GatherTile(4, 4, 16, 4, 4096)
+    assert GatherModel(H100, layer(4096, 65536), 16, "float16").predict(knobs).total_us == float(
+        "inf"
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 4, 16])
@@ -138,8 +140,8 @@ def test_more_rows_of_activations_are_not_faster(n, k):
 def test_a_better_gpu_is_not_slower(better, rows):
     fmt = layer(11008, 4096)
     for knobs in gather_tile.candidates(fmt, rows, "float16", ROOM):
-        before = Model(H100, fmt, rows, "float16").bounds(knobs)[0]
-        after = Model(replace(H100, **better), fmt, rows, "float16").bounds(knobs)[0]
+        before = GatherModel(H100, fmt, rows, "float16").predict(knobs).total_us
+        after = GatherModel(replace(H100, **better), fmt, rows, "float16").predict(knobs).total_us
         assert after <= before * (1 + 1e-9), knobs
 
 
@@ -147,7 +149,7 @@ def test_never_faster_than_memory_and_launch():
     for n, k in SHAPES:
         fmt = layer(n, k)
         for knobs in gather_tile.candidates(fmt, 8, "float16", ROOM):
-            told = Model(H100, fmt, 8, "float16").predict(knobs)
+            told = GatherModel(H100, fmt, 8, "float16").predict(knobs)
             assert told.total_us >= told.memory_us + H100.launch_us
 
 
@@ -162,7 +164,7 @@ def test_candidates_and_choice_are_legal(gpu, dtype):
             for rows in (1, 8, 13):
                 found = list(gather_tile.candidates(fmt, rows, dtype, ROOM))
                 assert len(found) == len(set(found)) < 500
-                assert kernel_model.choose(fmt, rows, dtype, ROOM, machine) in found
+                assert gather_model.choose(fmt, rows, dtype, ROOM, machine) in found
                 for one in found:
                     held = one.vector * one.groups
                     staged = one.chunk * fmt.pattern.block * held * itemsize
@@ -174,47 +176,45 @@ def test_candidates_and_choice_are_legal(gpu, dtype):
 
 def test_choice_is_the_same_every_time():
     fmt = layer(6000, 1500)
-    first = kernel_model.choose(fmt, 8, "float16", ROOM, H100)
-    kernel_model._choose.cache_clear()
-    assert kernel_model.choose(fmt, 8, "float16", ROOM, H100) == first
+    first = gather_model.choose(fmt, 8, "float16", ROOM, H100)
+    gather_model._choose.cache_clear()
+    assert gather_model.choose(fmt, 8, "float16", ROOM, H100) == first
 
 
 def test_choice_is_near_the_fastest_and_reads_least_among_those():
     for rows in (1, 8, 16):
         for n, k in SHAPES:
             fmt = layer(n, k)
-            model = Model(H100, fmt, rows, "float16")
+            model = GatherModel(H100, fmt, rows, "float16")
             timed = [
-                model.bounds(knobs)
+                model.predict(knobs)
                 for knobs in gather_tile.candidates(fmt, rows, "float16", ROOM, H100.sm_count)
             ]
-            best = min(bounds[0] for bounds in timed)
-            total, memory, stream, _ = model.bounds(
-                kernel_model.choose(fmt, rows, "float16", ROOM, H100)
-            )
-            assert total <= 1.1 * best
-            near = [bounds[1:3] for bounds in timed if bounds[0] <= 1.1 * best]
-            assert (memory, stream) == min(near)
+            limit = 1.1 * min(one.total_us for one in timed)
+            chosen = model.predict(gather_model.choose(fmt, rows, "float16", ROOM, H100))
+            assert chosen.total_us <= limit
+            near = [(one.memory_us, one.stream_bytes) for one in timed if one.total_us <= limit]
+            assert (chosen.memory_us, chosen.stream_bytes) == min(near)
 
 
 def test_large_weights_are_read_once():
     """Where the stream does not fit the level-2 cache, all rows of activations are in one tile."""
     for rows in (1, 2, 4, 8):
-        chosen = kernel_model.choose(layer(28672, 8192), rows, "float16", ROOM, H100)
+        chosen = gather_model.choose(layer(28672, 8192), rows, "float16", ROOM, H100)
         assert chosen.vector * chosen.groups >= rows
 
 
 def test_few_outputs_are_spread_over_tiles_of_activations():
     fmt = layer(384, 384)
-    chosen = kernel_model.choose(fmt, 16, "float16", ROOM, H100)
+    chosen = gather_model.choose(fmt, 16, "float16", ROOM, H100)
     assert chosen.vector * chosen.groups < 16
 
 
 def test_sums_of_thread_blocks_by_hand():
     """A second launch, its chain, and the sums twice through the level-2 cache; all else is shared out."""
     fmt = layer(64, 16384)
-    model = Model(H100, fmt, 1, "float16")
-    whole, split = (Knobs(1, 1, 16, 4, 256, splits) for splits in (1, 4))
+    model = GatherModel(H100, fmt, 1, "float16")
+    whole, split = (GatherTile(1, 1, 16, 4, 256, splits) for splits in (1, 4))
     one, four = model.predict(whole), model.predict(split)
     assert (one.thread_blocks, four.thread_blocks) == (2, 8)
     # as often read and staged, by more of the multiprocessors
@@ -223,24 +223,25 @@ def test_sums_of_thread_blocks_by_hand():
     clock = H100.clock_ghz * 1e3
     # two tiles of outputs run, each behind a port of 64 bytes; four loads wait together
     clocks = H100.stage_ns * H100.clock_ghz + (4 + 60) * 2 + 2 * 4 * 64 * 4 / (2 * 64)
-    assert model._sum_us(split) == pytest.approx(H100.launch_us + clocks / clock)
+    sums_us = cuda_machine.adding_us(H100, splits=4, outputs=64, work_groups=2)
+    assert sums_us == pytest.approx(H100.launch_us + clocks / clock)
     slow = replace(H100, launch_us=10.0)
-    more = Model(slow, fmt, 1, "float16").predict(split).total_us - four.total_us
+    more = GatherModel(slow, fmt, 1, "float16").predict(split).total_us - four.total_us
     assert more == pytest.approx(2 * (slow.launch_us - H100.launch_us))
 
 
 def test_a_second_launch_has_to_pay():
     fmt = layer(64, 16384)
-    assert kernel_model.choose(fmt, 1, "float16", ROOM, H100).splits == 4
-    assert kernel_model.choose(fmt, None, "float16", ROOM, H100).splits == 1
+    assert gather_model.choose(fmt, 1, "float16", ROOM, H100).splits == 4
+    assert gather_model.choose(fmt, None, "float16", ROOM, H100).splits == 1
     slow = replace(H100, launch_us=10.0)
-    assert kernel_model.choose(fmt, 1, "float16", ROOM, slow).splits == 1
+    assert gather_model.choose(fmt, 1, "float16", ROOM, slow).splits == 1
 
 
 def test_choice_depends_on_the_gpu():
     fmt = layer(2048, 4096)
     chosen = {
-        kernel_model.choose(fmt, 16, "float16", ROOM, cuda_machine.machine(figures))
+        gather_model.choose(fmt, 16, "float16", ROOM, cuda_machine.machine(figures))
         for figures in gpus.GPUS.values()
     }
     assert len(chosen) > 1
@@ -248,7 +249,7 @@ def test_choice_depends_on_the_gpu():
 
 def test_symbolic_rows_are_taken_for_eight():
     fmt = layer(4096, 4096)
-    assert kernel_model.choose(fmt, None, "float16", ROOM, H100) == kernel_model.choose(
+    assert gather_model.choose(fmt, None, "float16", ROOM, H100) == gather_model.choose(
         fmt, 8, "float16", ROOM, H100
     )
 
@@ -263,7 +264,7 @@ def test_prediction_prints_its_parts_and_that_it_is_uncalibrated():
 def test_other_layouts_and_architectures_are_refused():
     fmt = PackedFormat(64, 64, BalancedPattern("4:16"), Layout(1, 8), "u8")
     with pytest.raises(InputError, match="r1v8 is not of the gather kernel"):
-        Model(H100, fmt, 1, "float16")
+        GatherModel(H100, fmt, 1, "float16")
     with pytest.raises(InputError, match=r'"sm_61".*known are sm_80'):
         cuda_machine.machine(replace(gpus.GPUS["h100"], arch="sm_61"))
 
@@ -273,26 +274,25 @@ def test_plan_and_compiler_speak_of_the_same_prediction():
 
     spec = targets.resolve("rtx-4090")
     fmt = layer(4096, 4096)
-    tile = cuda_gather.default_tile(
-        fmt, 4, "float16", cuda_gather.shared_limit(spec.target), gpus.GPUS["rtx-4090"]
-    )
-    machine = cuda_machine.machine(gpus.gpu_figures(spec.target))
-    knobs = Knobs(**asdict(tile))
-    told = Model(machine, fmt, 4, "float16").predict(knobs)
+    machine = cuda_machine.machine(gpus.gpu_of(spec.target))
+    limit = cuda_gather.shared_limit(spec.target)
+    tile = gather_model.choose(fmt, 4, "float16", limit, machine)
+    told = GatherModel(machine, fmt, 4, "float16").predict(tile)
     assert cost.sparse_us(spec, 4, fmt, "float16") == pytest.approx(told.total_us)
 
 
 @pytest.mark.parametrize("name", sorted(gpus.GPUS))
 def test_a_target_names_its_gpu(name):
-    assert gpus.gpu_figures(targets.resolve(name).target) == gpus.GPUS[name]
+    assert gpus.gpu_of(targets.resolve(name).target) == gpus.GPUS[name]
 
 
 def test_a_detected_gpu_is_told_by_its_target():
     gpu = driver.DetectedGpu(
         "NVIDIA GeForce RTX 4070", "sm_89", 12 << 30, 504.0, 46, 2.475, 36 << 20, 99 << 10
     )
-    target = gpus.cuda_target("sm_89", gpu)
-    assert str(target.attrs["model"]) == "46 SM, 504 GB/s, 2.475 GHz"
-    assert gpus.gpu_figures(target) == gpus.detected_figures(gpu)
-    spec = targets.resolve(target)
-    assert (spec.cores, spec.bandwidth_gbps) == (46, 504.0)
+    target = gpus.cuda_target(gpus.known_gpu(gpu))
+    # as a record, or a library built by another process, says it
+    for same in (target, Target(str(target))):
+        assert gpus.gpu_of(same) == gpus.known_gpu(gpu)
+        spec = targets.resolve(same)
+        assert (spec.gpu, spec.cores, spec.bandwidth_gbps) == (gpu.name, 46, 504.0)

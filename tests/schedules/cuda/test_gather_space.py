@@ -17,9 +17,8 @@ from tvm_balanced.build.pipeline import TIR_PIPELINE
 from tvm_balanced.cuda.codegen import lower
 from tvm_balanced.schedules import dispatch, workload
 from tvm_balanced.schedules.cuda import gather as cuda_gather
-from tvm_balanced.schedules.cuda import gather_model as kernel_model
-from tvm_balanced.schedules.cuda import gather_tile, machine
-from tvm_balanced.schedules.cuda.gather_tile import Knobs
+from tvm_balanced.schedules.cuda import gather_model, gather_tile, machine
+from tvm_balanced.schedules.cuda.gather_tile import GatherTile
 from tvm_balanced.targets.gpus import GPUS
 from tvm_balanced.tuning.estimates import Candidate, features
 from tvm_balanced.tuning.space import point_schedule
@@ -52,7 +51,7 @@ def test_what_the_kernel_model_considers_is_in_the_space(case: Case) -> None:
     gpu = machine.machine(GPUS["h100"])
     choices = gather_tile.choices(*layer, gpu.sm_count)
     considered = {
-        kernel_model.choose(*layer, gpu),
+        gather_model.choose(*layer, gpu),
         *gather_tile.candidates(*layer),
         *gather_tile.candidates(*layer, gpu.sm_count, split=True),
     }
@@ -75,9 +74,9 @@ def test_what_the_kernel_model_considers_is_in_the_space(case: Case) -> None:
 )
 def test_what_would_be_wrong_or_idle_is_refused(change: dict[str, int]) -> None:
     layer = (packed_format(SMALL), 3, SMALL.dtype, ROOM)
-    good = asdict(kernel_model.choose(*layer, machine.machine(GPUS["h100"])))
-    assert gather_tile.is_legal(*layer, Knobs(**good))
-    assert not gather_tile.is_legal(*layer, Knobs(**{**good, **change}))
+    good = asdict(gather_model.choose(*layer, machine.machine(GPUS["h100"])))
+    assert gather_tile.is_legal(*layer, GatherTile(**good))
+    assert not gather_tile.is_legal(*layer, GatherTile(**{**good, **change}))
 
 
 def test_every_point_of_a_small_space_is_a_kernel() -> None:
@@ -109,7 +108,7 @@ def test_estimated_shared_memory_is_what_a_kernel_declares(case: Case) -> None:
             SIZES[dtype] * int(length)
             for dtype, length in re.findall(r"__shared__ .*?(\w+) \w+\[(\d+)\];", source)
         )
-        assert declared == gather_tile.estimated_shared_bytes(fmt, case.dtype, Knobs(**point))
+        assert declared == gather_tile.estimated_shared_bytes(fmt, case.dtype, GatherTile(**point))
 
 
 def test_a_trace_replays_to_the_same_kernel() -> None:
@@ -123,7 +122,7 @@ def test_a_trace_replays_to_the_same_kernel() -> None:
     s_tir.schedule.Trace.apply_json_to_schedule(trace.as_json(), again)
     assert workload.knobs_of(again.mod) == (space.kernel, point)
     built = workload.realize(again.mod, target())["main"]
-    tile = gather_tile.Tile(**point)
+    tile = gather_tile.GatherTile(**point)
     expected = cuda_gather.apply(mod["main"], target(), tile)
     assert expected is not None
     tvm.ir.assert_structural_equal(built.body, expected.mod["main"].body)

@@ -7,16 +7,21 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.helpers import cuda_kernels
 from tests.helpers.covering import all_pairs, pairs_of, possible_pairs
-from tests.helpers.cuda_kernels import Case, arguments, gather_kernel, packed_format
+from tests.helpers.cuda_kernels import (
+    Case,
+    arguments,
+    chosen_tile,
+    gather_kernel,
+    packed_format,
+)
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.cuda.emulator.report import Access
 from tvm_balanced.format.layout import BITMAP, ENCODINGS, Layout, PackedFormat
 from tvm_balanced.format.packing import pack, unpack
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.pruning.magnitude import prune_weight
-from tvm_balanced.schedules.cuda import gather as cuda_gather
-from tvm_balanced.schedules.cuda import gather_tile
 
 _AXES: dict[str, list[Any]] = {
     "pattern": [
@@ -27,7 +32,6 @@ _AXES: dict[str, list[Any]] = {
     "dtype": ["float16", "bfloat16", "float32"],
     "encoding": ["u2", "u3", "u4", "u8", "bitmap"],
 }
-_default_tile = cuda_gather.default_tile
 _BLOCKS = [0, 17]  # of the 32 that N = 1024 takes; all do the same work
 
 
@@ -80,7 +84,7 @@ def test_traffic_is_near_the_least(chosen: dict[str, Any]) -> None:
     assert measured.weight_excess <= 1.05, page
     # groups of large blocks leave room for no more than eight rows of activations, the largest for four
     least = 4 if (pattern, case.dtype) == ("4:256", "float32") else 8
-    tile = cuda_gather.default_tile(measured.fmt, rows, case.dtype, 48 << 10, multiprocessors=1)
+    tile = chosen_tile(measured.fmt, rows, case.dtype, multiprocessors=1)
     assert tile.rows >= min(rows, least)
     tiles = -(-rows // tile.rows)
     assert tiles == 1 or (measured.fmt.layout.skew > 1 and rows >= least)
@@ -154,17 +158,15 @@ def test_skew_pads_little(k: int) -> None:
         assert fmt.slots <= 1.07 * plain.slots or fmt.layout.skew == 1
 
 
-def _tile_of_whole_gpu(*args: Any, multiprocessors: int = 0) -> gather_tile.Tile:
-    return _default_tile(*args)
-
-
 @pytest.mark.parametrize("pattern", ["4:64", "8:128", "16:256"])
 def test_order_of_slots_saves_wavefronts(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against slots in the order of K, in a layout without skew."""
     case = Case((8,), 1024, 1024, pattern, epilogue=())
     fmt = PackedFormat(case.n, case.k, BalancedPattern(pattern), Layout(32, 8), "u8")
     # elements of four rows, as a whole GPU is given; smaller ones conflict less
-    monkeypatch.setattr(cuda_gather, "default_tile", _tile_of_whole_gpu)
+    monkeypatch.setattr(
+        cuda_kernels, "chosen_tile", lambda *layer, multiprocessors: chosen_tile(*layer)
+    )
     ordered = _measure(case, fmt, _BLOCKS)
     monkeypatch.setattr("tvm_balanced.format.packing._is_spread", lambda fmt: False)
     plain = _measure(case, fmt, _BLOCKS)

@@ -30,10 +30,11 @@ from tvm_balanced.format import packing, reference
 from tvm_balanced.format.layout import Layout, PackedFormat
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.pruning import magnitude as pruning
-from tvm_balanced.schedules.cuda import machine, sparse_mma_model
+from tvm_balanced.schedules.cuda import machine
 from tvm_balanced.schedules.cuda import sparse_mma as cuda_sparse_mma
 from tvm_balanced.schedules.cuda import target as cuda
-from tvm_balanced.schedules.cuda.tensor_core_model import Tile
+from tvm_balanced.schedules.cuda.sparse_mma_model import SPARSE_MMA
+from tvm_balanced.schedules.cuda.tensor_core_model import TensorCoreTile
 from tvm_balanced.schedules.rules import RULE, first_match
 from tvm_balanced.targets import gpus
 from tvm_balanced.verification.library import verify
@@ -41,9 +42,15 @@ from tvm_balanced.verification.library import verify
 # shapes that fill no tile; K of rows aligned to 8, 4 and 2 bytes; the tiles share K or do not
 CASES = [
     (Case((16,), 33, 70, "2:4"), None),
-    (Case((17,), 96, 512, "2:4", "bfloat16", "bfloat16", ("residual",)), Tile(24, 2, 2, 3)),
-    (Case((4, 8), 70, 135, "2:4", epilogue=("bias", "gelu")), Tile(32, 4, 1, 2)),
-    (Case((5,), 40, 264, "2:4", "bfloat16", "bfloat16", ("bias", "relu")), Tile(8, 1, 4, 4)),
+    (
+        Case((17,), 96, 512, "2:4", "bfloat16", "bfloat16", ("residual",)),
+        TensorCoreTile(24, 2, 2, 3),
+    ),
+    (Case((4, 8), 70, 135, "2:4", epilogue=("bias", "gelu")), TensorCoreTile(32, 4, 1, 2)),
+    (
+        Case((5,), 40, 264, "2:4", "bfloat16", "bfloat16", ("bias", "relu")),
+        TensorCoreTile(8, 1, 4, 4),
+    ),
 ]
 _LARGE = [
     (Case((m,), n, k, "2:4", dtype, dtype, epilogue), None)
@@ -58,11 +65,11 @@ _LARGE = [
 
 
 def _kernel(
-    case: Case, fmt: PackedFormat, tile: Tile | None = None, arch: str = "sm_90"
+    case: Case, fmt: PackedFormat, tile: TensorCoreTile | None = None, arch: str = "sm_90"
 ) -> cudaemu.TVMKernel:
     if tile is None:
         (rows,) = case.lead
-        tile = sparse_mma_model.candidates(fmt, int(rows), 48 << 10)[0]
+        tile = SPARSE_MMA.candidates(fmt, int(rows), 48 << 10)[0]
     sch = cuda_sparse_mma.apply(fused_kernel(case, fmt), target(arch), tile)
     assert sch is not None
     return cudaemu.from_tvm(sch.mod, target(arch))
@@ -73,7 +80,7 @@ def _kernel(
     [*CASES, *(pytest.param(*large, marks=pytest.mark.large) for large in _LARGE)],
     ids=str,
 )
-def test_right_and_breaks_no_rule(case: Case, tile: Tile | None) -> None:
+def test_right_and_breaks_no_rule(case: Case, tile: TensorCoreTile | None) -> None:
     """Near float64; no race, nothing out of bounds, no unwritten shared memory."""
     fmt = packed_format(case)
     args, expected = arguments(case, fmt, case.shapes[0])
@@ -86,7 +93,7 @@ def test_no_bank_conflicts_and_the_stream_is_read_once() -> None:
     case = Case((16,), 64, 1024, "2:4")
     fmt = packed_format(case)
     args, _ = arguments(case, fmt, (16,))
-    (report,) = _kernel(case, fmt, Tile(16, 2, 2, 2)).inspect(*args)
+    (report,) = _kernel(case, fmt, TensorCoreTile(16, 2, 2, 2)).inspect(*args)
     summary = report.summary()
     assert summary["shared_wavefronts"] == summary["shared_wavefronts_ideal"] > 0
     others = sum(array.nbytes for array in args if array.dtype != "uint8" and array.ndim != 4)
@@ -105,7 +112,7 @@ def test_one_packed_weight_serves_the_gather_too() -> None:
     pruned = pruning.prune_weight(weight, fmt.pattern)
     packed = packing.pack(pruned, fmt.pattern, fmt.layout, fmt.encoding)
     args[1:3] = packed.values, packed.indices
-    for kernel in (_kernel(case, fmt, Tile(16, 1, 1, 2)), gather_kernel(case, fmt)):
+    for kernel in (_kernel(case, fmt, TensorCoreTile(16, 1, 1, 2)), gather_kernel(case, fmt)):
         args[-1][:] = np.nan
         kernel(*args)
         check_close(case, args[-1], reference.balanced_sparse_dense(args[0], packed))
@@ -114,7 +121,7 @@ def test_one_packed_weight_serves_the_gather_too() -> None:
 def _planted(old: str, new: str) -> tuple[cudaemu.TVMKernel, Case, list[Any], Any]:
     case = Case((16,), 32, 128, "2:4")
     fmt = packed_format(case)
-    kernel = _kernel(case, fmt, Tile(16, 1, 1, 2))
+    kernel = _kernel(case, fmt, TensorCoreTile(16, 1, 1, 2))
     assert kernel.source.count(old) == 1
     args, expected = arguments(case, fmt, (16,))
     return kernel.with_source(kernel.source.replace(old, new)), case, args, expected
@@ -157,7 +164,7 @@ def test_metadata_that_does_not_ascend_is_reported() -> None:
 def test_compiles_to_sparse_tensor_cores(case: Case, arch: str) -> None:
     fmt = packed_format(case)
     gpu = machine.machine(gpus.GPUS[{"sm_80": "a100", "sm_90": "h100"}[arch]])
-    found = sparse_mma_model.best(fmt, int(case.lead[0]), case.dtype, 96 << 10, gpu)
+    found = SPARSE_MMA.best(fmt, int(case.lead[0]), case.dtype, 96 << 10, gpu)
     assert found is not None
     tile, predicted = found
     cubin, log = compile_cubin(_kernel(case, fmt, tile, arch).source, arch)
@@ -228,9 +235,10 @@ def test_library_says_so_and_verifies(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shared", [48 << 10, 99 << 10, 227 << 10])
 def test_candidates_fit(rows: int, shared: int) -> None:
     for n, k in ((50, 70), (28672, 8192)):
-        tiles = sparse_mma_model.candidates(packed_format(Case((16,), n, k, "2:4")), rows, shared)
+        fmt = packed_format(Case((16,), n, k, "2:4"))
+        tiles = SPARSE_MMA.candidates(fmt, rows, shared)
         assert tiles
         for tile in tiles:
-            assert sparse_mma_model.shared_bytes(tile) <= shared
+            assert SPARSE_MMA.shared_bytes(fmt, tile) <= shared
             assert tile.rows % 8 == 0 and tile.stages >= 2
             assert tile.warps <= 8 and 8 % tile.shares == 0

@@ -6,11 +6,11 @@ import pytest
 
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.planning import cost
-from tvm_balanced.schedules.cuda import gather_model as kernel_model
+from tvm_balanced.schedules.cuda import gather_model
 from tvm_balanced.schedules.cuda import machine as cuda_machine
 from tvm_balanced.schedules.cuda import sparse_mma as cuda_sparse_mma
-from tvm_balanced.schedules.cuda import sparse_mma_model
 from tvm_balanced.schedules.cuda import target as cuda
+from tvm_balanced.schedules.cuda.sparse_mma_model import SPARSE_MMA
 from tvm_balanced.targets import gpus
 from tvm_balanced.targets import resolve as targets
 
@@ -28,13 +28,13 @@ def chosen(fmt, rows, dtype="float16", spec=H100):
 @pytest.mark.parametrize("gpu", ["h100", "a100", "rtx-4090"])
 def test_chosen_only_where_faster_than_the_gather(gpu):
     spec = targets.resolve(gpu)
-    machine = cuda_machine.machine(gpus.gpu_figures(spec.target))
+    machine = cuda_machine.machine(gpus.gpu_of(spec.target))
     taken = 0
     for n, k in ((8192, 8192), (768, 3072), (50, 70)):
         for rows in (2, 16, 64, 256):
             fmt = layer("2:4", n, k, rows)
-            knobs = kernel_model.choose(fmt, rows, "float16", 48 << 10, machine)
-            gather = kernel_model.Model(machine, fmt, rows, "float16").predict(knobs)
+            knobs = gather_model.choose(fmt, rows, "float16", 48 << 10, machine)
+            gather = gather_model.GatherModel(machine, fmt, rows, "float16").predict(knobs)
             found = chosen(fmt, rows, spec=spec)
             if found is not None:
                 taken += 1
@@ -66,7 +66,7 @@ def test_prediction_follows_work():
     machine = cuda_machine.machine(gpus.GPUS["h100"])
 
     def predict(fmt, rows, machine=machine):
-        _, prediction = sparse_mma_model.best(fmt, rows, "float16", 227 << 10, machine)
+        _, prediction = SPARSE_MMA.best(fmt, rows, "float16", 227 << 10, machine)
         return prediction
 
     base = predict(layer(), 32)
@@ -81,4 +81,4 @@ def test_prediction_follows_work():
 
 def test_nothing_fits_in_no_memory():
     machine = cuda_machine.machine(gpus.GPUS["h100"])
-    assert sparse_mma_model.best(layer(), 64, "float16", 1024, machine) is None
+    assert SPARSE_MMA.best(layer(), 64, "float16", 1024, machine) is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from tests.helpers.cuda_kernels import (
     Case,
     arguments,
     check_close,
+    chosen_tile,
     fused_kernel,
     packed_format,
     target,
@@ -21,8 +21,7 @@ from tvm_balanced.build.pipeline import TIR_PIPELINE
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.cuda.emulator import device
 from tvm_balanced.schedules.cuda import gather as cuda_gather
-from tvm_balanced.schedules.cuda import gather_model as kernel_model
-from tvm_balanced.schedules.cuda import gather_tile, machine
+from tvm_balanced.schedules.cuda import gather_model, gather_tile, machine
 from tvm_balanced.targets.gpus import GPUS
 from tvm_balanced.verification.library import verify
 
@@ -39,10 +38,11 @@ def _kernel(case: Case) -> cudaemu.TVMKernel:
     """With the fastest tile that is split, whether or not that is worth a second launch."""
     fmt, gpu = packed_format(case), machine.machine(GPUS["h100"])
     (rows,) = case.shapes[0]
-    model = kernel_model.Model(gpu, fmt, rows, case.dtype)
+    model = gather_model.GatherModel(gpu, fmt, rows, case.dtype)
     every = gather_tile.candidates(fmt, rows, case.dtype, 48 << 10, gpu.sm_count, split=True)
-    knobs = min((one for one in every if one.splits > 1), key=lambda one: model.bounds(one)[0])
-    sch = cuda_gather.apply(fused_kernel(case, fmt), target(), gather_tile.Tile(**asdict(knobs)))
+    split = (one for one in every if one.splits > 1)
+    tile = min(split, key=lambda one: model.predict(one).total_us)
+    sch = cuda_gather.apply(fused_kernel(case, fmt), target(), tile)
     assert sch is not None
     return cudaemu.from_tvm(sch.mod, target(), pipeline=TIR_PIPELINE)
 
@@ -79,7 +79,7 @@ def test_default_tile_splits_long_rows_of_small_layers(
     n: int, k: int, pattern: str, rows: int | None, splits: int
 ) -> None:
     fmt = packed_format(Case((1,), n, k, pattern))
-    tile = cuda_gather.default_tile(fmt, rows, "float16", 48 << 10)
+    tile = chosen_tile(fmt, rows, "float16")
     assert tile.splits == splits
     # every share has work
     assert (splits - 1) * -(-fmt.blocks // tile.chunk // splits) * tile.chunk < fmt.blocks

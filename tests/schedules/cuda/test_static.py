@@ -7,14 +7,15 @@ import functools
 import pytest
 
 from tests.helpers.cubins import compile_cubin
-from tests.helpers.cuda_kernels import Case, fused_kernel, packed_format, target
+from tests.helpers.cuda_kernels import Case, chosen_tile, fused_kernel, packed_format, target
 from tvm_balanced.build.pipeline import TIR_PIPELINE
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.cuda.sass import find_nvdisasm
 from tvm_balanced.cuda.static_report import KernelReport, StaticReport
 from tvm_balanced.errors import ToolchainError
 from tvm_balanced.schedules.cuda import gather as cuda_gather
-from tvm_balanced.targets.gpus import gpu_figures
+from tvm_balanced.schedules.cuda import gather_model, machine
+from tvm_balanced.targets.gpus import gpu_of
 
 # every pair of dtype, pattern, M and architecture is in one of them
 KERNELS = [
@@ -66,9 +67,8 @@ def test_the_sparse_stream_comes_in_wide_loads(case: Case, arch: str) -> None:
     assert counts.local_accesses == 0
     # each 16 bytes of values are multiplied by every row of the tile
     fmt = packed_format(case)
-    tile = cuda_gather.default_tile(
-        fmt, case.shapes[0][0], case.dtype, 48 << 10, gpu_figures(target(arch))
-    )
+    gpu = machine.machine(gpu_of(target(arch)))
+    tile = gather_model.choose(fmt, case.shapes[0][0], case.dtype, 48 << 10, gpu)
     runs, rest = divmod(counts.ffma, fmt.layout.vector * tile.rows)
     assert runs >= tile.unroll and rest == 0
     assert counts.global_loads.get(128, 0) >= runs
@@ -95,6 +95,6 @@ def test_a_thread_block_keeps_enough_bytes_in_flight(rows: int, pattern: str) ->
     """By Little's law an H100 asks for 18 KB of each multiprocessor, and N = 4096 gives one block to each."""
     case = Case((rows,), 4096, 4096, pattern)
     fmt = packed_format(case)
-    tile = cuda_gather.default_tile(fmt, rows, case.dtype, 48 << 10)
+    tile = chosen_tile(fmt, rows, case.dtype)
     of_load = fmt.layout.vector * (2 + fmt.index_bits / 8)
     assert tile.warps * 32 * tile.unroll * of_load >= 18 << 10

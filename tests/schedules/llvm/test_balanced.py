@@ -232,11 +232,11 @@ def test_batch_lanes_take_every_layout(
 @pytest.mark.parametrize(
     ("pattern", "layout", "lanes", "lead", "knobs"),
     [
-        ("4:16", "r8v1", 8, (13,), llvm_batch_lanes.Knobs(chunk=4096)),
-        ("3:16", "r8v1", 8, ("b",), llvm_batch_lanes.Knobs(batch_tile=2, chunk=1)),
-        ("1:16", "r16v1", 16, (40,), llvm_batch_lanes.Knobs(chunk=8192, group=32)),
-        ("16:256", "r8v1", 8, (70,), llvm_batch_lanes.Knobs(sums=4, chunk=1)),
-        ("12:16", "r1v8", 4, (9,), llvm_batch_lanes.Knobs(batch_tile=8)),
+        ("4:16", "r8v1", 8, (13,), llvm_batch_lanes.BatchLanesKnobs(chunk=4096)),
+        ("3:16", "r8v1", 8, ("b",), llvm_batch_lanes.BatchLanesKnobs(batch_tile=2, chunk=1)),
+        ("1:16", "r16v1", 16, (40,), llvm_batch_lanes.BatchLanesKnobs(chunk=8192, group=32)),
+        ("16:256", "r8v1", 8, (70,), llvm_batch_lanes.BatchLanesKnobs(sums=4, chunk=1)),
+        ("12:16", "r1v8", 4, (9,), llvm_batch_lanes.BatchLanesKnobs(batch_tile=8)),
     ],
     ids=["M13", "symbolic-odd", "L16-odd", "M70-block256", "L4-r1v8"],
 )
@@ -245,7 +245,7 @@ def test_batch_lanes_in_chunks(
     layout: str,
     lanes: int,
     lead: tuple[int | str, ...],
-    knobs: llvm_batch_lanes.Knobs,
+    knobs: llvm_batch_lanes.BatchLanesKnobs,
 ) -> None:
     def rule(func: Any, _target: Any) -> Any:
         parts = llvm_nest.take_apart(func)
@@ -283,13 +283,13 @@ def test_permute_leaves_other_targets_and_layouts_alone() -> None:
 @pytest.mark.parametrize(
     ("knobs", "rows"),
     [
-        (llvm_permute.Knobs(4, (1,), 1), 9),
-        (llvm_permute.Knobs(8, (4, 2), 3), 11),
-        (llvm_permute.Knobs(2, (3, 3), 5), 5),
+        (llvm_permute.PermuteKnobs(4, (1,), 1), 9),
+        (llvm_permute.PermuteKnobs(8, (4, 2), 3), 11),
+        (llvm_permute.PermuteKnobs(2, (3, 3), 5), 5),
     ],
     ids=["4x1", "8x2-in-3", "2x3-in-5"],
 )
-def test_every_tile_size_is_right(knobs: llvm_permute.Knobs, rows: int) -> None:
+def test_every_tile_size_is_right(knobs: llvm_permute.PermuteKnobs, rows: int) -> None:
     target = _target("avx512")
 
     def rule(func: Any, _target: Any) -> Any:

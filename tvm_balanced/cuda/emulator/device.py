@@ -29,7 +29,7 @@ from tvm_balanced.cuda.emulator.module import ORDERS, SCALARS, Module
 from tvm_balanced.cuda.emulator.report import Report
 from tvm_balanced.cuda.source import split_kernels
 from tvm_balanced.errors import InputError, ToolchainError
-from tvm_balanced.targets.gpus import GPUS, REPRESENTATIVE, SM_LIMITS
+from tvm_balanced.targets.gpus import ARCHITECTURES, representative
 from tvm_balanced.targets.host import core_count
 
 log = logging.getLogger(__name__)
@@ -153,8 +153,8 @@ class Device:
             For an architecture whose limits are not known.
         """
         plain = arch.rstrip("af")
-        if plain not in SM_LIMITS:
-            known = ", ".join(SM_LIMITS)
+        if plain not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
             raise InputError(f'the emulated device knows no architecture "{arch}"; choose {known}')
         self.arch = plain
         attributes = _attributes(plain)
@@ -393,8 +393,8 @@ _ATTRIBUTES = {
 
 def _attributes(arch: str) -> dict[int, int]:
     """``cudaDeviceAttr`` to value."""
-    gpu = GPUS[REPRESENTATIVE[arch]]
-    limits = SM_LIMITS[arch]
+    gpu = representative(arch)
+    limits = ARCHITECTURES[arch]
     major, minor = divmod(int(arch.removeprefix("sm_")), 10)
     values = {
         "MaxThreadsPerBlock": 1024,
