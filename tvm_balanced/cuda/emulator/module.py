@@ -17,14 +17,8 @@ from tvm_balanced.cuda.emulator.translate import translate
 from tvm_balanced.format.weights import Array
 
 ORDERS = {"seq": 0, "reverse": 1, "random": 2}
-
-
 _ALIGNMENT = 256  # of device allocations
-
-
 _GUARD = 8192  # bytes around a checked array; what goes further is stopped before it is done
-
-
 SCALARS: dict[str, Any] = {
     "int": ctypes.c_int,
     "int32_t": ctypes.c_int,
@@ -51,7 +45,6 @@ class _Options(ctypes.Structure):
         ("nthreads", ctypes.c_int),
         ("nblocks", ctypes.c_long),
         ("blocks", ctypes.POINTER(ctypes.c_long)),
-        ("poison", ctypes.c_int),
     ]
 
 
@@ -187,7 +180,6 @@ class Module:
         options = _Options(
             *(int(check), int(profile), ORDERS[order], seed, threads, len(chosen)),
             (ctypes.c_long * len(chosen))(*chosen) if chosen else None,
-            1,
         )
         failed = rt.emu_launch(
             self.thunk(kernel),

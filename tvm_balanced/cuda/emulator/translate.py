@@ -15,62 +15,36 @@ _MMA_TYPES = {
     "f32": "EMU_F32",
     "s32": "EMU_S32",
 }
-
-
 _ASM = re.compile(r"\b(?:__asm__|asm)\s*(?:__volatile__|volatile)?\s*\(")
-
-
 _STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
-
-
 _OPERAND = re.compile(r'\s*"[^"]*"\s*\((.*)\)\s*$', re.DOTALL)
-
-
 _KERNEL = re.compile(
     r'(?:extern\s+"C"\s+)?__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\('
 )
-
-
 _VECTOR_ACCESS = re.compile(r"\*\((?:const )?([A-Za-z_][\w:]*[248]|[\w:]*(?:16|8|4|2)_t)\s*\*\)\(")
-
-
 _VECTOR_TYPE = re.compile(
     r"(?:half|nv_bfloat16|float|double|u?(?:char|short|int|long|longlong))[248]"
 )
-
-
 _SHARED = re.compile(
     r"(extern\s+)?__shared__\s+((?:alignas|__align__)\s*\(\d+\)\s*)?"
     r"((?:[\w:]+\s+)*?[\w:<>, ]+?[\s*]+?)(\w+)\s*((?:\[[^\]]*\])*)\s*;"
 )
-
-
 _LDMATRIX = re.compile(r"ldmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16")
-
-
 _MMA = re.compile(
     r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col(?:\.satfinite)?\.(\w+)\.(\w+)\.(\w+)\.(\w+)\s*"
     + r"\s*,\s*".join([r"\{([^}]*)\}"] * 4)
 )
-
-
 _MMA_SPARSE = re.compile(
     r"mma\.sp(?:::ordered_metadata)?\.sync\.aligned\.m16n8k32\.row\.col\.f32\.(f16|bf16)\.\1\.f32\s*"
     + r"\s*,\s*".join([r"\{([^}]*)\}"] * 4)
     + r"\s*,\s*(%\d+)\s*,\s*([^\s;]+)\s*;"
 )
-
-
 _CP_ASYNC = re.compile(
     r"(?:setp\.(eq|ne)\.\w+ p, %(\d+), (\d+);)?\s*(@p )?"
     r"cp\.async\.c[ag]\.shared(?:::cta)?\.global(?:\.L2::\w+)?\s*"
     r"\[%(\d+)\],\s*\[%(\d+)\],\s*(%?)(\d+)(?:,\s*%(\d+))?\s*;"
 )
-
-
 _DP4A = re.compile(r"dp4a\.([us])32\.([us])32 ")
-
-
 _BARRIER = re.compile(r"bar(?:rier)?\.sync(?:\.aligned)? (\S+?)(?:, (\S+?))?\s*;")
 
 
@@ -192,7 +166,7 @@ def _mma(match: re.Match[str], outs: list[str], ops: list[str]) -> str:
 
 def _mma_sparse(match: re.Match[str], outs: list[str], ops: list[str]) -> str:
     registers = [[int(i) for i in re.findall(r"%(\d+)", group)] for group in match.groups()[1:5]]
-    code = "EmuMmaSparse emu_m = {};"
+    code = "EmuMma emu_m = {};"
     for name, used in zip("abc", registers[1:], strict=True):
         code += "".join(f"emu_m.{name}[{i}]=emu_bits({ops[r]});" for i, r in enumerate(used))
     code += f"emu_m.metadata=emu_bits({_value(match[6], ops)});"
@@ -345,7 +319,8 @@ def translate(source: str) -> tuple[str, dict[str, list[str]]]:
             for parameter in parameters
         ]
     text = "".join(out) + source[position:]
-    visible = 'extern "C" __attribute__((visibility("default")))'
+    # the arguments lie in nobody's array: reading them is not looked at
+    visible = 'extern "C" __attribute__((visibility("default"))) EMU_NS'
     for name, types in kernels.items():
         args = ", ".join(f"*({kind}*)emu_a[{i}]" for i, kind in enumerate(types))
         text += f"\n{visible} void emu_thunk_{name}(void** emu_a) {{ {name}({args}); }}"
