@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tvm_balanced.cuda import nvrtc
 
+if TYPE_CHECKING:
+    import tvm
 
-def lower(mod: Any, target: Any, pipeline: str = "default") -> tuple[str, Any]:
+
+def lower(
+    mod: tvm.IRModule, target: tvm.target.Target, pipeline: str = "default"
+) -> tuple[str, tvm.IRModule]:
     """CUDA source and host functions of a scheduled module, without calling a CUDA compiler.
 
     The source is in the form in which a library's is compiled.

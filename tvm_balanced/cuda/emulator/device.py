@@ -33,11 +33,7 @@ from tvm_balanced.targets.gpus import GPUS, REPRESENTATIVE, SM_LIMITS
 from tvm_balanced.targets.host import core_count
 
 log = logging.getLogger(__name__)
-
-
 MEMORY_BYTES = 16 << 30  # of the emulated device; pages cost nothing until they are used
-
-
 _BOUNDS = re.compile(r"__launch_bounds__\(\s*(\d+)")
 
 
@@ -58,8 +54,6 @@ class _Record(ctypes.Structure):
 
 
 _Load = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_void_p, ctypes.c_long)
-
-
 _Compile = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_long, ctypes.c_char_p, ctypes.c_int)
 
 
@@ -429,8 +423,6 @@ def _attributes(arch: str) -> dict[int, int]:
 
 
 _device: Device | None = None
-
-
 _installing = threading.Lock()
 
 

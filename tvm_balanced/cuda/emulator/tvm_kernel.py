@@ -19,11 +19,7 @@ from tvm_balanced.format.weights import Array
 
 # kinds of tvm_struct_get, as tvm/tirx/builtin.h numbers them
 _FIELD_DATA, _FIELD_SHAPE, _FIELD_STRIDES = 1, 2, 3
-
-
 _FIELD_TYPE_INDEX, _FIELD_VALUE, _FIELD_ELEMENT = 13, 15, 17
-
-
 _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "BitwiseAnd": operator.and_,
     "BitwiseOr": operator.or_,
@@ -47,8 +43,6 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "And": lambda a, b: a and b,
     "Or": lambda a, b: a or b,
 }
-
-
 _CALLS = {
     "shift_right": operator.rshift,
     "shift_left": operator.lshift,
