@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 RECOMPILE = """
 import hashlib, json, sys
-from tvm_balanced import nvrtc
+from tvm_balanced.cuda import nvrtc
 from tvm_balanced.runtime.library import Library
 
 library = Library(sys.argv[1])

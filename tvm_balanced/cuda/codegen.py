@@ -14,18 +14,10 @@ if TYPE_CHECKING:
 def lower(
     mod: tvm.IRModule, target: tvm.target.Target, pipeline: str = "default"
 ) -> tuple[str, tvm.IRModule]:
-    """CUDA source and host functions of a scheduled module, without calling a CUDA compiler.
+    """CUDA source and host functions of scheduled PrimFuncs, without calling a CUDA compiler.
 
-    The source is in the form in which a library's is compiled.
-
-    Parameters
-    ----------
-    mod : tvm.IRModule
-        Scheduled PrimFuncs.
-    target : tvm.target.Target
-        A CUDA target.
-    pipeline : str
-        Name of the TIR pipeline that lowers them, as :func:`tvm.compile` takes it.
+    The source is in the form in which a library's is compiled. ``pipeline`` names the TIR pipeline that
+    lowers the functions, as :func:`tvm.compile` takes it.
     """
     import tvm
 

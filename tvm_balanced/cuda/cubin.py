@@ -229,5 +229,5 @@ def cubin_images(path: Path | str) -> list[DeviceImage]:
 
 
 def cubin_architectures(path: Path | str) -> list[str]:
-    """The architectures a library holds machine code for, such as ``["sm_90"]``, each once."""
+    """Architectures that a library holds machine code for, such as ``["sm_90"]``, each once."""
     return sorted({image.arch for image in cubin_images(path)})

@@ -12,7 +12,7 @@ _INSTALL = "pip install 'tvm-balanced[cuda]'"
 
 
 def find_cudart() -> str:
-    """What the dynamic loader is asked for: the wheel's CUDA 13 runtime library, else its bare name."""
+    """CUDA 13's runtime library for the dynamic loader: the wheel's, else its bare name."""
     path = (cuda_root() or Path("/nonexistent")) / "lib" / "libcudart.so.13"
     return str(path) if path.is_file() else path.name
 

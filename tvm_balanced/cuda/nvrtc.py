@@ -73,7 +73,7 @@ def cuda_root() -> Path | None:
 
 
 def missing_cuda_packages() -> list[str]:
-    """The PyPI packages that compiling CUDA needs and that are not installed, as pip calls them."""
+    """PyPI packages that compiling CUDA needs and that are not installed, as pip calls them."""
     root = cuda_root() or Path("/nonexistent")
     installed = {
         "cuda-bindings": _has_module("cuda.bindings"),
@@ -130,7 +130,7 @@ def compile_cubin(source: str, arch: str) -> CompiledCubin:
 
 
 def compiler() -> dict[str, Any]:
-    """What compiles here, as a manifest records it: ``name``, ``version`` and ``options``.
+    """Describe what compiles here, as a manifest records it: ``name``, ``version`` and ``options``.
 
     The version is that of the NVRTC that is loaded, to the build (``"13.5.37"``); the options are all
     that decide the cubin but for the architecture.
@@ -211,7 +211,7 @@ def as_tvm_compiler(arch: str) -> contextlib.AbstractContextManager[None]:
 
 
 def require_packages() -> Path:
-    """The folder of the wheels, after a check that all of them are there.
+    """Folder of the wheels, after a check that all of them are there.
 
     Raises
     ------

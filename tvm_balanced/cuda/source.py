@@ -39,7 +39,7 @@ def precise_math(source: str) -> str:
 
 
 def normal_form(source: str) -> str:
-    """The form in which a translation unit is compiled and kept.
+    """Bring a translation unit into the form in which it is compiled and kept.
 
     Without fast intrinsics and forward declarations, the kernels in the order of their files' names:
     exactly what :func:`join_kernels` makes of them, so that the files of an artifact are the source of

@@ -153,7 +153,7 @@ class StaticReport(list[KernelReport]):
         return [resources, code]
 
     def text(self, width: int = WIDE) -> str:
-        """The table as text of at most ``width`` columns."""
+        """Table as text of at most ``width`` columns."""
         from rich.console import Console
 
         out = io.StringIO()

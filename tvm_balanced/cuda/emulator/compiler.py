@@ -61,7 +61,7 @@ def cache_dir() -> Path:
 
 
 def _run(*args: str | Path) -> str:
-    """What the C++ compiler prints."""
+    """Run the C++ compiler; its output."""
     compiler = os.environ.get("CXX", "g++")
     try:
         done = subprocess.run([compiler, *args], capture_output=True, text=True, check=False)
@@ -76,12 +76,12 @@ def _run(*args: str | Path) -> str:
 
 @functools.cache
 def _toolchain(compiler: str) -> str:
-    """What decides the machine code beside text and flags: the compiler, and the CPU it compiles for."""
+    """Compiler and CPU, which decide the machine code beside text and flags."""
     return f"{compiler} {_run('--version')} {sorted(cpu_flags())}"
 
 
 def _cached(kind: str, make: Callable[[Path], None], *parts: str | bytes) -> Path:
-    """The cache's folder of what is made from ``parts``, filled by ``make`` once for all processes."""
+    """Folder of the cache for what is made from ``parts``, filled by ``make`` once for all processes."""
     state = hashlib.sha256(_toolchain(os.environ.get("CXX", "g++")).encode())
     for part in parts:
         state.update(b"\0" + (part.encode() if isinstance(part, str) else part))
@@ -100,7 +100,7 @@ def _cached(kind: str, make: Callable[[Path], None], *parts: str | bytes) -> Pat
 
 
 def _precompiled_headers(flags: tuple[str, ...]) -> Path:
-    """A folder with the headers, the large one compiled beforehand: most kernels are small beside it."""
+    """Folder with the headers, the large one compiled beforehand: most kernels are small beside it."""
     files = sorted(HEADERS.iterdir())
 
     def make(folder: Path) -> None:
@@ -113,19 +113,9 @@ def _precompiled_headers(flags: tuple[str, ...]) -> Path:
 
 
 def compile_kernels(text: str, instrument: bool) -> tuple[Path, Path]:
-    """Compile translated kernels.
+    """Compile translated kernels to a C++ file and a shared library.
 
-    Parameters
-    ----------
-    text : str
-        C++ as :func:`tvm_balanced.cuda.emulator.translate.translate` gives it.
-    instrument : bool
-        Whether every memory access calls into the runtime.
-
-    Returns
-    -------
-    (Path, Path)
-        The C++ file and the shared library.
+    Instrumented, every memory access calls into the runtime.
     """
     flags = _BASE + (_INSTRUMENTED if instrument else _FAST)
     headers = _precompiled_headers(flags)
@@ -133,7 +123,7 @@ def compile_kernels(text: str, instrument: bool) -> tuple[Path, Path]:
     def make(folder: Path) -> None:
         source, assembly, compiled = (folder / f"kernel.{end}" for end in ("cpp", "s", "o"))
         source.write_text(text)
-        args = [*flags, "-I", headers, "-include", headers / "cudaemu.h", source]
+        args: list[str | Path] = [*flags, "-I", headers, "-include", headers / "cudaemu.h", source]
         if instrument:
             _run(*args, "-S", "-o", assembly)
             counted = _MULTIPLY_ADD.sub(lambda match: _COUNT + match[0], assembly.read_text())
@@ -150,7 +140,7 @@ def compile_kernels(text: str, instrument: bool) -> tuple[Path, Path]:
 
 
 def _built(name: str, make: Callable[[Path, Path], None]) -> Path:
-    """The cache's folder of what ``make`` compiles from a C++ file of this package."""
+    """Folder of the cache for what ``make`` compiles from a C++ file of this package."""
     source = HERE / f"{name}.cpp"
     texts = source.read_bytes(), (HEADERS / "engine.h").read_bytes()
     return _cached(name, lambda folder: make(source, folder), *texts)
@@ -158,7 +148,7 @@ def _built(name: str, make: Callable[[Path, Path], None]) -> Path:
 
 @functools.cache
 def runtime() -> ctypes.CDLL:
-    """The emulator's runtime library; its symbols are visible to every kernel.
+    """Runtime library of the emulator; its symbols are visible to every kernel.
 
     Raises
     ------
@@ -181,7 +171,7 @@ def runtime() -> ctypes.CDLL:
 
 @functools.cache
 def device_libraries() -> ctypes.CDLL:
-    """The stand-ins for ``libcuda.so.1``, ``libcudart.so.13`` and ``libcublas.so.13``, loaded for others.
+    """Stand-ins for ``libcuda.so.1``, ``libcudart.so.13`` and ``libcublas.so.13``, loaded for others.
 
     All live in one library; the others are empty and only have the name, which is all the loader looks for.
     """

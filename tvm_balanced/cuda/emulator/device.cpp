@@ -29,23 +29,11 @@
 
 namespace {
 
-enum Error { // the driver's and the runtime's codes agree where both have one
-  kOk = 0,
-  kInvalidValue = 1,
-  kOutOfMemory = 2,
-  kInvalidDevice = 101,
-  kInvalidImage = 200,
-  kNoBinary = 209,
-  kInvalidHandle = 400,
-  kNotFound = 500,
-  kNotReady = 600,
-  kIllegalAddress = 700,
-  kOutOfResources = 701,
-  kLaunchFailure = 719,
-  kNotSupported = 801,
-  kCaptureUnsupported = 900,
-  kCaptureInvalidated = 901,
-};
+// the driver's and the runtime's error codes agree where both have one
+const int kOk = 0, kInvalidValue = 1, kOutOfMemory = 2, kInvalidDevice = 101, kInvalidImage = 200,
+          kNoBinary = 209, kInvalidHandle = 400, kNotFound = 500, kNotReady = 600,
+          kIllegalAddress = 700, kOutOfResources = 701, kLaunchFailure = 719, kNotSupported = 801,
+          kCaptureUnsupported = 900, kCaptureInvalidated = 901;
 struct ErrorText {
   int code;
   const char *driver, *runtime, *text;
@@ -284,8 +272,7 @@ int refuse_while_capturing(const char* what) {
       s.second->invalidated = true;
       any = true;
     }
-  return any ? fail(kCaptureUnsupported, std::string(what) + " while a stream is capturing")
-             : (int)kOk;
+  return any ? fail(kCaptureUnsupported, std::string(what) + " while a stream is capturing") : kOk;
 }
 
 // ----------------------------------------------------------------------------------------- kernels
@@ -399,16 +386,8 @@ const char* explained(int code) {
 }
 
 // cudaDeviceAttr
-enum {
-  kThreadsPerBlock = 1,
-  kBlockX = 2,
-  kGridX = 5,
-  kSharedPerBlock = 8,
-  kSharedOptin = 97,
-  kMajor = 75,
-  kMinor = 76,
-  kRegistersPerBlock = 12
-};
+const int kThreadsPerBlock = 1, kBlockX = 2, kGridX = 5, kSharedPerBlock = 8, kSharedOptin = 97,
+          kMajor = 75, kMinor = 76, kRegistersPerBlock = 12;
 
 } // namespace
 
@@ -664,7 +643,7 @@ API int cudaGetDevice(int* device) {
   *device = 0;
   return kOk;
 }
-API int cudaSetDevice(int device) { return device ? fail(kInvalidDevice) : (int)kOk; }
+API int cudaSetDevice(int device) { return device ? fail(kInvalidDevice) : kOk; }
 API int cudaDeviceGetAttribute(int* value, int attribute, int device) {
   Lock lock(g_mutex);
   if (device) return fail(kInvalidDevice);
@@ -915,15 +894,9 @@ API int cudaEventElapsedTime(float* milliseconds, Event* begin, Event* end) {
 // captured, and end the device as a kernel does when an operand is not all inside one allocation.
 namespace {
 
-enum BlasStatus {
-  kBlasOk = 0,
-  kBlasNotInitialized = 1,
-  kBlasAllocFailed = 3,
-  kBlasInvalidValue = 7,
-  kBlasExecutionFailed = 13,
-  kBlasNotSupported = 15
-};
-enum BlasType { kF32 = 0, kF16 = 2, kBF16 = 14 };
+const int kBlasOk = 0, kBlasNotInitialized = 1, kBlasAllocFailed = 3, kBlasInvalidValue = 7,
+          kBlasExecutionFailed = 13, kBlasNotSupported = 15;
+const int kF32 = 0, kF16 = 2, kBF16 = 14;
 struct Blas {
   std::shared_ptr<Stream> stream;
 };
@@ -1088,7 +1061,7 @@ int product(Blas* handle, Product p, const float* alpha, const float* beta, int 
   if (!p.m || !p.n || !p.batch) return kBlasOk;
   return enqueue(g_blas.at(handle)->stream, [p] { multiply(p); })
              ? blas_fail(kBlasExecutionFailed, g_detail)
-             : (int)kBlasOk;
+             : kBlasOk;
 }
 
 } // namespace
