@@ -12,7 +12,7 @@ help:
 	@echo "make accuracy    what patterns of zeros cost: table and plots (20 to 60 minutes of CPU time; goes on where it stopped)"
 	@echo "make test        the tests"
 	@echo "make test-large  the tests with models in their stated sizes (minutes, gigabytes)"
-	@echo "make lint        ruff and mypy"
+	@echo "make lint        ruff, mypy and clang-format"
 	@echo "make bench       ratios against PyTorch on this machine, on its GPU where it has one"
 
 $(BIN)/python:
@@ -44,6 +44,7 @@ test-large: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	git ls-files '*.cpp' '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
 	@# mypy finds the mapped folders only in a regular install
 	@# setuptools keeps what an earlier build copied, deleted modules among it
 	rm -rf build/lint build/lib

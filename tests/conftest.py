@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,16 +27,21 @@ _cache = tempfile.TemporaryDirectory(prefix="tvm-balanced-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
 os.environ.pop("TVM_BALANCED_LOGS", None)
 
+# what g++ made of emulated kernels is kept by its text, flags and compiler: for this run's workers and
+# the processes that tests start, which inherit the variable, and for the next run
+_build = Path(__file__).resolve().parent.parent / "build"
+os.environ.setdefault("CUDAEMU_CACHE", str(_build / "emulator"))
+
 
 @pytest.fixture
 def emulated() -> Iterator[Device]:
     """The emulated CUDA device in its plain mode, whatever a test before left."""
     from tvm_balanced.cuda.emulator import device
 
-    found = device.install("sm_90")
-    found.reset()
-    found.mode()
-    found.forget()
-    yield found
-    found.reset()
-    found.mode()
+    emulator = device.install("sm_90")
+    emulator.reset()
+    emulator.mode()
+    emulator.forget()
+    yield emulator
+    emulator.reset()
+    emulator.mode()

@@ -31,7 +31,7 @@ def main(folder: str) -> None:
         'extern "C" __global__ void add(float* a) { a[threadIdx.x] += blockIdx.x; }'
     )
     values = np.zeros(4, "float32")
-    kernel.launch("add", grid=[3], block=[4], args=[values])
+    kernel.launch(cudaemu.Launch("add", grid=[3], block=[4], args=[values]))
     assert (values == 3).all(), values
     print(f"tvm-balanced {tb.__version__} on TVM {tvm.__version__}: ok")
 

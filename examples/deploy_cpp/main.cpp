@@ -2,8 +2,8 @@
 //
 //   deploy LIB.so INPUT.raw 8,512 [cpu|cuda]
 //
-// INPUT.raw holds the one input's float32 values in C order. Every output is printed as one line with
-// its shape and one line with its values.
+// INPUT.raw holds the one input's float32 values in C order. Every output is printed as one line
+// with its shape and one line with its values.
 
 // only headers of tvm_ffi: those of the TVM wheel include some that it does not ship
 #include <tvm/ffi/container/array.h>
@@ -34,7 +34,8 @@ std::vector<int64_t> ParseShape(const std::string& text) {
   std::stringstream stream(text);
   for (std::string extent; std::getline(stream, extent, ',');) {
     shape.push_back(std::stoll(extent));
-    if (shape.back() <= 0) throw std::runtime_error("an extent of the shape is not positive: " + text);
+    if (shape.back() <= 0)
+      throw std::runtime_error("an extent of the shape is not positive: " + text);
   }
   return shape;
 }
@@ -66,7 +67,7 @@ Tensor Allocate(const ffi::Shape& shape, DLDevice device) {
 
 // a virtual machine of the library's program, on one device, with pooled memory
 ffi::Module CreateMachine(const ffi::Module& library, DLDevice device) {
-  constexpr int kPooled = 2;  // tvm::runtime::memory::AllocatorType::kPooled
+  constexpr int kPooled = 2; // tvm::runtime::memory::AllocatorType::kPooled
   auto machine = Get(library, "vm_load_executable")().cast<ffi::Module>();
   auto initialize = Get(machine, "vm_initialization");
   if (device.device_type == kDLCPU) {
@@ -103,7 +104,7 @@ void PrintAll(const ffi::Any& result) {
   for (const ffi::Any& field : result.cast<ffi::Array<ffi::Any>>()) PrintAll(field);
 }
 
-}  // namespace
+} // namespace
 
 int main(int argc, char** argv) {
   if (argc != 4 && argc != 5) {

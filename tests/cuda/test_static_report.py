@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import stat
@@ -21,7 +22,7 @@ from tvm_balanced.artifact.manifest import FunctionEntry, TensorEntry
 from tvm_balanced.build import cxx
 from tvm_balanced.cli.main import main
 from tvm_balanced.cuda import cubin as cuda_cubin
-from tvm_balanced.cuda import nvrtc, static_report
+from tvm_balanced.cuda import nvrtc
 from tvm_balanced.cuda.cubin import KernelResources, kernel_resources
 from tvm_balanced.cuda.occupancy import occupancy
 from tvm_balanced.cuda.sass import SassCounts, find_nvdisasm, sass_counts
@@ -426,9 +427,9 @@ def test_the_packages_disassembler_comes_first(tmp_path: Path, monkeypatch: Any)
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
     package = ModuleSpec("nvidia", None, is_package=True)
     package.submodule_search_locations = ["/nonexistent", str(tmp_path / "package")]
-    monkeypatch.setattr(static_report.importlib.util, "find_spec", lambda name: package)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: package)
     assert find_nvdisasm() == str(tmp_path / "package/cu13/bin/nvdisasm")
-    monkeypatch.setattr(static_report.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert find_nvdisasm() == str(tmp_path / "path/nvdisasm")
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(ToolchainError, match="not installed: pip install nvidia-cuda-nvdisasm"):
@@ -513,7 +514,7 @@ def test_inspect_static(library: Path, nvdisasm: str, capsys: Any) -> None:
 def test_inspect_static_says_that_there_is_no_disassembler(
     library: Path, capsys: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(static_report.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", "/nonexistent")
     assert main(["inspect", str(library), "--static"]) == 0
     text = " ".join(capsys.readouterr().out.split())

@@ -18,7 +18,6 @@ import importlib
 import json
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -65,12 +64,6 @@ _DRIVER_FUNCTIONS = (
 
 
 _STAND_IN_SOURCE = "".join(f"int {name}() {{ return 100; }}\n" for name in _DRIVER_FUNCTIONS)
-
-
-_EM_CUDA = 190
-
-
-_ELF_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 
 
 def bind_parameters(mod: Any, params: Mapping[str, npt.NDArray[Any]]) -> Any:

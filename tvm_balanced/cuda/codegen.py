@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tvm_balanced.cuda import nvrtc
 
+if TYPE_CHECKING:
+    import tvm
 
-def lower(mod: Any, target: Any, pipeline: str = "default") -> tuple[str, Any]:
-    """CUDA source and host functions of a scheduled module, without calling a CUDA compiler.
 
-    The source is in the form in which a library's is compiled.
+def lower(
+    mod: tvm.IRModule, target: tvm.target.Target, pipeline: str = "default"
+) -> tuple[str, tvm.IRModule]:
+    """CUDA source and host functions of scheduled PrimFuncs, without calling a CUDA compiler.
 
-    Parameters
-    ----------
-    mod : tvm.IRModule
-        Scheduled PrimFuncs.
-    target : tvm.target.Target
-        A CUDA target.
-    pipeline : str
-        Name of the TIR pipeline that lowers them, as :func:`tvm.compile` takes it.
+    The source is in the form in which a library's is compiled. ``pipeline`` names the TIR pipeline that
+    lowers the functions, as :func:`tvm.compile` takes it.
     """
     import tvm
 

@@ -12,16 +12,9 @@ _INSTALL = "pip install 'tvm-balanced[cuda]'"
 
 
 def find_cudart() -> str:
-    """The CUDA 13 runtime library: from the wheel, else by its name.
-
-    Returns
-    -------
-    str
-        What the dynamic loader is asked for.
-    """
-    root = cuda_root()
-    path = root / "lib" / "libcudart.so.13" if root else None
-    return str(path) if path is not None and path.is_file() else "libcudart.so.13"
+    """CUDA 13's runtime library for the dynamic loader: the wheel's, else its bare name."""
+    path = (cuda_root() or Path("/nonexistent")) / "lib" / "libcudart.so.13"
+    return str(path) if path.is_file() else path.name
 
 
 def load_cuda_runtime() -> None:

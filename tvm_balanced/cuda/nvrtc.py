@@ -25,8 +25,6 @@ from tvm_balanced.cuda.source import normal_form
 from tvm_balanced.errors import ToolchainError
 
 NAME = "nvrtc"
-
-
 # these decide the bytes, with the source and the architecture; no path of this machine is among them
 OPTIONS = (
     "-default-device",
@@ -37,20 +35,10 @@ OPTIONS = (
     "--prec-sqrt=true",
     "--ptxas-options=-v",
 )
-
-
 _INSTALL = "pip install 'tvm-balanced[cuda]'"
-
-
 _PROGRAM = b"kernels.cu"
-
-
 _COMPILE, _POSTPROCESS = "tvm_callback_cuda_compile", "tvm_callback_cuda_postproc"
-
-
 _LOG_LINES = 3
-
-
 # the tool that made a cubin signs it: "Cuda compilation tools, release 13.5, V13.5.37"
 _SIGNATURE = re.compile(rb"Cuda compilation tools, release [\d.]+, V([\d.]+)")
 
@@ -75,13 +63,7 @@ class CompiledCubin:
 
 
 def cuda_root() -> Path | None:
-    """The folder of NVIDIA's CUDA 13 wheels, or None where they are not installed.
-
-    Returns
-    -------
-    pathlib.Path or None
-        ``site-packages/nvidia/cu13`` with ``include/`` and ``lib/``.
-    """
+    """``site-packages/nvidia/cu13`` of NVIDIA's CUDA 13 wheels, or None where they are not installed."""
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         root = Path(folder) / "cu13"
@@ -91,22 +73,16 @@ def cuda_root() -> Path | None:
 
 
 def missing_cuda_packages() -> list[str]:
-    """The PyPI packages that compiling CUDA needs and that are not installed.
-
-    Returns
-    -------
-    list of str
-        Names for pip; empty where everything is there.
-    """
+    """PyPI packages that compiling CUDA needs and that are not installed, as pip calls them."""
     root = cuda_root() or Path("/nonexistent")
-    found = {
+    installed = {
         "cuda-bindings": _has_module("cuda.bindings"),
         "nvidia-cuda-nvrtc": any(root.glob("lib/libnvrtc.so.*")),
         "nvidia-cuda-runtime": (root / "include" / "cuda_runtime.h").is_file()
         and any(root.glob("lib/libcudart.so.*")),
         "nvidia-cuda-cccl": (root / "include" / "cccl").is_dir(),
     }
-    return [name for name, there in found.items() if not there]
+    return [name for name, there in installed.items() if not there]
 
 
 def _has_module(name: str) -> bool:
@@ -124,11 +100,7 @@ def compile_cubin(source: str, arch: str) -> CompiledCubin:
     source : str
         CUDA C++.
     arch : str
-        ``"sm_90"``, ``"sm_90a"``, ...
-
-    Returns
-    -------
-    CompiledCubin
+        The architecture: ``"sm_90"``, ``"sm_90a"``, ...
 
     Raises
     ------
@@ -158,13 +130,10 @@ def compile_cubin(source: str, arch: str) -> CompiledCubin:
 
 
 def compiler() -> dict[str, Any]:
-    """What compiles here, as a manifest records it.
+    """Describe what compiles here, as a manifest records it: ``name``, ``version`` and ``options``.
 
-    Returns
-    -------
-    dict
-        ``name``: ``"nvrtc"``; ``version``: of the NVRTC that is loaded, to the build, such as
-        ``"13.5.37"``; ``options``: list of str, all that decide the cubin but for the architecture.
+    The version is that of the NVRTC that is loaded, to the build (``"13.5.37"``); the options are all
+    that decide the cubin but for the architecture.
 
     Raises
     ------
@@ -196,7 +165,7 @@ def tvm_callbacks(compile_source: Callable[[str], bytes | str]) -> Iterator[None
     Parameters
     ----------
     compile_source : callable
-        Told the source; what it returns is the module's binary.
+        Function of the source, whose result is the module's binary.
 
     Raises
     ------
@@ -237,18 +206,12 @@ def tvm_callbacks(compile_source: Callable[[str], bytes | str]) -> Iterator[None
 
 
 def as_tvm_compiler(arch: str) -> contextlib.AbstractContextManager[None]:
-    """Let TVM compile CUDA with :func:`compile_cubin`.
-
-    Parameters
-    ----------
-    arch : str
-        What for: ``"sm_90"``.
-    """
+    """Let TVM compile CUDA with :func:`compile_cubin`, for an architecture such as ``"sm_90"``."""
     return tvm_callbacks(lambda source: compile_cubin(source, arch).cubin)
 
 
 def require_packages() -> Path:
-    """The folder of the wheels, after a check that all of them are there.
+    """Folder of the wheels, after a check that all of them are there.
 
     Raises
     ------

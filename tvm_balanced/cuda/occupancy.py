@@ -9,20 +9,10 @@ from tvm_balanced.errors import InputError
 from tvm_balanced.targets.gpus import ARCHITECTURES, RESERVED_SHARED
 
 _SM_REGISTERS = 65536
-
-
 _SM_PARTS = 4  # each with a quarter of the registers, and every fourth warp of a block
-
-
 _REGISTER_UNIT = 256  # of a warp
-
-
 _SHARED_UNIT = 128
-
-
 _WARP = 32
-
-
 _MAX_BLOCK_THREADS = 1024
 
 
@@ -33,11 +23,11 @@ class Occupancy:
     Parameters
     ----------
     threads : int
-        Of a block.
+        Threads of a block.
     blocks, warps : int
-        Resident on a multiprocessor.
+        Blocks and warps resident on a multiprocessor.
     share : float
-        Of the warps that it could hold.
+        Share of the warps that it could hold.
     limits : tuple of str
         What keeps it from holding more: ``"warps"``, ``"blocks"``, ``"registers"``, ``"shared memory"``.
     """
@@ -52,7 +42,7 @@ class Occupancy:
 def occupancy(
     resources: KernelResources, arch: str, threads: int, dynamic_shared: int = 0
 ) -> Occupancy:
-    """Resident blocks and warps of a multiprocessor, when there are blocks enough.
+    """Resident blocks and warps of a multiprocessor, when there are blocks enough; none if it cannot run.
 
     Parameters
     ----------
@@ -61,14 +51,9 @@ def occupancy(
     arch : str
         One of :data:`ARCHITECTURES`; a trailing ``a`` or ``f`` is ignored.
     threads : int
-        Of a block.
+        Threads of a block.
     dynamic_shared : int
         Bytes of shared memory that a launch adds.
-
-    Returns
-    -------
-    Occupancy
-        With no blocks where the kernel cannot be launched.
 
     Raises
     ------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -12,13 +11,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
+from tvm_balanced.cuda.nvrtc import cuda_root
 from tvm_balanced.errors import ToolchainError
 
 _INSTALL = "pip install nvidia-cuda-nvdisasm"
-
-
 _INSTRUCTION_BYTES = 16  # from sm_70 on
 
 
@@ -72,33 +70,25 @@ class SassCounts:
 
 
 def find_nvdisasm() -> str:
-    """NVIDIA's disassembler: from the PyPI package, else on ``PATH``.
-
-    Returns
-    -------
-    str
-        Path of the program.
+    """Path of NVIDIA's disassembler: from the PyPI package, else on ``PATH``.
 
     Raises
     ------
     ToolchainError
         If there is none.
     """
-    spec = importlib.util.find_spec("nvidia")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        program = Path(folder) / "cu13" / "bin" / "nvdisasm"
-        if program.is_file():
-            return str(program)
-    found = shutil.which("nvdisasm")
-    if found is None:
+    root = cuda_root()
+    packaged = root / "bin" / "nvdisasm" if root else None
+    program = str(packaged) if packaged and packaged.is_file() else shutil.which("nvdisasm")
+    if program is None:
         raise ToolchainError(
             f"counting the instructions of a kernel needs nvdisasm, which is not installed: {_INSTALL}"
         )
-    return found
+    return program
 
 
 def sass_counts(cubin: bytes, nvdisasm: str | None = None) -> dict[str, SassCounts]:
-    """Count the instructions of every function in a cubin.
+    """Count the instructions of every function in a cubin; those that a kernel calls are part of its code.
 
     Parameters
     ----------
@@ -106,11 +96,6 @@ def sass_counts(cubin: bytes, nvdisasm: str | None = None) -> dict[str, SassCoun
         A CUDA ELF image.
     nvdisasm : str, optional
         The disassembler; :func:`find_nvdisasm` looks for it when left out.
-
-    Returns
-    -------
-    dict of str to SassCounts
-        By function; those that a kernel calls are part of its code.
 
     Raises
     ------
@@ -136,6 +121,17 @@ def sass_counts(cubin: bytes, nvdisasm: str | None = None) -> dict[str, SassCoun
             f"{program} did not disassemble a cubin of {len(cubin)} bytes ({said}): install one as "
             f"new as the compiler, {_INSTALL}"
         ) from error
+
+
+class _Operation(TypedDict, total=False):
+    opcode: str
+    operands: str
+    predicate: str
+
+
+_Function = TypedDict(
+    "_Function", {"function-name": str, "start": int, "sass-instructions": list[_Operation]}
+)
 
 
 @dataclass(frozen=True)
@@ -164,7 +160,7 @@ class _Instruction:
         return self.predicated or self.base not in ("EXIT", "RET", "BRX", "JMX")
 
 
-def _count_function(function: dict[str, Any]) -> SassCounts:
+def _count_function(function: _Function) -> SassCounts:
     code = [
         _Instruction(one["opcode"], one.get("operands", ""), "predicate" in one)
         for one in function["sass-instructions"]
@@ -215,8 +211,8 @@ def _count(
 
 def _widths(code: Sequence[_Instruction], base: str) -> dict[int, int]:
     """Bits to the number of loads that bring them in, widest first."""
-    found = Counter(_width(one.opcode) for one in code if one.base == base)
-    return dict(sorted(found.items(), reverse=True))
+    widths = Counter(_width(one.opcode) for one in code if one.base == base)
+    return dict(sorted(widths.items(), reverse=True))
 
 
 def _width(opcode: str) -> int:
@@ -234,20 +230,19 @@ def _innermost_loops(code: Sequence[_Instruction], start: int) -> list[list[int]
     Natural loops: the blocks from which a backward branch is reached without passing its target. Paths
     that the compiler moved to the end and that branch back are no loops by that.
     """
-    after: dict[int, list[int]] = {}  # block, by its first instruction, to those that follow it
     targets = [one.target(start) for one in code]
     ends = [i for i, one in enumerate(code) if targets[i] is not None or not one.goes_on]
     places = {0, *(t for t in targets if t is not None), *(i + 1 for i in ends)}
     leaders = sorted(place for place in places if 0 <= place < len(code))
     bounds = dict(zip(leaders, [*leaders[1:], len(code)], strict=True))
-    for leader, end in bounds.items():
-        target = targets[end - 1]
-        following = [end] if code[end - 1].goes_on else []
-        after[leader] = [b for b in (target, *following) if b is not None and b in bounds]
-    before: dict[int, list[int]] = {leader: [] for leader in leaders}
-    for leader, following in after.items():
-        for block in following:
-            before[block].append(leader)
+    # block, by its first instruction, to those that follow it
+    after = {
+        leader: [
+            b for b in (targets[end - 1], end if code[end - 1].goes_on else None) if b in bounds
+        ]
+        for leader, end in bounds.items()
+    }
+    before = {b: [leader for leader in leaders if b in after[leader]] for b in leaders}
     bodies: dict[int, set[int]] = {}
     for source, head in _back_edges(after):
         body, pending = {head}, [source]
@@ -257,7 +252,7 @@ def _innermost_loops(code: Sequence[_Instruction], start: int) -> list[list[int]
                 body.add(block)
                 pending.extend(before[block])
         # an endless branch to itself stands behind every kernel's end
-        if body != {head} or not _is_trap(code, head, bounds[head]):
+        if body != {head} or bounds[head] - head > 1 or code[head].goes_on:
             bodies.setdefault(head, set()).update(body)
     inner = [
         body
@@ -267,13 +262,9 @@ def _innermost_loops(code: Sequence[_Instruction], start: int) -> list[list[int]
     return [[i for block in sorted(body) for i in range(block, bounds[block])] for body in inner]
 
 
-def _is_trap(code: Sequence[_Instruction], head: int, end: int) -> bool:
-    return end - head == 1 and not code[head].goes_on
-
-
 def _back_edges(after: dict[int, list[int]]) -> list[tuple[int, int]]:
     """Edges to a block on the way to it, depth first; code reached by calls alone is walked too."""
-    found: list[tuple[int, int]] = []
+    edges: list[tuple[int, int]] = []
     seen: set[int] = set()
     for root in after:
         if root in seen:
@@ -287,9 +278,9 @@ def _back_edges(after: dict[int, list[int]]) -> list[tuple[int, int]]:
                 way.pop()
                 on_way.discard(block)
             elif step in on_way:
-                found.append((block, step))
+                edges.append((block, step))
             elif step not in seen:
                 seen.add(step)
                 on_way.add(step)
                 way.append((step, iter(after[step])))
-    return found
+    return edges

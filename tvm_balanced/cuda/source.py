@@ -8,11 +8,7 @@ import re
 from tvm_balanced.errors import InputError
 
 _KERNEL = re.compile(r'^extern "C" __global__ void (?:\w+\([\d, ]+\) )*(\w+)\(', re.MULTILINE)
-
-
 _DECLARATION = re.compile(r"[^;{]*;\n?")
-
-
 # TVM prints the left ones under tirx.enable_fast_math or when a schedule names them
 _PRECISE = {
     **{f"__{name}f": f"{name}f" for name in ("exp", "exp10", "log", "log2", "log10", "pow")},
@@ -21,11 +17,7 @@ _PRECISE = {
     "htanh_approx": "htanh",
     "h2tanh_approx": "h2tanh",
 }
-
-
 _FAST = re.compile(rf"\b({'|'.join(_PRECISE)})(?=\s*\()")
-
-
 # fusion joins the names of what it fused, to hundreds of characters; a file name holds 255
 _MAX_STEM = 120
 
@@ -33,10 +25,7 @@ _MAX_STEM = 120
 def file_stem(kernel: str) -> str:
     """Name of a kernel's file without its ending: the kernel's, a long one cut and with a digest.
 
-    Parameters
-    ----------
-    kernel : str
-        Name of the kernel, or a stem, which comes back as it is.
+    A stem comes back as it is.
     """
     if len(kernel) <= _MAX_STEM:
         return kernel
@@ -45,44 +34,25 @@ def file_stem(kernel: str) -> str:
 
 
 def precise_math(source: str) -> str:
-    """CUDA text with the fast intrinsics replaced by the functions they approximate.
-
-    Parameters
-    ----------
-    source : str
-        For instance ``"y = __expf(x);"``, which becomes ``"y = expf(x);"``.
-    """
+    """CUDA text with fast intrinsics replaced by what they approximate: ``__expf(x)`` by ``expf(x)``."""
     return _FAST.sub(lambda match: _PRECISE[match[1]], source)
 
 
 def normal_form(source: str) -> str:
-    """The form in which a translation unit is compiled and kept.
+    """Bring a translation unit into the form in which it is compiled and kept.
 
     Without fast intrinsics and forward declarations, the kernels in the order of their files' names:
     exactly what :func:`join_kernels` makes of them, so that the files of an artifact are the source of
-    its cubin, byte by byte.
-
-    Parameters
-    ----------
-    source : str
-        As TVM prints it. Without a kernel in it, it comes back but for its intrinsics.
+    its cubin, byte by byte. Text without a kernel comes back but for its intrinsics.
     """
     source = precise_math(source)
     return join_kernels(split_kernels(source)) or source
 
 
 def split_kernels(source: str) -> dict[str, str]:
-    """Kernel name to its CUDA text, each a translation unit of its own.
+    """Kernel name to its CUDA text, each a translation unit of its own, in the order of the files' names.
 
-    Parameters
-    ----------
-    source : str
-        What TVM gave to the CUDA compiler; may be empty.
-
-    Returns
-    -------
-    dict of str to str
-        In the order of the files' names; what stands before the kernels is in every text.
+    What stands before the kernels is in every text.
     """
     starts = list(_KERNEL.finditer(source))
     if not starts:

@@ -17,7 +17,7 @@ import io
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, overload
+from typing import TYPE_CHECKING
 
 from tvm_balanced.cuda.cubin import KernelResources, kernel_resources
 from tvm_balanced.cuda.occupancy import Occupancy, occupancy
@@ -25,6 +25,9 @@ from tvm_balanced.cuda.sass import SassCounts, sass_counts
 from tvm_balanced.errors import ToolchainError
 from tvm_balanced.report import WIDE
 from tvm_balanced.targets.gpus import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -34,17 +37,22 @@ class KernelReport:
     Parameters
     ----------
     arch : str
-        ``"sm_90"``.
+        The architecture: ``"sm_90"``.
     resources : KernelResources
-        From the ELF.
+        Registers and memory, from the ELF.
     occupancy : Occupancy or None
+<<<<<<< HEAD
         Of blocks as large as the launch bounds; None without them, or for an architecture that is not
         in :data:`ARCHITECTURES`.
+=======
+        Occupancy by blocks as large as the launch bounds; None without them, or for an architecture that
+        is not in :data:`SM_LIMITS`.
+>>>>>>> wip-cudapkg
     dynamic_shared : bool
         Whether a launch adds shared memory, of a size that the cubin does not hold: the occupancy is
         then an upper bound.
     counts : SassCounts or None
-        None where nothing was disassembled.
+        Instructions of its code; None where nothing was disassembled.
     """
 
     arch: str
@@ -54,7 +62,7 @@ class KernelReport:
     counts: SassCounts | None
 
 
-class StaticReport(Sequence[KernelReport]):
+class StaticReport(list[KernelReport]):
     """Rows, one a kernel; ``str()`` is a table, :meth:`to_json` for machines.
 
     Attributes
@@ -64,7 +72,7 @@ class StaticReport(Sequence[KernelReport]):
     """
 
     def __init__(self, rows: Sequence[KernelReport], problem: str | None = None) -> None:
-        self._rows = list(rows)
+        super().__init__(rows)
         self.problem = problem
 
     @classmethod
@@ -80,7 +88,7 @@ class StaticReport(Sequence[KernelReport]):
         Parameters
         ----------
         cubins : sequence of (str, bytes)
-            Architecture and image.
+            Architecture and image of each.
         dynamic_shared : sequence of str
             Kernels whose launches add shared memory.
         nvdisasm : str, optional
@@ -100,6 +108,7 @@ class StaticReport(Sequence[KernelReport]):
             except ToolchainError as error:
                 problem = str(error)
             for kernel in kernels:
+<<<<<<< HEAD
                 rows.append(
                     KernelReport(
                         arch,
@@ -111,19 +120,15 @@ class StaticReport(Sequence[KernelReport]):
                         counts.get(kernel.name),
                     )
                 )
+=======
+                bounded = kernel.max_threads is not None and arch.rstrip("af") in SM_LIMITS
+                held = occupancy(kernel, arch, kernel.max_threads or 0) if bounded else None
+                dynamic, counted = kernel.name in dynamic_shared, counts.get(kernel.name)
+                rows.append(KernelReport(arch, kernel, held, dynamic, counted))
+>>>>>>> wip-cudapkg
         return cls(rows, problem)
 
-    @overload
-    def __getitem__(self, index: int) -> KernelReport: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[KernelReport]: ...
-    def __getitem__(self, index: int | slice) -> KernelReport | Sequence[KernelReport]:
-        return self._rows[index]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """``kernels``, plain dictionaries, one a kernel, and ``problem``."""
         return {
             "kernels": [
@@ -137,38 +142,37 @@ class StaticReport(Sequence[KernelReport]):
                     else {**asdict(row.occupancy), "limits": list(row.occupancy.limits)},
                     "counts": None if row.counts is None else _counts_json(row.counts),
                 }
-                for row in self._rows
+                for row in self
             ],
             "problem": self.problem,
         }
 
-    def tables(self) -> list[Any]:
+    def tables(self) -> list[Table]:
         """Resources and, where instructions were counted, instructions as ``rich.table.Table``."""
         from rich.table import Table
 
         resources = Table(title="kernels (as compiled, nothing was run)", title_justify="left")
         headings = ("regs", "local B", "shared B", "threads", "blocks", "occupancy", "limited by")
         _add_columns(resources, headings)
-        for row in self._rows:
+        for row in self:
             resources.add_row(*_resource_cells(row))
         notes = [] if self.problem is None else [self.problem]
-        if any(row.dynamic_shared for row in self._rows):
+        if any(row.dynamic_shared for row in self):
             notes.append("<= where a launch adds shared memory, of which the cubin does not tell")
         resources.caption = "; ".join(notes)
-        counted = [row for row in self._rows if row.counts is not None]
+        counted = [(row.resources.name, row.counts) for row in self if row.counts is not None]
         if not counted:
             return [resources]
         code = Table(title="instructions in their code", title_justify="left")
         # two lines keep a column narrow
         loads = ("LDG\n128/64/32", "LDS\n128/64/32", "LDL\nSTL")
         _add_columns(code, (*loads, "FFMA", "HMMA", "SHFL", "BAR", "all", "loop:\nall", "\nFFMA"))
-        for row in counted:
-            if row.counts is not None:
-                code.add_row(row.resources.name, *_count_cells(row.counts))
+        for name, counts in counted:
+            code.add_row(name, *_count_cells(counts))
         return [resources, code]
 
     def text(self, width: int = WIDE) -> str:
-        """The table as text of at most ``width`` columns."""
+        """Table as text of at most ``width`` columns."""
         from rich.console import Console
 
         out = io.StringIO()
@@ -177,14 +181,14 @@ class StaticReport(Sequence[KernelReport]):
         )
         return out.getvalue()
 
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+    def __rich_console__(self, console: object, options: object) -> Iterator[Table]:
         yield from self.tables()
 
     def __str__(self) -> str:
         return self.text(shutil.get_terminal_size((WIDE, 24)).columns)
 
 
-def _counts_json(counts: SassCounts) -> dict[str, Any]:
+def _counts_json(counts: SassCounts) -> dict[str, object]:
     """Widths become strings, as JSON's keys are."""
     return {
         **asdict(counts),
@@ -195,14 +199,14 @@ def _counts_json(counts: SassCounts) -> dict[str, Any]:
     }
 
 
-def _add_columns(table: Any, headings: Sequence[str]) -> None:
+def _add_columns(table: Table, headings: Sequence[str]) -> None:
     table.add_column("kernel", overflow="fold", min_width=12)
     for heading in headings:
         table.add_column(heading, justify="right", overflow="fold")
 
 
 def _resource_cells(row: KernelReport) -> list[str]:
-    kernel, there = row.resources, row.occupancy
+    kernel, held = row.resources, row.occupancy
     bound = "<= " if row.dynamic_shared else ""
     return [
         kernel.name,
@@ -210,16 +214,16 @@ def _resource_cells(row: KernelReport) -> list[str]:
         "open" if kernel.stack_bytes is None else str(kernel.stack_bytes),
         str(kernel.shared_bytes) + (" + ?" if row.dynamic_shared else ""),
         "-" if kernel.max_threads is None else str(kernel.max_threads),
-        "-" if there is None else f"{bound}{there.blocks}",
-        "-" if there is None else f"{bound}{there.share:.0%}",
-        "-" if there is None else ", ".join(there.limits),
+        "-" if held is None else f"{bound}{held.blocks}",
+        "-" if held is None else f"{bound}{held.share:.0%}",
+        "-" if held is None else ", ".join(held.limits),
     ]
 
 
 def _count_cells(counts: SassCounts) -> list[str]:
     loads = [
-        "/".join(str(found.get(bits, 0)) for bits in (128, 64, 32))
-        for found in (counts.global_loads, counts.shared_loads)
+        "/".join(str(widths.get(bits, 0)) for bits in (128, 64, 32))
+        for widths in (counts.global_loads, counts.shared_loads)
     ]
     numbers = (counts.local_accesses, counts.ffma, counts.hmma, counts.shuffles, counts.barriers)
     loop = ["-", "-"] if counts.loop is None else [counts.loop.instructions, counts.loop.ffma]

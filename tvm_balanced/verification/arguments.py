@@ -15,26 +15,16 @@ from tvm_balanced.format.layout import PackedFormat
 from tvm_balanced.format.packing import pack
 from tvm_balanced.format.weights import Array
 from tvm_balanced.ops import FORMAT_ATTR, parse_format
-from tvm_balanced.verification.tensorir import (
-    KernelReferenceError,
-    array_dtype,
-    balanced_operands,
-    call_name,
-    dtype_of,
-    factors_of,
-    is_float,
-    loads,
-    nodes,
-    output_positions,
-    reduction,
-)
+from tvm_balanced.support.tvm_types import Block, Buffer, Expr
+from tvm_balanced.verification import tensorir
+from tvm_balanced.verification.tensorir import array_dtype, dtype_of, is_float, loads, nodes
 
 # choices of the places that a block keeps, of which a packed weight is made
 _CHOICES = 4096
 
 
 @dataclass(frozen=True)
-class Arguments:
+class KernelArguments:
     """What a kernel is called with.
 
     Parameters
@@ -45,11 +35,13 @@ class Arguments:
         Positions of the arrays that the kernel writes.
     """
 
-    arrays: list[Any]
+    arrays: list[Array | float]
     outputs: tuple[int, ...]
 
 
-def seeded_arguments(func: tirx.PrimFunc, seed: int, symbols: Mapping[str, int] | int) -> Arguments:
+def seeded_arguments(
+    func: tirx.PrimFunc, seed: int, symbols: Mapping[str, int] | int
+) -> KernelArguments:
     """Make small inputs for a kernel.
 
     Floating-point inputs are standard normal; a weight (the right factor of a sum of products) is
@@ -62,15 +54,11 @@ def seeded_arguments(func: tirx.PrimFunc, seed: int, symbols: Mapping[str, int] 
     Parameters
     ----------
     func : tvm.tirx.PrimFunc
-        Unscheduled.
+        The kernel, unscheduled.
     seed : int
-        Same seed, same arrays.
+        The same seed gives the same arrays.
     symbols : mapping of str to int, or int
         Value of each symbol by its name, or one value for all.
-
-    Returns
-    -------
-    Arguments
 
     Raises
     ------
@@ -79,13 +67,13 @@ def seeded_arguments(func: tirx.PrimFunc, seed: int, symbols: Mapping[str, int] 
     """
     rng = np.random.default_rng(seed)
     numbers = {var: symbol_value(var, symbols) for var in symbols_of(func)}
-    outputs = output_positions(func)
+    outputs = tensorir.output_positions(func)
     packed = _packed_weights(func, rng)
     facts = Facts(func, numbers)
     bounds, positive, scale = facts.index_bounds(), facts.positive(), facts.scales()
     divisors = facts.integer_divisors()
     used = set(nodes(func.body, tirx.Var))
-    arrays: list[Any] = []
+    arrays: list[Array | float] = []
     for position, param in enumerate(func.params):
         if not tirx.is_buffer_var(param):
             arrays.append(numbers[param] if param in numbers else float(rng.standard_normal()))
@@ -107,7 +95,7 @@ def seeded_arguments(func: tirx.PrimFunc, seed: int, symbols: Mapping[str, int] 
             if param in positive:
                 array = 0.5 + np.abs(array)
             arrays.append(np.asarray(scale.get(param, 1.0) * array).astype(dtype))
-    return Arguments(arrays, outputs)
+    return KernelArguments(arrays, outputs)
 
 
 def _unwritten(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -116,16 +104,14 @@ def _unwritten(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     return np.full(shape, True if dtype.kind == "b" else np.nan, dtype)
 
 
-def _balanced_blocks(func: tirx.PrimFunc) -> list[Any]:
-    return [b for b in nodes(func.body, s_tir.SBlock) if FORMAT_ATTR in b.annotations]
-
-
-def _packed_weights(func: tirx.PrimFunc, rng: np.random.Generator) -> dict[Any, Array]:
+def _packed_weights(func: tirx.PrimFunc, rng: np.random.Generator) -> dict[Buffer, Array]:
     """Values and indices of every packed weight, by parameter."""
-    packed: dict[Any, Array] = {}
-    for block in _balanced_blocks(func):
+    packed: dict[Buffer, Array] = {}
+    for block in nodes(func.body, s_tir.SBlock):
+        if FORMAT_ATTR not in block.annotations:
+            continue
         fmt: PackedFormat = parse_format(str(block.annotations[FORMAT_ATTR]))
-        _, values, indices = balanced_operands(block)
+        _, values, indices = tensorir.balanced_operands(block)
         if values in packed:
             continue
         dense = rng.standard_normal((fmt.out_features, fmt.in_features), np.float32)
@@ -137,31 +123,30 @@ def _packed_weights(func: tirx.PrimFunc, rng: np.random.Generator) -> dict[Any, 
     return packed
 
 
-def symbols_of(func: tirx.PrimFunc) -> list[Any]:
+def symbols_of(func: tirx.PrimFunc) -> list[Expr]:
     """Symbols of a function's parameters, each once."""
-    found: dict[Any, None] = {}
+    symbols: dict[Expr, None] = {}
     for param in func.params:
-        if not tirx.is_buffer_var(param):
-            if not is_float(dtype_of(param)):
-                found[param] = None
-            continue
-        for extent in param.ty.shape:
-            found.update(dict.fromkeys(nodes(extent, tirx.Var)))
-    return list(found)
+        if tirx.is_buffer_var(param):
+            for extent in param.ty.shape:
+                symbols.update(dict.fromkeys(nodes(extent, tirx.Var)))
+        elif not is_float(dtype_of(param)):
+            symbols[param] = None
+    return list(symbols)
 
 
-def symbol_value(var: Any, symbols: Mapping[str, int] | int) -> int:
-    """What ``symbols`` says about one symbol."""
+def symbol_value(var: Expr, symbols: Mapping[str, int] | int) -> int:
+    """Value of one symbol by ``symbols``."""
     if not isinstance(symbols, Mapping):
         return symbols
     if var.name not in symbols:
         given = ", ".join(symbols) or "none"
-        raise KernelReferenceError(f"symbol {var.name} has no value; given: {given}")
+        raise tensorir.KernelReferenceError(f"symbol {var.name} has no value; given: {given}")
     return symbols[var.name]
 
 
 def _kept_places(fmt: PackedFormat, rng: np.random.Generator) -> Array:
-    """A random balanced mask ``(N, K)``; pruning random weights gives as random a one, slowly."""
+    """Random balanced mask ``(N, K)``; pruning random weights gives as random a one, slowly."""
     block = fmt.pattern.block
     chosen = np.argsort(rng.random((_CHOICES, block)), axis=1)[:, : fmt.pattern.nnz]
     kept = np.zeros((_CHOICES, block), np.bool_)
@@ -180,34 +165,29 @@ class Facts:
     Values are followed back from where they are used to parameters, through intermediate buffers.
     """
 
-    def __init__(self, func: tirx.PrimFunc, numbers: Mapping[Any, int]) -> None:
+    def __init__(self, func: tirx.PrimFunc, numbers: Mapping[Expr, int]) -> None:
         self.func = func
         self.params = set(func.params)
         self.numbers = numbers
         self.blocks = nodes(func.body, s_tir.SBlock)
         self.loops = nodes(func.body, tirx.For)
-        self.stores: dict[Any, list[Any]] = {}
+        self.stores: dict[Buffer, list[Any]] = {}
         for store in nodes(func.body, tirx.BufferStore):
             self.stores.setdefault(store.buffer, []).append(store)
 
-    def number(self, expr: Any) -> int:
-        """An integer expression of symbols."""
-        return _to_int(self._with_symbols(expr))
+    def number(self, expr: Expr) -> int:
+        """Value of an integer expression of symbols."""
+        return int(tvm.sym.Analyzer().simplify(self._with_symbols(expr)))
 
-    def _with_symbols(self, expr: Any) -> Any:
-        return tvm_ffi.structural_map(
-            expr,
-            (
-                tirx.Var,
-                lambda var: (
-                    tirx.const(self.numbers[var], dtype_of(var)) if var in self.numbers else var
-                ),
-            ),
-        )
+    def _with_symbols(self, expr: Expr) -> Expr:
+        def value(var: Expr) -> Expr:
+            return tirx.const(self.numbers[var], dtype_of(var)) if var in self.numbers else var
+
+        return tvm_ffi.structural_map(expr, (tirx.Var, value))
 
     # indices
 
-    def index_bounds(self) -> dict[Any, int]:
+    def index_bounds(self) -> dict[Buffer, int]:
         """Integer parameters that are used as an index, and the number of values they may take."""
         constraints = []
         accesses = [(a.source, a.indices) for a in loads(self.func.body)]
@@ -217,7 +197,7 @@ class Facts:
                 params = self._integers(index)
                 if params:
                     constraints.append((index, self.number(extent), params))
-        bounds: dict[Any, int] = {}
+        bounds: dict[Buffer, int] = {}
         for _, extent, params in constraints:
             for param in params:
                 bounds[param] = max(1, min(extent, bounds.get(param, extent)))
@@ -227,25 +207,27 @@ class Facts:
                 bounds.update({p: max(1, bounds[p] // 2) for p in params})
         return bounds
 
-    def _integers(self, expr: Any, seen: frozenset[Any] = frozenset()) -> list[Any]:
+    def _integers(self, expr: Expr, seen: frozenset[Buffer] = frozenset()) -> list[Buffer]:
         """Integer parameters whose elements an expression depends on."""
-        found: dict[Any, None] = {}
+        params: dict[Buffer, None] = {}
         for load in loads(expr):
             source = load.source
             if source in seen or is_float(dtype_of(source)):
                 continue
             if source in self.stores:
                 for store in self.stores[source]:
-                    found.update(dict.fromkeys(self._integers(store.value, seen | {source})))
+                    params.update(dict.fromkeys(self._integers(store.value, seen | {source})))
             elif source in self.params and dtype_of(source) != "bool":
-                found[source] = None
-        return list(found)
+                params[source] = None
+        return list(params)
 
-    def _fits(self, index: Any, extent: int, bounds: Mapping[Any, int]) -> bool:
+    def _fits(self, index: Expr, extent: int, bounds: Mapping[Buffer, int]) -> bool:
         low, high = self._range(index, bounds, frozenset())
         return low >= 0 and high < extent
 
-    def _range(self, expr: Any, bounds: Mapping[Any, int], seen: frozenset[Any]) -> tuple[int, int]:
+    def _range(
+        self, expr: Expr, bounds: Mapping[Buffer, int], seen: frozenset[Buffer]
+    ) -> tuple[int, int]:
         """Lowest and highest value of an integer expression, as far as TVM can tell."""
         analyzer = tvm.sym.Analyzer()
         for loop in self.loops:
@@ -254,7 +236,7 @@ class Facts:
             for axis in block.iter_vars:
                 self._limit(analyzer, axis.var, axis.dom.min, axis.dom.extent)
 
-        def as_variable(load: Any) -> Any:
+        def as_variable(load: Expr) -> Expr:
             var = tirx.Var("loaded", dtype_of(load))
             low, high = self._loaded_range(load.source, bounds, seen)
             if low > tvm.sym.ConstIntBound.NEG_INF and high < tvm.sym.ConstIntBound.POS_INF:
@@ -268,13 +250,13 @@ class Facts:
         bound = analyzer.const_int_bound(analyzer.simplify(loaded))
         return int(bound.min_value), int(bound.max_value)
 
-    def _limit(self, analyzer: Any, var: Any, start: Any, extent: Any) -> None:
+    def _limit(self, analyzer: tvm.sym.Analyzer, var: Expr, start: Expr, extent: Expr) -> None:
         start, extent = self._with_symbols(start), self._with_symbols(extent)
         if isinstance(tvm.sym.Analyzer().simplify(extent), tirx.IntImm):
             analyzer.bind(var, tvm.ir.Range.from_min_extent(start, extent))
 
     def _loaded_range(
-        self, buffer: Any, bounds: Mapping[Any, int], seen: frozenset[Any]
+        self, buffer: Buffer, bounds: Mapping[Buffer, int], seen: frozenset[Buffer]
     ) -> tuple[int, int]:
         unknown = tvm.sym.ConstIntBound.NEG_INF, tvm.sym.ConstIntBound.POS_INF
         if buffer in seen or is_float(dtype_of(buffer)):
@@ -286,7 +268,7 @@ class Facts:
             return 0, 1
         return (0, bounds.get(buffer, 2) - 1) if buffer in self.params else unknown
 
-    def integer_divisors(self) -> set[Any]:
+    def integer_divisors(self) -> set[Buffer]:
         """Integer parameters that something is divided by: a zero would end the process."""
         kinds = tvm.ir.prim.expr
         return {
@@ -299,37 +281,38 @@ class Facts:
 
     # floating point
 
-    def positive(self) -> set[Any]:
+    def positive(self) -> set[Buffer]:
         """Parameters that must stay away from zero and below."""
-        found: set[Any] = set()
+        params: set[Buffer] = set()
         for div in nodes(self.func.body, tvm.ir.prim.expr.Div):
             if is_float(dtype_of(div)):
-                found |= self._sources(div.b)
+                params |= self._sources(div.b)
         for call in nodes(self.func.body, tvm.ir.Call):
-            name = call_name(call)
+            name = tensorir.call_name(call)
             # a whole power of a negative number is one
             exponent = getattr(call.args[1], "value", 0.5) if name == "pow" else 1
             if name in _NEEDS_POSITIVE or not float(exponent).is_integer():
-                found |= self._sources(call.args[0])
-        return found
+                params |= self._sources(call.args[0])
+        return params
 
-    def scales(self) -> dict[Any, float]:
+    def scales(self) -> dict[Buffer, float]:
         """Parameters to be made smaller, because many products with them are added up."""
-        found: dict[Any, float] = {}
+        scales: dict[Buffer, float] = {}
         for block in self.blocks:
-            update = reduction(block) if FORMAT_ATTR not in block.annotations else None
-            factors = factors_of(update.value) if update is not None and update.is_sum else None
+            balanced = FORMAT_ATTR in block.annotations
+            update = None if balanced else tensorir.reduction(block)
+            factors = tensorir.factors_of(update.value) if update and update.is_sum else None
             if factors is None:
                 continue
             terms = self.terms(block)
             left, right = (self._sources(factor) for factor in factors)
             if left != right:
                 for param in right or left:
-                    found[param] = min(found.get(param, 1.0), terms**-0.5)
-        return found
+                    scales[param] = min(scales.get(param, 1.0), terms**-0.5)
+        return scales
 
-    def terms(self, block: Any) -> int:
-        """Iterations of a block that go into one element of its result."""
+    def terms(self, block: Block) -> int:
+        """Count the iterations of a block that go into one element of its result."""
         total = 1
         for axis in block.iter_vars:
             if axis.iter_type == tirx.IterVar.CommReduce:
@@ -338,7 +321,7 @@ class Facts:
                 total *= max(1, most) if most < tvm.sym.ConstIntBound.POS_INF else 1
         return total
 
-    def _sources(self, expr: Any, seen: frozenset[Any] = frozenset()) -> set[Any]:
+    def _sources(self, expr: Expr, seen: frozenset[Buffer] = frozenset()) -> set[Buffer]:
         """Floating-point parameters whose elements reach an expression by plain arithmetic."""
         kind = type(expr).__name__
         if kind == "Cast":
@@ -349,7 +332,7 @@ class Facts:
             return self._sources(expr.a, seen) | self._sources(expr.b, seen)
         if kind == "Select":
             return self._sources(expr.true_value, seen) | self._sources(expr.false_value, seen)
-        if kind == "Call" and call_name(expr) == "if_then_else":
+        if kind == "Call" and tensorir.call_name(expr) == "if_then_else":
             return self._sources(expr.args[1], seen) | self._sources(expr.args[2], seen)
         if kind != "TensorLoad" or not is_float(dtype_of(expr.source)) or expr.source in seen:
             return set()
@@ -361,7 +344,3 @@ class Facts:
                 for param in self._sources(store.value, seen | {buffer})
             }
         return {buffer} & self.params
-
-
-def _to_int(expr: Any) -> int:
-    return int(tvm.sym.Analyzer().simplify(expr))

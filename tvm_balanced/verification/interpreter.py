@@ -26,9 +26,11 @@ from tvm_balanced.format import reference
 from tvm_balanced.format.packing import BalancedTensor
 from tvm_balanced.format.weights import Array
 from tvm_balanced.ops import FORMAT_ATTR, parse_format
+from tvm_balanced.support.tvm_types import Block, Buffer, Expr, Stmt
 from tvm_balanced.verification.tensorir import (
     KernelReferenceError,
     Update,
+    Value,
     array_dtype,
     balanced_operands,
     call_name,
@@ -42,17 +44,8 @@ from tvm_balanced.verification.tensorir import (
     short,
 )
 
-__all__ = [
-    "KernelReferenceError",
-    "evaluate",
-    "output_positions",
-]
-
-
 # elements of one intermediate value; an expression holds a few of them, eight bytes an element
 _CHUNK_ELEMENTS = 1 << 23
-
-
 # iterations that may run one after the other; each costs tens of microseconds
 _MAX_STEPS = 1 << 18
 
@@ -70,7 +63,7 @@ def evaluate(func: tirx.PrimFunc, arrays: Sequence[Any]) -> dict[int, Array]:
     Parameters
     ----------
     func : tvm.tirx.PrimFunc
-        Unscheduled: blocks under serial loops.
+        The kernel, unscheduled: blocks under serial loops.
     arrays : sequence of ndarray or int or float
         One per parameter, outputs included (what an output holds matters only where the kernel leaves
         or reads it). Not changed.
@@ -86,27 +79,27 @@ def evaluate(func: tirx.PrimFunc, arrays: Sequence[Any]) -> dict[int, Array]:
         For arrays that do not fit the parameters, an access out of range that no condition excludes,
         and a construct that is not known.
     """
-    machine = _Machine(func, arrays)
+    state = _Evaluation(func, arrays)
     with np.errstate(all="ignore"):
-        machine.run(func.body)
-    return {i: machine.buffers[func.params[i]] for i in output_positions(func)}
+        state.run(func.body)
+    return {i: state.buffers[func.params[i]] for i in output_positions(func)}
 
 
-def _wide(array: Any) -> Any:
+def _wide(array: Value) -> Value:
     """Floating point as float64, anything else as it is."""
     return array if array.dtype.kind in "biu" else array.astype(np.float64, copy=False)
 
 
-def _truncated_division(a: Any, b: Any) -> Any:
+def _truncated_division(a: Value, b: Value) -> Value:
     quotient = np.floor_divide(a, b)
     return quotient + ((np.fmod(a, b) != 0) & ((a < 0) != (b < 0))).astype(quotient.dtype)
 
 
-def _divide(a: Any, b: Any) -> Any:
+def _divide(a: Value, b: Value) -> Value:
     return np.true_divide(a, b) if a.dtype.kind == "f" else _truncated_division(a, b)
 
 
-_BINARY: dict[str, Callable[[Any, Any], Any]] = {
+_BINARY: dict[str, Callable[[Value, Value], Value]] = {
     "Add": np.add,
     "Sub": np.subtract,
     "Mul": np.multiply,
@@ -130,65 +123,38 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def _erf(x: Any) -> Any:
+def _erf(x: Value) -> Value:
     # NumPy has none, and SciPy is no dependency
     return np.asarray(np.frompyfunc(math.erf, 1, 1)(x), np.float64)
 
 
 # by the name of the operator, and of the C function behind call_pure_extern
-_CALLS: dict[str, Callable[..., Any]] = {
-    "abs": np.abs,
-    "acos": np.arccos,
-    "acosh": np.arccosh,
-    "asin": np.arcsin,
-    "asinh": np.arcsinh,
-    "atan": np.arctan,
-    "atan2": np.arctan2,
-    "atanh": np.arctanh,
-    "ceil": np.ceil,
-    "copysign": np.copysign,
-    "cos": np.cos,
-    "cosh": np.cosh,
+_CALLS: dict[str, Callable[..., Value]] = {
+    **{
+        name: getattr(np, name)
+        for name in (
+            *("abs", "ceil", "copysign", "cos", "cosh", "exp", "exp2", "floor", "fmod", "hypot"),
+            *("isfinite", "isinf", "isnan", "ldexp", "log", "log10", "log1p", "log2", "sin"),
+            *("sinh", "sqrt", "tan", "tanh", "trunc"),
+        )
+    },
+    **{f"a{name}": getattr(np, f"arc{name}") for name in ("cos", "cosh", "sin", "sinh")},
+    **{f"a{name}": getattr(np, f"arc{name}") for name in ("tan", "tan2", "tanh")},
     "erf": _erf,
-    "exp": np.exp,
     "exp10": lambda x: np.power(10.0, x),
-    "exp2": np.exp2,
     "fabs": np.abs,
-    "floor": np.floor,
     "fma": lambda a, b, c: a * b + c,
-    "fmod": np.fmod,
-    "hypot": np.hypot,
-    "isfinite": np.isfinite,
-    "isinf": np.isinf,
-    "isnan": np.isnan,
-    "ldexp": np.ldexp,
     "likely": lambda x: x,
-    "log": np.log,
-    "log10": np.log10,
-    "log1p": np.log1p,
-    "log2": np.log2,
     "nearbyint": np.rint,
     "pow": np.power,
     "round": np.rint,  # TVM's round goes to even
     "rsqrt": lambda x: 1.0 / np.sqrt(x),
     "sigmoid": lambda x: 1.0 / (1.0 + np.exp(-x)),
-    "sin": np.sin,
-    "sinh": np.sinh,
-    "sqrt": np.sqrt,
-    "tan": np.tan,
-    "tanh": np.tanh,
-    "trunc": np.trunc,
 }
-
-
 # an integer expression as a constant and a factor per axis
 _Affine = tuple[int, dict[int, int]]
-
-
 # start and end of every axis
 _Ranges = tuple[tuple[int, int], ...]
-
-
 _LOOPS_IN_ORDER = (
     tirx.stmt.ForKind.SERIAL,
     tirx.stmt.ForKind.PARALLEL,
@@ -197,7 +163,7 @@ _LOOPS_IN_ORDER = (
 )
 
 
-def _is_flat(stmt: Any) -> bool:
+def _is_flat(stmt: Stmt) -> bool:
     """Whether a block's body can run for many iterations at once."""
     kind = type(stmt).__name__
     if kind == "SeqStmt":
@@ -207,7 +173,7 @@ def _is_flat(stmt: Any) -> bool:
     return kind in ("BufferStore", "Bind", "Evaluate")
 
 
-def _reads_elsewhere(block: Any) -> bool:
+def _reads_elsewhere(block: Block) -> bool:
     """Whether an iteration may read what another one writes."""
     stores = nodes(block.body, tirx.BufferStore)
     return any(
@@ -237,7 +203,12 @@ def _split(ranges: _Ranges, axes_of: Callable[[_Ranges], Sequence[int]]) -> Iter
         yield from _split((*ranges[:longest], part, *ranges[longest + 1 :]), axes_of)
 
 
-class _Machine:
+def _first_of(ranges: _Ranges, axes: set[int]) -> _Ranges:
+    """Only the first iteration of some axes, all of the others."""
+    return tuple((r[0], r[0] + 1) if a in axes else r for a, r in enumerate(ranges))
+
+
+class _Evaluation:
     """State of one evaluation.
 
     While a block runs vectorised, ``ranges`` holds the part of its loops that is being computed, one
@@ -245,11 +216,11 @@ class _Machine:
     """
 
     def __init__(self, func: tirx.PrimFunc, arrays: Sequence[Any]) -> None:
-        self.values: dict[Any, Any] = {}
-        self.affine: dict[Any, _Affine] = {}
-        self.buffers: dict[Any, Array] = {}
+        self.values: dict[Expr, Value] = {}
+        self.affine: dict[Expr, _Affine] = {}
+        self.buffers: dict[Buffer, Array] = {}
         self.ranges: _Ranges = ()
-        self.guard: Any = None
+        self.guard: Value | None = None
         self.steps = 0
         self._bind(func, arrays)
 
@@ -291,14 +262,14 @@ class _Machine:
                     f"{int(self.evaluate(extent))}"
                 )
 
-    def _set(self, var: Any, number: Any) -> None:
+    def _set(self, var: Expr, number: float) -> None:
         dtype = dtype_of(var)
         self.affine.pop(var, None)
         self.values[var] = (
             np.float64(number) if is_float(dtype) else array_dtype(dtype).type(number)
         )
 
-    def _solve(self, extent: Any, number: int) -> None:
+    def _solve(self, extent: Expr, number: int) -> None:
         """Give the one symbol that ``extent`` leaves open the value that makes it ``number``."""
         unknown = [v for v in dict.fromkeys(nodes(extent, tirx.Var)) if v not in self.values]
         if not unknown:
@@ -317,7 +288,8 @@ class _Machine:
 
     # statements
 
-    def run(self, stmt: Any) -> None:
+    def run(self, stmt: Stmt) -> None:
+        """Run a statement, for all of the iterations in ``ranges`` at once."""
         kind = type(stmt).__name__
         if kind == "SeqStmt":
             for part in stmt.seq:
@@ -334,13 +306,9 @@ class _Machine:
             self.affine.pop(stmt.var, None)
         elif kind == "IfThenElse":
             condition = self.evaluate(stmt.condition)
-            with self._where(condition) as some:
-                if some:
-                    self.run(stmt.then_case)
+            self._run_where(condition, stmt.then_case)
             if stmt.else_case is not None:
-                with self._where(np.logical_not(condition)) as some:
-                    if some:
-                        self.run(stmt.else_case)
+                self._run_where(np.logical_not(condition), stmt.else_case)
         elif kind == "While" and not self.ranges:
             while self.evaluate(stmt.condition):
                 self._step(stmt)
@@ -352,7 +320,12 @@ class _Machine:
         else:
             raise KernelReferenceError(f"the reference has no {kind} statement: {short(stmt)}")
 
-    def _loops(self, loop: Any) -> None:
+    def _run_where(self, condition: Value, stmt: Stmt) -> None:
+        with self._where(condition) as some:
+            if some:
+                self.run(stmt)
+
+    def _loops(self, loop: Stmt) -> None:
         nest = []
         inner = loop
         while type(inner).__name__ == "For":
@@ -376,7 +349,7 @@ class _Machine:
             self._set(loop.loop_var, i)
             self.run(loop.body)
 
-    def _check_loop(self, loop: Any) -> None:
+    def _check_loop(self, loop: Stmt) -> None:
         step = getattr(loop, "step", None)
         if loop.kind not in _LOOPS_IN_ORDER or loop.thread_binding is not None:
             raise KernelReferenceError(
@@ -385,7 +358,7 @@ class _Machine:
         if step is not None and int(self.evaluate(step)) != 1:
             raise KernelReferenceError(f"loop {loop.loop_var.name} has a step other than 1")
 
-    def _step(self, stmt: Any) -> None:
+    def _step(self, stmt: Stmt) -> None:
         self.steps += 1
         if self.steps > _MAX_STEPS:
             raise KernelReferenceError(
@@ -394,7 +367,7 @@ class _Machine:
             )
 
     @contextmanager
-    def _where(self, condition: Any) -> Iterator[bool]:
+    def _where(self, condition: Value) -> Iterator[bool]:
         """Evaluate or store where ``condition`` holds only; tells whether it holds anywhere."""
         before = self.guard
         holds = condition if before is None else np.logical_and(before, condition)
@@ -407,7 +380,7 @@ class _Machine:
 
     # blocks
 
-    def _block(self, realize: Any, loops: list[Any]) -> None:
+    def _block(self, realize: Stmt, loops: list[Stmt]) -> None:
         block = realize.block
         if block.match_buffers:
             raise KernelReferenceError(f"block {block.name_hint} has match_buffer regions")
@@ -416,47 +389,22 @@ class _Machine:
         if FORMAT_ATTR in block.annotations:
             self._balanced(block)
             return
-        ranges: _Ranges = tuple(
-            (start, start + int(self.evaluate(loop.extent)))
-            for loop in loops
-            for start in (int(self.evaluate(loop.min)),)
-        )
+        starts = [int(self.evaluate(loop.min)) for loop in loops]
+        extents = [int(self.evaluate(loop.extent)) for loop in loops]
+        ranges = tuple((low, low + n) for low, n in zip(starts, extents, strict=True))
         if not _is_flat(block.body):
             self._nested(realize, loops, ranges)
             return
         ordered = self._ordered_axes(realize, loops)
         reduced = {a for a, kind in ordered.items() if kind == tirx.IterVar.CommReduce}
-
-        def enter(part: _Ranges) -> None:
-            self._enter(realize, loops, part)
-
+        update = reduction(block) if reduced and set(ordered) == reduced else None
         try:
             if block.init is not None:
-                first = tuple((r[0], r[0] + 1) if a in reduced else r for a, r in enumerate(ranges))
-                for part in _split(first, lambda _: range(len(ranges))):
-                    enter(part)
-                    self._predicated(realize, block.init)
+                self._vectorised(realize, loops, _first_of(ranges, reduced), block.init)
             if any(start >= end for start, end in ranges):
                 return
-            update = reduction(block) if reduced and set(ordered) == reduced else None
             if update is not None:
-                enter(ranges)
-                for part in _split(ranges, self._operand_axes(realize, update)):
-                    enter(part)
-                    with self._where(self.evaluate(realize.predicate)) as some:
-                        value = self._reduce(update, reduced) if some else None
-                    if value is not None:
-                        enter(
-                            tuple(
-                                (s, s + 1) if a in reduced else (s, e)
-                                for a, (s, e) in enumerate(part)
-                            )
-                        )
-                        store = update.store
-                        current = self.load(store.buffer, store.indices)
-                        self.store(
-                            store.buffer, store.indices, update.combiner.ufunc(current, value)
-                        )
+                self._reduction(realize, loops, ranges, update, reduced)
                 return
             if _reads_elsewhere(block):
                 ordered = dict.fromkeys(range(len(loops)), tirx.IterVar.Ordered)
@@ -465,19 +413,33 @@ class _Machine:
                     self._step(realize)
                 at = dict(zip(ordered, fixed, strict=True))
                 rest = tuple((at[a], at[a] + 1) if a in at else r for a, r in enumerate(ranges))
-                for part in _split(rest, lambda _: range(len(ranges))):
-                    enter(part)
-                    self._predicated(realize, block.body)
+                self._vectorised(realize, loops, rest, block.body)
         finally:
             self.ranges = ()
 
-    def _predicated(self, realize: Any, stmt: Any) -> None:
-        with self._where(self.evaluate(realize.predicate)) as some:
-            if some:
-                self.run(stmt)
+    def _vectorised(self, realize: Stmt, loops: list[Stmt], ranges: _Ranges, stmt: Stmt) -> None:
+        """Run a statement of a block for all iterations in ``ranges``."""
+        for part in _split(ranges, lambda _: range(len(ranges))):
+            self._enter(realize, loops, part)
+            self._run_where(self.evaluate(realize.predicate), stmt)
 
-    def _nested(self, realize: Any, loops: list[Any], ranges: _Ranges) -> None:
-        """A block that holds blocks or loops: its own loops run one iteration after the other."""
+    def _reduction(
+        self, realize: Stmt, loops: list[Stmt], ranges: _Ranges, update: Update, reduced: set[int]
+    ) -> None:
+        """Run an associative update for all iterations in ``ranges``."""
+        store = update.store
+        self._enter(realize, loops, ranges)
+        for part in _split(ranges, self._operand_axes(realize, update)):
+            self._enter(realize, loops, part)
+            with self._where(self.evaluate(realize.predicate)) as some:
+                value = self._reduce(update, reduced) if some else None
+            if value is not None:
+                self._enter(realize, loops, _first_of(part, reduced))
+                current = self.load(store.buffer, store.indices)
+                self.store(store.buffer, store.indices, update.combiner.ufunc(current, value))
+
+    def _nested(self, realize: Stmt, loops: list[Stmt], ranges: _Ranges) -> None:
+        """Run a block that holds blocks or loops, one iteration of its own loops after the other."""
         block = realize.block
         for point in itertools.product(*(range(*r) for r in ranges)):
             if loops:
@@ -497,7 +459,7 @@ class _Machine:
                 self.run(block.init)
             self.run(block.body)
 
-    def _ordered_axes(self, realize: Any, loops: list[Any]) -> dict[int, int]:
+    def _ordered_axes(self, realize: Stmt, loops: list[Stmt]) -> dict[int, int]:
         """Loops whose iterations may depend on each other, by the kind of their block axis."""
         number = {loop.loop_var: a for a, loop in enumerate(loops)}
         spatial, ordered = set(), {}
@@ -511,7 +473,7 @@ class _Machine:
             ordered[axis] = tirx.IterVar.Ordered
         return dict(sorted(ordered.items()))
 
-    def _enter(self, realize: Any, loops: list[Any], ranges: _Ranges) -> None:
+    def _enter(self, realize: Stmt, loops: list[Stmt], ranges: _Ranges) -> None:
         """Bind loops and block axes to the part ``ranges`` of the iteration space."""
         self.ranges = ranges
         for axis, (loop, (start, end)) in enumerate(zip(loops, ranges, strict=True)):
@@ -528,7 +490,7 @@ class _Machine:
             else:
                 self.affine.pop(iter_var.var, None)
 
-    def _allocate(self, buffer: Any) -> None:
+    def _allocate(self, buffer: Buffer) -> None:
         shape = [int(self.evaluate(extent)) for extent in buffer.ty.shape]
         dtype = dtype_of(buffer)
         # what is read before it is written shows as NaN
@@ -536,8 +498,8 @@ class _Machine:
             np.full(shape, np.nan) if is_float(dtype) else np.zeros(shape, array_dtype(dtype))
         )
 
-    def _balanced(self, block: Any) -> None:
-        """The project's operator, by its definition."""
+    def _balanced(self, block: Block) -> None:
+        """Compute the project's operator by its definition."""
         fmt = parse_format(str(block.annotations[FORMAT_ATTR]))
         data, values, indices = (self.buffers[b] for b in balanced_operands(block))
         for name, array, shape in (
@@ -556,7 +518,7 @@ class _Machine:
 
     # reductions
 
-    def _operand_axes(self, realize: Any, update: Update) -> Callable[[_Ranges], Sequence[int]]:
+    def _operand_axes(self, realize: Stmt, update: Update) -> Callable[[_Ranges], Sequence[int]]:
         """For :func:`_split`: the axes of the largest array that the reduction makes."""
         whole = isinstance(realize.predicate, tirx.IntImm)
         product = factors_of(update.value) if update.is_sum and whole else None
@@ -569,15 +531,15 @@ class _Machine:
 
         return largest
 
-    def _axes(self, expr: Any) -> list[int]:
+    def _axes(self, expr: Expr) -> list[int]:
         used: set[int] = set()
         for var in nodes(expr, tirx.Var):
             shape = np.shape(self.values.get(var, 0))
             used.update(axis for axis, extent in enumerate(shape) if extent > 1)
         return sorted(used)
 
-    def _reduce(self, update: Update, reduced: set[int]) -> Any:
-        """The new terms of a reduction, combined; reduced axes have extent 1."""
+    def _reduce(self, update: Update, reduced: set[int]) -> Value:
+        """Combine the new terms of a reduction; reduced axes have extent 1."""
         axes = tuple(sorted(reduced))
         product = factors_of(update.value) if update.is_sum and self.guard is None else None
         if product is not None:
@@ -603,7 +565,7 @@ class _Machine:
             )
         return ufunc.reduce(value, axis=axes, keepdims=True)
 
-    def _full(self, value: Any) -> Array:
+    def _full(self, value: Value) -> Array:
         """With one axis per loop."""
         array = np.asarray(value)
         return array if array.ndim else array.reshape((1,) * len(self.ranges))
@@ -646,7 +608,8 @@ class _Machine:
 
     # expressions
 
-    def evaluate(self, expr: Any) -> Any:
+    def evaluate(self, expr: Expr) -> Value:
+        """Value of an expression, for all of the iterations in ``ranges`` at once."""
         kind = type(expr).__name__
         if kind == "Var":
             if expr not in self.values:
@@ -682,7 +645,7 @@ class _Machine:
             return self._call(expr)
         raise KernelReferenceError(f"the reference has no {kind} expression: {short(expr)}")
 
-    def _cast(self, expr: Any) -> Any:
+    def _cast(self, expr: Expr) -> Value:
         value, to = self.evaluate(expr.value), dtype_of(expr)
         if to == "bool":
             return np.asarray(value) != 0
@@ -690,7 +653,7 @@ class _Machine:
             return np.asarray(value).astype(array_dtype(to), copy=False)
         return value if is_float(dtype_of(expr.value)) else np.asarray(value).astype(np.float64)
 
-    def _choose(self, condition: Any, if_true: Any, if_false: Any) -> Any:
+    def _choose(self, condition: Expr, if_true: Expr, if_false: Expr) -> Value:
         holds = self.evaluate(condition)
         with self._where(holds) as some_true:
             first = self.evaluate(if_true) if some_true else None
@@ -702,7 +665,7 @@ class _Machine:
             return second if first is None else first
         return np.where(holds, first, second)
 
-    def _call(self, call: Any) -> Any:
+    def _call(self, call: Expr) -> Value:
         full, name = str(getattr(call.op, "name", call.op)), call_name(call)
         if name == "if_then_else":
             return self._choose(*call.args)
@@ -722,14 +685,16 @@ class _Machine:
 
     # memory
 
-    def load(self, buffer: Any, indices: Sequence[Any]) -> Any:
+    def load(self, buffer: Buffer, indices: Sequence[Expr]) -> Value:
+        """Elements of a buffer, floating point as float64."""
         array = self._array(buffer)
         view = self._view(array, indices)
         if view is not None:
             return _wide(view)
         return _wide(array[self._positions(buffer, array, indices)])
 
-    def store(self, buffer: Any, indices: Sequence[Any], value: Any) -> None:
+    def store(self, buffer: Buffer, indices: Sequence[Expr], value: Value) -> None:
+        """Set elements of a buffer; of iterations that write one place the last one stays."""
         array = self._array(buffer)
         view = self._view(array, indices)
         if view is None:
@@ -741,22 +706,17 @@ class _Machine:
         if self.guard is not None:
             value = np.where(self.guard, value, view)
         if np.ndim(value):
-            # iterations that write one place: the last one stays
-            value = value[
-                tuple(
-                    slice(-1, None) if n == 1 and v > 1 else slice(None)
-                    for n, v in zip(view.shape, value.shape, strict=True)
-                )
-            ]
+            shapes = zip(view.shape, value.shape, strict=True)
+            value = value[tuple(slice(-1 if n == 1 < v else None, None) for n, v in shapes)]
         view[...] = value
 
-    def _array(self, buffer: Any) -> Array:
+    def _array(self, buffer: Buffer) -> Array:
         if buffer not in self.buffers:
             raise KernelReferenceError(f"buffer {buffer.name} is neither a parameter nor allocated")
         return self.buffers[buffer]
 
-    def _view(self, array: Array, indices: Sequence[Any]) -> Array | None:
-        """The elements at affine ``indices`` without a copy; None where they are not, or not inside."""
+    def _view(self, array: Array, indices: Sequence[Expr]) -> Array | None:
+        """Elements at affine ``indices`` without a copy; None where they are not, or not inside."""
         first: list[Any] = []
         strides = [0] * len(self.ranges)
         for index, extent, stride in zip(indices, array.shape, array.strides, strict=True):
@@ -775,24 +735,25 @@ class _Machine:
         view: Array = np.lib.stride_tricks.as_strided(base, shape, strides)
         return view
 
-    def _positions(self, buffer: Any, array: Array, indices: Sequence[Any]) -> tuple[Any, ...]:
-        found = []
+    def _positions(
+        self, buffer: Buffer, array: Array, indices: Sequence[Expr]
+    ) -> tuple[Array, ...]:
+        """Places of elements along every axis; those outside are clipped where nothing is asked for."""
+        places = []
         for index, extent in zip(indices, array.shape, strict=True):
             at = np.asarray(self.evaluate(index))
             outside = (at < 0) | (at >= extent)
+            if (outside if self.guard is None else outside & self.guard).any():
+                raise KernelReferenceError(
+                    f"{buffer.name} is accessed out of range: index {short(index)} reaches "
+                    f"{at[at < 0].min() if (at < 0).any() else at.max()}, the extent is {extent}"
+                )
             if outside.any():
-                if self.guard is not None:
-                    outside = outside & self.guard
-                if outside.any():
-                    raise KernelReferenceError(
-                        f"{buffer.name} is accessed out of range: index {short(index)} reaches "
-                        f"{at[at < 0].min() if (at < 0).any() else at.max()}, the extent is {extent}"
-                    )
                 at = np.clip(at, 0, max(extent - 1, 0))
-            found.append(at)
-        return tuple(found)
+            places.append(at)
+        return tuple(places)
 
-    def _as_affine(self, expr: Any) -> _Affine | None:
+    def _as_affine(self, expr: Expr) -> _Affine | None:
         kind = type(expr).__name__
         if kind == "IntImm":
             return int(expr.value), {}
@@ -802,11 +763,8 @@ class _Machine:
             value = self.values.get(expr)
             return (int(value), {}) if value is not None and np.ndim(value) == 0 else None
         if kind == "Cast":
-            both_integers = not is_float(dtype_of(expr.value)) and dtype_of(expr) in (
-                "int32",
-                "int64",
-            )
-            return self._as_affine(expr.value) if both_integers else None
+            wide = dtype_of(expr) in ("int32", "int64") and not is_float(dtype_of(expr.value))
+            return self._as_affine(expr.value) if wide else None
         if kind not in ("Add", "Sub", "Mul", "FloorDiv", "FloorMod"):
             return None
         a, b = self._as_affine(expr.a), self._as_affine(expr.b)

@@ -1,4 +1,4 @@
-"""``verify``: is a compiled library what its manifest says, and is every kernel in it right?
+"""``verify``: whether a compiled library is what its manifest says, and every kernel in it right.
 
 Three questions, each answered for every part:
 
@@ -38,19 +38,17 @@ from tvm_balanced.errors import ArtifactError, InputError, ToolchainError
 from tvm_balanced.report import WIDE, Printable
 
 if TYPE_CHECKING:
+    import tvm
     from rich.table import Table
+    from tvm import tirx
 
     from tvm_balanced.cuda.emulator.device import Device, DeviceLaunch
     from tvm_balanced.runtime.library import Library
-
+    from tvm_balanced.verification.arguments import KernelArguments
 
 PASS, FAIL, UNCHECKED = "pass", "fail", "not checked"
-
-
 # of a symbolic extent: small, odd, and more than one
 SYMBOL = 3
-
-
 # thread blocks of a kernel that are checked; the others run plain
 BLOCKS = 6
 
@@ -62,11 +60,11 @@ class PartCheck:
     Parameters
     ----------
     part : str
-        Which.
+        Name of the part.
     result : str
         ``"pass"``, ``"fail"`` or ``"not checked"``.
     detail : str
-        What was found.
+        Hashes, sizes, or what is wrong.
     """
 
     part: str
@@ -81,13 +79,13 @@ class KernelCheck:
     Parameters
     ----------
     name : str
-        Of the function, or of the layer that cuBLAS computes.
+        Name of the function, or of the layer that cuBLAS computes.
     result : str
         ``"pass"``, ``"fail"`` or ``"not checked"``.
     detail : str
-        Why it failed or was not checked; else empty.
+        Reason why it failed or was not checked; else empty.
     kernels : tuple of str
-        The CUDA kernels it launched; empty on llvm.
+        CUDA kernels that it launched; empty on llvm.
     blocks, checked_blocks : int
         Thread blocks launched, and how many of them were checked.
     races, bounds, unwritten : int or None
@@ -113,18 +111,20 @@ class KernelCheck:
 
 @dataclass(frozen=True)
 class Verification(Printable):
-    """What :func:`verify` found.
+    """Result of :func:`verify`.
 
     Parameters
     ----------
     library : str
-        The folder.
+        Folder of the library.
     target : str
-        What it was compiled for.
+        Target that it was compiled for.
     device : str
-        Where its kernels ran.
+        Device that its kernels ran on.
     parts : tuple of PartCheck
+        Checks of files, cubins and the recompilation.
     kernels : tuple of KernelCheck
+        Checks of the kernels.
     """
 
     library: str
@@ -143,7 +143,7 @@ class Verification(Printable):
         """Parts, then kernels."""
         return [*self.parts, *self.kernels]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain values; numbers that are not finite are words."""
         document = asdict(self)
         for kernel in document["kernels"]:
@@ -165,8 +165,8 @@ class Verification(Printable):
             if check not in sources:
                 parts.add_row(check.part, check.result, check.detail)
         if sources:
-            told = f"{len(sources)} files with the manifest's SHA-256"
-            parts.add_row(f"{KERNELS}/*.cu", PASS, told)
+            detail = f"{len(sources)} files with the manifest's SHA-256"
+            parts.add_row(f"{KERNELS}/*.cu", PASS, detail)
         kernels = Table(title=f"kernels, on the {self.device}", title_justify="left")
         kernels.add_column("kernel", overflow="fold")
         for heading in ("blocks", "races", "bounds", "unwritten", "error", "limit"):
@@ -176,13 +176,13 @@ class Verification(Printable):
             blocks = f"{k.checked_blocks} of {k.blocks}" if k.blocks else "-"
             counts = ["-" if n is None else str(n) for n in (k.races, k.bounds, k.unwritten)]
             sizes = ["-" if x is None else f"{x:.1e}" for x in (k.error, k.limit)]
-            told = f"{k.result}: {k.detail}" if k.detail else k.result
-            kernels.add_row(k.name, blocks, *counts, *sizes, told)
+            result = f"{k.result}: {k.detail}" if k.detail else k.result
+            kernels.add_row(k.name, blocks, *counts, *sizes, result)
         passed, left = (sum(k.result == r for k in self.kernels) for r in (PASS, UNCHECKED))
-        told = f", {left} not checked" if left else ""
+        unchecked = f", {left} not checked" if left else ""
         kernels.caption = (
-            f"{passed} of {len(self.kernels)} kernels pass{told}; blocks: checked of all; error and limit as "
-            "shares of the output's scale"
+            f"{passed} of {len(self.kernels)} kernels pass{unchecked}; blocks: checked of all; error "
+            "and limit as shares of the output's scale"
         )
         return [parts, kernels]
 
@@ -206,7 +206,7 @@ def verify(
     path : path-like
         A ``model.tvmb`` folder, or the library itself.
     seed : int
-        Of inputs and of the order of threads.
+        Seed of the inputs and of the order of threads.
     symbol : int
         Value of symbolic extents.
     blocks : int
@@ -214,11 +214,7 @@ def verify(
     kernels : sequence of str
         The only kernel functions to run, by name; all where empty.
     progress : callable, optional
-        Told in a few words what is done next.
-
-    Returns
-    -------
-    Verification
+        Function that is called with a few words on what is done next.
 
     Raises
     ------
@@ -234,10 +230,9 @@ def verify(
     manifest = read_manifest(path)
     tell("files")
     parts = list(_check_files(path, manifest))
-    sound = all(check.result == PASS for check in parts)
     cuda = manifest.target.kind == "cuda"
     device = "emulated CUDA device" if cuda else "CPU"
-    if not sound:
+    if any(check.result != PASS for check in parts):
         # code that is not what was built is not run
         parts.append(PartCheck("kernels", UNCHECKED, "files are not as they were built"))
         return Verification(str(path), manifest.target.name, device, tuple(parts), ())
@@ -255,12 +250,11 @@ def verify(
     if cuda:
         tell("recompile")
         parts.append(_check_recompilation(library))
-    checks = _check_kernels(library, emulated, seed, symbol, blocks, kernels, tell)
-    rows = tuple(checks)
+    rows = tuple(_check_kernels(library, emulated, seed, symbol, blocks, kernels, tell))
     if not kernels:
         rows += tuple(_cublas_rows(manifest))
-    if not kernels and cuda:
-        parts.append(_check_coverage(library, rows))
+        if cuda:
+            parts.append(_check_coverage(library, rows))
     return Verification(str(path), manifest.target.name, device, tuple(parts), rows)
 
 
@@ -269,26 +263,26 @@ def _check_files(path: Path, manifest: Manifest) -> Iterator[PartCheck]:
 
     for name, expected in manifest.files.items():
         try:
-            found = sha256(path / name)
+            digest = sha256(path / name)
         except OSError as error:
             yield PartCheck(name, FAIL, f"cannot be read ({error.strerror})")
             continue
-        if found == expected:
-            yield PartCheck(name, PASS, f"SHA-256 {found[:12]}")
+        if digest == expected:
+            yield PartCheck(name, PASS, f"SHA-256 {digest[:12]}")
         else:
-            told = f"SHA-256 {found[:12]}, the manifest says {expected[:12]}"
-            yield PartCheck(name, FAIL, told)
+            detail = f"SHA-256 {digest[:12]}, the manifest says {expected[:12]}"
+            yield PartCheck(name, FAIL, detail)
     known = {cubin.sha256 for cubin in manifest.cubins}
     try:
         images = cubin_images(path / LIBRARY)
     except OSError:
-        return  # told above
+        return  # a failed part already
     for image in images:
-        told = f"{image.num_bytes} bytes, SHA-256 {image.sha256[:12]}"
+        detail = f"{image.num_bytes} bytes, SHA-256 {image.sha256[:12]}"
         result = PASS if image.sha256 in known else FAIL
         if result == FAIL:
-            told += ", which the manifest does not name"
-        yield PartCheck(f"cubin {image.arch} in {LIBRARY}", result, told)
+            detail += ", which the manifest does not name"
+        yield PartCheck(f"cubin {image.arch} in {LIBRARY}", result, detail)
     missing = known - {image.sha256 for image in images}
     for digest in sorted(missing):
         yield PartCheck(f"cubin in {LIBRARY}", FAIL, f"SHA-256 {digest[:12]} is not there")
@@ -302,23 +296,23 @@ def _check_recompilation(library: Library) -> PartCheck:
     recorded = library.manifest.compiler
     if recorded is None:
         return PartCheck(part, UNCHECKED, "the library has no CUDA kernel")
-    told = f"{recorded.name} {recorded.version}"
+    compiler = f"{recorded.name} {recorded.version}"
     try:
         here = CompilerEntry.of(nvrtc.compiler())
     except ToolchainError as error:
-        return PartCheck(part, UNCHECKED, f"recorded {told}; {error}")
+        return PartCheck(part, UNCHECKED, f"recorded {compiler}; {error}")
     if here != recorded:
-        return PartCheck(part, UNCHECKED, f"recorded {told}, here is {here.name} {here.version}")
+        other = f"{here.name} {here.version}"
+        return PartCheck(part, UNCHECKED, f"recorded {compiler}, here is {other}")
     try:
         made = nvrtc.compile_cubin(library.source(), library.manifest.target.arch).cubin
     except ToolchainError as error:
         return PartCheck(part, FAIL, str(error))
     digest = hashlib.sha256(made).hexdigest()
     if digest in {cubin.sha256 for cubin in library.manifest.cubins}:
-        return PartCheck(part, PASS, f"{told}, SHA-256 {digest[:12]}")
-    return PartCheck(
-        part, FAIL, f"{told} gives SHA-256 {digest[:12]}: the cubin is not its source's"
-    )
+        return PartCheck(part, PASS, f"{compiler}, SHA-256 {digest[:12]}")
+    wrong = f"{compiler} gives SHA-256 {digest[:12]}: the cubin is not its source's"
+    return PartCheck(part, FAIL, wrong)
 
 
 def _check_coverage(library: Library, rows: Sequence[KernelCheck]) -> PartCheck:
@@ -333,7 +327,7 @@ def _check_coverage(library: Library, rows: Sequence[KernelCheck]) -> PartCheck:
 
 
 def _cublas_rows(manifest: Manifest) -> Iterator[KernelCheck]:
-    """What nobody judges here: each layer or product once, though several functions call it."""
+    """List what nobody judges here: each layer or product once, though several functions call it."""
     products: dict[str, dict[str, None]] = {}
     for call in manifest.cublas:
         products.setdefault(call.name, {})[call.product] = None
@@ -341,13 +335,8 @@ def _cublas_rows(manifest: Manifest) -> Iterator[KernelCheck]:
         yield KernelCheck(name, UNCHECKED, f"computed by cuBLAS: {'; '.join(shapes)}")
 
 
-def read_reference(path: Path) -> dict[str, Any]:
-    """The unscheduled kernels of a library: name of a function to its PrimFunc.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-        A ``model.tvmb`` folder.
+def read_reference(path: Path) -> dict[str, tirx.PrimFunc]:
+    """Read the unscheduled kernels of a ``model.tvmb`` folder: name of a function to its PrimFunc.
 
     Raises
     ------
@@ -400,18 +389,19 @@ def _check_kernels(
             tell("compile for the emulated device")
             emulated.prepare(library.source(), instrument=True)
     module = tvm.runtime.load_module(str(library.path / LIBRARY))
+    runner = _KernelRunner(module, device, emulated, seed)
     try:
         for name, func in chosen.items():
             tell(name)
             values = _symbols(func, symbol)
-            rows = [_check_kernel(module, name, func, device, emulated, seed, n) for n in values]
+            rows = [runner.check(name, func, value) for value in values]
             yield _together(rows, values)
     finally:
         if emulated is not None:
             emulated.mode()
 
 
-def _symbols(func: Any, symbol: int) -> list[int]:
+def _symbols(func: tirx.PrimFunc, symbol: int) -> list[int]:
     """Values of symbolic extents that a kernel is called with, several where M decides what is launched.
 
     The least of each range of M that the schedule tells apart, but ``symbol`` for the range that it is in.
@@ -420,11 +410,11 @@ def _symbols(func: Any, symbol: int) -> list[int]:
     from tvm_balanced.schedules.rules import ROWS_FROM
     from tvm_balanced.verification.arguments import Facts, symbols_of
 
-    found = find(func) if func.attrs is not None and ROWS_FROM in func.attrs else None
-    if found is None:
+    block = find(func) if func.attrs is not None and ROWS_FROM in func.attrs else None
+    if block is None:
         return [symbol]
     firsts = [int(first) for first in func.attrs[ROWS_FROM]]
-    lead = list(found.data.shape[:-2])
+    lead = list(block.data.shape[:-2])
     numbers = dict.fromkeys(symbols_of(func), 1)
     facts = Facts(func, numbers)
 
@@ -464,57 +454,62 @@ def _together(rows: Sequence[KernelCheck], values: Sequence[int]) -> KernelCheck
     )
 
 
-def _check_kernel(
-    module: Any,
-    name: str,
-    func: Any,
-    device: Any,
-    emulated: Device | None,
-    seed: int,
-    symbol: int,
-) -> KernelCheck:
-    import tvm
+@dataclass(frozen=True)
+class _KernelRunner:
+    """Calls the kernels of a loaded library on a device."""
 
-    from tvm_balanced.verification.arguments import seeded_arguments
-    from tvm_balanced.verification.tensorir import KernelReferenceError
+    module: tvm.runtime.Module
+    device: tvm.runtime.Device
+    emulated: Device | None
+    seed: int
 
-    row = KernelCheck(name, FAIL, "")
-    try:
-        given = seeded_arguments(func, seed, symbol)
-    except KernelReferenceError as error:
-        return replace(row, result=UNCHECKED, detail=str(error))
-    tensors = [
-        tvm.runtime.tensor(array, device) if isinstance(array, np.ndarray) else array
-        for array in given.arrays
-    ]
-    problem = ""
-    try:
-        module.get_function(name, query_imports=True)(*tensors)
-        if emulated is not None:
-            emulated.synchronize()
-    except Exception as error:
-        problem = str(error).strip().splitlines()[-1]
-    if emulated is not None:
-        launches = emulated.launches()
-        emulated.forget()
-        row = _with_launches(row, launches)
-        failed = [launch.error for launch in launches if launch.error]
-        problem = failed[0] if failed else problem
-        if not launches and not problem and any(tensors[i].numpy().size for i in given.outputs):
-            # the emulated device's memory is the host's, a GPU's is not
-            problem = "no CUDA kernel was launched: the host would write to the GPU's memory"
+    def check(self, name: str, func: tirx.PrimFunc, symbol: int) -> KernelCheck:
+        """Call a kernel with seeded inputs, symbolic extents of ``symbol``, and judge its outputs."""
+        import tvm
+
+        from tvm_balanced.verification.arguments import seeded_arguments
+        from tvm_balanced.verification.tensorir import KernelReferenceError
+
+        row = KernelCheck(name, FAIL, "")
+        try:
+            given = seeded_arguments(func, self.seed, symbol)
+        except KernelReferenceError as error:
+            return replace(row, result=UNCHECKED, detail=str(error))
+        tensors: list[Any] = [
+            tvm.runtime.tensor(array, self.device) if isinstance(array, np.ndarray) else array
+            for array in given.arrays
+        ]
+        problem = ""
+        try:
+            self.module.get_function(name, query_imports=True)(*tensors)
+            if self.emulated is not None:
+                self.emulated.synchronize()
+        except Exception as error:
+            problem = str(error).strip().splitlines()[-1]
+        if self.emulated is not None:
+            launches = self.emulated.launches()
+            self.emulated.forget()
+            row = _with_launches(row, launches)
+            problem = next((launch.error for launch in launches if launch.error), problem)
+            if not launches and not problem and any(tensors[i].numpy().size for i in given.outputs):
+                # the emulated device's memory is the host's, a GPU's is not
+                problem = "no CUDA kernel was launched: the host would write to the GPU's memory"
+            if problem:
+                # before the tensors are freed, which a failed device refuses
+                self.emulated.reset()
         if problem:
-            # before the tensors are freed, which a failed device refuses
-            emulated.reset()
-    if problem:
-        return replace(row, detail=problem)
-    return _compare(row, func, given, tensors, symbol)
+            return replace(row, detail=problem)
+        return _compare(row, func, given, tensors, symbol)
 
 
 def _compare(
-    row: KernelCheck, func: Any, given: Any, tensors: list[Any], symbol: int
+    row: KernelCheck,
+    func: tirx.PrimFunc,
+    given: KernelArguments,
+    tensors: Sequence[Any],
+    symbol: int,
 ) -> KernelCheck:
-    """The row with error and result."""
+    """Add the error and the result to the row."""
     from tvm_balanced.verification.interpreter import evaluate
     from tvm_balanced.verification.tensorir import KernelReferenceError
     from tvm_balanced.verification.tolerance import difference, tolerance
@@ -528,54 +523,42 @@ def _compare(
         return replace(row, result=UNCHECKED, detail="the seeded inputs have no finite result")
     problems, nearest = [], -1.0
     for position in given.outputs:
-        found, limit = difference(tensors[position].numpy(), expected[position]), limits[position]
-        if not found.within(limit):
+        limit = limits[position]
+        deviation = difference(tensors[position].numpy(), expected[position])
+        if not deviation.within(limit):
             problems.append("the result is wrong")
-        share = found.largest / limit.largest if limit.largest else float(found.largest > 0)
+        largest = deviation.largest
+        share = largest / limit.largest if limit.largest else float(largest > 0)
         if share > nearest or row.error is None:
             nearest = share
-            row = replace(row, error=found.largest, limit=limit.largest)
-    for count, what in (
-        (row.races, "race"),
-        (row.bounds, "access out of bounds"),
-        (row.unwritten, "read of unwritten shared memory"),
-    ):
-        if count:
-            problems.append(what)
+            row = replace(row, error=largest, limit=limit.largest)
+    defects = {
+        "race": row.races,
+        "access out of bounds": row.bounds,
+        "read of unwritten shared memory": row.unwritten,
+    }
+    problems += [defect for defect, count in defects.items() if count]
+    if not problems:
+        return replace(row, result=PASS, detail="")
     details = [row.detail, *dict.fromkeys(problems)]
-    return replace(
-        row,
-        result=FAIL if problems else PASS,
-        detail="; ".join(part for part in details if part) if problems else "",
-    )
+    return replace(row, result=FAIL, detail="; ".join(part for part in details if part))
 
 
 def _with_launches(row: KernelCheck, launches: Sequence[DeviceLaunch]) -> KernelCheck:
-    """The row with what the emulated device saw."""
-    races = bounds = unwritten = checked = total = 0
+    """Add what the emulated device saw to the row."""
+    counts: dict[str, Any] = dict.fromkeys(
+        ("races", "bounds", "unwritten", "blocks", "checked_blocks"), 0
+    )
     first = ""
     for launch in launches:
-        grid = math.prod(launch.grid)
         if launch.report is None:
             continue
-        total += grid
-        checked += round(grid / launch.report.scale)
+        grid = math.prod(launch.grid)
+        counts["blocks"] += grid
+        counts["checked_blocks"] += round(grid / launch.report.scale)
         for issue in launch.report.issues:
-            if issue.kind.startswith("race"):
-                races += issue.count
-            elif "uninitialised" in issue.kind:
-                unwritten += issue.count
-            else:
-                bounds += issue.count
+            race, unwritten = issue.kind.startswith("race"), "uninitialised" in issue.kind
+            counts["races" if race else "unwritten" if unwritten else "bounds"] += issue.count
             first = first or f"{issue.kind} at line {issue.line} of {launch.kernel}: {issue.source}"
     names = tuple(dict.fromkeys(launch.kernel for launch in launches))
-    return replace(
-        row,
-        kernels=names,
-        blocks=total,
-        checked_blocks=checked,
-        races=races,
-        bounds=bounds,
-        unwritten=unwritten,
-        detail=first,
-    )
+    return replace(row, kernels=names, detail=first, **counts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import tvm
@@ -14,6 +14,9 @@ from tvm import tirx
 from tvm_balanced.errors import TvmBalancedError
 from tvm_balanced.format.layout import numpy_dtype
 from tvm_balanced.ops import BLOCK_DATA
+from tvm_balanced.support.tvm_types import Block, Buffer, Expr, Stmt
+
+Value: TypeAlias = Any  # a NumPy array or scalar
 
 
 class KernelReferenceError(TvmBalancedError):
@@ -26,14 +29,14 @@ def output_positions(func: tirx.PrimFunc) -> tuple[int, ...]:
     return tuple(i for i, param in enumerate(func.params) if param in written)
 
 
-def nodes(root: Any, kind: Any) -> list[Any]:
+def nodes(root: Expr | Stmt, kind: type) -> list[Any]:
     """Every node of a type below ``root``, children first."""
-    found: list[Any] = []
-    tvm_ffi.structural_walk(root, (kind, found.append), order="post")
-    return found
+    below: list[Any] = []
+    tvm_ffi.structural_walk(root, (kind, below.append), order="post")
+    return below
 
 
-def dtype_of(expr: Any) -> str:
+def dtype_of(expr: Expr | Buffer) -> str:
     """TVM's name of the dtype of an expression, a buffer or a variable."""
     return str(expr.ty.dtype)
 
@@ -51,12 +54,12 @@ def array_dtype(name: str) -> np.dtype[Any]:
         raise KernelReferenceError(f"the reference has no dtype {name}") from error
 
 
-def call_name(call: Any) -> str:
+def call_name(call: Expr) -> str:
     """``exp`` of a call of ``tirx.exp``."""
     return str(getattr(call.op, "name", call.op)).rpartition(".")[2]
 
 
-def short(node: Any) -> str:
+def short(node: Expr | Stmt) -> str:
     """One line of TensorIR for a message."""
     text = " ".join(str(node).split())
     return text if len(text) <= 120 else text[:117] + "..."
@@ -64,22 +67,22 @@ def short(node: Any) -> str:
 
 @dataclass(frozen=True)
 class Combiner:
-    """An associative update ``buffer = buffer op value`` and its neutral element."""
+    """The operation of an associative update ``buffer = buffer op value``, and its neutral element."""
 
-    ufunc: Any
-    neutral: Callable[[np.dtype[Any]], Any]
+    ufunc: np.ufunc
+    neutral: Callable[[np.dtype[Any]], float]
 
 
-def _lowest(dtype: np.dtype[Any]) -> Any:
+def _lowest(dtype: np.dtype[Any]) -> float:
     if dtype.kind == "b":
         return False
-    return -np.inf if dtype.kind == "f" else np.iinfo(dtype).min
+    return -np.inf if dtype.kind == "f" else int(np.iinfo(dtype).min)
 
 
-def _highest(dtype: np.dtype[Any]) -> Any:
+def _highest(dtype: np.dtype[Any]) -> float:
     if dtype.kind == "b":
         return True
-    return np.inf if dtype.kind == "f" else np.iinfo(dtype).max
+    return np.inf if dtype.kind == "f" else int(np.iinfo(dtype).max)
 
 
 COMBINERS = {
@@ -96,22 +99,22 @@ COMBINERS = {
 class Update:
     """A reduction block's body ``buffer[at] = buffer[at] op value``."""
 
-    store: Any
-    value: Any
+    store: Stmt
+    value: Expr
     combiner: Combiner
 
     @property
     def is_sum(self) -> bool:
+        """Whether terms are added up."""
         return self.combiner.ufunc is np.add
 
 
-def reduction(block: Any) -> Update | None:
-    """The body of ``block`` as an associative update; None where it is something else."""
+def reduction(block: Block) -> Update | None:
+    """Body of ``block`` as an associative update; None where it is something else."""
     store = block.body
     if type(store).__name__ != "BufferStore" or type(store.value).__name__ not in COMBINERS:
         return None
-    pairs = ((store.value.a, store.value.b), (store.value.b, store.value.a))
-    for current, value in pairs:
+    for current, value in ((store.value.a, store.value.b), (store.value.b, store.value.a)):
         if (
             type(current).__name__ == "TensorLoad"
             and current.source.same_as(store.buffer)
@@ -122,8 +125,8 @@ def reduction(block: Any) -> Update | None:
     return None
 
 
-def factors_of(value: Any) -> tuple[Any, Any] | None:
-    """The factors of a product, which may have been widened."""
+def factors_of(value: Expr) -> tuple[Expr, Expr] | None:
+    """Factors of a product, which may have been widened."""
     while type(value).__name__ == "Cast" and is_float(dtype_of(value)):
         if not is_float(dtype_of(value.value)):
             return None
@@ -131,12 +134,12 @@ def factors_of(value: Any) -> tuple[Any, Any] | None:
     return (value.a, value.b) if type(value).__name__ == "Mul" else None
 
 
-def loads(root: Any) -> list[Any]:
+def loads(root: Expr | Stmt) -> list[Expr]:
     """Every read of a buffer below ``root``."""
     return nodes(root, tvm.ir.expr.TensorLoad)
 
 
-def balanced_operands(block: Any) -> tuple[Any, Any, Any]:
+def balanced_operands(block: Block) -> tuple[Buffer, Buffer, Buffer]:
     """Buffers of data, values and indices that the operator's block reads."""
     sources = [region.source for region in block.reads]
     data = [b for b in sources if b.name.startswith(BLOCK_DATA)]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from tvm import tirx
 
 from tvm_balanced.format.weights import Array
+from tvm_balanced.support.tvm_types import Buffer, Expr, Stmt
 from tvm_balanced.verification.arguments import Facts, symbol_value, symbols_of
 from tvm_balanced.verification.tensorir import (
     KernelReferenceError,
@@ -90,7 +90,7 @@ def tolerance(func: tirx.PrimFunc, symbols: Mapping[str, int] | int) -> dict[int
     Parameters
     ----------
     func : tvm.tirx.PrimFunc
-        Unscheduled.
+        The kernel, unscheduled.
     symbols : mapping of str to int, or int
         Value of each symbol by its name, or one value for all.
 
@@ -121,9 +121,9 @@ def difference(got: Array, expected: Array) -> Deviation:
     Parameters
     ----------
     got : ndarray
-        What a kernel wrote.
+        Output that a kernel wrote.
     expected : ndarray, same shape
-        The value of :func:`evaluate`.
+        Value of the output by :func:`evaluate`.
 
     Returns
     -------
@@ -153,29 +153,12 @@ def difference(got: Array, expected: Array) -> Deviation:
 
 
 _EXACT_CALLS = ("ceil", "copysign", "fabs", "abs", "floor", "likely", "nearbyint", "round", "trunc")
-
-
 # good to a unit in the last place everywhere
 _ROUNDED_CALLS = ("fma", "fmod", "hypot", "ldexp", "rsqrt", "sqrt")
-
-
 _STEEP_CALLS = (
-    "cos",
-    "cosh",
-    "exp",
-    "exp10",
-    "exp2",
-    "log",
-    "log10",
-    "log1p",
-    "log2",
-    "pow",
-    "sin",
-    "sinh",
-    "tan",
+    *("cos", "cosh", "exp", "exp10", "exp2", "log", "log10", "log1p", "log2"),
+    *("pow", "sin", "sinh", "tan"),
 )
-
-
 _CALL_ERROR = 32 * ROUNDING["float32"]
 
 
@@ -212,18 +195,17 @@ class _Shares:
             for store in nodes(block.body, tirx.BufferStore)
         }
         self.named = {bind.var: bind.value for bind in nodes(func.body, tirx.stmt.Bind)}
-        self.known: dict[Any, _Share] = {}
+        self.known: dict[Buffer, _Share] = {}
 
-    def of_buffer(self, buffer: Any) -> _Share:
+    def of_buffer(self, buffer: Buffer) -> _Share:
         if buffer not in self.known:
-            self.known[buffer] = (
-                _Share()
-            )  # what a reduction reads of itself is counted by its terms
+            # what a reduction reads of itself is counted by its terms
+            self.known[buffer] = _Share()
             stores = self.facts.stores.get(buffer, [])
             self.known[buffer] = _worst(*(self._of_store(store) for store in stores))
         return self.known[buffer]
 
-    def _of_store(self, store: Any) -> _Share:
+    def _of_store(self, store: Stmt) -> _Share:
         dtype = dtype_of(store.buffer)
         if not is_float(dtype):
             return _Share()
@@ -235,7 +217,7 @@ class _Shares:
             return share + _Share(2 * terms**0.5 * unit, terms * unit**2 / 6)
         return share
 
-    def of(self, expr: Any) -> _Share:
+    def of(self, expr: Expr) -> _Share:
         kind, dtype = type(expr).__name__, dtype_of(expr)
         if kind == "Var":
             return self.of(self.named[expr]) if expr in self.named else _Share()
@@ -269,7 +251,7 @@ class _Shares:
             return self._of_call(expr, unit)
         raise KernelReferenceError(f"there is no tolerance for a {kind}: {short(expr)}")
 
-    def _of_call(self, call: Any, unit: float) -> _Share:
+    def _of_call(self, call: Expr, unit: float) -> _Share:
         name, args = call_name(call), list(call.args)
         if name == "if_then_else":
             return _worst(self.of(args[1]), self.of(args[2]))
@@ -292,5 +274,5 @@ def _unit(dtype: str) -> float:
     return ROUNDING[dtype]
 
 
-def _is_power_of_two(expr: Any) -> bool:
+def _is_power_of_two(expr: Expr) -> bool:
     return type(expr).__name__ == "FloatImm" and math.frexp(abs(expr.value))[0] == 0.5

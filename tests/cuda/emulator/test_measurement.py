@@ -31,7 +31,9 @@ extern "C" __global__ void triangle(float* a, float* o) {
 def test_counts_of_a_hand_written_kernel() -> None:
     module = cudaemu.Module(_TRIANGLE, instrument=True)
     out = np.zeros(96, "f4")
-    report = module.launch("triangle", [3], [32], [np.ones(33, "f4"), out], profile=True)
+    report = module.launch(
+        cudaemu.Launch("triangle", [3], [32], [np.ones(33, "f4"), out]), profile=True
+    )
     adds = report.multiply_adds
     assert (adds.members, adds.least, adds.most) == (96, 0, 31)
     assert adds.total == 3 * sum(range(32))

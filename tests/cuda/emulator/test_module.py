@@ -47,7 +47,7 @@ def _rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-def _kinds(report: cudaemu.Report) -> str:
+def _kinds(report: cudaemu.EmulatorReport) -> str:
     return " ".join(sorted({issue.kind for issue in report.issues}))
 
 
@@ -55,7 +55,7 @@ def _kinds(report: cudaemu.Report) -> str:
 def test_barrier_orders_threads(order: str) -> None:
     a, o = _rng().standard_normal(64).astype("f4"), np.full(64, np.nan, "f4")
     module = cudaemu.Module(_REVERSE.replace("BARRIER", "__syncthreads();"), instrument=True)
-    report = module.launch("reverse", [1], [64], [a, o], order=order, check=True)
+    report = module.launch(cudaemu.Launch("reverse", [1], [64], [a, o]), order=order, check=True)
     assert not report.issues
     np.testing.assert_array_equal(o, a[::-1])
 
@@ -63,7 +63,7 @@ def test_barrier_orders_threads(order: str) -> None:
 def test_missing_barrier_is_a_race() -> None:
     a, o = _rng().standard_normal(64).astype("f4"), np.zeros(64, "f4")
     module = cudaemu.Module(_REVERSE.replace("BARRIER", ""), instrument=True)
-    report = module.launch("reverse", [1], [64], [a, o], check=True)
+    report = module.launch(cudaemu.Launch("reverse", [1], [64], [a, o]), check=True)
     assert "race" in _kinds(report)
     assert any("buf" in issue.source for issue in report.issues)
 
@@ -72,7 +72,7 @@ def test_out_of_bounds_and_races_between_blocks() -> None:
     source = """extern "C" __global__ void k(float* a, int n) {
       int i = blockIdx.x * blockDim.x + threadIdx.x; if (i <= n) a[i] = 1.0f; a[0] = i; }"""
     module = cudaemu.Module(source, instrument=True)
-    report = module.launch("k", [2], [32], [np.zeros(40, "f4"), 40], check=True)
+    report = module.launch(cudaemu.Launch("k", [2], [32], [np.zeros(40, "f4"), 40]), check=True)
     assert "out of bounds" in _kinds(report) and "race" in _kinds(report)
 
 
@@ -85,7 +85,7 @@ def test_elements_passed_by_value_are_seen(kind: str) -> None:
       *(pair*)(o + threadIdx.x * 2) = make_pair(a[threadIdx.x], a[threadIdx.x + 8]); }}"""
     module = cudaemu.Module(source, instrument=True)
     a, o = np.zeros(32, "u2"), np.zeros(64, "u2")
-    report = module.launch("k", [1], [32], [a, o], check=True, profile=True)
+    report = module.launch(cudaemu.Launch("k", [1], [32], [a, o]), check=True, profile=True)
     assert "out of bounds" in _kinds(report)
     # eight lanes of the second read lie past the end and are not counted
     assert sum(x.bytes for x in report.select(shared=False, write=False)) == 2 * (32 + 24)
@@ -95,7 +95,7 @@ def test_elements_passed_by_value_are_seen(kind: str) -> None:
 def test_sectors_and_bank_conflicts(stride: int, sectors: int, wavefronts: int) -> None:
     a, o = np.zeros(1024, "f4"), np.zeros(32, "f4")
     module = cudaemu.Module(_STRIDED.replace("STRIDE", str(stride)), instrument=True)
-    report = module.launch("strided", [1], [32], [a, o], profile=True)
+    report = module.launch(cudaemu.Launch("strided", [1], [32], [a, o]), profile=True)
     counted = {(x.shared, x.write): x.units / x.requests for x in report.accesses}
     assert counted[False, False] == sectors
     assert counted[True, True] == counted[True, False] == wavefronts
@@ -104,9 +104,13 @@ def test_sectors_and_bank_conflicts(stride: int, sectors: int, wavefronts: int) 
 def test_async_copy_lands_at_its_wait() -> None:
     a, o = _rng().standard_normal(1024).astype("f4"), np.zeros(1024, "f4")
     wait = 'asm volatile("cp.async.wait_group 0;");'
-    cudaemu.Module(_ASYNC_COPY.replace("WAIT", wait)).launch("copy", [2], [128], [a, o])
+    cudaemu.Module(_ASYNC_COPY.replace("WAIT", wait)).launch(
+        cudaemu.Launch("copy", [2], [128], [a, o])
+    )
     np.testing.assert_array_equal(o, a[np.arange(1024) ^ 1])
-    cudaemu.Module(_ASYNC_COPY.replace("WAIT", "")).launch("copy", [2], [128], [a, o])
+    cudaemu.Module(_ASYNC_COPY.replace("WAIT", "")).launch(
+        cudaemu.Launch("copy", [2], [128], [a, o])
+    )
     assert np.isnan(o).all()
 
 
@@ -140,7 +144,7 @@ def test_tensor_core_product_is_exact(depth: int, kind: str, result: str) -> Non
     b = rng.integers(-8, 8, (8, depth)).astype(_NUMPY[kind])
     out = np.zeros((16, 8), "f4" if result == "f32" else "i4")
     words_of = [array.view("u4").reshape(-1).copy() for array in (a, b)]
-    cudaemu.Module(source).launch("k", [1], [32], [*words_of, out])
+    cudaemu.Module(source).launch(cudaemu.Launch("k", [1], [32], [*words_of, out]))
     np.testing.assert_array_equal(out, a.astype("f8") @ b.astype("f8").T)
 
 
@@ -153,14 +157,14 @@ def test_unknown_ptx_is_named() -> None:
 def test_wrong_arguments_are_refused() -> None:
     module = cudaemu.Module(_REVERSE.replace("BARRIER", ""))
     with pytest.raises(cudaemu.EmulatorError, match="takes 2 arguments"):
-        module.launch("reverse", [1], [64], [np.zeros(64, "f4")])
+        module.launch(cudaemu.Launch("reverse", [1], [64], [np.zeros(64, "f4")]))
     with pytest.raises(cudaemu.EmulatorError, match="C-contiguous"):
         strided = np.zeros((64, 2), "f4")[:, 0]
-        module.launch("reverse", [1], [64], [strided, strided])
+        module.launch(cudaemu.Launch("reverse", [1], [64], [strided, strided]))
     with pytest.raises(cudaemu.EmulatorError, match="no kernel absent"):
-        module.launch("absent", [1], [64], [])
+        module.launch(cudaemu.Launch("absent", [1], [64], []))
     with pytest.raises(cudaemu.EmulatorError, match="instrument=True"):
-        module.launch("reverse", [1], [64], [np.zeros(64, "f4")] * 2, check=True)
+        module.launch(cudaemu.Launch("reverse", [1], [64], [np.zeros(64, "f4")] * 2), check=True)
 
 
 def _target() -> Any:
@@ -210,3 +214,40 @@ def test_several_kernels_and_symbolic_extents() -> None:
         wide = x.astype("f8")
         np.testing.assert_allclose(out, wide.sum(1, keepdims=True) * wide + 1, atol=1e-4)
     assert len(kernel.plan((x, out))) == 2
+
+
+def test_fragments_of_wmma() -> None:
+    source = r"""
+extern "C" __global__ void product(half* a, half* b, float* c) {
+  nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, 16, half, nvcuda::wmma::row_major> x;
+  nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, 16, half, nvcuda::wmma::col_major> y;
+  nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, 16, float> z;
+  nvcuda::wmma::fill_fragment(z, 1.0f);
+  nvcuda::wmma::load_matrix_sync(x, a, 16);
+  nvcuda::wmma::load_matrix_sync(y, b, 16);
+  nvcuda::wmma::mma_sync(z, x, y, z);
+  nvcuda::wmma::store_matrix_sync(c, z, 16, nvcuda::wmma::mem_row_major);
+}"""
+    a, b = _rng().standard_normal((2, 16, 16)).astype("f2")
+    c = np.full((16, 16), np.nan, "f4")
+    launch = cudaemu.Launch("product", [1], [32], [a, b, c])
+    report = cudaemu.Module(source, instrument=True).launch(launch, check=True, profile=True)
+    np.testing.assert_allclose(c, 1 + a.astype("f8") @ b.T.astype("f8"), rtol=1e-5, atol=1e-5)
+    # two fragments are read and one is written, each byte once
+    assert not report.issues
+    assert sum(access.bytes for access in report.select(False, False)) == a.nbytes + b.nbytes
+    assert sum(access.bytes for access in report.select(False, True)) == c.nbytes
+
+
+def test_atomics_of_all_threads() -> None:
+    source = r"""
+extern "C" __global__ void count(float* sum, int* largest, int* first, half* small) {
+  atomicAdd(sum, 0.5f);
+  atomicMax(largest, (int)threadIdx.x);
+  atomicCAS(first, -1, (int)blockIdx.x);
+  atomicAdd(small, __float2half(1.0f));
+}"""
+    arrays = [np.zeros(1, "f4"), np.zeros(1, "i4"), np.full(1, -1, "i4"), np.zeros(1, "f2")]
+    launch = cudaemu.Launch("count", [3], [64], arrays)
+    report = cudaemu.Module(source, instrument=True).launch(launch, check=True)
+    assert [array[0] for array in arrays] == [96, 63, 0, 192] and not report.issues

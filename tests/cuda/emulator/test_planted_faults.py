@@ -44,7 +44,7 @@ def _gather() -> cudaemu.TVMKernel:
     return cudaemu.from_tvm(_schedule().mod, target())
 
 
-def _inspect(kernel: cudaemu.TVMKernel, *changed: Any) -> tuple[cudaemu.Report, Any, Any]:
+def _inspect(kernel: cudaemu.TVMKernel, *changed: Any) -> tuple[cudaemu.EmulatorReport, Any, Any]:
     """The report of the gather kernel, what it wrote, and what it should have written."""
     args, expected = arguments(_CASE, packed_format(_CASE), (2,))
     for position, array in changed:
@@ -53,14 +53,14 @@ def _inspect(kernel: cudaemu.TVMKernel, *changed: Any) -> tuple[cudaemu.Report, 
     return report, args[-1], expected
 
 
-def _check_clean() -> cudaemu.Report:
+def _check_clean() -> cudaemu.EmulatorReport:
     report, out, expected = _inspect(_gather())
     assert not report.issues, report.table()
     check_close(_CASE, out, expected)
     return report
 
 
-def _caught(report: cudaemu.Report, kind: str, source: str) -> None:
+def _caught(report: cudaemu.EmulatorReport, kind: str, source: str) -> None:
     """An issue of that kind is reported on a line of the CUDA source that holds ``source``."""
     __tracebackhide__ = True
     found = [i for i in report.issues if kind in i.kind and source in i.source]
@@ -162,7 +162,7 @@ def test_transposed_staging_layout() -> None:
     assert len(slow) == 4 and min(a.excess for a in slow) >= 2, report.table()
 
 
-def _gathers(report: cudaemu.Report) -> list[cudaemu.report.Access]:
+def _gathers(report: cudaemu.EmulatorReport) -> list[cudaemu.report.Access]:
     found = report.select(shared=True, write=False)
     return [a for a in found if "balanced_indices_local_ptr" in a.source]
 
@@ -207,7 +207,7 @@ def _gemv() -> cudaemu.TVMKernel:
     return cudaemu.from_tvm(mod, target())
 
 
-def _run_gemv(kernel: cudaemu.TVMKernel) -> tuple[cudaemu.Report, Any, Any]:
+def _run_gemv(kernel: cudaemu.TVMKernel) -> tuple[cudaemu.EmulatorReport, Any, Any]:
     rng = np.random.default_rng(0)
     a, w = rng.standard_normal((1, 256)).astype("f4"), rng.standard_normal((32, 256)).astype("f4")
     out = np.full((1, 32), np.nan, "f4")
@@ -271,6 +271,8 @@ def test_mask_taken_before_other_lanes_left_is_no_fault(order: str) -> None:
     a, out = np.arange(32, dtype="f4"), np.full(32, np.nan, "f4")
     module = cudaemu.Module(_EARLY_EXIT, instrument=True)
     for seed in range(1, 9):
-        report = module.launch("half_warp", [1], [32], [a, out], order=order, seed=seed, check=True)
+        report = module.launch(
+            cudaemu.Launch("half_warp", [1], [32], [a, out]), order=order, seed=seed, check=True
+        )
         assert not report.issues, report.table()
         np.testing.assert_array_equal(out[:8], a[:8] + a[8:16])

@@ -54,7 +54,7 @@ def test_selection_holds_every_pair() -> None:
 
 def _measure(
     case: Case, chosen: str | PackedFormat, blocks: list[int] | None
-) -> cudaemu.Measurement:
+) -> cudaemu.EmulatorMeasurement:
     """In a format, or in the preferred one with an encoding."""
     fmt = packed_format(case, chosen) if isinstance(chosen, str) else chosen
     (rows,) = case.shapes[0]
@@ -63,7 +63,7 @@ def _measure(
     return cudaemu.measure_balanced(kernel, fmt, rows, case.dtype, args, blocks=blocks)
 
 
-def _gathers(measured: cudaemu.Measurement) -> list[Access]:
+def _gathers(measured: cudaemu.EmulatorMeasurement) -> list[Access]:
     loads = measured.report.select(shared=True, write=False)
     return [a for a in loads if "__dp4a" in a.source]
 

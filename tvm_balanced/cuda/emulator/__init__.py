@@ -14,17 +14,17 @@ puts them beside the least for a packed weight. Needs g++ on an x86-64 with AVX2
 from __future__ import annotations
 
 from tvm_balanced.cuda.emulator.compiler import EmulatorError
-from tvm_balanced.cuda.emulator.measurement import Measurement, measure_balanced
-from tvm_balanced.cuda.emulator.module import Module
-from tvm_balanced.cuda.emulator.report import Report
-from tvm_balanced.cuda.emulator.tvm_kernel import Launch, TVMKernel, from_tvm
+from tvm_balanced.cuda.emulator.measurement import EmulatorMeasurement, measure_balanced
+from tvm_balanced.cuda.emulator.module import Launch, Module
+from tvm_balanced.cuda.emulator.report import EmulatorReport
+from tvm_balanced.cuda.emulator.tvm_kernel import TVMKernel, from_tvm
 
 __all__ = [
     "EmulatorError",
+    "EmulatorMeasurement",
+    "EmulatorReport",
     "Launch",
-    "Measurement",
     "Module",
-    "Report",
     "TVMKernel",
     "from_tvm",
     "measure_balanced",

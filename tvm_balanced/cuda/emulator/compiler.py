@@ -1,4 +1,4 @@
-"""g++ for translated kernels and for the emulator's runtime, with a cache."""
+"""g++ for translated kernels and for the emulator's runtime, with a cache that processes share."""
 
 from __future__ import annotations
 
@@ -11,25 +11,20 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+
+import filelock
 
 from tvm_balanced.errors import ToolchainError
 from tvm_balanced.targets.host import cpu_flags
 
 HERE = Path(__file__).parent
-
-
-INCLUDE = HERE / "include"
-
-
-_BASE = ["-std=c++17", "-fPIC", "-pthread", "-march=native", "-w", "-fno-strict-aliasing"]
-
-
-_FAST = ["-O2"]
-
-
+HEADERS = HERE / "include"
+_BASE = ("-std=c++17", "-fPIC", "-pthread", "-march=native", "-w", "-fno-strict-aliasing")
+_FAST = ("-O2",)
 # the thread sanitizer only makes g++ emit its access hooks; the runtime here defines them
-_INSTRUMENTED = [
+_INSTRUMENTED = (
     # twice as fast to compile as -O2, and products and sums are still contracted
     *("-O1", "-fexpensive-optimizations", "-finline-small-functions"),
     *("-g1", "-DEMU_INSTRUMENT", "-fsanitize=thread"),
@@ -37,13 +32,10 @@ _INSTRUMENTED = [
     *("-fno-tree-vectorize", "-fno-tree-slp-vectorize", "-fno-store-merging"),
     # for the counts: pushes below the stack pointer, and multiply-adds even where the CPU likes them less
     *("-mno-red-zone", "--param=avoid-fma-max-bits=0"),
-]
-
-
+)
+_SHARED = ("-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", "-w")
 # before every float32 multiply-add that g++ emitted; neither flags nor registers change
 _MULTIPLY_ADD = re.compile(r"^\tvfn?m(?:add|sub)\d+ss\t", re.MULTILINE)
-
-
 _COUNT = """\
 \tpushq\t%rax
 \tpushq\t%rdx
@@ -65,96 +57,98 @@ def cache_dir() -> Path:
     default = Path(tempfile.gettempdir()) / f"cudaemu-{os.getuid()}"
     path = Path(os.environ.get("CUDAEMU_CACHE") or default)
     path.mkdir(parents=True, exist_ok=True)
-    return path
+    return path.resolve()  # as the system lists what it maps
 
 
-def digest(*parts: str | bytes) -> str:
-    """Name of what is compiled from ``parts``."""
-    state = hashlib.sha256()
-    for part in parts:
-        state.update(part.encode() if isinstance(part, str) else part)
-        state.update(b"\0")
-    return state.hexdigest()[:20]
-
-
-def _compile(output: Path, args: list[str]) -> Path:
-    if output.exists():
-        return output
-    temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
+def _run(*args: str | Path) -> str:
+    """Run the C++ compiler; its output."""
     compiler = os.environ.get("CXX", "g++")
     try:
-        done = subprocess.run(
-            [compiler, *args, "-o", str(temporary)], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run([compiler, *args], capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise EmulatorError(
             f'the C++ compiler "{compiler}" was not found; emulation needs g++, so install it or set CXX'
         ) from None
     if done.returncode:
         raise EmulatorError(f"{compiler} failed:\n{done.stderr[-6000:]}")
-    os.replace(temporary, output)
-    return output
+    return done.stdout
 
 
-def _precompiled_headers(flags: list[str]) -> Path:
-    """A folder with the headers, the large one compiled beforehand: most kernels are small beside it."""
-    files = sorted(INCLUDE.iterdir())
-    name = digest(*(f.read_bytes() for f in files), " ".join(flags), os.environ.get("CXX", "g++"))
-    folder = cache_dir() / f"include_{name}"
+@functools.cache
+def _toolchain(compiler: str) -> str:
+    """Compiler and CPU, which decide the machine code beside text and flags."""
+    return f"{compiler} {_run('--version')} {sorted(cpu_flags())}"
+
+
+def _cached(kind: str, make: Callable[[Path], None], *parts: str | bytes) -> Path:
+    """Folder of the cache for what is made from ``parts``, filled by ``make`` once for all processes."""
+    state = hashlib.sha256(_toolchain(os.environ.get("CXX", "g++")).encode())
+    for part in parts:
+        state.update(b"\0" + (part.encode() if isinstance(part, str) else part))
+    folder = cache_dir() / f"{kind}_{state.hexdigest()[:20]}"
     if not folder.is_dir():
-        temporary = Path(tempfile.mkdtemp(prefix="include_", dir=cache_dir()))
-        for file in files:
-            shutil.copyfile(file, temporary / file.name)
-        header = temporary / "cudaemu.h"
-        _compile(temporary / "cudaemu.h.gch", [*flags, "-x", "c++-header", str(header)])
-        try:
-            temporary.rename(folder)
-        except OSError:  # another process was first
-            shutil.rmtree(temporary)
+        with (
+            filelock.FileLock(f"{folder}.lock"),
+            tempfile.TemporaryDirectory(dir=folder.parent) as work,
+        ):
+            if not folder.is_dir():
+                part_made = Path(work) / kind
+                part_made.mkdir()
+                make(part_made)
+                part_made.rename(folder)
     return folder
 
 
+def _precompiled_headers(flags: tuple[str, ...]) -> Path:
+    """Folder with the headers, the large one compiled beforehand: most kernels are small beside it."""
+    files = sorted(HEADERS.iterdir())
+
+    def make(folder: Path) -> None:
+        for file in files:
+            shutil.copyfile(file, folder / file.name)
+        header = folder / "cudaemu.h"
+        _run(*flags, "-x", "c++-header", header, "-o", f"{header}.gch")
+
+    return _cached("include", make, *(file.read_bytes() for file in files), *flags)
+
+
 def compile_kernels(text: str, instrument: bool) -> tuple[Path, Path]:
-    """Compile translated kernels.
+    """Compile translated kernels to a C++ file and a shared library.
 
-    Parameters
-    ----------
-    text : str
-        C++ as :func:`tvm_balanced.cuda.emulator.translate.translate` gives it.
-    instrument : bool
-        Whether every memory access calls into the runtime.
-
-    Returns
-    -------
-    (Path, Path)
-        The C++ file and the shared library.
+    Instrumented, every memory access calls into the runtime.
     """
     flags = _BASE + (_INSTRUMENTED if instrument else _FAST)
     headers = _precompiled_headers(flags)
-    key = digest(text, headers.name, _COUNT)
-    source = cache_dir() / f"k_{key}.cpp"
-    library = source.with_suffix(".so")
-    if library.exists():
-        return source, library
-    temporary = source.with_name(f"{source.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, source)
-    with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
-        assembly, compiled = Path(folder) / "kernel.s", Path(folder) / "kernel.o"
-        args = [*flags, "-I", str(headers), "-include", str(headers / "cudaemu.h"), str(source)]
+
+    def make(folder: Path) -> None:
+        source, assembly, compiled = (folder / f"kernel.{end}" for end in ("cpp", "s", "o"))
+        source.write_text(text)
+        args: list[str | Path] = [*flags, "-I", headers, "-include", headers / "cudaemu.h", source]
         if instrument:
-            _compile(assembly, [*args, "-S"])
-            counted = _MULTIPLY_ADD.sub(lambda found: _COUNT + found[0], assembly.read_text())
+            _run(*args, "-S", "-o", assembly)
+            counted = _MULTIPLY_ADD.sub(lambda match: _COUNT + match[0], assembly.read_text())
             assembly.write_text(counted)
-            args = [str(assembly)]
+            args = [assembly]
         # compiled and linked apart, so that no sanitizer library is linked in
-        _compile(compiled, [*args, "-c"])
-        return source, _compile(library, ["-shared", str(compiled)])
+        _run(*args, "-c", "-o", compiled)
+        _run("-shared", compiled, "-o", folder / "kernel.so")
+        compiled.unlink()
+        assembly.unlink(missing_ok=True)
+
+    folder = _cached("kernel", make, text, headers.name, _COUNT)
+    return folder / "kernel.cpp", folder / "kernel.so"
+
+
+def _built(name: str, make: Callable[[Path, Path], None]) -> Path:
+    """Folder of the cache for what ``make`` compiles from a C++ file of this package."""
+    source = HERE / f"{name}.cpp"
+    texts = source.read_bytes(), (HEADERS / "engine.h").read_bytes()
+    return _cached(name, lambda folder: make(source, folder), *texts)
 
 
 @functools.cache
 def runtime() -> ctypes.CDLL:
-    """The emulator's runtime library; its symbols are visible to every kernel.
+    """Runtime library of the emulator; its symbols are visible to every kernel.
 
     Raises
     ------
@@ -166,57 +160,36 @@ def runtime() -> ctypes.CDLL:
             f"CUDA is emulated on x86-64 CPUs with FMA, and this is a {platform.machine()} without; use "
             "another machine"
         )
-    source = HERE / "runtime.cpp"
-    library = _compile(
-        cache_dir() / f"rt_{digest(source.read_bytes())}.so",
-        ["-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", "-w", str(source)],
-    )
-    loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    loaded.emu_error.restype = ctypes.c_char_p
-    loaded.emu_report.restype = ctypes.c_char_p
-    loaded.emu_counter.restype = ctypes.c_ulong
+
+    def make(source: Path, folder: Path) -> None:
+        _run(*_SHARED, source, "-o", folder / "runtime.so")
+
+    loaded = ctypes.CDLL(str(_built("runtime", make) / "runtime.so"), mode=ctypes.RTLD_GLOBAL)
+    loaded.emu_error.restype = loaded.emu_report.restype = ctypes.c_char_p
     return loaded
 
 
 @functools.cache
 def device_libraries() -> ctypes.CDLL:
-    """The stand-ins for ``libcuda.so.1``, ``libcudart.so.13`` and ``libcublas.so.13``, loaded for others.
+    """Stand-ins for ``libcuda.so.1``, ``libcudart.so.13`` and ``libcublas.so.13``, loaded for others.
 
     All live in one library; the others are empty and only have the name, which is all the loader looks for.
     """
-    source = HERE / "device.cpp"
-    folder = cache_dir() / f"device_{digest(source.read_bytes())}"
-    folder.mkdir(exist_ok=True)
-    versions = folder / "versions.map"
-    if not versions.exists():
+    names = ("libcudart.so.13", "libcuda.so.1", "libcublas.so.13")
+
+    def make(source: Path, folder: Path) -> None:
+        every, versions = folder / names[0], folder / "versions.map"
         # TVM asks for the runtime's functions by this version, for the driver's by none
-        temporary = versions.with_name(f"versions.{os.getpid()}.tmp")
-        temporary.write_text("libcudart.so.13 { global: cu*; emu_device_*; local: *; };\n")
-        os.replace(temporary, versions)
-    shared = ["-std=c++17", "-O2", "-fPIC", "-shared", "-w"]
-    every = _compile(
-        folder / "libcudart.so.13",
-        [
-            *shared,
-            *("-Wl,-soname,libcudart.so.13", f"-Wl,--version-script={versions}"),
-            str(source),
-        ],
-    )
-    # needing the first, so that a symbol looked up in one of these is found there
-    names = [
-        _compile(
-            folder / name,
-            [
-                *(*shared, f"-Wl,-soname,{name}", "-x", "c++", os.devnull),
-                *("-x", "none", "-Wl,--no-as-needed", str(every)),
-            ],
-        )
-        for name in ("libcuda.so.1", "libcublas.so.13")
-    ]
+        versions.write_text(f"{names[0]} {{ global: cu*; emu_device_*; local: *; }};\n")
+        script = f"-Wl,-soname,{names[0]}", f"-Wl,--version-script={versions}"
+        _run(*_SHARED, *script, source, "-o", every)
+        for name in names[1:]:
+            # needing the first, so that a symbol looked up in one of these is found there
+            empty = f"-Wl,-soname,{name}", "-x", "c++", os.devnull, "-x", "none"
+            _run(*_SHARED, *empty, "-Wl,--no-as-needed", every, "-o", folder / name)
+
     runtime()  # whose functions it calls
-    loaded = ctypes.CDLL(str(every), mode=ctypes.RTLD_GLOBAL)
-    for name in names:
-        ctypes.CDLL(str(name), mode=ctypes.RTLD_GLOBAL)
-    loaded.emu_device_records.restype = ctypes.c_long
-    loaded.emu_device_used.restype = ctypes.c_long
+    folder = _built("device", make)
+    loaded, *_ = (ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL) for name in names)
+    loaded.emu_device_records.restype = loaded.emu_device_used.restype = ctypes.c_long
     return loaded

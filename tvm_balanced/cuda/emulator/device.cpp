@@ -1,116 +1,136 @@
-// An emulated CUDA device: the functions of libcuda.so.1 and libcudart.so.13 that TVM's CUDA runtime imports, over
-// the engine of runtime.cpp, and those of libcublas.so.13 that cublas_matmul.cpp calls. device.py builds it, loads it
-// in front of TVM and tells it what to do.
+// An emulated CUDA device: the functions of libcuda.so.1 and libcudart.so.13 that TVM's CUDA
+// runtime imports, over the engine of runtime.cpp, and those of libcublas.so.13 that
+// cublas_matmul.cpp calls. device.py builds it, loads it in front of TVM and tells it what to do.
 //
-// * Device memory is host memory, each allocation between two unmapped pages and filled with NaN: what runs over
-//   its end faults, and the fault becomes the error a GPU would report.
-// * Streams are lazy: work runs when something waits for it, so a missing wait shows as stale data. Order within a
-//   stream, events and the legacy default stream are kept. CUDA_LAUNCH_BLOCKING=1 runs everything at once.
-// * A capturing stream records instead of running; what may not be captured ends the capture with an error.
+// * Device memory is host memory, each allocation between two unmapped pages and filled with NaN:
+//   what runs over its end faults, and the fault becomes the error a GPU would report.
+// * Streams are lazy: work runs when something waits for it, so a missing wait shows as stale data.
+//   Order within a stream, events and the legacy default stream are kept. CUDA_LAUNCH_BLOCKING=1
+//   runs everything at once.
+// * A capturing stream records instead of running; what may not be captured ends it with an error.
 // * An error while running a kernel is final for the device, as on a GPU, until emu_device_reset().
+#include "include/engine.h"
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <csignal>
-#include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <elf.h>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <string>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
 #include <vector>
 
-// ------------------------------------------------------------------------------------------------ the engine
-struct Opts { int check, prof, order; unsigned seed; int nthreads; long nblocks; const long* blocks; int poison; };
-extern "C" {
-void emu_set_ranges(int n, void** lo, const long* bytes, const int* elem);
-int emu_launch(void (*fn)(void**), void** args, const unsigned* dims, long smem, const Opts* o);
-const char* emu_error();
-const char* emu_report();
-int emu_in_kernel();
-void emu_set_device_memory(int (*is_device)(const void*));
-void emu_fail(const char* message);
-}
-
 namespace {
 
-enum Error {  // the driver's and the runtime's codes agree where both have one
-  kOk = 0, kInvalidValue = 1, kOutOfMemory = 2, kInvalidDevice = 101, kInvalidImage = 200, kNoBinary = 209,
-  kInvalidHandle = 400, kNotFound = 500, kNotReady = 600, kIllegalAddress = 700, kOutOfResources = 701,
-  kLaunchFailure = 719, kNotSupported = 801, kCaptureUnsupported = 900, kCaptureInvalidated = 901,
+// the driver's and the runtime's error codes agree where both have one
+const int kOk = 0, kInvalidValue = 1, kOutOfMemory = 2, kInvalidDevice = 101, kInvalidImage = 200,
+          kNoBinary = 209, kInvalidHandle = 400, kNotFound = 500, kNotReady = 600,
+          kIllegalAddress = 700, kOutOfResources = 701, kLaunchFailure = 719, kNotSupported = 801,
+          kCaptureUnsupported = 900, kCaptureInvalidated = 901;
+struct ErrorText {
+  int code;
+  const char *driver, *runtime, *text;
 };
-struct ErrorText { int code; const char *driver, *runtime, *text; };
 const ErrorText kErrors[] = {
-  {kOk, "CUDA_SUCCESS", "cudaSuccess", "no error"},
-  {kInvalidValue, "CUDA_ERROR_INVALID_VALUE", "cudaErrorInvalidValue", "invalid argument"},
-  {kOutOfMemory, "CUDA_ERROR_OUT_OF_MEMORY", "cudaErrorMemoryAllocation", "out of memory"},
-  {kInvalidDevice, "CUDA_ERROR_INVALID_DEVICE", "cudaErrorInvalidDevice", "invalid device ordinal"},
-  {kInvalidImage, "CUDA_ERROR_INVALID_IMAGE", "cudaErrorInvalidKernelImage", "device kernel image is invalid"},
-  {kNoBinary, "CUDA_ERROR_NO_BINARY_FOR_GPU", "cudaErrorNoKernelImageForDevice", "no kernel image is available for execution on the device"},
-  {kInvalidHandle, "CUDA_ERROR_INVALID_HANDLE", "cudaErrorInvalidResourceHandle", "invalid resource handle"},
-  {kNotFound, "CUDA_ERROR_NOT_FOUND", "cudaErrorSymbolNotFound", "named symbol not found"},
-  {kNotReady, "CUDA_ERROR_NOT_READY", "cudaErrorNotReady", "device not ready"},
-  {kIllegalAddress, "CUDA_ERROR_ILLEGAL_ADDRESS", "cudaErrorIllegalAddress", "an illegal memory access was encountered"},
-  {kOutOfResources, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", "cudaErrorLaunchOutOfResources", "too many resources requested for launch"},
-  {kLaunchFailure, "CUDA_ERROR_LAUNCH_FAILED", "cudaErrorLaunchFailure", "unspecified launch failure"},
-  {kNotSupported, "CUDA_ERROR_NOT_SUPPORTED", "cudaErrorNotSupported", "operation not supported"},
-  {kCaptureUnsupported, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "cudaErrorStreamCaptureUnsupported", "operation not permitted when stream is capturing"},
-  {kCaptureInvalidated, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "cudaErrorStreamCaptureInvalidated", "operation failed due to a previous error during capture"},
+    {kOk, "CUDA_SUCCESS", "cudaSuccess", "no error"},
+    {kInvalidValue, "CUDA_ERROR_INVALID_VALUE", "cudaErrorInvalidValue", "invalid argument"},
+    {kOutOfMemory, "CUDA_ERROR_OUT_OF_MEMORY", "cudaErrorMemoryAllocation", "out of memory"},
+    {kInvalidDevice, "CUDA_ERROR_INVALID_DEVICE", "cudaErrorInvalidDevice",
+     "invalid device ordinal"},
+    {kInvalidImage, "CUDA_ERROR_INVALID_IMAGE", "cudaErrorInvalidKernelImage",
+     "device kernel image is invalid"},
+    {kNoBinary, "CUDA_ERROR_NO_BINARY_FOR_GPU", "cudaErrorNoKernelImageForDevice",
+     "no kernel image is available for execution on the device"},
+    {kInvalidHandle, "CUDA_ERROR_INVALID_HANDLE", "cudaErrorInvalidResourceHandle",
+     "invalid resource handle"},
+    {kNotFound, "CUDA_ERROR_NOT_FOUND", "cudaErrorSymbolNotFound", "named symbol not found"},
+    {kNotReady, "CUDA_ERROR_NOT_READY", "cudaErrorNotReady", "device not ready"},
+    {kIllegalAddress, "CUDA_ERROR_ILLEGAL_ADDRESS", "cudaErrorIllegalAddress",
+     "an illegal memory access was encountered"},
+    {kOutOfResources, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", "cudaErrorLaunchOutOfResources",
+     "too many resources requested for launch"},
+    {kLaunchFailure, "CUDA_ERROR_LAUNCH_FAILED", "cudaErrorLaunchFailure",
+     "unspecified launch failure"},
+    {kNotSupported, "CUDA_ERROR_NOT_SUPPORTED", "cudaErrorNotSupported", "operation not supported"},
+    {kCaptureUnsupported, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
+     "cudaErrorStreamCaptureUnsupported", "operation not permitted when stream is capturing"},
+    {kCaptureInvalidated, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED",
+     "cudaErrorStreamCaptureInvalidated",
+     "operation failed due to a previous error during capture"},
 };
 
-// ------------------------------------------------------------------------------------------------ state
+// ------------------------------------------------------------------------------------------- state
 struct Function {
-  std::string name, kinds;  // one character a parameter: p a pointer, else its bytes as a digit
-  std::vector<int> elements;  // bytes of what a pointer points to
+  std::string name, kinds;   // one character a parameter: p a pointer, else its bytes as a digit
+  std::vector<int> elements; // bytes of what a pointer points to
   long module = 0, static_shared = 0, max_threads = 1024, max_dynamic = 48 << 10;
-  void (*thunk[2])(void**) = {nullptr, nullptr};  // plain, instrumented
+  emu_kernel_fn thunk[2] = {nullptr, nullptr}; // plain, instrumented
 };
-struct Module { long id; std::map<std::string, std::unique_ptr<Function>> functions; };
-struct Allocation { char *base, *map; size_t bytes, mapped; bool host; };
+struct Module {
+  long id;
+  std::map<std::string, std::unique_ptr<Function>> functions;
+};
+struct Allocation {
+  char *base, *map;
+  size_t bytes, mapped;
+  bool host;
+};
 struct Stream;
-struct Dependency { std::shared_ptr<Stream> stream; uint64_t ticket; };
-struct Op { std::vector<Dependency> after; std::function<void()> run; };
-struct Function;
-struct Graph { std::vector<std::function<void()>> ops; std::vector<Function*> kernels; };
+struct Dependency {
+  std::shared_ptr<Stream> stream;
+  uint64_t ticket;
+};
+struct Op {
+  std::vector<Dependency> after;
+  std::function<void()> run;
+};
+struct Graph {
+  std::vector<std::function<void()>> ops;
+  std::vector<Function*> kernels;
+};
 struct Stream {
   std::deque<Op> queue;
-  uint64_t issued = 0, done = 0;  // tickets
-  bool blocking = true;  // waits for the default stream, and it for this
+  uint64_t issued = 0, done = 0; // tickets
+  bool blocking = true;          // waits for the default stream, and it for this
   std::unique_ptr<Graph> capture;
   bool invalidated = false, global_mode = false;
 };
 struct Event {
-  std::shared_ptr<Stream> stream;  // null until recorded
+  std::shared_ptr<Stream> stream; // null until recorded
   uint64_t ticket = 0;
   // shared with the recording: an event may be destroyed or recorded again before that runs
   std::shared_ptr<double> seconds = std::make_shared<double>(0.0);
 };
-struct Mode { int check, prof, order, threads; unsigned seed; };
+struct Mode {
+  int check, prof, order, threads;
+  unsigned seed;
+};
 struct Launch {
   const Function* function;
   unsigned dims[6];
   long dynamic_shared;
   Mode mode;
   std::vector<long> blocks;
-  std::vector<uint64_t> values;  // parameters, eight bytes each
+  std::vector<uint64_t> values; // parameters, eight bytes each
 };
-struct Record {
-  std::string kernel, report, error;
+struct Figures {
   unsigned dims[6];
   long dynamic_shared, module;
   int instrumented;
-  double seconds;
-  std::string arrays;  // for every range the engine saw, the first parameter that lies in it
-  double scale;
-  int graph;  // run by the replay of a CUDA graph
+  double seconds, scale;
+  int graph; // run by the replay of a CUDA graph
+};
+struct Record {
+  std::string kernel, report, error;
+  std::string arrays; // for every range the engine saw, the first parameter that lies in it
+  Figures figures;
 };
 
 // reports failures of Python's half in words
@@ -129,24 +149,28 @@ size_t g_total = 0, g_used = 0;
 int g_sticky = kOk;
 thread_local int t_last = kOk;
 Mode g_mode = {0, 0, 0, 1, 1};
-std::vector<long> g_blocks;  // share of the grid an instrumented launch runs; empty: all of it
 int g_max_blocks = 0;
 LoadCallback g_load = nullptr;
 CompileCallback g_compile = nullptr;
-std::string g_fault_kernel;
 int g_replaying = 0;
-Mode g_replay_mode;  // a replay runs in the mode of its launch, not of its capture
+Mode g_replay_mode; // a replay runs in the mode of its launch, not of its capture
 
 typedef std::lock_guard<std::recursive_mutex> Lock;
 const size_t kPage = 4096, kAlign = 256;
 
 int fail(int code, const std::string& detail = "") {
-  if (code != kOk) { t_last = code; if (!detail.empty()) g_detail = detail; }
+  if (code == kOk) return code;
+  t_last = code;
+  if (!detail.empty()) g_detail = detail;
   return code;
 }
-#define DEVICE_ALIVE() do { if (g_sticky) return fail(g_sticky); } while (0)
+int alive_or(int code) { return g_sticky ? fail(g_sticky) : code; }
+#define DEVICE_ALIVE()                                                                             \
+  if (g_sticky) return fail(g_sticky)
 
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 std::shared_ptr<Stream> find_stream(void* handle) {
   // 1 and 2 are the handles of the legacy and the per-thread default stream
@@ -155,7 +179,7 @@ std::shared_ptr<Stream> find_stream(void* handle) {
   return found == g_streams.end() ? nullptr : found->second;
 }
 
-// ------------------------------------------------------------------------------------------------ memory
+// ------------------------------------------------------------------------------------------ memory
 Allocation* holding(const void* p) {
   auto next = g_memory.upper_bound((char*)p);
   if (next == g_memory.begin()) return nullptr;
@@ -163,25 +187,31 @@ Allocation* holding(const void* p) {
   return (char*)p < a.base + a.bytes ? &a : nullptr;
 }
 std::string describe(const void* p) {
-  char text[200];
   auto next = g_memory.upper_bound((char*)p);
-  if (next == g_memory.begin()) { snprintf(text, sizeof text, "address %p, no allocation of the device", p); return text; }
+  if (next == g_memory.begin()) return emu_text("address %p, no allocation of the device", p);
   const Allocation& a = std::prev(next)->second;
-  snprintf(text, sizeof text, "address %p, byte %ld of an allocation of %zu", p, (long)((char*)p - a.base), a.bytes);
-  return text;
+  return emu_text("address %p, byte %ld of an allocation of %zu", p, (long)((char*)p - a.base),
+                  a.bytes);
 }
 int allocate(void** out, size_t bytes, bool host) {
   if (!out) return fail(kInvalidValue);
   *out = nullptr;
   if (!bytes) return kOk;
-  if (!host && g_used + bytes > g_total) return fail(kOutOfMemory, "the emulated device has " + std::to_string(g_total >> 20) + " MiB, " + std::to_string(g_used >> 20) + " of them in use");
-  size_t room = (bytes + kAlign - 1) / kAlign * kAlign, inner = (room + kPage - 1) / kPage * kPage, whole = inner + 2 * kPage;
-  char* map = (char*)mmap(nullptr, whole, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (!host && g_used + bytes > g_total)
+    return fail(kOutOfMemory, emu_text("the emulated device has %zu MiB, %zu of them in use",
+                                       g_total >> 20, g_used >> 20));
+  size_t room = (bytes + kAlign - 1) / kAlign * kAlign, inner = (room + kPage - 1) / kPage * kPage,
+         whole = inner + 2 * kPage;
+  char* map =
+      (char*)mmap(nullptr, whole, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (map == MAP_FAILED) return fail(kOutOfMemory);
-  if (mprotect(map + kPage, inner, PROT_READ | PROT_WRITE)) { munmap(map, whole); return fail(kOutOfMemory); }
+  if (mprotect(map + kPage, inner, PROT_READ | PROT_WRITE)) {
+    munmap(map, whole);
+    return fail(kOutOfMemory);
+  }
   // up against the page behind it, so that running over the end faults
   char* base = map + kPage + inner - room;
-  memset(base, 0xff, room);  // NaN in every float format
+  memset(base, 0xff, room); // NaN in every float format
   g_memory[base] = {base, map, bytes, whole, host};
   if (!host) g_used += bytes;
   *out = base;
@@ -190,20 +220,21 @@ int allocate(void** out, size_t bytes, bool host) {
 int release(void* p, bool host) {
   if (!p) return kOk;
   auto found = g_memory.find((char*)p);
-  if (found == g_memory.end() || found->second.host != host) return fail(kInvalidValue, "free of " + describe(p));
+  if (found == g_memory.end() || found->second.host != host)
+    return fail(kInvalidValue, "free of " + describe(p));
   if (!host) g_used -= found->second.bytes;
   munmap(found->second.map, found->second.mapped);
   g_memory.erase(found);
   return kOk;
 }
 
-// ------------------------------------------------------------------------------------------------ streams
+// ----------------------------------------------------------------------------------------- streams
 void run_until(const std::shared_ptr<Stream>& stream, uint64_t ticket) {
   while (stream->done < ticket && !stream->queue.empty()) {
     Op op = std::move(stream->queue.front());
     stream->queue.pop_front();
     for (auto& d : op.after) run_until(d.stream, d.ticket);
-    if (!g_sticky) op.run();  // after a failed kernel nothing runs any more
+    if (!g_sticky) op.run(); // after a failed kernel nothing runs any more
     stream->done++;
   }
 }
@@ -211,14 +242,19 @@ void run_all() {
   run_until(g_default, g_default->issued);
   for (auto& s : g_streams) run_until(s.second, s.second->issued);
 }
-int enqueue(const std::shared_ptr<Stream>& stream, std::function<void()> run, std::vector<Dependency> after = {}) {
+int enqueue(const std::shared_ptr<Stream>& stream, std::function<void()> run,
+            std::vector<Dependency> after = {}) {
   if (stream->capture) {
-    if (!after.empty()) { stream->invalidated = true; return fail(kCaptureUnsupported, "the emulated device captures one stream only"); }
+    if (!after.empty()) {
+      stream->invalidated = true;
+      return fail(kCaptureUnsupported, "the emulated device captures one stream only");
+    }
     stream->capture->ops.push_back(std::move(run));
     return kOk;
   }
   if (stream == g_default) {
-    for (auto& s : g_streams) if (s.second->blocking && !s.second->capture) after.push_back({s.second, s.second->issued});
+    for (auto& s : g_streams)
+      if (s.second->blocking && !s.second->capture) after.push_back({s.second, s.second->issued});
   } else if (stream->blocking) {
     after.push_back({g_default, g_default->issued});
   }
@@ -226,34 +262,39 @@ int enqueue(const std::shared_ptr<Stream>& stream, std::function<void()> run, st
   stream->issued++;
   static const char* blocking = getenv("CUDA_LAUNCH_BLOCKING");
   if (blocking && *blocking == '1') run_until(stream, stream->issued);
-  return g_sticky ? fail(g_sticky) : kOk;
+  return alive_or(kOk);
 }
 // what must not happen while a stream captures in global mode: it would run outside of the graph
 int refuse_while_capturing(const char* what) {
   bool any = false;
-  for (auto& s : g_streams) if (s.second->capture && s.second->global_mode) { s.second->invalidated = true; any = true; }
-  return any ? fail(kCaptureUnsupported, std::string(what) + " while a stream is capturing") : (int)kOk;
+  for (auto& s : g_streams)
+    if (s.second->capture && s.second->global_mode) {
+      s.second->invalidated = true;
+      any = true;
+    }
+  return any ? fail(kCaptureUnsupported, std::string(what) + " while a stream is capturing") : kOk;
 }
 
-// ------------------------------------------------------------------------------------------------ kernels
-// A fault inside a kernel goes on as an error of that thread: the fiber's context is sent to a function that
-// reports and leaves the fiber for good.
+// ----------------------------------------------------------------------------------------- kernels
+// A fault inside a kernel goes on as an error of that thread: the fiber's context is sent to a
+// function that reports and leaves the fiber for good.
 void* g_fault_address;
 void report_fault() {
-  static thread_local char text[400];
-  snprintf(text, sizeof text, "access outside of device memory (%s)", describe(g_fault_address).c_str());
-  emu_fail(text);
+  static thread_local std::string text; // this fiber is never left as functions are
+  text = "access outside of device memory (" + describe(g_fault_address) + ")";
+  emu_fail(text.c_str());
 }
 struct sigaction g_before[2];
 const int kSignals[2] = {SIGSEGV, SIGBUS};
 void on_fault(int signal, siginfo_t* info, void* context) {
-  if (!emu_in_kernel()) {  // not ours: the handler before gets it when the instruction runs again
+  if (!emu_in_kernel()) { // not ours: the handler before gets it when the instruction runs again
     sigaction(signal, &g_before[signal == SIGBUS], nullptr);
     return;
   }
   g_fault_address = info->si_addr;
   greg_t* registers = ((ucontext_t*)context)->uc_mcontext.gregs;
-  registers[REG_RSP] = ((registers[REG_RSP] - 256) & ~15ll) - 8;  // below the red zone, aligned as after a call
+  // below the red zone, aligned as after a call
+  registers[REG_RSP] = ((registers[REG_RSP] - 256) & ~15ll) - 8;
   registers[REG_RIP] = (greg_t)report_fault;
 }
 struct FaultsCaught {
@@ -264,9 +305,19 @@ struct FaultsCaught {
     action.sa_flags = SA_SIGINFO | SA_NODEFER;
     for (int i = 0; i < 2; i++) sigaction(kSignals[i], &action, &g_before[i]);
   }
-  ~FaultsCaught() { for (int i = 0; i < 2; i++) sigaction(kSignals[i], &g_before[i], nullptr); }
+  ~FaultsCaught() {
+    for (int i = 0; i < 2; i++) sigaction(kSignals[i], &g_before[i], nullptr);
+  }
 };
 
+// keeps the record; an error in it is final for the device
+void note(const std::string& what, Record record) {
+  if (!record.error.empty()) {
+    g_detail = what + ": " + record.error;
+    g_sticky = record.error.find("access") != std::string::npos ? kIllegalAddress : kLaunchFailure;
+  }
+  g_records.push_back(std::move(record));
+}
 void execute(const Launch& launch) {
   const Function& f = *launch.function;
   std::vector<uint64_t> values = launch.values;
@@ -279,32 +330,39 @@ void execute(const Launch& launch) {
   for (size_t i = 0; i < f.kinds.size(); i++) {
     if (f.kinds[i] != 'p' || !values[i]) continue;
     Allocation* a = holding((void*)values[i]);
-    if (!a) continue;  // reading through it faults
+    if (!a) continue; // reading through it faults
     auto found = known.find(a->base);
-    if (found != known.end()) { elements[found->second] = std::min(elements[found->second], f.elements[i]); continue; }
+    if (found != known.end()) {
+      elements[found->second] = std::min(elements[found->second], f.elements[i]);
+      continue;
+    }
     known[a->base] = lo.size();
-    lo.push_back(a->base); bytes.push_back((long)a->bytes); elements.push_back(f.elements[i]);
+    lo.push_back(a->base);
+    bytes.push_back((long)a->bytes);
+    elements.push_back(f.elements[i]);
     arrays += (arrays.empty() ? "" : ",") + std::to_string(i);
   }
   const Mode& mode = g_replaying ? g_replay_mode : launch.mode;
   int instrumented = mode.check || mode.prof;
-  Opts o = {mode.check, mode.prof, mode.order, mode.seed, mode.threads, (long)launch.blocks.size(), launch.blocks.empty() ? nullptr : launch.blocks.data(), 1};
+  EmuOptions o = {mode.check, mode.prof, mode.order, mode.seed, mode.threads};
+  o.nblocks = (long)launch.blocks.size();
+  o.blocks = launch.blocks.data();
   emu_set_ranges((int)lo.size(), lo.data(), bytes.data(), elements.data());
   double begin = now(), grid = (double)launch.dims[0] * launch.dims[1] * launch.dims[2];
   int failed;
   {
     FaultsCaught caught;
     emu_set_device_memory([](const void* p) { return (int)(holding(p) != nullptr); });
-    failed = emu_launch(f.thunk[instrumented], args.data(), launch.dims, f.static_shared + launch.dynamic_shared, &o);
+    failed = emu_launch(f.thunk[instrumented], args.data(), launch.dims,
+                        f.static_shared + launch.dynamic_shared, &o);
     emu_set_device_memory(nullptr);
   }
-  Record r = {f.name, instrumented ? emu_report() : "", failed ? emu_error() : "", {}, launch.dynamic_shared, f.module, instrumented, now() - begin, arrays, launch.blocks.empty() ? 1.0 : grid / (double)launch.blocks.size(), g_replaying};
-  memcpy(r.dims, launch.dims, sizeof r.dims);
-  if (failed) {
-    g_detail = "kernel " + f.name + ": " + r.error;
-    g_sticky = r.error.find("access") != std::string::npos ? kIllegalAddress : kLaunchFailure;
-  }
-  g_records.push_back(std::move(r));
+  double scale = launch.blocks.empty() ? 1.0 : grid / (double)launch.blocks.size();
+  Record r = {f.name, instrumented ? emu_report() : "", failed ? emu_error() : "", arrays, {}};
+  r.figures = {{},         launch.dynamic_shared, f.module, instrumented, now() - begin, scale,
+               g_replaying};
+  memcpy(r.figures.dims, launch.dims, sizeof launch.dims);
+  note("kernel " + f.name, std::move(r));
 }
 
 int limit(int attribute, int fallback) {
@@ -312,7 +370,8 @@ int limit(int attribute, int fallback) {
   return found == g_attributes.end() ? fallback : found->second;
 }
 const char* text_of(int code, const char* ErrorText::* field) {
-  for (auto& e : kErrors) if (e.code == code) return e.*field;
+  for (auto& e : kErrors)
+    if (e.code == code) return e.*field;
   return "an error the emulated device does not know";
 }
 const char* explained(int code) {
@@ -320,79 +379,131 @@ const char* explained(int code) {
   static std::map<std::pair<int, std::string>, std::string> texts;
   Lock lock(g_mutex);
   auto& text = texts[{code, g_detail}];
-  if (text.empty()) text = std::string(text_of(code, &ErrorText::text)) + (code && !g_detail.empty() ? " (emulated device: " + g_detail + ")" : "");
+  if (text.empty())
+    text = std::string(text_of(code, &ErrorText::text)) +
+           (code && !g_detail.empty() ? " (emulated device: " + g_detail + ")" : "");
   return text.c_str();
 }
 
 // cudaDeviceAttr
-enum { kThreadsPerBlock = 1, kGridX = 5, kGridY = 6, kGridZ = 7, kSharedPerBlock = 8, kSharedOptin = 97, kMajor = 75, kMinor = 76, kMultiprocessors = 16, kRegistersPerBlock = 12 };
+const int kThreadsPerBlock = 1, kBlockX = 2, kGridX = 5, kSharedPerBlock = 8, kSharedOptin = 97,
+          kMajor = 75, kMinor = 76, kRegistersPerBlock = 12;
 
-}  // namespace
+} // namespace
 
 #define API extern "C" __attribute__((visibility("default")))
 
-// ------------------------------------------------------------------------------------------------ for device.py
-API void emu_device_configure(const char* name, long total_bytes, int n, const int* keys, const int* values) {
+// ----------------------------------------------------------------------------------- for device.py
+API void emu_device_configure(const char* name, long total_bytes, int n, const int* keys,
+                              const int* values) {
   Lock lock(g_mutex);
-  g_name = name; g_total = (size_t)total_bytes; g_attributes.clear();
+  g_name = name;
+  g_total = (size_t)total_bytes;
+  g_attributes.clear();
   for (int i = 0; i < n; i++) g_attributes[keys[i]] = values[i];
 }
-API void emu_device_callbacks(LoadCallback load, CompileCallback compile) { g_load = load; g_compile = compile; }
-API void emu_device_mode(int check, int prof, int order, unsigned seed, int threads, int max_blocks) {
+API void emu_device_callbacks(LoadCallback load, CompileCallback compile) {
+  g_load = load;
+  g_compile = compile;
+}
+API void emu_device_mode(int check, int prof, int order, unsigned seed, int threads,
+                         int max_blocks) {
   Lock lock(g_mutex);
   g_mode = {check, prof, order, threads, seed};
   g_max_blocks = max_blocks;
 }
-API void emu_device_function(long module, const char* name, const char* kinds, const int* elements, long max_threads) {
+API void emu_device_function(long module, const char* name, const char* kinds, const int* elements,
+                             long max_threads) {
   Lock lock(g_mutex);
   auto& m = g_modules[module];
   if (!m) { m.reset(new Module{module, {}}); }
   auto f = std::make_unique<Function>();
-  f->name = name; f->kinds = kinds; f->module = module; f->max_threads = max_threads;
+  f->name = name;
+  f->kinds = kinds;
+  f->module = module;
+  f->max_threads = max_threads;
   f->elements.assign(elements, elements + f->kinds.size());
   m->functions[name] = std::move(f);
 }
-API void emu_device_compiled(long module, const char* name, int instrumented, void (*thunk)(void**), long static_shared) {
+API void emu_device_compiled(long module, const char* name, int instrumented, emu_kernel_fn thunk,
+                             long static_shared) {
   Lock lock(g_mutex);
   Function& f = *g_modules.at(module)->functions.at(name);
-  f.thunk[instrumented] = thunk; f.static_shared = static_shared;
+  f.thunk[instrumented] = thunk;
+  f.static_shared = static_shared;
 }
-API void emu_device_detail(const char* text) { Lock lock(g_mutex); g_detail = text; }
-API long emu_device_records() { Lock lock(g_mutex); return (long)g_records.size(); }
-API void emu_device_forget() { Lock lock(g_mutex); g_records.clear(); }
-struct RecordView { const char *kernel, *report, *error, *arrays; unsigned dims[6]; long dynamic_shared, module; int instrumented; double seconds, scale; int graph; };
-API void emu_device_record(long i, RecordView* out) {  // valid until records are forgotten or another launch runs
+API void emu_device_detail(const char* text) {
+  Lock lock(g_mutex);
+  g_detail = text;
+}
+API long emu_device_records() {
+  Lock lock(g_mutex);
+  return (long)g_records.size();
+}
+API void emu_device_forget() {
+  Lock lock(g_mutex);
+  g_records.clear();
+}
+struct RecordView { // device.py has it too
+  const char *kernel, *report, *error, *arrays;
+  Figures figures;
+};
+// valid until records are forgotten or another launch runs
+API void emu_device_record(long i, RecordView* out) {
   Lock lock(g_mutex);
   const Record& r = g_records.at(i);
-  *out = {r.kernel.c_str(), r.report.c_str(), r.error.c_str(), r.arrays.c_str(), {}, r.dynamic_shared, r.module, r.instrumented, r.seconds, r.scale, r.graph};
-  memcpy(out->dims, r.dims, sizeof r.dims);
+  *out = {r.kernel.c_str(), r.report.c_str(), r.error.c_str(), r.arrays.c_str(), r.figures};
 }
-API int emu_device_synchronize() { Lock lock(g_mutex); run_all(); return g_sticky; }
-API void emu_device_reset() {  // forgets a failed kernel and what was queued behind it; memory stays
+API int emu_device_synchronize() {
   Lock lock(g_mutex);
-  g_sticky = kOk; g_detail.clear(); t_last = kOk;
-  for (auto& s : g_streams) { s.second->queue.clear(); s.second->done = s.second->issued; s.second->capture.reset(); s.second->invalidated = false; }
-  g_default->queue.clear(); g_default->done = g_default->issued;
+  run_all();
+  return g_sticky;
 }
-API long emu_device_used() { Lock lock(g_mutex); return (long)g_used; }
+API void emu_device_reset() { // forgets a failed kernel and what was queued behind it; memory stays
+  Lock lock(g_mutex);
+  g_sticky = kOk;
+  g_detail.clear();
+  t_last = kOk;
+  for (auto& s : g_streams) {
+    s.second->queue.clear();
+    s.second->done = s.second->issued;
+    s.second->capture.reset();
+    s.second->invalidated = false;
+  }
+  g_default->queue.clear();
+  g_default->done = g_default->issued;
+}
+API long emu_device_used() {
+  Lock lock(g_mutex);
+  return (long)g_used;
+}
 
-// ------------------------------------------------------------------------------------------------ libcuda.so.1
-API int cuGetErrorName(int code, const char** out) { *out = text_of(code, &ErrorText::driver); return kOk; }
-API int cuGetErrorString(int code, const char** out) { *out = explained(code); return kOk; }
+// ------------------------------------------------------------------------------------ libcuda.so.1
+API int cuGetErrorName(int code, const char** out) {
+  *out = text_of(code, &ErrorText::driver);
+  return kOk;
+}
+API int cuGetErrorString(int code, const char** out) {
+  *out = explained(code);
+  return kOk;
+}
 API int cuDeviceGetName(char* name, int length, int device) {
   if (device) return fail(kInvalidDevice);
   snprintf(name, (size_t)length, "%s", g_name.c_str());
   return kOk;
 }
 API int cuModuleLoadData(Module** out, const void* image) {
-  { Lock lock(g_mutex); DEVICE_ALIVE(); }
+  {
+    Lock lock(g_mutex);
+    DEVICE_ALIVE();
+  }
   if (!image || !g_load) return fail(kInvalidImage);
   long bytes;
-  if (!memcmp(image, "\x7f" "ELF", 4)) {  // the end of the section or of the program headers, whichever is later
-    const unsigned char* e = (const unsigned char*)image;
-    uint64_t ph, sh; uint16_t phsize, phn, shsize, shn;
-    memcpy(&ph, e + 32, 8); memcpy(&sh, e + 40, 8); memcpy(&phsize, e + 54, 2); memcpy(&phn, e + 56, 2); memcpy(&shsize, e + 58, 2); memcpy(&shn, e + 60, 2);
-    bytes = (long)std::max({(uint64_t)64, ph + (uint64_t)phsize * phn, sh + (uint64_t)shsize * shn});
+  if (!memcmp(image, ELFMAG, SELFMAG)) {
+    // the end of the section or of the program headers, whichever is later
+    const Elf64_Ehdr& e = *(const Elf64_Ehdr*)image;
+    bytes = (long)std::max({(uint64_t)sizeof e, e.e_phoff + (uint64_t)e.e_phentsize * e.e_phnum,
+                            e.e_shoff + (uint64_t)e.e_shentsize * e.e_shnum});
   } else {
     bytes = (long)strlen((const char*)image);
   }
@@ -405,25 +516,43 @@ API int cuModuleLoadData(Module** out, const void* image) {
 }
 API int cuModuleUnload(Module* module) {
   Lock lock(g_mutex);
-  for (auto& m : g_modules) if (m.second.get() == module) { run_all(); g_modules.erase(m.first); return kOk; }
+  for (auto& m : g_modules)
+    if (m.second.get() == module) {
+      run_all();
+      g_modules.erase(m.first);
+      return kOk;
+    }
   return fail(kInvalidHandle);
 }
 API int cuModuleGetFunction(Function** out, Module* module, const char* name) {
   Lock lock(g_mutex);
   auto found = module->functions.find(name);
-  if (found == module->functions.end()) return fail(kNotFound, std::string("there is no kernel ") + name);
+  if (found == module->functions.end())
+    return fail(kNotFound, std::string("there is no kernel ") + name);
   *out = found->second.get();
   return kOk;
 }
 API int cuFuncSetAttribute(Function* f, int attribute, int value) {
   Lock lock(g_mutex);
   const int kMaxDynamicShared = 8;
-  if (attribute != kMaxDynamicShared) return fail(kNotSupported, "attribute " + std::to_string(attribute) + " of a kernel");
-  if (value < 0 || value + f->static_shared > limit(kSharedOptin, 48 << 10)) return fail(kInvalidValue, "kernel " + f->name + ": " + std::to_string(value) + " bytes of dynamic shared memory are more than a block of this device can have");
+  if (attribute != kMaxDynamicShared)
+    return fail(kNotSupported, emu_text("attribute %d of a kernel", attribute));
+  if (value < 0 || value + f->static_shared > limit(kSharedOptin, 48 << 10))
+    return fail(kInvalidValue, emu_text("kernel %s: %d bytes of dynamic shared memory are more "
+                                        "than a block of this device can have",
+                                        f->name.c_str(), value));
   f->max_dynamic = value;
   return kOk;
 }
-struct LaunchConfig { unsigned grid[3], block[3], shared; void* stream; const int* attributes; unsigned num_attributes; };
+static bool compiled(Function* f, int variant) {
+  return f->thunk[variant] || (g_compile && !g_compile(f->module, f->name.c_str(), variant));
+}
+struct LaunchConfig {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  const int* attributes;
+  unsigned num_attributes;
+};
 API int cuLaunchKernelEx(const LaunchConfig* c, Function* f, void** params, void** extra) {
   Launch launch;
   {
@@ -431,15 +560,24 @@ API int cuLaunchKernelEx(const LaunchConfig* c, Function* f, void** params, void
     DEVICE_ALIVE();
     std::string at = "kernel " + f->name + ": ";
     if (extra) return fail(kNotSupported, at + "parameters by extra");
-    if (c->num_attributes && c->attributes && c->attributes[0] != 0) return fail(kNotSupported, at + "launch attribute " + std::to_string(c->attributes[0]) + " is not emulated");
+    if (c->num_attributes && c->attributes && c->attributes[0] != 0)
+      return fail(kNotSupported,
+                  at + emu_text("launch attribute %d is not emulated", c->attributes[0]));
     long threads = (long)c->block[0] * c->block[1] * c->block[2];
-    if (!threads || threads > limit(kThreadsPerBlock, 1024)) return fail(kInvalidValue, at + std::to_string(threads) + " threads a block");
-    if (threads > f->max_threads) return fail(kOutOfResources, at + std::to_string(threads) + " threads a block, compiled for " + std::to_string(f->max_threads));
-    if (!c->grid[0] || !c->grid[1] || !c->grid[2] || c->grid[1] > 65535 || c->grid[2] > 65535 || c->grid[0] > 2147483647u) return fail(kInvalidValue, at + "a grid of " + std::to_string(c->grid[0]) + " x " + std::to_string(c->grid[1]) + " x " + std::to_string(c->grid[2]));
+    if (!threads || threads > limit(kThreadsPerBlock, 1024))
+      return fail(kInvalidValue, at + emu_text("%ld threads a block", threads));
+    if (threads > f->max_threads)
+      return fail(kOutOfResources,
+                  at + emu_text("%ld threads a block, compiled for %ld", threads, f->max_threads));
+    if (!c->grid[0] || !c->grid[1] || !c->grid[2] || c->grid[1] > 65535 || c->grid[2] > 65535 ||
+        c->grid[0] > 2147483647u)
+      return fail(kInvalidValue,
+                  at + emu_text("a grid of %u x %u x %u", c->grid[0], c->grid[1], c->grid[2]));
     launch.mode = g_mode;
     launch.function = f;
     launch.dynamic_shared = c->shared;
-    memcpy(launch.dims, c->grid, 12); memcpy(launch.dims + 3, c->block, 12);
+    memcpy(launch.dims, c->grid, 12);
+    memcpy(launch.dims + 3, c->block, 12);
   }
   int instrumented = launch.mode.check || launch.mode.prof;
   long total = (long)c->grid[0] * c->grid[1] * c->grid[2];
@@ -447,10 +585,16 @@ API int cuLaunchKernelEx(const LaunchConfig* c, Function* f, void** params, void
   // without the lock, as above; the mode is the one at the time of the launch
   for (int variant = 0; variant < 2; variant++) {
     bool needed = variant == instrumented || sampled;
-    if (needed && !f->thunk[variant] && (!g_compile || g_compile(f->module, f->name.c_str(), variant))) return fail(kInvalidImage);
+    if (needed && !compiled(f, variant)) return fail(kInvalidImage);
   }
   Lock lock(g_mutex);
-  if (launch.dynamic_shared > f->max_dynamic || f->static_shared + launch.dynamic_shared > limit(kSharedOptin, 48 << 10)) return fail(kInvalidValue, "kernel " + f->name + ": " + std::to_string(launch.dynamic_shared) + " bytes of dynamic shared memory, at most " + std::to_string(f->max_dynamic) + " were asked for beforehand");
+  if (launch.dynamic_shared > f->max_dynamic ||
+      f->static_shared + launch.dynamic_shared > limit(kSharedOptin, 48 << 10))
+    return fail(
+        kInvalidValue,
+        emu_text(
+            "kernel %s: %ld bytes of dynamic shared memory, at most %ld were asked for beforehand",
+            f->name.c_str(), launch.dynamic_shared, f->max_dynamic));
   for (size_t i = 0; i < f->kinds.size(); i++) {
     uint64_t value = 0;
     memcpy(&value, params[i], f->kinds[i] == 'p' ? 8 : (size_t)(f->kinds[i] - '0'));
@@ -459,15 +603,17 @@ API int cuLaunchKernelEx(const LaunchConfig* c, Function* f, void** params, void
   auto stream = find_stream(c->stream);
   if (!stream) return fail(kInvalidHandle);
   if (sampled) {
-    // some blocks are inspected, spread over the grid with both ends among them; then memory is put back and all
-    // of them run plain, so that the results are whole
+    // some blocks are inspected, spread over the grid with both ends among them; then memory is put
+    // back and all of them run plain, so that the results are whole
     Launch inspected = launch;
-    for (long i = 0; i < g_max_blocks; i++) inspected.blocks.push_back(g_max_blocks == 1 ? 0 : i * (total - 1) / (g_max_blocks - 1));
+    for (long i = 0; i < g_max_blocks; i++)
+      inspected.blocks.push_back(g_max_blocks == 1 ? 0 : i * (total - 1) / (g_max_blocks - 1));
     launch.mode.check = launch.mode.prof = 0;
     int code = enqueue(stream, [inspected] {
       std::map<char*, std::vector<char>> before;
       for (size_t i = 0; i < inspected.function->kinds.size(); i++) {
-        Allocation* a = inspected.function->kinds[i] == 'p' ? holding((void*)inspected.values[i]) : nullptr;
+        Allocation* a =
+            inspected.function->kinds[i] == 'p' ? holding((void*)inspected.values[i]) : nullptr;
         if (a && !before.count(a->base)) before[a->base].assign(a->base, a->base + a->bytes);
       }
       execute(inspected);
@@ -480,38 +626,70 @@ API int cuLaunchKernelEx(const LaunchConfig* c, Function* f, void** params, void
 }
 API int cuTensorMapEncodeTiled(...) { return fail(kNotSupported, "tensor maps are not emulated"); }
 
-// ------------------------------------------------------------------------------------------------ libcudart.so.13
+// --------------------------------------------------------------------------------- libcudart.so.13
 API const char* cudaGetErrorName(int code) { return text_of(code, &ErrorText::runtime); }
 API const char* cudaGetErrorString(int code) { return explained(code); }
-API int cudaGetLastError() { int code = g_sticky ? g_sticky : t_last; t_last = kOk; return code; }
+API int cudaGetLastError() {
+  int code = g_sticky ? g_sticky : t_last;
+  t_last = kOk;
+  return code;
+}
 API int cudaPeekAtLastError() { return g_sticky ? g_sticky : t_last; }
-API int cudaGetDeviceCount(int* n) { *n = 1; return kOk; }
-API int cudaGetDevice(int* device) { *device = 0; return kOk; }
-API int cudaSetDevice(int device) { return device ? fail(kInvalidDevice) : (int)kOk; }
+API int cudaGetDeviceCount(int* n) {
+  *n = 1;
+  return kOk;
+}
+API int cudaGetDevice(int* device) {
+  *device = 0;
+  return kOk;
+}
+API int cudaSetDevice(int device) { return device ? fail(kInvalidDevice) : kOk; }
 API int cudaDeviceGetAttribute(int* value, int attribute, int device) {
   Lock lock(g_mutex);
   if (device) return fail(kInvalidDevice);
   auto found = g_attributes.find(attribute);
-  if (found == g_attributes.end()) return fail(kInvalidValue, "device attribute " + std::to_string(attribute) + " is not known to the emulated device");
+  if (found == g_attributes.end())
+    return fail(kInvalidValue,
+                emu_text("device attribute %d is not known to the emulated device", attribute));
   *value = found->second;
   return kOk;
 }
-struct Properties {  // the head of cudaDeviceProp of CUDA 13; what follows is left as it was
-  char name[256]; unsigned char uuid[16]; char luid[8]; unsigned mask;
-  size_t total, shared_per_block; int registers, warp; size_t pitch; int max_threads, max_dim[3], max_grid[3];
-  size_t constant; int major, minor;
+struct Properties { // the head of cudaDeviceProp of CUDA 13; what follows is left as it was
+  char name[256];
+  unsigned char uuid[16];
+  char luid[8];
+  unsigned mask;
+  size_t total, shared_per_block;
+  int registers, warp;
+  size_t pitch;
+  int max_threads, max_dim[3], max_grid[3];
+  size_t constant;
+  int major, minor;
 };
 API int cudaGetDeviceProperties(Properties* p, int device) {
   Lock lock(g_mutex);
   if (device) return fail(kInvalidDevice);
   memset(p, 0, sizeof *p);
   snprintf(p->name, sizeof p->name, "%s", g_name.c_str());
-  p->total = g_total; p->shared_per_block = (size_t)limit(kSharedPerBlock, 0); p->registers = limit(kRegistersPerBlock, 0); p->warp = 32; p->max_threads = limit(kThreadsPerBlock, 0);
-  for (int i = 0; i < 3; i++) { p->max_dim[i] = limit(2 + i, 0); p->max_grid[i] = limit(kGridX + i, 0); }
-  p->major = limit(kMajor, 0); p->minor = limit(kMinor, 0);
+  p->total = g_total;
+  p->shared_per_block = (size_t)limit(kSharedPerBlock, 0);
+  p->registers = limit(kRegistersPerBlock, 0);
+  p->warp = 32;
+  p->max_threads = limit(kThreadsPerBlock, 0);
+  for (int i = 0; i < 3; i++) {
+    p->max_dim[i] = limit(kBlockX + i, 0);
+    p->max_grid[i] = limit(kGridX + i, 0);
+  }
+  p->major = limit(kMajor, 0);
+  p->minor = limit(kMinor, 0);
   return kOk;
 }
-API int cudaMemGetInfo(size_t* free_bytes, size_t* total) { Lock lock(g_mutex); *total = g_total; *free_bytes = g_total - g_used; return kOk; }
+API int cudaMemGetInfo(size_t* free_bytes, size_t* total) {
+  Lock lock(g_mutex);
+  *total = g_total;
+  *free_bytes = g_total - g_used;
+  return kOk;
+}
 API int cudaMalloc(void** out, size_t bytes) {
   Lock lock(g_mutex);
   DEVICE_ALIVE();
@@ -521,12 +699,18 @@ API int cudaMalloc(void** out, size_t bytes) {
 API int cudaFree(void* p) {
   Lock lock(g_mutex);
   if (int code = refuse_while_capturing("cudaFree")) return code;
-  run_all();  // cudaFree waits for the device
-  int code = release(p, false);
-  return g_sticky ? fail(g_sticky) : code;
+  run_all(); // cudaFree waits for the device
+  return alive_or(release(p, false));
 }
-API int cudaMallocHost(void** out, size_t bytes) { Lock lock(g_mutex); return allocate(out, bytes, true); }
-API int cudaFreeHost(void* p) { Lock lock(g_mutex); run_all(); return release(p, true); }
+API int cudaMallocHost(void** out, size_t bytes) {
+  Lock lock(g_mutex);
+  return allocate(out, bytes, true);
+}
+API int cudaFreeHost(void* p) {
+  Lock lock(g_mutex);
+  run_all();
+  return release(p, true);
+}
 
 static int copy(void* to, const void* from, size_t bytes, int kind, void* handle) {
   Lock lock(g_mutex);
@@ -534,14 +718,18 @@ static int copy(void* to, const void* from, size_t bytes, int kind, void* handle
   auto stream = find_stream(handle);
   if (!stream) return fail(kInvalidHandle);
   if (!bytes) return kOk;
-  // kind: 0 host to host, 1 host to device, 2 device to host, 3 device to device, 4 by the addresses
+  // kind: 0 host to host, 1 to the device, 2 from it, 3 within it, 4 by the addresses
   Allocation *target = holding(to), *source = holding(from);
   bool to_device = kind == 1 || kind == 3, from_device = kind == 2 || kind == 3;
   if (to_device && (!target || target->host)) return fail(kInvalidValue, "copy to " + describe(to));
-  if (from_device && (!source || source->host)) return fail(kInvalidValue, "copy from " + describe(from));
-  if (target && (char*)to + bytes > target->base + target->bytes) return fail(kInvalidValue, "copy of " + std::to_string(bytes) + " bytes to " + describe(to));
-  if (source && (char*)from + bytes > source->base + source->bytes) return fail(kInvalidValue, "copy of " + std::to_string(bytes) + " bytes from " + describe(from));
-  if (stream->capture && ((!target && to_device == false) || (!source && from_device == false && kind != 3))) {
+  if (from_device && (!source || source->host))
+    return fail(kInvalidValue, "copy from " + describe(from));
+  if (target && (char*)to + bytes > target->base + target->bytes)
+    return fail(kInvalidValue, emu_text("copy of %zu bytes to %s", bytes, describe(to).c_str()));
+  if (source && (char*)from + bytes > source->base + source->bytes)
+    return fail(kInvalidValue,
+                emu_text("copy of %zu bytes from %s", bytes, describe(from).c_str()));
+  if (stream->capture && ((!target && !to_device) || (!source && !from_device))) {
     stream->invalidated = true;
     return fail(kCaptureUnsupported, "copy to or from pageable memory while capturing");
   }
@@ -552,11 +740,15 @@ static int copy(void* to, const void* from, size_t bytes, int kind, void* handle
   }
   int code = enqueue(stream, [to, from, bytes] { memmove(to, from, bytes); });
   // to pageable memory the call returns when the copy is there
-  if (!code && !target) { run_until(stream, stream->issued); code = g_sticky ? fail(g_sticky) : (int)kOk; }
-  return code;
+  if (code || target) return code;
+  run_until(stream, stream->issued);
+  return alive_or(kOk);
 }
-API int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int kind, void* stream) { return copy(to, from, bytes, kind, stream); }
-API int cudaMemcpyPeerAsync(void* to, int to_device, const void* from, int from_device, size_t bytes, void* stream) {
+API int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int kind, void* stream) {
+  return copy(to, from, bytes, kind, stream);
+}
+API int cudaMemcpyPeerAsync(void* to, int to_device, const void* from, int from_device,
+                            size_t bytes, void* stream) {
   return to_device || from_device ? fail(kInvalidDevice) : copy(to, from, bytes, 3, stream);
 }
 
@@ -564,7 +756,7 @@ API int cudaStreamCreateWithFlags(Stream** out, unsigned flags) {
   Lock lock(g_mutex);
   DEVICE_ALIVE();
   auto made = std::make_shared<Stream>();
-  made->blocking = !(flags & 1);  // cudaStreamNonBlocking
+  made->blocking = !(flags & 1); // cudaStreamNonBlocking
   *out = made.get();
   g_streams[made.get()] = made;
   return kOk;
@@ -574,7 +766,7 @@ API int cudaStreamDestroy(Stream* handle) {
   Lock lock(g_mutex);
   auto found = g_streams.find(handle);
   if (found == g_streams.end()) return fail(kInvalidHandle);
-  run_until(found->second, found->second->issued);  // what was queued is still done
+  run_until(found->second, found->second->issued); // what was queued is still done
   g_streams.erase(found);
   return kOk;
 }
@@ -582,17 +774,22 @@ API int cudaStreamSynchronize(void* handle) {
   Lock lock(g_mutex);
   auto stream = find_stream(handle);
   if (!stream) return fail(kInvalidHandle);
-  if (stream->capture) { stream->invalidated = true; return fail(kCaptureUnsupported, "cudaStreamSynchronize of a capturing stream"); }
+  if (stream->capture) {
+    stream->invalidated = true;
+    return fail(kCaptureUnsupported, "cudaStreamSynchronize of a capturing stream");
+  }
   run_until(stream, stream->issued);
   // the default stream is done when the blocking ones before it are
-  if (stream == g_default) for (auto& s : g_streams) if (s.second->blocking) run_until(s.second, s.second->issued);
-  return g_sticky ? fail(g_sticky) : kOk;
+  if (stream == g_default)
+    for (auto& s : g_streams)
+      if (s.second->blocking) run_until(s.second, s.second->issued);
+  return alive_or(kOk);
 }
 API int cudaStreamWaitEvent(void* handle, Event* event, unsigned) {
   Lock lock(g_mutex);
   auto stream = find_stream(handle);
   if (!stream || !event) return fail(kInvalidHandle);
-  if (!event->stream) return kOk;  // never recorded: nothing to wait for
+  if (!event->stream) return kOk; // never recorded: nothing to wait for
   return enqueue(stream, [] {}, {{event->stream, event->ticket}});
 }
 API int cudaStreamBeginCapture(void* handle, int mode) {
@@ -604,7 +801,7 @@ API int cudaStreamBeginCapture(void* handle, int mode) {
   if (stream->capture) return fail(kInvalidValue, "the stream is capturing already");
   stream->capture = std::make_unique<Graph>();
   stream->invalidated = false;
-  stream->global_mode = mode == 0;  // cudaStreamCaptureModeGlobal
+  stream->global_mode = mode == 0; // cudaStreamCaptureModeGlobal
   return kOk;
 }
 API int cudaStreamEndCapture(void* handle, Graph** out) {
@@ -632,7 +829,8 @@ API int cudaGraphLaunch(Graph* exec, void* handle) {
   }
   int instrumented = mode.check || mode.prof;
   // without the lock, as for a launch
-  for (Function* f : exec->kernels) if (!f->thunk[instrumented] && (!g_compile || g_compile(f->module, f->name.c_str(), instrumented))) return fail(kInvalidImage);
+  for (Function* f : exec->kernels)
+    if (!compiled(f, instrumented)) return fail(kInvalidImage);
   Lock lock(g_mutex);
   auto stream = find_stream(handle);
   if (!stream) return fail(kInvalidHandle);
@@ -640,15 +838,28 @@ API int cudaGraphLaunch(Graph* exec, void* handle) {
   return enqueue(stream, [ops, mode] {
     g_replaying = 1;
     g_replay_mode = mode;
-    for (auto& op : ops) if (!g_sticky) op();
+    for (auto& op : ops)
+      if (!g_sticky) op();
     g_replaying = 0;
   });
 }
-API int cudaGraphDestroy(Graph* graph) { delete graph; return kOk; }
-API int cudaGraphExecDestroy(Graph* exec) { delete exec; return kOk; }
+API int cudaGraphDestroy(Graph* graph) {
+  delete graph;
+  return kOk;
+}
+API int cudaGraphExecDestroy(Graph* exec) {
+  delete exec;
+  return kOk;
+}
 
-API int cudaEventCreate(Event** out) { *out = new Event; return kOk; }
-API int cudaEventDestroy(Event* event) { delete event; return kOk; }
+API int cudaEventCreate(Event** out) {
+  *out = new Event;
+  return kOk;
+}
+API int cudaEventDestroy(Event* event) {
+  delete event;
+  return kOk;
+}
 API int cudaEventRecord(Event* event, void* handle) {
   Lock lock(g_mutex);
   DEVICE_ALIVE();
@@ -657,48 +868,58 @@ API int cudaEventRecord(Event* event, void* handle) {
   event->seconds = std::make_shared<double>(0.0);
   auto seconds = event->seconds;
   int code = enqueue(stream, [seconds] { *seconds = now(); });
-  if (stream->capture) return code;  // part of the graph, nothing to wait for
-  event->stream = stream; event->ticket = stream->issued;
+  if (stream->capture) return code; // part of the graph, nothing to wait for
+  event->stream = stream;
+  event->ticket = stream->issued;
   return code;
 }
 API int cudaEventSynchronize(Event* event) {
   Lock lock(g_mutex);
   if (!event) return fail(kInvalidHandle);
   if (event->stream) run_until(event->stream, event->ticket);
-  return g_sticky ? fail(g_sticky) : kOk;
+  return alive_or(kOk);
 }
 API int cudaEventElapsedTime(float* milliseconds, Event* begin, Event* end) {
   Lock lock(g_mutex);
   if (!begin || !end || !begin->stream || !end->stream) return fail(kInvalidHandle);
-  if (begin->stream->done < begin->ticket || end->stream->done < end->ticket) return fail(kNotReady);
-  *milliseconds = (float)((*end->seconds - *begin->seconds) * 1e3);  // of this CPU: says nothing about a GPU
+  if (begin->stream->done < begin->ticket || end->stream->done < end->ticket)
+    return fail(kNotReady);
+  *milliseconds =
+      (float)((*end->seconds - *begin->seconds) * 1e3); // of this CPU: says nothing about a GPU
   return kOk;
 }
 
-// ------------------------------------------------------------------------------------------------ libcublas.so.13
-// Matrix products are computed in double and rounded once. They run in their stream's order, may be captured, and
-// end the device as a kernel does when an operand is not all inside one allocation.
+// --------------------------------------------------------------------------------- libcublas.so.13
+// Matrix products are computed in double and rounded once. They run in their stream's order, may be
+// captured, and end the device as a kernel does when an operand is not all inside one allocation.
 namespace {
 
-enum BlasStatus { kBlasOk = 0, kBlasNotInitialized = 1, kBlasAllocFailed = 3, kBlasInvalidValue = 7, kBlasExecutionFailed = 13, kBlasNotSupported = 15 };
-enum BlasType { kF32 = 0, kF16 = 2, kBF16 = 14 };
-struct Blas { std::shared_ptr<Stream> stream; };
+const int kBlasOk = 0, kBlasNotInitialized = 1, kBlasAllocFailed = 3, kBlasInvalidValue = 7,
+          kBlasExecutionFailed = 13, kBlasNotSupported = 15;
+const int kF32 = 0, kF16 = 2, kBF16 = 14;
+struct Blas {
+  std::shared_ptr<Stream> stream;
+};
 std::map<Blas*, std::unique_ptr<Blas>> g_blas;
 
-int blas_fail(int status, const std::string& detail) { g_detail = detail; return status; }
+int blas_fail(int status, const std::string& detail) {
+  g_detail = detail;
+  return status;
+}
 size_t bytes_of(int type) { return type == kF32 ? 4 : 2; }
 bool known(int type) { return type == kF32 || type == kF16 || type == kBF16; }
 
 double load(const char* p, int type) {
-  if (type == kF32) { float f; memcpy(&f, p, 4); return f; }
-  uint16_t bits;
-  memcpy(&bits, p, 2);
-  if (type == kBF16) { uint32_t wide = (uint32_t)bits << 16; float f; memcpy(&f, &wide, 4); return f; }
+  if (type == kF32) return *(const float*)p;
+  uint16_t bits = *(const uint16_t*)p;
+  if (type == kBF16) return emu_cast<float>((uint32_t)bits << 16);
   int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  double v = exponent == 31 ? (fraction ? NAN : INFINITY) : exponent ? ldexp(1024 + fraction, exponent - 25) : ldexp(fraction, -24);
+  double v = exponent == 31 ? (fraction ? NAN : INFINITY)
+             : exponent     ? ldexp(1024 + fraction, exponent - 25)
+                            : ldexp(fraction, -24);
   return bits & 0x8000 ? -v : v;
 }
-// the nearest value with so many significant bits whose last place is not below 2 to the power of `least`
+// the nearest value of so many significant bits, the last one worth at least 2 to the `least`
 double rounded(double v, int digits, int least) {
   if (v == 0 || !std::isfinite(v)) return v;
   int exponent;
@@ -706,113 +927,158 @@ double rounded(double v, int digits, int least) {
   int unit = std::max(exponent - digits, least);
   return ldexp(nearbyint(ldexp(v, -unit)), unit);
 }
-void store(char* p, double v, int type) {
-  if (type != kF16) {
-    float f = (float)(type == kBF16 ? rounded(v, 8, -133) : v);  // what bfloat16 holds is exact in float32
-    uint32_t bits;
-    memcpy(&bits, &f, 4);
-    if (type == kF32) { memcpy(p, &bits, 4); return; }
-    uint16_t high = std::isnan(v) ? 0x7fff : bits >> 16;
-    memcpy(p, &high, 2);
-    return;
-  }
+uint16_t half_bits(double v) {
   double a = std::fabs(rounded(v, 11, -24));
-  uint16_t bits;
-  if (std::isnan(v)) bits = 0x7fff;
-  else if (a >= 65520) bits = 0x7c00;
-  else if (a < ldexp(1, -14)) bits = (uint16_t)ldexp(a, 24);  // zero and subnormals
-  else { int exponent; double f = frexp(a, &exponent); bits = (uint16_t)((exponent + 14) << 10 | ((int)ldexp(f, 11) & 1023)); }
-  if (std::signbit(v)) bits |= 0x8000;
-  memcpy(p, &bits, 2);
+  if (std::isnan(v)) return 0x7fff;
+  if (a >= 65520) return 0x7c00;
+  if (a < ldexp(1, -14)) return (uint16_t)ldexp(a, 24); // zero and subnormals
+  int exponent;
+  double f = frexp(a, &exponent);
+  return (uint16_t)((exponent + 14) << 10 | ((int)ldexp(f, 11) & 1023));
+}
+void store(char* p, double v, int type) {
+  if (type == kF32) {
+    *(float*)p = (float)v;
+  } else if (type == kF16) {
+    *(uint16_t*)p = half_bits(v) | (std::signbit(v) ? 0x8000 : 0);
+  } else { // what bfloat16 holds is exact in float32
+    uint32_t bits = emu_cast<uint32_t>((float)rounded(v, 8, -133));
+    *(uint16_t*)p = std::isnan(v) ? 0x7fff : bits >> 16;
+  }
 }
 
-struct Matrix {  // as cuBLAS sees it: columns one after another
+struct Matrix { // as cuBLAS sees it: columns one after another
   const char* name;
   char* data;
   int type, ld;
   long long stride;
   int rows, columns;
-  long long end(int batch) const { return rows && columns ? stride * (batch - 1) + (long long)(columns - 1) * ld + rows : 0; }  // elements
-  char* at(int row, int column, int batch) const { return data + (stride * batch + (long long)column * ld + row) * (long long)bytes_of(type); }
+  void shape(int transposed, int m, int n) {
+    rows = transposed ? n : m;
+    columns = transposed ? m : n;
+  }
+  long long bytes(int batch) const { // from the first element to the end of the last
+    long long last = stride * (batch - 1) + (long long)(columns - 1) * ld + rows;
+    return rows && columns ? last * (long long)bytes_of(type) : 0;
+  }
+  char* at(int row, int column, int batch) const {
+    return data + (stride * batch + (long long)column * ld + row) * (long long)bytes_of(type);
+  }
 };
-struct Product { const char* function; int op_a, op_b, m, n, k, batch; float alpha, beta; Matrix a, b, c; };
+struct Product {
+  const char* function;
+  int op_a, op_b, m, n, k, batch;
+  float alpha, beta;
+  Matrix a, b, c;
+};
 
 // why an operand cannot be read or written, empty when it can
 std::string misplaced(const Matrix& x, int batch) {
-  long long bytes = x.end(batch) * (long long)bytes_of(x.type);
+  long long bytes = x.bytes(batch);
   if (!bytes) return "";
   Allocation* a = holding(x.data);
-  if (!a || a->host || x.data + bytes > a->base + a->bytes) return std::string("access outside of device memory: ") + x.name + " has " + std::to_string(bytes) + " bytes from " + describe(x.data);
-  if ((uintptr_t)x.data % bytes_of(x.type)) return std::string("misaligned access: ") + x.name + " at " + describe(x.data);
+  if (!a || a->host || x.data + bytes > a->base + a->bytes)
+    return emu_text("access outside of device memory: %s has %lld bytes from %s", x.name, bytes,
+                    describe(x.data).c_str());
+  if ((uintptr_t)x.data % bytes_of(x.type))
+    return emu_text("misaligned access: %s at %s", x.name, describe(x.data).c_str());
   return "";
 }
 bool overlap(const Matrix& x, const Matrix& y, int batch) {
-  const char *x_end = x.data + x.end(batch) * (long long)bytes_of(x.type), *y_end = y.data + y.end(batch) * (long long)bytes_of(y.type);
-  return x.data < y_end && y.data < x_end;
+  return x.data < y.data + y.bytes(batch) && y.data < x.data + x.bytes(batch);
 }
 
+void multiply(const Product& p, int s) {
+  std::vector<double> b((size_t)p.n * p.k), row(p.k);
+  for (int j = 0; j < p.n; j++)
+    for (int l = 0; l < p.k; l++)
+      b[(size_t)j * p.k + l] = load(p.op_b ? p.b.at(j, l, s) : p.b.at(l, j, s), p.b.type);
+  for (int i = 0; i < p.m; i++) {
+    for (int l = 0; l < p.k; l++)
+      row[l] = load(p.op_a ? p.a.at(l, i, s) : p.a.at(i, l, s), p.a.type);
+    for (int j = 0; j < p.n; j++) {
+      double sums[4] = {0, 0, 0, 0};
+      const double* column = &b[(size_t)j * p.k];
+      int l = 0;
+      for (; l + 4 <= p.k; l += 4)
+        for (int u = 0; u < 4; u++) sums[u] += row[l + u] * column[l + u];
+      for (; l < p.k; l++) sums[0] += row[l] * column[l];
+      double v = p.alpha * (sums[0] + sums[1] + sums[2] + sums[3]);
+      char* to = p.c.at(i, j, s);
+      if (p.beta != 0) v += p.beta * load(to, p.c.type); // C is not read where beta is 0
+      store(to, v, p.c.type);
+    }
+  }
+}
 void multiply(const Product& p) {
   double begin = now();
   std::string error;
-  for (const Matrix* x : {&p.a, &p.b, &p.c}) if (error.empty()) error = misplaced(*x, p.batch);
-  for (const Matrix* x : {&p.a, &p.b}) if (error.empty() && overlap(*x, p.c, p.batch)) error = std::string("C overlaps ") + x->name;
-  if (error.empty()) {
-    std::vector<double> b((size_t)p.n * p.k), row(p.k);
-    for (int s = 0; s < p.batch; s++) {
-      if (!s || p.b.stride)
-        for (int j = 0; j < p.n; j++) for (int l = 0; l < p.k; l++) b[(size_t)j * p.k + l] = load(p.op_b ? p.b.at(j, l, s) : p.b.at(l, j, s), p.b.type);
-      for (int i = 0; i < p.m; i++) {
-        for (int l = 0; l < p.k; l++) row[l] = load(p.op_a ? p.a.at(l, i, s) : p.a.at(i, l, s), p.a.type);
-        for (int j = 0; j < p.n; j++) {
-          double sums[4] = {0, 0, 0, 0};
-          const double* column = &b[(size_t)j * p.k];
-          int l = 0;
-          for (; l + 4 <= p.k; l += 4) for (int u = 0; u < 4; u++) sums[u] += row[l + u] * column[l + u];
-          for (; l < p.k; l++) sums[0] += row[l] * column[l];
-          double v = p.alpha * (sums[0] + sums[1] + sums[2] + sums[3]);
-          char* to = p.c.at(i, j, s);
-          if (p.beta != 0) v += p.beta * load(to, p.c.type);  // C is not read where beta is 0
-          store(to, v, p.c.type);
-        }
-      }
-    }
-  }
-  Record r = {p.function, "", error, {(unsigned)p.m, (unsigned)p.n, (unsigned)p.batch, 1, 1, 1}, 0, 0, 0, now() - begin, "", 1.0, g_replaying};
-  if (!error.empty()) {
-    g_detail = std::string(p.function) + ": " + error;
-    g_sticky = error.find("access") != std::string::npos ? kIllegalAddress : kLaunchFailure;
-  }
-  g_records.push_back(std::move(r));
+  for (const Matrix* x : {&p.a, &p.b, &p.c})
+    if (error.empty()) error = misplaced(*x, p.batch);
+  for (const Matrix* x : {&p.a, &p.b})
+    if (error.empty() && overlap(*x, p.c, p.batch)) error = std::string("C overlaps ") + x->name;
+  for (int s = 0; s < p.batch && error.empty(); s++) multiply(p, s);
+  Figures figures = {{(unsigned)p.m, (unsigned)p.n, (unsigned)p.batch, 1, 1, 1},
+                     0,
+                     0,
+                     0,
+                     now() - begin,
+                     1.0,
+                     g_replaying};
+  note(p.function, {p.function, "", error, "", figures});
 }
 
-int product(Blas* handle, const Product& p, int compute, int pointers) {
+int product(Blas* handle, Product p, const float* alpha, const float* beta, int compute) {
   Lock lock(g_mutex);
   if (g_sticky) return blas_fail(kBlasExecutionFailed, g_detail);
-  if (!g_blas.count(handle)) return blas_fail(kBlasNotInitialized, "the handle is not one of cublasCreate");
+  if (!g_blas.count(handle))
+    return blas_fail(kBlasNotInitialized, "the handle is not one of cublasCreate");
   std::string at = std::string(p.function) + ": ";
-  if (!pointers) return blas_fail(kBlasInvalidValue, at + "alpha or beta is missing");
-  if (p.m < 0 || p.n < 0 || p.k < 0 || p.batch < 0) return blas_fail(kBlasInvalidValue, at + "a negative extent");
-  if ((p.op_a | p.op_b) & ~1) return blas_fail(kBlasNotSupported, at + "an operation other than N and T is not emulated");
+  if (!alpha || !beta) return blas_fail(kBlasInvalidValue, at + "alpha or beta is missing");
+  p.alpha = *alpha;
+  p.beta = *beta;
+  if (p.m < 0 || p.n < 0 || p.k < 0 || p.batch < 0)
+    return blas_fail(kBlasInvalidValue, at + "a negative extent");
+  if ((p.op_a | p.op_b) & ~1)
+    return blas_fail(kBlasNotSupported, at + "an operation other than N and T is not emulated");
+  p.a.shape(p.op_a, p.m, p.k);
+  p.b.shape(p.op_b, p.k, p.n);
+  p.c.shape(0, p.m, p.n);
   for (const Matrix* x : {&p.a, &p.b, &p.c}) {
-    if (!known(x->type)) return blas_fail(kBlasNotSupported, at + x->name + " of type " + std::to_string(x->type) + " is not emulated");
-    if (x->ld < std::max(1, x->rows)) return blas_fail(kBlasInvalidValue, at + "the leading dimension " + std::to_string(x->ld) + " of " + x->name + " is less than its " + std::to_string(x->rows) + " rows");
+    if (!known(x->type))
+      return blas_fail(kBlasNotSupported,
+                       at + emu_text("%s of type %d is not emulated", x->name, x->type));
+    if (x->ld < std::max(1, x->rows))
+      return blas_fail(kBlasInvalidValue,
+                       at + emu_text("the leading dimension %d of %s is less than its %d rows",
+                                     x->ld, x->name, x->rows));
   }
   // the table of cublasGemmEx for sums in float32
-  if (compute != 68) return blas_fail(kBlasNotSupported, at + "compute type " + std::to_string(compute) + " is not emulated");
-  if (p.a.type != p.b.type || (p.c.type != p.a.type && p.c.type != kF32)) return blas_fail(kBlasNotSupported, at + "no kernel for these types together");
+  if (compute != 68)
+    return blas_fail(kBlasNotSupported, at + emu_text("compute type %d is not emulated", compute));
+  if (p.a.type != p.b.type || (p.c.type != p.a.type && p.c.type != kF32))
+    return blas_fail(kBlasNotSupported, at + "no kernel for these types together");
   if (!p.m || !p.n || !p.batch) return kBlasOk;
-  Product held = p;
-  return enqueue(g_blas.at(handle)->stream, [held] { multiply(held); }) ? blas_fail(kBlasExecutionFailed, g_detail) : (int)kBlasOk;
+  return enqueue(g_blas.at(handle)->stream, [p] { multiply(p); })
+             ? blas_fail(kBlasExecutionFailed, g_detail)
+             : kBlasOk;
 }
 
-}  // namespace
+} // namespace
 
 API const char* cublasGetStatusString(int status) {
-  static const std::map<int, const char*> names = {{kBlasOk, "success"}, {kBlasNotInitialized, "the library was not initialized"}, {kBlasAllocFailed, "the resource allocation failed"}, {kBlasInvalidValue, "an invalid value"}, {kBlasExecutionFailed, "the execution failed"}, {kBlasNotSupported, "not supported"}};
-  static std::map<std::string, bool> texts;  // kept for the process's life: callers hold the pointer
+  static const std::map<int, const char*> names = {
+      {kBlasOk, "success"},
+      {kBlasNotInitialized, "the library was not initialized"},
+      {kBlasAllocFailed, "the resource allocation failed"},
+      {kBlasInvalidValue, "an invalid value"},
+      {kBlasExecutionFailed, "the execution failed"},
+      {kBlasNotSupported, "not supported"}};
+  static std::map<std::string, bool> texts; // kept for the process's life: callers hold the pointer
   Lock lock(g_mutex);
   auto found = names.find(status);
-  std::string text = found == names.end() ? "a status the emulated device does not know" : found->second;
+  std::string text =
+      found == names.end() ? "a status the emulated device does not know" : found->second;
   if (status && !g_detail.empty()) text += " (emulated device: " + g_detail + ")";
   return texts.emplace(text, true).first->first.c_str();
 }
@@ -831,7 +1097,7 @@ API int cublasCreate_v2(Blas** out) {
 API int cublasDestroy_v2(Blas* handle) {
   Lock lock(g_mutex);
   if (!g_blas.count(handle)) return kBlasNotInitialized;
-  run_all();  // as it frees memory
+  run_all(); // as it frees memory
   g_blas.erase(handle);
   return kBlasOk;
 }
@@ -839,19 +1105,28 @@ API int cublasSetStream_v2(Blas* handle, void* stream) {
   Lock lock(g_mutex);
   if (!g_blas.count(handle)) return kBlasNotInitialized;
   auto found = find_stream(stream);
-  if (!found) return blas_fail(kBlasInvalidValue, "cublasSetStream: the stream is not one of this device");
+  if (!found)
+    return blas_fail(kBlasInvalidValue, "cublasSetStream: the stream is not one of this device");
   g_blas[handle]->stream = found;
   return kBlasOk;
 }
-API int cublasGemmStridedBatchedEx(Blas* handle, int op_a, int op_b, int m, int n, int k, const float* alpha, const void* a, int type_a, int lda, long long stride_a,
-                                   const void* b, int type_b, int ldb, long long stride_b, const float* beta, void* c, int type_c, int ldc, long long stride_c, int batch, int compute, int) {
-  Product p = {"cublasGemmStridedBatchedEx", op_a, op_b, m, n, k, batch, alpha ? *alpha : 0, beta ? *beta : 0,
-               {"A", (char*)a, type_a, lda, stride_a, op_a ? k : m, op_a ? m : k}, {"B", (char*)b, type_b, ldb, stride_b, op_b ? n : k, op_b ? k : n}, {"C", (char*)c, type_c, ldc, stride_c, m, n}};
-  return product(handle, p, compute, alpha && beta);
+API int cublasGemmStridedBatchedEx(Blas* handle, int op_a, int op_b, int m, int n, int k,
+                                   const float* alpha, const void* a, int type_a, int lda,
+                                   long long stride_a, const void* b, int type_b, int ldb,
+                                   long long stride_b, const float* beta, void* c, int type_c,
+                                   int ldc, long long stride_c, int batch, int compute, int) {
+  Product p = {"cublasGemmStridedBatchedEx", op_a, op_b, m, n, k, batch};
+  p.a = {"A", (char*)a, type_a, lda, stride_a};
+  p.b = {"B", (char*)b, type_b, ldb, stride_b};
+  p.c = {"C", (char*)c, type_c, ldc, stride_c};
+  return product(handle, p, alpha, beta, compute);
 }
-API int cublasGemmEx(Blas* handle, int op_a, int op_b, int m, int n, int k, const float* alpha, const void* a, int type_a, int lda,
-                     const void* b, int type_b, int ldb, const float* beta, void* c, int type_c, int ldc, int compute, int) {
-  Product p = {"cublasGemmEx", op_a, op_b, m, n, k, 1, alpha ? *alpha : 0, beta ? *beta : 0,
-               {"A", (char*)a, type_a, lda, 0, op_a ? k : m, op_a ? m : k}, {"B", (char*)b, type_b, ldb, 0, op_b ? n : k, op_b ? k : n}, {"C", (char*)c, type_c, ldc, 0, m, n}};
-  return product(handle, p, compute, alpha && beta);
+API int cublasGemmEx(Blas* handle, int op_a, int op_b, int m, int n, int k, const float* alpha,
+                     const void* a, int type_a, int lda, const void* b, int type_b, int ldb,
+                     const float* beta, void* c, int type_c, int ldc, int compute, int) {
+  Product p = {"cublasGemmEx", op_a, op_b, m, n, k, 1};
+  p.a = {"A", (char*)a, type_a, lda};
+  p.b = {"B", (char*)b, type_b, ldb};
+  p.c = {"C", (char*)c, type_c, ldc};
+  return product(handle, p, alpha, beta, compute);
 }

@@ -18,7 +18,6 @@ import hashlib
 import logging
 import re
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,18 +25,14 @@ from pathlib import Path
 from tvm_balanced.cuda import nvrtc
 from tvm_balanced.cuda.emulator.compiler import EmulatorError, device_libraries, runtime
 from tvm_balanced.cuda.emulator.module import ORDERS, SCALARS, Module
-from tvm_balanced.cuda.emulator.report import Report
+from tvm_balanced.cuda.emulator.report import EmulatorReport
 from tvm_balanced.cuda.source import split_kernels
 from tvm_balanced.errors import InputError, ToolchainError
 from tvm_balanced.targets.gpus import ARCHITECTURES, representative
 from tvm_balanced.targets.host import core_count
 
 log = logging.getLogger(__name__)
-
-
 MEMORY_BYTES = 16 << 30  # of the emulated device; pages cost nothing until they are used
-
-
 _BOUNDS = re.compile(r"__launch_bounds__\(\s*(\d+)")
 
 
@@ -58,8 +53,6 @@ class _Record(ctypes.Structure):
 
 
 _Load = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_void_p, ctypes.c_long)
-
-
 _Compile = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_long, ctypes.c_char_p, ctypes.c_int)
 
 
@@ -70,17 +63,17 @@ class DeviceLaunch:
     Parameters
     ----------
     kernel : str
-        Its name, or that of the cuBLAS function.
+        Name of the kernel, or of the cuBLAS function.
     grid, block : tuple of int
         Extents; of a cuBLAS function m, n and the batch, and ones.
     dynamic_shared : int
-        Bytes.
-    report : Report or None
+        Bytes of dynamic shared memory.
+    report : EmulatorReport or None
         What an instrumented launch saw; None of a plain one and of cuBLAS.
     error : str
-        Why it failed; empty when it did not.
+        Reason why it failed; empty when it did not.
     seconds : float
-        It took on this CPU.
+        Time that it took on this CPU.
     graph : bool
         Whether the replay of a CUDA graph launched it.
     """
@@ -89,7 +82,7 @@ class DeviceLaunch:
     grid: tuple[int, ...]
     block: tuple[int, ...]
     dynamic_shared: int
-    report: Report | None
+    report: EmulatorReport | None
     error: str
     seconds: float
     graph: bool = False
@@ -129,7 +122,6 @@ class Device:
         self._units: dict[int, _Unit] = {}
         self._sources: dict[str, str] = {}
         self._lock = threading.Lock()
-        self._problem = ""
         # kept here: the C side holds their addresses
         self._callbacks = (_Load(self._load), _Compile(self._compile))
         self._library.emu_device_callbacks(*self._callbacks)
@@ -185,9 +177,9 @@ class Device:
             Look for races, accesses out of bounds and reads of unwritten shared memory; count accesses. Both
             are an order of magnitude slower.
         order : str
-            ``"seq"``, ``"reverse"`` or ``"random"``: of threads between barriers.
+            Order of threads between barriers: ``"seq"``, ``"reverse"`` or ``"random"``.
         seed : int
-            Of the random order.
+            Seed of the random order.
         threads : int, optional
             CPU threads of a plain launch; all where left out.
         max_blocks : int
@@ -199,22 +191,12 @@ class Device:
         )
 
     def know(self, cubin_sha256: str, source: str) -> None:
-        """Tell the source of a cubin that will be loaded.
-
-        Parameters
-        ----------
-        cubin_sha256 : str
-            In hex.
-        source : str
-            The CUDA translation unit it was compiled from.
-        """
+        """Tell the CUDA source of a cubin, of this SHA-256 in hex, that will be loaded."""
         self._sources[cubin_sha256] = source
 
-    @contextlib.contextmanager
-    def compiler(self) -> Iterator[None]:
+    def compiler(self) -> contextlib.AbstractContextManager[None]:
         """TVM's builds for CUDA give CUDA source instead of a cubin inside; no CUDA compiler is needed."""
-        with nvrtc.tvm_callbacks(lambda source: source.encode()):
-            yield
+        return nvrtc.tvm_callbacks(lambda source: source.encode())
 
     def prepare(self, source: str, *, instrument: bool = False) -> None:
         """Compile every kernel of a CUDA source beforehand, several at a time."""
@@ -243,10 +225,10 @@ class Device:
         """
         if self._library.emu_device_synchronize():
             failed = [launch for launch in self.launches() if launch.error]
-            told = (
+            last = (
                 f"{failed[-1].kernel}: {failed[-1].error}" if failed else "an earlier kernel failed"
             )
-            raise EmulatorError(f"on the {self.name}: {told}")
+            raise EmulatorError(f"on the {self.name}: {last}")
 
     def reset(self) -> None:
         """Forget a failed kernel and everything queued behind it; memory and modules stay."""
@@ -309,28 +291,26 @@ class Device:
             self._units[number] = unit
         for kernel, text in unit.texts.items():
             types = Module.parameters(text)[kernel]
-            kinds, elements = (
-                zip(*(_kind(kind) for kind in types), strict=True) if types else ((), ())
-            )
+            kinds = [_kind(kind) for kind in types]
             bounds = _BOUNDS.search(text[text.index("__global__") :])
             self._library.emu_device_function(
                 ctypes.c_long(number),
                 kernel.encode(),
-                "".join(kinds).encode(),
-                (ctypes.c_int * max(1, len(elements)))(*elements),
+                "".join(letter for letter, _ in kinds).encode(),
+                (ctypes.c_int * len(kinds))(*(size for _, size in kinds)),
                 ctypes.c_long(int(bounds[1]) if bounds else 1024),
             )
         return number
 
     def _source(self, image: bytes) -> str:
         if image.startswith(b"\x7fELF"):
-            found = self._sources.get(hashlib.sha256(image).hexdigest())
-            if found is None:
+            source = self._sources.get(hashlib.sha256(image).hexdigest())
+            if source is None:
                 raise EmulatorError(
                     "a cubin was loaded whose source is not known; load the .tvmb it belongs to, or build "
                     "under Device.compiler()"
                 )
-            return found
+            return source
         text = image.decode("utf-8", "replace")
         if "__global__" not in text:
             raise EmulatorError(
@@ -340,97 +320,59 @@ class Device:
 
 
 def _kind(kind: str) -> tuple[str, int]:
-    """A parameter's kind for the C side, and the bytes of what a pointer points to."""
+    """Kind of a parameter for the C side, and the bytes of what a pointer points to."""
     if not kind.endswith("*"):
         return str(ctypes.sizeof(SCALARS[kind.replace("const ", "")])), 0
     pointed = kind[:-1].replace("const ", "").strip()
-    sizes = {"half": 2, "__half": 2, "nv_bfloat16": 2, "__nv_bfloat16": 2, "short": 2, "double": 8}
-    sizes |= {
-        "char": 1,
-        "signed char": 1,
-        "unsigned char": 1,
-        "uchar": 1,
-        "uint8_t": 1,
-        "int8_t": 1,
-    }
     if pointed in SCALARS:
         return "p", ctypes.sizeof(SCALARS[pointed])
     # races are looked for by elements: one byte is the finest, and never wrong
-    return "p", sizes.get(pointed, 1)
-
-
-# cudaDeviceAttr of CUDA 13: those with a value here
-_ATTRIBUTES = {
-    "MaxThreadsPerBlock": 1,
-    "MaxBlockDimX": 2,
-    "MaxBlockDimY": 3,
-    "MaxBlockDimZ": 4,
-    "MaxGridDimX": 5,
-    "MaxGridDimY": 6,
-    "MaxGridDimZ": 7,
-    "MaxSharedMemoryPerBlock": 8,
-    "TotalConstantMemory": 9,
-    "WarpSize": 10,
-    "MaxRegistersPerBlock": 12,
-    "ClockRate": 13,
-    "MultiProcessorCount": 16,
-    "ConcurrentKernels": 31,
-    "L2CacheSize": 38,
-    "MaxThreadsPerMultiProcessor": 39,
-    "AsyncEngineCount": 40,
-    "UnifiedAddressing": 41,
-    "ComputeCapabilityMajor": 75,
-    "ComputeCapabilityMinor": 76,
-    "MaxSharedMemoryPerMultiprocessor": 81,
-    "MaxRegistersPerMultiprocessor": 82,
-    "CooperativeLaunch": 95,
-    "MaxSharedMemoryPerBlockOptin": 97,
-    "MaxBlocksPerMultiprocessor": 106,
-    "ReservedSharedMemoryPerBlock": 111,
-    "ClusterLaunch": 120,
-}
+    halves = ("half", "__half", "nv_bfloat16", "__nv_bfloat16", "short")
+    return "p", 2 if pointed in halves else 1
 
 
 def _attributes(arch: str) -> dict[int, int]:
+<<<<<<< HEAD
     """``cudaDeviceAttr`` to value."""
     gpu = representative(arch)
     limits = ARCHITECTURES[arch]
+=======
+    """``cudaDeviceAttr`` of CUDA 13 to value, of those with a value here."""
+    gpu, limits = GPUS[REPRESENTATIVE[arch]], SM_LIMITS[arch]
+>>>>>>> wip-cudapkg
     major, minor = divmod(int(arch.removeprefix("sm_")), 10)
-    values = {
-        "MaxThreadsPerBlock": 1024,
-        "MaxBlockDimX": 1024,
-        "MaxBlockDimY": 1024,
-        "MaxBlockDimZ": 64,
-        "MaxGridDimX": 2**31 - 1,
-        "MaxGridDimY": 65535,
-        "MaxGridDimZ": 65535,
-        "MaxSharedMemoryPerBlock": 48 << 10,
-        "TotalConstantMemory": 64 << 10,
-        "WarpSize": 32,
-        "MaxRegistersPerBlock": 65536,
-        "ClockRate": int(gpu.clock_ghz * 1e6),
-        "MultiProcessorCount": gpu.sm_count,
-        "ConcurrentKernels": 1,
-        "L2CacheSize": gpu.l2_bytes,
-        "MaxThreadsPerMultiProcessor": 32 * limits.warps,
-        "AsyncEngineCount": 1,
-        "UnifiedAddressing": 1,
-        "ComputeCapabilityMajor": major,
-        "ComputeCapabilityMinor": minor,
-        "MaxSharedMemoryPerMultiprocessor": limits.shared_bytes,
-        "MaxRegistersPerMultiprocessor": 65536,
-        "CooperativeLaunch": 0,
-        "MaxSharedMemoryPerBlockOptin": gpu.shared_bytes,
-        "MaxBlocksPerMultiprocessor": limits.blocks,
-        "ReservedSharedMemoryPerBlock": 1 << 10,
-        "ClusterLaunch": 0,
+    return {
+        1: 1024,  # MaxThreadsPerBlock
+        2: 1024,  # MaxBlockDimX
+        3: 1024,  # MaxBlockDimY
+        4: 64,  # MaxBlockDimZ
+        5: 2**31 - 1,  # MaxGridDimX
+        6: 65535,  # MaxGridDimY
+        7: 65535,  # MaxGridDimZ
+        8: 48 << 10,  # MaxSharedMemoryPerBlock
+        9: 64 << 10,  # TotalConstantMemory
+        10: 32,  # WarpSize
+        12: 65536,  # MaxRegistersPerBlock
+        13: int(gpu.clock_ghz * 1e6),  # ClockRate
+        16: gpu.sm_count,  # MultiProcessorCount
+        31: 1,  # ConcurrentKernels
+        38: gpu.l2_bytes,  # L2CacheSize
+        39: 32 * limits.warps,  # MaxThreadsPerMultiProcessor
+        40: 1,  # AsyncEngineCount
+        41: 1,  # UnifiedAddressing
+        75: major,  # ComputeCapabilityMajor
+        76: minor,  # ComputeCapabilityMinor
+        81: limits.shared_bytes,  # MaxSharedMemoryPerMultiprocessor
+        82: 65536,  # MaxRegistersPerMultiprocessor
+        95: 0,  # CooperativeLaunch
+        97: gpu.shared_bytes,  # MaxSharedMemoryPerBlockOptin
+        106: limits.blocks,  # MaxBlocksPerMultiprocessor
+        111: 1 << 10,  # ReservedSharedMemoryPerBlock
+        120: 0,  # ClusterLaunch
     }
-    return {_ATTRIBUTES[name]: value for name, value in values.items()}
 
 
 _device: Device | None = None
-
-
 _installing = threading.Lock()
 
 
@@ -440,12 +382,7 @@ def install(arch: str = "sm_90") -> Device:
     Parameters
     ----------
     arch : str
-        Architecture it stands for; a later call may name another.
-
-    Returns
-    -------
-    Device
-        The same one at every call.
+        Architecture it stands for; a later call, which gives the same device, may name another.
 
     Raises
     ------
@@ -479,7 +416,7 @@ def install(arch: str = "sm_90") -> Device:
 
 
 def installed() -> Device | None:
-    """The emulated device where :func:`install` was called, else None."""
+    """Emulated device where :func:`install` was called, else None."""
     return _device
 
 

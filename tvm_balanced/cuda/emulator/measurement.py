@@ -5,36 +5,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tvm_balanced.cuda.emulator.compiler import EmulatorError
-from tvm_balanced.cuda.emulator.report import _SECTOR, Access, Report
+from tvm_balanced.cuda.emulator.report import SECTOR, Access, EmulatorReport
 from tvm_balanced.format.layout import PackedFormat, numpy_dtype
+from tvm_balanced.format.weights import Array
 
 if TYPE_CHECKING:
     from tvm_balanced.cuda.emulator.tvm_kernel import TVMKernel
 
 
 @dataclass(frozen=True)
-class Measurement:
+class EmulatorMeasurement:
     """What one balanced kernel moved and computed, beside the least that would do.
 
     Byte counts are of the whole grid, reads and writes together.
 
     Parameters
     ----------
-    report : Report
+    report : EmulatorReport
         The counts; of some blocks where only some were run.
     fmt : PackedFormat
-        Of the weight.
+        Format of the weight.
     rows : int
-        M.
+        Rows of activations, M.
     weight_bytes, activation_bytes, output_bytes : int
-        What has to move at least: packed values and indices, ``(M, K)``, ``(M, N)``.
+        Bytes that have to move at least: packed values and indices, ``(M, K)``, ``(M, N)``.
     requested_bytes : float
-        Asked for by all threads.
+        Bytes asked for by all threads.
     l2_bytes : float
         Sectors moved if the L1 cache kept all that a thread block reads.
     distinct_bytes : float
@@ -45,7 +46,7 @@ class Measurement:
         Sectors of the loads of the packed weight over the ideal.
     """
 
-    report: Report
+    report: EmulatorReport
     fmt: PackedFormat
     rows: int
     weight_bytes: int
@@ -74,7 +75,7 @@ class Measurement:
 
     @property
     def multiply_adds(self) -> float:
-        """Executed by all threads."""
+        """Multiply-adds executed by all threads."""
         return self.report.scale * self.report.multiply_adds.total
 
     @property
@@ -97,7 +98,7 @@ class Measurement:
             "share": 1 - self.fmt.out_features * self._needed_slots / held,
         }
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Everything measured, in types that JSON has."""
         names = [
             *("rows", "weight_bytes", "activation_bytes", "output_bytes", "least_bytes"),
@@ -116,7 +117,7 @@ class Measurement:
         }
 
     def text(self) -> str:
-        """A page for a person to read."""
+        """Page for a person to read."""
         fmt, least, barriers = self.fmt, self.least_bytes, self.report.barriers
         adds, padding = self.report.multiply_adds, self.padding
 
@@ -155,11 +156,11 @@ def measure_balanced(
     fmt: PackedFormat,
     rows: int,
     dtype: str,
-    arrays: Sequence[Any],
+    arrays: Sequence[Array | float],
     *,
     out_dtype: str | None = None,
     blocks: Sequence[int] | None = None,
-) -> Measurement:
+) -> EmulatorMeasurement:
     """Run a balanced kernel with counts and put them beside the least that would do.
 
     Parameters
@@ -167,15 +168,15 @@ def measure_balanced(
     kernel : TVMKernel
         The operator with or without an epilogue, one launch.
     fmt : PackedFormat
-        Of its weight.
+        Format of its weight.
     rows : int
-        M, the product of all batch axes.
+        Rows of activations, M: the product of all batch axes.
     dtype : str
-        Of activations and values.
+        Dtype of activations and values.
     arrays : sequence of NumPy arrays
-        In the function's argument order; outputs are changed in place.
+        Arguments in the function's order; outputs are changed in place.
     out_dtype : str, optional
-        Of the output; ``dtype`` when left out.
+        Dtype of the output; ``dtype`` when left out.
     blocks : sequence of int, optional
         Thread blocks to run, for large weights; counts are scaled to the whole grid, as blocks of a
         balanced kernel do the same work.
@@ -208,11 +209,11 @@ def measure_balanced(
     summary, itemsize = report.summary(), numpy_dtype(dtype).itemsize
     stored = report.scale * sum(a.bytes for a in report.select(False, True))
     distinct = sum(
-        min(-(-sizes[name].nbytes // _SECTOR) * _SECTOR, report.scale * _SECTOR * count)
+        min(-(-sizes[name].nbytes // SECTOR) * SECTOR, report.scale * SECTOR * count)
         for name, counts in report.sectors.items()
         for count in counts
     )
-    return Measurement(
+    return EmulatorMeasurement(
         report,
         fmt,
         rows,
@@ -220,7 +221,7 @@ def measure_balanced(
         activation_bytes=rows * fmt.in_features * itemsize,
         output_bytes=rows * fmt.out_features * numpy_dtype(out_dtype or dtype).itemsize,
         requested_bytes=summary["global_load_bytes_used"] + stored,
-        l2_bytes=summary["l2_read_bytes_if_l1_perfect"] + _SECTOR * summary["global_store_sectors"],
+        l2_bytes=summary["l2_read_bytes_if_l1_perfect"] + SECTOR * summary["global_store_sectors"],
         distinct_bytes=distinct,
         weight_requests=report.scale * sum(a.bytes for a in streams) / fmt.nbytes(dtype),
         weight_excess=_excess(streams),

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tvm_balanced.cuda.emulator.compiler import EmulatorError, compile_kernels, runtime
-from tvm_balanced.cuda.emulator.report import Report
+from tvm_balanced.cuda.emulator.report import EmulatorReport
 from tvm_balanced.cuda.emulator.translate import translate
 from tvm_balanced.format.weights import Array
 
 ORDERS = {"seq": 0, "reverse": 1, "random": 2}
-
-
 _ALIGNMENT = 256  # of device allocations
-
-
 _GUARD = 8192  # bytes around a checked array; what goes further is stopped before it is done
-
-
 SCALARS: dict[str, Any] = {
     "int": ctypes.c_int,
     "int32_t": ctypes.c_int,
@@ -42,6 +38,29 @@ SCALARS: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch.
+
+    Parameters
+    ----------
+    kernel : str
+        Name of the kernel.
+    grid, block : sequence of int
+        Up to three extents each.
+    args : sequence of ndarray or int or float
+        Arguments of the kernel; arrays are C-contiguous.
+    dynamic_shared : int
+        Bytes of dynamic shared memory.
+    """
+
+    kernel: str
+    grid: Sequence[int]
+    block: Sequence[int]
+    args: Sequence[Array | float]
+    dynamic_shared: int = 0
+
+
 class _Options(ctypes.Structure):
     _fields_ = [
         ("check", ctypes.c_int),
@@ -51,30 +70,30 @@ class _Options(ctypes.Structure):
         ("nthreads", ctypes.c_int),
         ("nblocks", ctypes.c_long),
         ("blocks", ctypes.POINTER(ctypes.c_long)),
-        ("poison", ctypes.c_int),
     ]
 
 
 class _Arguments:
     """Kernel arguments in C, and the arrays that have to be copied back."""
 
-    def __init__(self, types: Sequence[str], args: Sequence[Any], guard: int = 0) -> None:
+    def __init__(self, types: Sequence[str], args: Sequence[Array | float], guard: int = 0) -> None:
         self._guard = guard
         self.pointers = (ctypes.c_void_p * max(1, len(args)))()
-        self.ranges: list[tuple[int, int, int]] = []
+        self.arrays: list[Array] = []  # as the kernel sees them
         self.names: list[str] = []
-        self._hold: list[Any] = []
+        self._hold: list[object] = []
         self._copied: list[tuple[Array, Array]] = []
         self._bound: dict[int, Array] = {}
         for i, (kind, arg) in enumerate(zip(types, args, strict=True)):
             if kind.endswith("*"):
-                value: Any = self._array(i, kind, arg)
+                value: Any = ctypes.c_void_p(self._array(i, kind, arg).ctypes.data)
             else:
-                value = SCALARS[kind.replace("const ", "")](getattr(arg, "item", lambda a=arg: a)())
+                number = arg.item() if isinstance(arg, (np.generic, np.ndarray)) else arg
+                value = SCALARS[kind.replace("const ", "")](number)
             self._hold.append(value)
             self.pointers[i] = ctypes.cast(ctypes.pointer(value), ctypes.c_void_p)
 
-    def _array(self, i: int, kind: str, array: Any) -> Any:
+    def _array(self, i: int, kind: str, array: Array | float) -> Array:
         if not isinstance(array, np.ndarray) or not array.flags.c_contiguous:
             raise EmulatorError(f"argument {i} ({kind}) must be a C-contiguous NumPy array")
         held = self._bound.get(id(array), array)
@@ -86,10 +105,19 @@ class _Arguments:
             if "const" not in kind:
                 self._copied.append((array, held))
         self._bound[id(array)] = held
-        self._hold.append(held)
-        self.ranges.append((held.ctypes.data, array.nbytes, array.itemsize))
+        self.arrays.append(held)
         self.names.append(f"arg{i}")
-        return ctypes.c_void_p(held.ctypes.data)
+        return held
+
+    def ranges(self) -> tuple[object, ...]:
+        """Arrays as the engine takes them: their number, addresses, sizes and sizes of an element."""
+        n = len(self.arrays)
+        return (
+            n,
+            (ctypes.c_void_p * n)(*(array.ctypes.data for array in self.arrays)),
+            (ctypes.c_long * n)(*(array.nbytes for array in self.arrays)),
+            (ctypes.c_int * n)(*(array.itemsize for array in self.arrays)),
+        )
 
     def copy_back(self) -> None:
         for array, held in self._copied:
@@ -121,35 +149,25 @@ class Module:
 
     def launch(
         self,
-        kernel: str,
-        grid: Sequence[int],
-        block: Sequence[int],
-        args: Sequence[Any],
+        launch: Launch,
         *,
-        dynamic_shared: int = 0,
         order: str = "seq",
         seed: int = 1,
         threads: int = 1,
         blocks: Sequence[int] | None = None,
         check: bool = False,
         profile: bool = False,
-    ) -> Report:
+    ) -> EmulatorReport:
         """Run one kernel; arrays are changed in place, shared memory starts as NaN.
 
         Parameters
         ----------
-        kernel : str
-            Its name.
-        grid, block : sequence of int
-            Up to three extents.
-        args : sequence
-            C-contiguous NumPy arrays and numbers.
-        dynamic_shared : int
-            Bytes of dynamic shared memory.
+        launch : Launch
+            The kernel, its extents and its arguments.
         order : str
-            ``"seq"``, ``"reverse"`` or ``"random"``: of threads between barriers.
+            Order of threads between barriers: ``"seq"``, ``"reverse"`` or ``"random"``.
         seed : int
-            Of the random order.
+            Seed of the random order.
         threads : int
             CPU threads.
         blocks : sequence of int, optional
@@ -164,46 +182,41 @@ class Module:
         """
         if (check or profile) and not self.instrument:
             raise EmulatorError("check and profile need Module(source, instrument=True)")
-        if kernel not in self.kernels:
-            raise EmulatorError(
-                f"there is no kernel {kernel}; the source has {', '.join(self.kernels) or 'none'}"
-            )
-        types = self.kernels[kernel]
-        if len(types) != len(args):
-            raise EmulatorError(
-                f"{kernel} takes {len(types)} arguments ({', '.join(types)}), but {len(args)} were given"
-            )
-        bound, rt = _Arguments(types, args, _GUARD if check else 0), runtime()
-        n = len(bound.ranges)
-        starts, sizes, items = zip(*bound.ranges, strict=True) if n else ((), (), ())
-        rt.emu_set_ranges(
-            n,
-            (ctypes.c_void_p * max(1, n))(*starts),
-            (ctypes.c_long * max(1, n))(*sizes),
-            (ctypes.c_int * max(1, n))(*items),
-        )
-        extents = [*grid, 1, 1][:3] + [*block, 1, 1][:3]
-        chosen = list(blocks) if blocks is not None else []
+        bound = self._bind(launch, _GUARD if check else 0)
+        engine = runtime()
+        engine.emu_set_ranges(*bound.ranges())
+        extents = [*launch.grid, 1, 1][:3] + [*launch.block, 1, 1][:3]
+        chosen = list(blocks or ())
         options = _Options(
             *(int(check), int(profile), ORDERS[order], seed, threads, len(chosen)),
-            (ctypes.c_long * len(chosen))(*chosen) if chosen else None,
-            1,
+            (ctypes.c_long * len(chosen))(*chosen),
         )
-        failed = rt.emu_launch(
-            self.thunk(kernel),
+        failed = engine.emu_launch(
+            self.thunk(launch.kernel),
             bound.pointers,
             (ctypes.c_uint * 6)(*(int(extent) for extent in extents)),
-            ctypes.c_long(self.static_shared(kernel).value + int(dynamic_shared)),
+            ctypes.c_long(self.static_shared(launch.kernel).value + int(launch.dynamic_shared)),
             ctypes.byref(options),
         )
         bound.copy_back()
-        total = int(np.prod([int(extent) for extent in extents[:3]]))
-        scale = total / len(chosen) if chosen else 1.0
-        report = self.report(rt.emu_report().decode(), bound.names, scale)
+        scale = math.prod(int(extent) for extent in extents[:3]) / len(chosen) if chosen else 1.0
+        report = self.report(engine.emu_report().decode(), bound.names, scale)
         if failed:
             seen = "".join(f"\n  {i.kind} line {i.line}: {i.first}" for i in report.issues)
-            raise EmulatorError(rt.emu_error().decode() + seen)
+            raise EmulatorError(engine.emu_error().decode() + seen)
         return report
+
+    def _bind(self, launch: Launch, guard: int) -> _Arguments:
+        if launch.kernel not in self.kernels:
+            names = ", ".join(self.kernels) or "none"
+            raise EmulatorError(f"there is no kernel {launch.kernel}; the source has {names}")
+        types = self.kernels[launch.kernel]
+        if len(types) != len(launch.args):
+            raise EmulatorError(
+                f"{launch.kernel} takes {len(types)} arguments ({', '.join(types)}), but "
+                f"{len(launch.args)} were given"
+            )
+        return _Arguments(types, launch.args, guard)
 
     @staticmethod
     def parameters(source: str) -> dict[str, list[str]]:
@@ -220,19 +233,9 @@ class Module:
         size.restype = ctypes.c_ulong
         return ctypes.c_long(size())
 
-    def report(self, text: str, names: Sequence[str], scale: float) -> Report:
-        """What the engine reported of a launch of this module, by lines of the CUDA source.
-
-        Parameters
-        ----------
-        text : str
-            The engine's own report.
-        names : sequence of str
-            Of the arrays, in the order the engine was told them.
-        scale : float
-            Blocks of the grid per block run.
-        """
-        return Report(text, names, self._lines, self.source, scale)
+    def report(self, text: str, names: Sequence[str], scale: float) -> EmulatorReport:
+        """Read the engine's report ``text`` of a launch of this module, whose arrays have ``names``."""
+        return EmulatorReport(text, names, self._lines, self.source, scale)
 
     def _lines(self, counters: list[int]) -> dict[int, int]:
         """Lines of the CUDA source for program counters; translation keeps line numbers."""
@@ -247,7 +250,7 @@ class Module:
             text=True,
             check=False,
         ).stdout
-        found: dict[int, int] = {}
+        lines: dict[int, int] = {}
         at = -1
         for line in out.splitlines():
             if line.startswith("0x"):
@@ -255,8 +258,8 @@ class Module:
                 continue
             match = re.match(r"(.*):(\d+)", line)
             if match and Path(match[1]).name == self._cpp.name:
-                found[counters[at]] = int(match[2])
-        return found
+                lines[counters[at]] = int(match[2])
+        return lines
 
     def _load_address(self) -> int | None:
         with open("/proc/self/maps") as maps:

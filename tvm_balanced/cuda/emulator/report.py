@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
-_SECTOR = 32  # bytes
+SECTOR = 32  # bytes
 
 
 @dataclass(frozen=True)
@@ -16,15 +15,15 @@ class Issue:
     Parameters
     ----------
     kind : str
-        For example a race, a read of unwritten shared memory, an access out of bounds.
+        What is wrong: a race, a read of unwritten shared memory, an access out of bounds, ...
     count : int
-        How often.
+        Times that it happened.
     line : int
-        In the CUDA source; 0 where unknown.
+        Line of the CUDA source; 0 where unknown.
     source : str
         Text of that line.
     first : str
-        Where it first happened: block and thread.
+        Block and thread where it first happened.
     """
 
     kind: str
@@ -41,11 +40,11 @@ class Access:
     Parameters
     ----------
     shared, write : bool
-        Shared or global memory; store or load.
+        Whether it is of shared memory, else global; whether it is a store, else a load.
     bytes_per_lane : int
         Width of the access.
     array : str
-        ``argN`` for global memory, empty for shared memory.
+        Argument that it reaches, ``argN``, for global memory; empty for shared memory.
     requests : int
         Warp-wide requests.
     lanes, bytes : int
@@ -55,7 +54,7 @@ class Access:
     block_sectors : int
         Distinct sectors within each thread block, summed.
     line : int
-        In the CUDA source; 0 where unknown.
+        Line of the CUDA source; 0 where unknown.
     source : str
         Text of that line.
     """
@@ -98,31 +97,20 @@ class Spread:
 
     @property
     def mean(self) -> float:
-        """Of all members; 0 where there are none."""
+        """Mean over all members; 0 where there are none."""
         return self.total / max(1, self.members)
 
 
-class Report:
+class EmulatorReport:
     """Issues and counts of one launch.
 
     ``barriers`` is the spread over thread blocks of the barriers passed, ``multiply_adds`` that over
     threads of the float32 multiply-adds executed: instructions into which g++ contracted a product and
-    a sum, as nvcc does too, those of the epilogue among them. Both are empty unless profiled.
-
-    Parameters
-    ----------
-    text : str
-        The runtime's own report.
-    names : sequence of str
-        Name of each array argument.
-    locate : callable
-        Lines of program counters in the CUDA source.
-    source : str
-        The CUDA source.
-    scale : float
-        Blocks of the grid per block run.
+    a sum, as nvcc does too, those of the epilogue among them. Both are empty unless profiled. ``scale``
+    is the number of the grid's blocks per block that ran.
     """
 
+    # of the runtime's report; `locate` finds the lines of program counters in the CUDA source
     def __init__(
         self,
         text: str,
@@ -159,16 +147,16 @@ class Report:
                     )
                 )
             elif row[0] == "B":
-                self.barriers = Spread(*(int(field) for field in row[1:]))
+                self.barriers = Spread(*map(int, row[1:]))
             elif row[0] == "F":
-                self.multiply_adds = Spread(*(int(field) for field in row[1:]))
+                self.multiply_adds = Spread(*map(int, row[1:]))
             else:
                 self.sectors[names[int(row[1])]] = (int(row[2]), int(row[3]))
 
     def select(
         self, shared: bool | None = None, write: bool | None = None, array: str | None = None
     ) -> list[Access]:
-        """Accesses of one kind; None selects both."""
+        """Pick the accesses of one kind; None selects both."""
         return [
             access
             for access in self.accesses
@@ -189,16 +177,17 @@ class Report:
             "global_load_sectors": total("units", False, False),
             "global_load_bytes_used": total("bytes", False, False),
             "global_store_sectors": total("units", False, True),
-            "l2_read_bytes_if_l1_perfect": 32 * total("block_sectors", False, False),
-            "dram_read_bytes_min": 32.0 * sum(read for read, _ in self.sectors.values()),
-            "dram_write_bytes_min": 32.0 * sum(written for _, written in self.sectors.values()),
+            "l2_read_bytes_if_l1_perfect": SECTOR * total("block_sectors", False, False),
+            "dram_read_bytes_min": float(SECTOR) * sum(read for read, _ in self.sectors.values()),
+            "dram_write_bytes_min": float(SECTOR)
+            * sum(written for _, written in self.sectors.values()),
             "shared_wavefronts": total("units", True),
             "shared_wavefronts_ideal": total("ideal", True),
             "barriers": self.scale * self.barriers.total,
             "multiply_adds": self.scale * self.multiply_adds.total,
         }
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Everything counted, in types that JSON has."""
         return {
             "scale": self.scale,
@@ -222,7 +211,7 @@ class Report:
         )
 
     def table(self, width: int = 70) -> str:
-        """Accesses by source line, then issues; sectors (global) or wavefronts (shared) per request."""
+        """List accesses by line, then issues; sectors (global) or wavefronts (shared) per request."""
         out = [
             f"{'line':>5} {'space':6} {'op':5} {'B':>4} {'requests':>10} {'per req':>8} {'ideal':>8}"
         ]

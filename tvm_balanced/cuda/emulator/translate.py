@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from tvm_balanced.cuda.emulator.compiler import EmulatorError
 
@@ -15,124 +16,66 @@ _MMA_TYPES = {
     "f32": "EMU_F32",
     "s32": "EMU_S32",
 }
-
-
 _ASM = re.compile(r"\b(?:__asm__|asm)\s*(?:__volatile__|volatile)?\s*\(")
-
-
+_OPENING, _CLOSING = ("(", "[", "{"), (")", "]", "}")
+# what matters where a text is split: strings, brackets and separators
+_TOKEN = re.compile(r""""(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|::|[][(){}:,]""", re.DOTALL)
 _STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
-
-
 _OPERAND = re.compile(r'\s*"[^"]*"\s*\((.*)\)\s*$', re.DOTALL)
-
-
 _KERNEL = re.compile(
     r'(?:extern\s+"C"\s+)?__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\('
 )
-
-
 _VECTOR_ACCESS = re.compile(r"\*\((?:const )?([A-Za-z_][\w:]*[248]|[\w:]*(?:16|8|4|2)_t)\s*\*\)\(")
-
-
 _VECTOR_TYPE = re.compile(
     r"(?:half|nv_bfloat16|float|double|u?(?:char|short|int|long|longlong))[248]"
 )
-
-
 _SHARED = re.compile(
     r"(extern\s+)?__shared__\s+((?:alignas|__align__)\s*\(\d+\)\s*)?"
     r"((?:[\w:]+\s+)*?[\w:<>, ]+?[\s*]+?)(\w+)\s*((?:\[[^\]]*\])*)\s*;"
 )
-
-
 _LDMATRIX = re.compile(r"ldmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16")
-
-
 _MMA = re.compile(
     r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col(?:\.satfinite)?\.(\w+)\.(\w+)\.(\w+)\.(\w+)\s*"
     + r"\s*,\s*".join([r"\{([^}]*)\}"] * 4)
 )
-
-
 _MMA_SPARSE = re.compile(
     r"mma\.sp(?:::ordered_metadata)?\.sync\.aligned\.m16n8k32\.row\.col\.f32\.(f16|bf16)\.\1\.f32\s*"
     + r"\s*,\s*".join([r"\{([^}]*)\}"] * 4)
     + r"\s*,\s*(%\d+)\s*,\s*([^\s;]+)\s*;"
 )
-
-
 _CP_ASYNC = re.compile(
     r"(?:setp\.(eq|ne)\.\w+ p, %(\d+), (\d+);)?\s*(@p )?"
     r"cp\.async\.c[ag]\.shared(?:::cta)?\.global(?:\.L2::\w+)?\s*"
     r"\[%(\d+)\],\s*\[%(\d+)\],\s*(%?)(\d+)(?:,\s*%(\d+))?\s*;"
 )
-
-
 _DP4A = re.compile(r"dp4a\.([us])32\.([us])32 ")
-
-
 _BARRIER = re.compile(r"bar(?:rier)?\.sync(?:\.aligned)? (\S+?)(?:, (\S+?))?\s*;")
 
 
 def _matching(text: str, start: int, opening: str = "(", closing: str = ")") -> int:
     """Index just past the bracket that closes ``text[start]``, strings left out."""
-    depth, quote, i = 0, "", start
-    while i < len(text):
-        char = text[i]
-        if quote:
-            if char == "\\":
-                i += 1
-            elif char == quote:
-                quote = ""
-        elif char in "\"'":
-            quote = char
-        elif char == opening:
-            depth += 1
-        elif char == closing:
-            depth -= 1
-            if depth == 0:
-                return i + 1
-        i += 1
+    depth = 0
+    for token in _TOKEN.finditer(text, start):
+        depth += (token[0] == opening) - (token[0] == closing)
+        if depth == 0 and token[0] == closing:
+            return token.end()
     raise EmulatorError("the CUDA source has unbalanced brackets")
 
 
 def _split(text: str, separator: str) -> list[str]:
     """Split at a separator outside brackets and strings; ``::`` in a name does not split at ``:``."""
-    parts, depth, quote, current, i = [], 0, "", "", 0
-    while i < len(text):
-        char = text[i]
-        if quote:
-            current += char
-            if char == "\\":
-                i += 1
-                current += text[i]
-            elif char == quote:
-                quote = ""
-        elif char in "\"'":
-            quote = char
-            current += char
-        elif char in "([{":
-            depth += 1
-            current += char
-        elif char in ")]}":
-            depth -= 1
-            current += char
-        elif char == separator and depth == 0:
-            if separator == ":" and text[i : i + 2] == "::":
-                i += 2
-                if current.strip() and not current.rstrip().endswith(('"', ")")):
-                    current += "::"
-                else:
-                    # between the sections of an asm statement, '::' is two separators
-                    parts += [current, ""]
-                    current = ""
-                continue
-            parts.append(current)
-            current = ""
-        else:
-            current += char
-        i += 1
-    return [*parts, current]
+    parts, depth, start = [], 0, 0
+    for token in _TOKEN.finditer(text):
+        depth += (token[0] in _OPENING) - (token[0] in _CLOSING)
+        part = text[start : token.start()]
+        if depth or token[0] not in (separator, separator * 2):
+            continue
+        # between the sections of an asm statement, '::' is two separators
+        if token[0] == "::" and part.strip() and not part.rstrip().endswith(('"', ")")):
+            continue
+        parts += [part] if token[0] == separator else [part, ""]
+        start = token.end()
+    return [*parts, text[start:]]
 
 
 def _ptx(text: str, outs: list[str], ins: list[str]) -> str:
@@ -181,24 +124,25 @@ def _ldmatrix(match: re.Match[str], outs: list[str], ops: list[str]) -> str:
 
 def _mma(match: re.Match[str], outs: list[str], ops: list[str]) -> str:
     depth, types = match[1], [_MMA_TYPES[name] for name in match.groups()[1:5]]
-    registers = [[int(i) for i in re.findall(r"%(\d+)", group)] for group in match.groups()[5:]]
-    code = "EmuMma emu_m = {};"
-    for name, used in zip("abc", registers[1:], strict=True):
-        code += "".join(f"emu_m.{name}[{i}]=emu_bits({ops[r]});" for i, r in enumerate(used))
-    code += f"emu_mma<{depth},{','.join(types)}>(emu_m);"
-    code += "".join(f"emu_set({ops[r]}, emu_m.d[{i}]);" for i, r in enumerate(registers[0]))
-    return "{" + code + "}"
+    return _fragments(match.groups()[5:], ops, f"emu_mma<{depth},{','.join(types)}>(emu_m);")
 
 
 def _mma_sparse(match: re.Match[str], outs: list[str], ops: list[str]) -> str:
-    registers = [[int(i) for i in re.findall(r"%(\d+)", group)] for group in match.groups()[1:5]]
-    code = "EmuMmaSparse emu_m = {};"
-    for name, used in zip("abc", registers[1:], strict=True):
-        code += "".join(f"emu_m.{name}[{i}]=emu_bits({ops[r]});" for i, r in enumerate(used))
-    code += f"emu_m.metadata=emu_bits({_value(match[6], ops)});"
+    code = f"emu_m.metadata=emu_bits({_value(match[6], ops)});"
     code += f"emu_m.selector={_value(match[7], ops)};emu_mma_sparse<{_MMA_TYPES[match[1]]}>(emu_m);"
-    code += "".join(f"emu_set({ops[r]}, emu_m.d[{i}]);" for i, r in enumerate(registers[0]))
-    return "{" + code + "}"
+    return _fragments(match.groups()[1:5], ops, code)
+
+
+def _fragments(groups: Sequence[str], ops: list[str], code: str) -> str:
+    """``code`` on the registers of D, A, B and C, which ``groups`` names."""
+    results, *operands = ([ops[int(i)] for i in re.findall(r"%(\d+)", text)] for text in groups)
+    filled = "".join(
+        f"emu_m.{name}[{i}]=emu_bits({register});"
+        for name, registers in zip("abc", operands, strict=True)
+        for i, register in enumerate(registers)
+    )
+    kept = "".join(f"emu_set({register}, emu_m.d[{i}]);" for i, register in enumerate(results))
+    return "{EmuMma emu_m = {};" + filled + code + kept + "}"
 
 
 def _cp_async(match: re.Match[str], ptx: str, ops: list[str]) -> str:
@@ -239,7 +183,7 @@ def _rewrite_asm(source: str) -> str:
         end = _matching(source, match.end() - 1)
         sections = [*_split(source[match.end() : end - 1], ":"), "", "", ""]
         operands = [
-            [f"({found[1]})" for part in _split(text, ",") if (found := _OPERAND.match(part))]
+            [f"({operand[1]})" for operand in map(_OPERAND.match, _split(text, ",")) if operand]
             for text in sections[1:3]
         ]
         code = _ptx("".join(_STRING.findall(sections[0])), *operands)
@@ -303,17 +247,9 @@ class _SharedMemory:
 
 
 def translate(source: str) -> tuple[str, dict[str, list[str]]]:
-    """Turn CUDA C into C++ for the emulator; line numbers stay the same.
+    """Turn CUDA C into C++ for the emulator, and name the parameter types of each of its kernels.
 
-    Parameters
-    ----------
-    source : str
-        CUDA C with ``__global__`` functions.
-
-    Returns
-    -------
-    (str, dict)
-        The C++, and the parameter types of each kernel by name.
+    Line numbers stay the same.
 
     Raises
     ------
@@ -345,7 +281,8 @@ def translate(source: str) -> tuple[str, dict[str, list[str]]]:
             for parameter in parameters
         ]
     text = "".join(out) + source[position:]
-    visible = 'extern "C" __attribute__((visibility("default")))'
+    # the arguments lie in nobody's array: reading them is not looked at
+    visible = 'extern "C" __attribute__((visibility("default"))) EMU_NS'
     for name, types in kernels.items():
         args = ", ".join(f"*({kind}*)emu_a[{i}]" for i, kind in enumerate(types))
         text += f"\n{visible} void emu_thunk_{name}(void** emu_a) {{ {name}({args}); }}"

@@ -5,26 +5,27 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from tvm_balanced.cuda.codegen import lower
 from tvm_balanced.cuda.emulator.compiler import EmulatorError
-from tvm_balanced.cuda.emulator.module import Module
-from tvm_balanced.cuda.emulator.report import Report
+from tvm_balanced.cuda.emulator.module import Launch, Module
+from tvm_balanced.cuda.emulator.report import EmulatorReport
 from tvm_balanced.format.layout import numpy_dtype
 from tvm_balanced.format.weights import Array
+from tvm_balanced.support.tvm_types import Expr, Stmt
+
+if TYPE_CHECKING:
+    import tvm
+
+Value: TypeAlias = Any  # an array, a number, or a handle of the host code
 
 # kinds of tvm_struct_get, as tvm/tirx/builtin.h numbers them
 _FIELD_DATA, _FIELD_SHAPE, _FIELD_STRIDES = 1, 2, 3
-
-
 _FIELD_TYPE_INDEX, _FIELD_VALUE, _FIELD_ELEMENT = 13, 15, 17
-
-
-_BINARY: dict[str, Callable[[Any, Any], Any]] = {
+_BINARY: dict[str, Callable[[Value, Value], Value]] = {
     "BitwiseAnd": operator.and_,
     "BitwiseOr": operator.or_,
     "LShift": operator.lshift,
@@ -47,8 +48,6 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "And": lambda a, b: a and b,
     "Or": lambda a, b: a or b,
 }
-
-
 _CALLS = {
     "shift_right": operator.rshift,
     "shift_left": operator.lshift,
@@ -56,26 +55,16 @@ _CALLS = {
 }
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch: name, arguments, grid, block, bytes of dynamic shared memory."""
-
-    kernel: str
-    args: list[Any]
-    grid: list[int]
-    block: list[int]
-    dynamic_shared: int
-
-
 class _HostCode:
     """Interpreter of a host function, for given arrays."""
 
-    def __init__(self, arrays: Sequence[Any]) -> None:
+    def __init__(self, arrays: Sequence[Array | float]) -> None:
         self.arrays = arrays
-        self.values: dict[Any, Any] = {}
+        self.values: dict[Expr, Value] = {}
         self.launches: list[Launch] = []
 
-    def evaluate(self, expr: Any) -> Any:
+    def evaluate(self, expr: Expr) -> Value:
+        """Value of an expression."""
         kind = type(expr).__name__
         if kind == "Var":
             return self.values[expr]
@@ -94,7 +83,7 @@ class _HostCode:
             return not self.evaluate(expr.a)
         raise EmulatorError(f"the host expression {kind} is not interpreted: {expr}")
 
-    def _call(self, call: Any) -> Any:
+    def _call(self, call: Expr) -> Value:
         name = getattr(call.op, "name", "").rpartition(".")[2]
         if name == "tvm_struct_get":
             return self._field(call)
@@ -108,23 +97,24 @@ class _HostCode:
             return _CALLS[name](self.evaluate(call.args[0]), self.evaluate(call.args[1]))
         raise EmulatorError(f"the host call is not interpreted: {call}")
 
-    def _field(self, call: Any) -> Any:
+    def _field(self, call: Expr) -> Value:
         index, field = self.evaluate(call.args[1]), self.evaluate(call.args[2])
         if field == _FIELD_TYPE_INDEX:
             return 0
         if field == _FIELD_VALUE:
             given = self.arrays[index]
             return ("tensor", index) if isinstance(given, np.ndarray) else given
-        owner = self.evaluate(call.args[0])
+        _, owner = self.evaluate(call.args[0])
         if field == _FIELD_SHAPE:
-            return ("shape", owner[1])
+            return ("shape", owner)
         if field == _FIELD_ELEMENT:
-            return self.arrays[owner[1]].shape[index]
+            return np.shape(self.arrays[owner])[index]
         if field == _FIELD_DATA:
-            return self.arrays[owner[1]]
+            return self.arrays[owner]
         return None if field == _FIELD_STRIDES else 0
 
-    def run(self, stmt: Any) -> None:
+    def run(self, stmt: Stmt) -> None:
+        """Run a statement and what follows in its scope, keeping the launches."""
         kind = type(stmt).__name__
         if kind == "SeqStmt":
             for part in stmt.seq:
@@ -155,7 +145,7 @@ class _HostCode:
         ):
             self.run(stmt.body)
 
-    def _buffer(self, stmt: Any, kind: str) -> None:
+    def _buffer(self, stmt: Stmt, kind: str) -> None:
         buffer = stmt.buffer
         if kind == "DeclBuffer":
             self.values[buffer] = self.evaluate(stmt.data)
@@ -165,7 +155,7 @@ class _HostCode:
         workspace.view(np.uint8)[:] = 0xFF
         self.values[buffer] = workspace
 
-    def _launch(self, call: Any) -> None:
+    def _launch(self, call: Expr) -> None:
         if not getattr(getattr(call, "op", None), "name", "").endswith("call_ffi_kernel"):
             return
         tags = [str(tag) for tag in call.attrs.launch_params]
@@ -176,9 +166,9 @@ class _HostCode:
         self.launches.append(
             Launch(
                 str(name),
-                values[:count],
                 [int(extents.get(f"blockIdx.{axis}", 1)) for axis in "xyz"],
                 [int(extents.get(f"threadIdx.{axis}", 1)) for axis in "xyz"],
+                values[:count],
                 int(shared[0]) if shared else 0,
             )
         )
@@ -189,18 +179,18 @@ class TVMKernel:
 
     Parameters
     ----------
-    mod : tvm.IRModule
-        Scheduled PrimFuncs.
-    target : tvm.target.Target
-        A CUDA target.
+    mod, target, pipeline
+        The kernels, as :func:`tvm_balanced.cuda.codegen.lower` takes them.
     function : str, optional
-        Which function of the module; its only one when left out.
-    pipeline : str
-        Name of the TIR pipeline that lowers them.
+        Name of a function of the module; its only one when left out.
     """
 
     def __init__(
-        self, mod: Any, target: Any, function: str | None = None, pipeline: str = "default"
+        self,
+        mod: tvm.IRModule,
+        target: tvm.target.Target,
+        function: str | None = None,
+        pipeline: str = "default",
     ) -> None:
         self.source, host = lower(mod, target, pipeline)
         functions = {gvar.name_hint: func for gvar, func in host.functions.items()}
@@ -211,7 +201,7 @@ class TVMKernel:
         self._modules: dict[bool, Module] = {}
 
     def module(self, instrument: bool = False) -> Module:
-        """The compiled kernels."""
+        """Compiled kernels, plain or instrumented."""
         if instrument not in self._modules:
             self._modules[instrument] = Module(self.source, instrument)
         return self._modules[instrument]
@@ -223,27 +213,27 @@ class TVMKernel:
         return other
 
     def with_source(self, source: str) -> TVMKernel:
-        """The same launches of other CUDA C, to see what a change by hand does."""
+        """Launch other CUDA C in the same way, to see what a change by hand does."""
         other = copy.copy(self)
         other.source, other._modules = source, {}
         return other
 
-    def plan(self, arrays: Sequence[Any]) -> list[Launch]:
-        """The launches that the host function makes for these arguments."""
+    def plan(self, arrays: Sequence[Array | float]) -> list[Launch]:
+        """List the launches that the host function makes for these arguments."""
         host = _HostCode(arrays)
         host.run(self._host.body)
         return host.launches
 
     def __call__(
         self,
-        *arrays: Any,
+        *arrays: Array | float,
         check: bool = False,
         profile: bool = False,
         blocks: Sequence[int] | None = None,
         order: str = "seq",
         seed: int = 1,
         threads: int = 1,
-    ) -> list[Report]:
+    ) -> list[EmulatorReport]:
         """Run on NumPy arrays in the function's argument order; outputs are changed in place.
 
         See :meth:`Module.launch` for what the keywords mean.
@@ -251,11 +241,7 @@ class TVMKernel:
         module = self.module(check or profile)
         return [
             module.launch(
-                launch.kernel,
-                launch.grid,
-                launch.block,
-                launch.args,
-                dynamic_shared=launch.dynamic_shared,
+                launch,
                 order=order,
                 seed=seed,
                 threads=threads,
@@ -266,13 +252,11 @@ class TVMKernel:
             for launch in self.plan(arrays)
         ]
 
-    def inspect(self, *arrays: Any, blocks: Sequence[int] | None = None) -> list[Report]:
+    def inspect(
+        self, *arrays: Array | float, blocks: Sequence[int] | None = None
+    ) -> list[EmulatorReport]:
         """Run instrumented, all blocks or some, and report on every launch."""
         return self(*arrays, check=True, profile=True, blocks=blocks)
 
 
-def from_tvm(
-    mod: Any, target: Any, function: str | None = None, pipeline: str = "default"
-) -> TVMKernel:
-    """A scheduled TVM module as an emulated kernel; see :class:`TVMKernel`."""
-    return TVMKernel(mod, target, function, pipeline)
+from_tvm = TVMKernel
