@@ -63,12 +63,12 @@ class DenseLayer:
 
 def main_bindings(func: relax.Function) -> list[tuple[Any, Any]]:
     """All ``(var, value)`` of a function without control flow, in order."""
-    found: list[tuple[Any, Any]] = []
-    for block in func.body.blocks:
-        for binding in block.bindings:
-            if isinstance(binding, relax.VarBinding):
-                found.append((binding.var, binding.value))
-    return found
+    return [
+        (binding.var, binding.value)
+        for block in func.body.blocks
+        for binding in block.bindings
+        if isinstance(binding, relax.VarBinding)
+    ]
 
 
 def split_params(mod: tvm.IRModule) -> tuple[list[Any], list[Any]]:
@@ -79,38 +79,23 @@ def split_params(mod: tvm.IRModule) -> tuple[list[Any], list[Any]]:
     return list(func.params[:count]), list(func.params[count:])
 
 
-def find_dense(mod: tvm.IRModule, names: list[str]) -> list[DenseLayer]:
-    """Dense layers of ``main``, in the order of their first use.
-
-    Parameters
-    ----------
-    mod : tvm.IRModule
-        An imported model.
-    names : list of str
-        Names of the weight parameters, in order.
-
-    Returns
-    -------
-    list of DenseLayer
-    """
-    func = mod["main"]
-    pairs = main_bindings(func)
+def find_dense(mod: tvm.IRModule) -> list[DenseLayer]:
+    """Dense layers of an imported model's ``main``, in the order of their first use."""
+    pairs = main_bindings(mod["main"])
     bindings = dict(pairs)
-    _, weights = split_params(mod)
-    name_of = dict(zip(weights, names, strict=True))
-    weight_set = set(weights)
+    weights = set(split_params(mod)[1])
     layers: dict[tuple[Any, Chain], DenseLayer] = {}
     chain_vars: dict[Any, Any] = {}  # variable on a chain to its parameter
     for var, value in pairs:
-        traced = trace(var, bindings, weight_set)
+        traced = trace(var, bindings, weights)
         if traced is not None:
             chain_vars[var] = traced[0]
         if call_name(value) != "relax.matmul":
             continue
-        found = trace(value.args[1], bindings, weight_set)
-        if found is None:
+        traced = trace(value.args[1], bindings, weights)
+        if traced is None:
             continue
-        param, chain = found
+        param, chain = traced
         shape = static_shape(value.args[1])
         rows, text = _rows(value.args[0])
         if shape is None or rows == 0:
@@ -118,7 +103,7 @@ def find_dense(mod: tvm.IRModule, names: list[str]) -> list[DenseLayer]:
         layer = layers.get((param, chain))
         if layer is None:
             layer = DenseLayer(
-                name=name_of[param],
+                name=param.name,
                 param=param,
                 chain=chain,
                 out_features=shape[-1],

@@ -52,6 +52,7 @@ class Step:
 
 
 Chain = tuple[Step, ...]
+TRANSPOSE = Step("permute_dims", (1, 0))
 
 
 def apply_chain(chain: Chain, array: Array) -> Array:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from tvm_balanced.artifact.folder import split_parameters
-from tvm_balanced.errors import InputError
-from tvm_balanced.model import Array
-from tvm_balanced.model import Model
-from tvm_balanced.planning.plan import Plan
-from tvm_balanced.planning.plan import make_plan
-from tvm_balanced.relay_passes.bucket_functions import bucket_functions
-from tvm_balanced.relay_passes.dense_cublas import cublas_calls
-from tvm_balanced.relay_passes.find_dense import split_params
-from tvm_balanced.build.pipeline import rewrite_model
-from tvm_balanced.targets.resolve import TargetSpec
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tvm_balanced.artifact.folder import split_parameters
+from tvm_balanced.build.dump import start_dump
+from tvm_balanced.build.pipeline import rewrite_model
+from tvm_balanced.errors import InputError
+from tvm_balanced.model import Array, Model
+from tvm_balanced.planning.plan import Plan, make_plan
+from tvm_balanced.relay_passes.dense_cublas import cublas_calls
+from tvm_balanced.targets.resolve import TargetSpec
+
 if TYPE_CHECKING:
     import tvm
 
@@ -46,6 +44,7 @@ def prepare(
     encoding: str,
     dense: str,
     progress: Callable[[str], None] | None,
+    dump_ir: Path | None = None,
 ) -> Prepared:
     """Plan, rewrite and pack: what :func:`compile` builds and the tuner takes its kernels from."""
     if not isinstance(model, Model):
@@ -57,18 +56,22 @@ def prepare(
     tell = progress or (lambda _: None)
     tell("plan")
     plan = make_plan(model, target, None, ignore, policy, sizes, encoding, dense)
+    if dump_ir is not None:
+        start_dump(dump_ir)
     mod, params = rewrite_model(
-        model, plan.formats, plan.target, lambda name: tell(f"pack {name}"), dense
+        model,
+        plan.formats,
+        plan.target,
+        lambda name: tell(f"pack {name}"),
+        dense,
+        (dim, sizes),
+        dump_ir,
     )
-    mod, _ = bucket_functions(mod, dim, sizes)
-    _, weights = split_params(mod)
-    # the library knows its weights by their variables' names, which are unique
-    by_var = {var.name: array for var, array in zip(weights, params.values(), strict=True)}
-    names = {var.name: name for var, name in zip(weights, params, strict=True)}
-    calls = cublas_calls(mod, names)
-    if len(by_var) != len(weights):
-        raise InputError(f"{model.name} has several weights of one name; rename them")
-    return Prepared(plan, mod, *split_parameters(by_var), calls)
+    # weights are bound, and inputs given, by name
+    name, count = Counter(var.name for var in mod["main"].params).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"{model.name} has {count} inputs and weights named {name}; rename them")
+    return Prepared(plan, mod, *split_parameters(params), cublas_calls(mod))
 
 
 def _one_dimension(
