@@ -146,8 +146,4 @@ def write_onnx(source: Path, path: Path, changed: Mapping[str, Array], overwrite
         raise InputError(
             f"{source} holds more than one protobuf can ({error}); prune the .pt2 of the model instead"
         ) from error
-    write_whole(path, lambda part: _write_bytes(part, data), overwrite)
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    write_whole(path, lambda part: part.write_bytes(data), overwrite)

@@ -1,9 +1,11 @@
-"""What made a result: the commit it was made at."""
+"""What made a result: the commit it was made at, and the versions of packages."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -29,3 +31,17 @@ def commit() -> str:
         return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except OSError:
         return ""
+
+
+def package_version(package: str) -> str | None:
+    """The installed version of a package, which is not imported; None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def package_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    known = {package: package_version(package) for package in packages}
+    return {package: number for package, number in known.items() if number is not None}
