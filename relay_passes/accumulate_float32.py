@@ -112,7 +112,7 @@ def _fields(call: Expr) -> list[str]:
 
 
 def _with_attrs(call: Expr, **changed: Expr) -> Expr:
-    """The same call with some attributes replaced."""
+    """Return the same call with some attributes replaced."""
     fields = {name: getattr(call.attrs, name) for name in _fields(call)}
     key = type(call.attrs).__tvm_ffi_type_info__.type_key
     return relax.Call(

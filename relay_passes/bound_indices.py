@@ -87,7 +87,7 @@ class _Bounder(PyExprMutator):  # type: ignore[misc]
         )
 
     def _rows_modulo(self, indices: Expr, dims: list[Expr]) -> Expr:
-        """Indices (..., r), of which each row indexes the first r axes."""
+        """Return indices (..., r), of which each row indexes the first r axes."""
         sizes = dims[: int(indices.ty.shape[-1])]
         if all(isinstance(size, tirx.IntImm) for size in sizes):
             limit = relax.const(np.array([int(size) for size in sizes]), "int64")

@@ -37,7 +37,7 @@ def symbolic_dims(mod: tvm.IRModule) -> list[str]:
 
 
 def bucket_dim(mod: tvm.IRModule, dim: str | None, sizes: Sequence[int]) -> str:
-    """The dimension of ``main`` that buckets are for; None asks for the first symbolic one.
+    """Return the dimension of ``main`` that buckets are for; None asks for the first symbolic one.
 
     Raises
     ------
@@ -61,7 +61,7 @@ def bucket_dim(mod: tvm.IRModule, dim: str | None, sizes: Sequence[int]) -> str:
 
 
 def bucket_functions(dim: str, sizes: Sequence[int]) -> Pass:
-    """The pass that adds a copy of ``main`` for each size of a symbolic dimension.
+    """Return the pass that adds a copy of ``main`` for each size of a symbolic dimension.
 
     Parameters
     ----------

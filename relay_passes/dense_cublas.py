@@ -51,7 +51,7 @@ def dense_cublas(mod: tvm.IRModule) -> tvm.IRModule:
 
 
 def cublas_calls(mod: tvm.IRModule) -> list[dict[str, str]]:
-    """The calls of cuBLAS in a module's functions, so that the library needs the C++ function.
+    """Describe the calls of cuBLAS in a module's functions, which the C++ function has to serve.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ class _Rewriter(PyExprMutator):  # type: ignore[misc]
         return relax.call_dps_packed(FUNCTION, args, out_ty=call.ty)
 
     def _operand(self, arg: Expr) -> tuple[Expr, bool]:
-        """What cuBLAS reads, and whether it is the transpose of the operand."""
+        """Return what cuBLAS reads, and whether it is the transpose of the operand."""
         value = self.bindings.get(arg)
         if value is None or call_name(value) != "relax.permute_dims":
             return arg, False

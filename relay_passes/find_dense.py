@@ -13,21 +13,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import tvm
 from tvm import relax, tirx
 
 from tvm_balanced.format.layout import VALUE_DTYPES
 from tvm_balanced.relay_passes.weight_chain import Chain, call_name, static_shape, trace
+from tvm_balanced.support.tvm_types import Expr
 
 
 @dataclass(frozen=True)
 class DenseUse:
     """One ``matmul`` that reads a layer's weight."""
 
-    var: Any  # relax.Var the result is bound to
-    data: Any  # relax.Var of the activations
+    var: Expr  # relax.Var the result is bound to
+    data: Expr  # relax.Var of the activations
     rows: int | None  # product of the leading dimensions, None when symbolic
     rows_text: str  # the same, readable: "32" or "batch*32"
 
@@ -41,7 +41,7 @@ class DenseLayer:
     """
 
     name: str
-    param: Any
+    param: Expr
     chain: Chain
     out_features: int
     in_features: int
@@ -61,7 +61,7 @@ class DenseLayer:
         return ", ".join(dict.fromkeys(use.rows_text for use in self.uses))
 
 
-def main_bindings(func: relax.Function) -> list[tuple[Any, Any]]:
+def main_bindings(func: relax.Function) -> list[tuple[Expr, Expr]]:
     """All ``(var, value)`` of a function without control flow, in order."""
     return [
         (binding.var, binding.value)
@@ -71,7 +71,7 @@ def main_bindings(func: relax.Function) -> list[tuple[Any, Any]]:
     ]
 
 
-def split_params(mod: tvm.IRModule) -> tuple[list[Any], list[Any]]:
+def split_params(mod: tvm.IRModule) -> tuple[list[Expr], list[Expr]]:
     """Parameters of ``main``: the inputs, then the weights (function attribute ``num_input``)."""
     func = mod["main"]
     attrs = func.attrs
@@ -84,8 +84,8 @@ def find_dense(mod: tvm.IRModule) -> list[DenseLayer]:
     pairs = main_bindings(mod["main"])
     bindings = dict(pairs)
     weights = set(split_params(mod)[1])
-    layers: dict[tuple[Any, Chain], DenseLayer] = {}
-    chain_vars: dict[Any, Any] = {}  # variable on a chain to its parameter
+    layers: dict[tuple[Expr, Chain], DenseLayer] = {}
+    chain_vars: dict[Expr, Expr] = {}  # variable on a chain to its parameter
     for var, value in pairs:
         traced = trace(var, bindings, weights)
         if traced is not None:
@@ -120,7 +120,7 @@ def find_dense(mod: tvm.IRModule) -> list[DenseLayer]:
     return list(layers.values())
 
 
-def _rows(data: Any) -> tuple[int | None, str]:
+def _rows(data: Expr) -> tuple[int | None, str]:
     """Rows of activations as a number (None when symbolic) and as text."""
     shape = data.ty.shape
     if shape is None:
@@ -134,18 +134,18 @@ def _rows(data: Any) -> tuple[int | None, str]:
 
 
 def _block_shared(
-    pairs: list[tuple[Any, Any]], layers: list[DenseLayer], chain_vars: dict[Any, Any]
+    pairs: list[tuple[Expr, Expr]], layers: list[DenseLayer], chain_vars: dict[Expr, Expr]
 ) -> None:
     """Mark layers whose parameter something else reads too: pruning would change that as well."""
     dense_vars = {use.var for layer in layers for use in layer.uses}
-    others: dict[Any, str] = {}
+    others: dict[Expr, str] = {}
     for var, value in pairs:
         if var in dense_vars or var in chain_vars:
             continue
         for used in relax.analysis.free_vars(value):
             param = chain_vars.get(used, used)
             others.setdefault(param, call_name(value) or "another expression")
-    seen: dict[Any, DenseLayer] = {}
+    seen: dict[Expr, DenseLayer] = {}
     for layer in layers:
         if layer.param in others and layer.blocked is None:
             layer.blocked = (

@@ -32,7 +32,7 @@ from tvm_balanced.support.tvm_types import Expr
 
 
 def fold_weights(keep_transposed: Collection[str] = ()) -> Pass:
-    """The pass that replaces chains on weights by their results.
+    """Return the pass that replaces chains on weights by their results.
 
     Parameters
     ----------

@@ -65,7 +65,7 @@ def lift_workspaces(mod: tvm.IRModule) -> tvm.IRModule:
 
 
 def with_signatures_of(mod: tvm.IRModule, scheduled: tvm.IRModule) -> tvm.IRModule:
-    """The kernels of ``mod``, unscheduled, with the parameters that the pass gave their scheduled forms.
+    """Give unscheduled kernels the parameters that the pass gave their scheduled forms.
 
     What a scheduled kernel has more parameters of, the unscheduled one has too, and does not use. Where M
     decides what is launched, they say by which.
@@ -98,7 +98,7 @@ def _workspaces(func: tirx.PrimFunc) -> list[Buffer]:
 
 
 def _with_parameters(func: tirx.PrimFunc, workspaces: list[Buffer]) -> tirx.PrimFunc:
-    """The kernel with ``workspaces`` as parameters behind its results instead of allocations."""
+    """Turn allocations into parameters of a kernel, behind its results."""
     root = func.body.block
     block = s_tir.SBlock(
         root.iter_vars,

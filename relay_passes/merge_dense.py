@@ -75,7 +75,7 @@ class _Group:
 
 
 def merge_dense(pays: Callable[[Expr, int], bool]) -> Pass:
-    """The pass that merges balanced dense operators with the same activations, to follow ``rewrite_dense``.
+    """Return the pass that merges operators with the same activations, to follow ``rewrite_dense``.
 
     Parameters
     ----------
@@ -135,7 +135,7 @@ def _find_groups(mod: tvm.IRModule, pays: Callable[[Expr, int], bool]) -> list[_
 
 
 def _members(mod: tvm.IRModule) -> Iterator[tuple[tuple[Any, ...], _Member]]:
-    """The operators that can be merged, each with a key that is equal for those of one group."""
+    """Yield the operators that can be merged, each with a key that those of one group share."""
     weights = set(split_params(mod)[1])
     pairs = main_bindings(mod["main"])
     bindings = dict(pairs)
@@ -163,7 +163,7 @@ def _members(mod: tvm.IRModule) -> Iterator[tuple[tuple[Any, ...], _Member]]:
 
 
 def _source(data: Expr, bindings: dict[Expr, Expr]) -> tuple[Expr, Any]:
-    """What the activations are a reshape of, and to which shape: equal for equal values."""
+    """Return what the activations are a reshape of, and to which shape: equal for equal values."""
     shape = tvm_ffi.StructuralKey(data.ty.shape)
     while call_name(bindings.get(data)) == "relax.reshape":
         data = bindings[data].args[0]
@@ -173,7 +173,7 @@ def _source(data: Expr, bindings: dict[Expr, Expr]) -> tuple[Expr, Any]:
 def _bias_behind(
     var: Expr, call: Expr, readers: list[tuple[Expr, Expr]], weights: set[Expr]
 ) -> tuple[Expr, Expr] | tuple[None, None]:
-    """The bias vector added to ``var`` and the variable of the sum, when that is its only reader."""
+    """Return the bias that the only reader of ``var`` adds to it, and the variable of the sum."""
     if len(readers) != 1:
         return None, None
     sum_var, value = readers[0]
@@ -188,7 +188,7 @@ def _bias_behind(
 
 
 def _make_groups(uses: list[tuple[_Member, ...]]) -> list[_Group]:
-    """Groups over the same weights, which share the joined parameters."""
+    """Return groups over the same weights, which share the joined parameters."""
     first = uses[0][0]
     total = sum(m.fmt.out_features for m in uses[0])
     fmt = replace(first.fmt, out_features=total)

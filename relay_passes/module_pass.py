@@ -20,6 +20,6 @@ def module_pass(transform: Pass, name: str = "") -> Pass:
 
 
 def relax_functions(mod: tvm.IRModule) -> dict[tvm.ir.GlobalVar, relax.Function]:
-    """The Relax functions of a module; kernels are left out."""
+    """Return the Relax functions of a module; kernels are left out."""
     functions = mod.functions_items()
     return {gvar: func for gvar, func in functions if isinstance(func, relax.Function)}

@@ -67,7 +67,7 @@ def pack_weights(
 
 
 def dense_weight(params: Mapping[str, Array], layer: DenseLayer) -> Array:
-    """A layer's weight as ``(N, K)``, contiguous where the chain allows."""
+    """Return a layer's weight as ``(N, K)``, contiguous where the chain allows."""
     return np.ascontiguousarray(apply_chain(layer.chain, params[layer.name]).T)
 
 

@@ -37,7 +37,7 @@ VALUES, INDICES = ".values", ".indices"  # suffixes of a packed weight's two par
 
 
 def rewrite_dense(formats: Mapping[str, PackedFormat]) -> Pass:
-    """The pass that rewrites the layers named in ``formats``.
+    """Return the pass that rewrites the layers named in ``formats``.
 
     Parameters
     ----------

@@ -43,7 +43,7 @@ def drop_unused_weights(mod: tvm.IRModule, names: Sequence[str]) -> tuple[tvm.IR
 def with_main(
     mod: tvm.IRModule, params: Sequence[Expr], body: Expr, sources: Sources | None = None
 ) -> tvm.IRModule:
-    """A module whose ``main`` has this body and those of these parameters that it needs.
+    """Return a module whose ``main`` has this body and those of these parameters that it needs.
 
     Parameters
     ----------

@@ -36,7 +36,7 @@ Sources: TypeAlias = Mapping[str, tuple[Source, ...]]
 
 
 def weight_sources(mod: tvm.IRModule) -> dict[str, tuple[Source, ...]]:
-    """The sources of those weights of ``main`` that passes replaced."""
+    """Return the sources of those weights of ``main`` that passes replaced."""
     attrs = mod["main"].attrs or {}
     return {
         name: tuple(
@@ -51,7 +51,7 @@ def weight_sources(mod: tvm.IRModule) -> dict[str, tuple[Source, ...]]:
 
 
 def with_sources(func: relax.Function, sources: Sources) -> relax.Function:
-    """The function with ``sources`` in place of those it had."""
+    """Return the function with ``sources`` in place of those it had."""
     if not sources:
         return func
     plain = {name: [astuple(part) for part in parts] for name, parts in sources.items()}

@@ -64,7 +64,7 @@ def run_passes(mod: tvm.IRModule, passes: Sequence[Any], folder: Path | None) ->
 
 
 def device_sources(module: Any, kind: str, form: str) -> list[str]:
-    """The text, as ``form``, of every part of a built module whose kind is ``kind``."""
+    """Return the text, as ``form``, of every part of a built module whose kind is ``kind``."""
     sources = []
     pending, seen = [module], set()
     while pending:

@@ -87,7 +87,7 @@ class Job:
 
     @classmethod
     def read(cls, folder: Path) -> Job:
-        """The job of a folder; its operator must be registered, as by ``import tvm_balanced.ops``."""
+        """Return the job of a folder; ``tvm_balanced.ops`` must be imported before."""
         import tvm
 
         return cls(

@@ -102,7 +102,7 @@ def _values(func: Any, params: Mapping[str, Any] | None) -> dict[str, Array]:
 
 
 def _lifter(mod: Any, taken: set[str]) -> Any:
-    """A mutator that replaces constants of more than one element by new variables (``lifted``)."""
+    """Return a mutator that makes variables (``lifted``) of constants of more than one element."""
     import tvm
     from tvm import relax
     from tvm.relax.expr_functor import PyExprMutator, mutator

@@ -137,7 +137,7 @@ def _umask() -> int:
 
 @contextmanager
 def _said(path: Path) -> Iterator[None]:
-    """What the system says of a file or folder that cannot be written, as one of our errors."""
+    """Raise what the system says of a path that cannot be written as one of our errors."""
     try:
         yield
     except OSError as error:

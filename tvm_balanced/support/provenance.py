@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def commit() -> str:
-    """The commit of the checkout this runs from, with ``+`` where it was changed; empty elsewhere.
+    """Return the commit of this checkout, with ``+`` where it was changed; empty where it is none.
 
     ``TVM_BALANCED_COMMIT`` says it where the code was installed from a checkout that is not there.
     """
@@ -34,7 +34,7 @@ def commit() -> str:
 
 
 def package_version(package: str) -> str | None:
-    """The installed version of a package, which is not imported; None where it is not installed."""
+    """Return the version of a package without importing it; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -42,6 +42,6 @@ def package_version(package: str) -> str | None:
 
 
 def package_versions(packages: Iterable[str]) -> dict[str, str]:
-    """The versions of those packages that are installed."""
+    """Return the versions of those packages that are installed."""
     known = {package: package_version(package) for package in packages}
     return {package: number for package, number in known.items() if number is not None}

@@ -133,7 +133,7 @@ def _view(body: Array | None, entry: dict[str, Any]) -> Array:
 
 
 def to_numpy(tensor: torch.Tensor) -> Array:
-    """A PyTorch tensor as an array of the same dtype; it may share the tensor's memory."""
+    """Return a PyTorch tensor as an array of the same dtype; it may share the tensor's memory."""
     import torch
 
     tensor = tensor.detach()
@@ -141,13 +141,14 @@ def to_numpy(tensor: torch.Tensor) -> Array:
         tensor = tensor.to_dense()
     tensor = tensor.cpu().contiguous()
     if tensor.dtype is not torch.bfloat16:
-        return tensor.numpy()
-    bits: Array = tensor.view(torch.int16).numpy()
-    return bits.view(ml_dtypes.bfloat16)
+        array: Array = tensor.numpy()
+        return array
+    array = tensor.view(torch.int16).numpy()
+    return array.view(ml_dtypes.bfloat16)
 
 
 def to_torch(array: Array, device: str | torch.device = "cpu") -> torch.Tensor:
-    """An array as a PyTorch tensor of the same dtype, in memory of its own."""
+    """Return an array as a PyTorch tensor of the same dtype, in memory of its own."""
     import torch
 
     if array.dtype != ml_dtypes.bfloat16:
