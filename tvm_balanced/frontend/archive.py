@@ -20,10 +20,13 @@ import sys
 import threading
 import zipfile
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.support.optional import first_line, need
+
+if TYPE_CHECKING:
+    import torch
 
 
 def _words(text: str) -> frozenset[str]:
@@ -138,7 +141,7 @@ def refuse_pickle(path: str | os.PathLike[str], head: bytes, expected: str) -> N
         )
 
 
-def load_exported(path: str | os.PathLike[str]) -> Any:
+def load_exported(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
     """Open a ``.pt2`` archive whose members were found to be plain data.
 
     Parameters

@@ -95,8 +95,11 @@ def from_torch(
 
 
 def _export(
-    module: Any, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None, dynamic: Any
-) -> Any:
+    module: torch.nn.Module,
+    args: Sequence[Any] | None,
+    kwargs: Mapping[str, Any] | None,
+    dynamic: Any,
+) -> torch.export.ExportedProgram:
     import torch
 
     if args is None and kwargs is None:
@@ -121,7 +124,7 @@ def _export(
             part.training = training
 
 
-def _decompose(program: Any) -> Any:
+def _decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     try:
         return program.run_decompositions()
     except Exception as error:
