@@ -59,12 +59,7 @@ _REDUCTIONS = (
     "relax.nn.group_norm",
     "relax.nn.instance_norm",
     "relax.nn.rms_norm",
-    "relax.nn.avg_pool1d",
-    "relax.nn.avg_pool2d",
-    "relax.nn.avg_pool3d",
-    "relax.nn.adaptive_avg_pool1d",
-    "relax.nn.adaptive_avg_pool2d",
-    "relax.nn.adaptive_avg_pool3d",
+    *(f"relax.nn.{kind}avg_pool{axes}d" for kind in ("", "adaptive_") for axes in (1, 2, 3)),
 )
 
 

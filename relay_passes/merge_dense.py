@@ -136,7 +136,7 @@ def _find_groups(mod: tvm.IRModule, pays: Callable[[Expr, int], bool]) -> list[_
 
 def _members(mod: tvm.IRModule) -> Iterator[tuple[tuple[Any, ...], _Member]]:
     """Yield the operators that can be merged, each with a key that those of one group share."""
-    weights = set(split_params(mod)[1])
+    weights, packed = set(split_params(mod)[1]), weight_sources(mod)
     pairs = main_bindings(mod["main"])
     bindings = dict(pairs)
     readers: dict[Expr, list[tuple[Expr, Expr]]] = {}
@@ -144,7 +144,7 @@ def _members(mod: tvm.IRModule) -> Iterator[tuple[tuple[Any, ...], _Member]]:
         for used in relax.analysis.free_vars(value):
             readers.setdefault(used, []).append((var, value))
     for var, value in pairs:
-        if call_name(value) != OP_NAME or value.args[1] not in weights:
+        if call_name(value) != OP_NAME or value.args[1].name not in packed:
             continue
         fmt = format_of(value)
         if fmt.padded_rows != fmt.out_features:

@@ -48,9 +48,11 @@ def pack_weights(
     sources = weight_sources(mod)
     values: dict[str, Array] = {}
     for _, call in main_bindings(mod["main"]):
-        if call_name(call) != OP_NAME or call.args[1].name in values:
+        if call_name(call) != OP_NAME:
             continue
-        name, fmt = call.args[1].name, format_of(call)
+        name, fmt = str(call.args[1].name), format_of(call)
+        if name in values or name not in sources:
+            continue  # several uses of one weight, or one that was packed before the import
         if progress is not None:
             progress(name.removesuffix(VALUES))
         packed = pack(_joined(sources[name], params), fmt.pattern, fmt.layout, fmt.encoding)

@@ -11,6 +11,7 @@ from tvm.script import relax as R
 from tvm_balanced.build import pipeline
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.layout import Layout, PackedFormat
+from tvm_balanced.format.packing import pack
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.ops import OP_NAME, balanced_sparse_dense
 from tvm_balanced.pruning.magnitude import prune_weight
@@ -313,6 +314,29 @@ def test_gate_and_up_are_one_kernel_and_one_behind_it():
     # the first is the reshape of the activations, which costs nothing
     assert products[1][-2:] == [True, False] and not any(products[1][:-2])
     assert len(products[1]) <= 3
+
+
+def test_a_weight_that_was_packed_before_the_import_stays_as_it_is():
+    rng = np.random.default_rng(0)
+    fmt = fmt_of(48, 32)
+    weight = prune_weight(rng.standard_normal((48, 32)).astype("f4"), "2:16")
+    packed = pack(weight, fmt.pattern, fmt.layout, fmt.encoding)
+    arrays = {"a": packed.values, "b": packed.indices, "w": np.eye(48, dtype="f4")}
+    x = relax.Var("x", relax.TensorType((3, 32), "float32"))
+    a, b, w = (relax.Var(n, relax.TensorType(v.shape, str(v.dtype))) for n, v in arrays.items())
+    bb = relax.BlockBuilder()
+    with bb.function("main", [x, a, b, w], attrs={"num_input": 1}):
+        with bb.dataflow():
+            y = bb.emit(balanced_sparse_dense(x, a, b, fmt))
+            z = bb.emit(balanced_sparse_dense(x, a, b, fmt))
+            out = bb.emit_output(relax.op.matmul(relax.op.add(y, z), w))
+        bb.emit_func_output(out)
+    passes = [rewrite_dense({}), merge_dense(lambda data, n: True), fold_weights()]
+    mod = tvm.transform.Sequential(passes)(bb.get())
+    values = pack_weights(mod, arrays)
+    assert all(values[name] is array for name, array in arrays.items())
+    data = rng.standard_normal((3, 32)).astype("f4")
+    np.testing.assert_allclose(run(mod, [data], values), 2 * data @ weight.T, rtol=1e-4, atol=1e-4)
 
 
 def test_merge_is_left_out_where_it_does_not_pay():
