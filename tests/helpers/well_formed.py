@@ -20,5 +20,6 @@ class WellFormed:
 @contextmanager
 def every_pass_checked() -> Iterator[None]:
     """Passes that run meanwhile, under this context or one within, must leave well-formed modules."""
-    with tvm.transform.PassContext(opt_level=3, instruments=[WellFormed()]):
+    level = tvm.transform.PassContext.current().opt_level
+    with tvm.transform.PassContext(opt_level=level, instruments=[WellFormed()]):
         yield
