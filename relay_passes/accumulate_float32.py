@@ -22,13 +22,14 @@ changes nothing.
 
 from __future__ import annotations
 
-from typing import Any
-
 import tvm
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
+from tvm_balanced.relay_passes.module_pass import module_pass, relax_functions
 from tvm_balanced.relay_passes.weight_chain import call_name
+from tvm_balanced.schedules.rules import replaced
+from tvm_balanced.support.tvm_types import Expr
 
 _HALF = ("float16", "bfloat16")
 
@@ -58,37 +59,20 @@ _REDUCTIONS = (
     "relax.nn.group_norm",
     "relax.nn.instance_norm",
     "relax.nn.rms_norm",
-    "relax.nn.avg_pool1d",
-    "relax.nn.avg_pool2d",
-    "relax.nn.avg_pool3d",
-    "relax.nn.adaptive_avg_pool1d",
-    "relax.nn.adaptive_avg_pool2d",
-    "relax.nn.adaptive_avg_pool3d",
+    *(f"relax.nn.{kind}avg_pool{axes}d" for kind in ("", "adaptive_") for axes in (1, 2, 3)),
 )
 
 
+@module_pass
 def accumulate_float32(mod: tvm.IRModule) -> tvm.IRModule:
-    """Accumulate products, convolutions, reductions and normalisations of half precision in float32.
-
-    Parameters
-    ----------
-    mod : tvm.IRModule
-        Relax operators, not yet legalized.
-
-    Returns
-    -------
-    tvm.IRModule
-    """
-    out = tvm.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
-    for var, func in mod.functions_items():
-        if isinstance(func, relax.Function):
-            out.update_func(var, _Rewriter(mod).visit_expr(func))
-    return out
+    """Accumulate products, convolutions, reductions and normalisations of half precision in float32."""
+    functions = relax_functions(mod).items()
+    return replaced(mod, {gvar: _Rewriter(mod).visit_expr(func) for gvar, func in functions})
 
 
 @mutator
 class _Rewriter(PyExprMutator):  # type: ignore[misc]
-    def visit_call_(self, call: Any) -> Any:
+    def visit_call_(self, call: Expr) -> Expr:
         call = self.visit_expr_post_order(call)
         name = call_name(call)
         if name in _PRODUCTS and _all_half(call):
@@ -104,26 +88,26 @@ class _Rewriter(PyExprMutator):  # type: ignore[misc]
             return self._widened(changed, call)
         return call
 
-    def _widened(self, changed: Any, before: Any) -> Any:
+    def _widened(self, changed: Expr, before: Expr) -> Expr:
         return relax.op.astype(self.builder_.emit(changed), before.ty.dtype)
 
 
-def _half(expr: Any) -> bool:
+def _half(expr: Expr) -> bool:
     return isinstance(expr.ty, relax.TensorType) and str(expr.ty.dtype) in _HALF
 
 
-def _all_half(call: Any) -> bool:
+def _all_half(call: Expr) -> bool:
     """Whether the result and every tensor operand are half precision."""
     tensors = [arg for arg in call.args if isinstance(arg.ty, relax.TensorType)]
     return _half(call) and all(_half(arg) for arg in tensors)
 
 
-def _fields(call: Any) -> list[str]:
+def _fields(call: Expr) -> list[str]:
     return [field.name for field in type(call.attrs).__tvm_ffi_type_info__.fields]
 
 
-def _with_attrs(call: Any, **changed: Any) -> Any:
-    """The same call with some attributes replaced."""
+def _with_attrs(call: Expr, **changed: Expr) -> Expr:
+    """Return the same call with some attributes replaced."""
     fields = {name: getattr(call.attrs, name) for name in _fields(call)}
     key = type(call.attrs).__tvm_ffi_type_info__.type_key
     return relax.Call(

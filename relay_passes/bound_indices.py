@@ -16,14 +16,15 @@ which PyTorch and ONNX count from the end, is wrong. Modulo the size, valid indi
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import tvm
 from tvm import relax, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
+from tvm_balanced.relay_passes.module_pass import module_pass
 from tvm_balanced.relay_passes.weight_chain import call_name
+from tvm_balanced.schedules.rules import replaced
+from tvm_balanced.support.tvm_types import Expr
 
 _ALONG_AXIS = frozenset(["relax.gather_elements", "relax.scatter_elements"])
 
@@ -34,32 +35,19 @@ _PER_AXIS = frozenset(["relax.index_tensor", "relax.index_put"])
 _LAST_AXIS = frozenset(["relax.gather_nd", "relax.scatter_nd"])
 
 
+@module_pass
 def bound_indices(mod: tvm.IRModule) -> tvm.IRModule:
     """Take the indices in ``main`` modulo the size of the axis they index.
 
-    Parameters
-    ----------
-    mod : tvm.IRModule
-        With a function ``main``; left as it is.
-
-    Returns
-    -------
-    tvm.IRModule
-        Where an operator says what it does with indices out of range (``take`` with another mode than
-        "fast"), and where the size of the axis is unknown at compile time, as it was.
+    An operator stays as it is where it says what it does with indices out of range (``take`` with another
+    mode than "fast"), and where the size of the axis is unknown at compile time.
     """
-    func = mod["main"]
-    new = _Bounder(mod).visit_expr(func)
-    if new is func:
-        return mod
-    out = tvm.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
-    out.update_func(mod.get_global_var("main"), new)
-    return out
+    return replaced(mod, {mod.get_global_var("main"): _Bounder(mod).visit_expr(mod["main"])})
 
 
 @mutator
 class _Bounder(PyExprMutator):  # type: ignore[misc]
-    def visit_call_(self, call: Any) -> Any:
+    def visit_call_(self, call: Expr) -> Expr:
         call = super().visit_call_(call)
         name = call_name(call)
         if name == "relax.take":
@@ -80,14 +68,14 @@ class _Bounder(PyExprMutator):  # type: ignore[misc]
             bounded = self._rows_modulo(indices, dims[int(getattr(call.attrs, "batch_dims", 0)) :])
         return relax.Call(call.op, [data, bounded, *rest], call.attrs, call.ty_args)
 
-    def _modulo(self, index: Any, size: Any) -> Any:
+    def _modulo(self, index: Expr, size: Expr) -> Expr:
         """``index`` modulo ``size``, a number or a symbol."""
         if self._is_below(index, size):
             return index
         numbers = self.builder_.emit(relax.op.arange(0, size, 1, "int64"))
         return self.builder_.emit(relax.op.take(numbers, index, 0, mode="wrap"))
 
-    def _each_modulo(self, indices: Any, dims: list[Any]) -> Any:
+    def _each_modulo(self, indices: Expr, dims: list[Expr]) -> Expr:
         count = len(indices.ty.fields)
         literal = isinstance(indices, relax.Tuple)
         fields = [
@@ -98,8 +86,8 @@ class _Bounder(PyExprMutator):  # type: ignore[misc]
             [self._modulo(field, dim) for field, dim in zip(fields, dims[:count], strict=True)]
         )
 
-    def _rows_modulo(self, indices: Any, dims: list[Any]) -> Any:
-        """Indices (..., r), of which each row indexes the first r axes."""
+    def _rows_modulo(self, indices: Expr, dims: list[Expr]) -> Expr:
+        """Return indices (..., r), of which each row indexes the first r axes."""
         sizes = dims[: int(indices.ty.shape[-1])]
         if all(isinstance(size, tirx.IntImm) for size in sizes):
             limit = relax.const(np.array([int(size) for size in sizes]), "int64")
@@ -108,7 +96,7 @@ class _Bounder(PyExprMutator):  # type: ignore[misc]
         rows = self.builder_.emit(relax.op.astype(indices, "int64"))
         return self.builder_.emit(relax.op.floor_mod(rows, limit))
 
-    def _is_below(self, index: Any, size: Any) -> bool:
+    def _is_below(self, index: Expr, size: Expr) -> bool:
         """Whether ``index`` was made by a sort, or by :meth:`_modulo`."""
         value = self._value(index)
         if call_name(value) != "relax.take":
@@ -121,5 +109,5 @@ class _Bounder(PyExprMutator):  # type: ignore[misc]
             prove.can_prove_equal(a, b) for a, b in zip(numbers.args, (0, size, 1), strict=True)
         )
 
-    def _value(self, expr: Any) -> Any:
+    def _value(self, expr: Expr) -> Expr:
         return self.lookup_binding(expr) if isinstance(expr, relax.Var) else None

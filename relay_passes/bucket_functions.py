@@ -4,7 +4,7 @@ Before::
 
     def main(x: R.Tensor((batch, 512)), w: ...)
 
-After ``bucket_functions(mod, "batch", [1, 8])``::
+After ``bucket_functions("batch", [1, 8])``::
 
     def main(x: R.Tensor((batch, 512)), w: ...)
     def main_batch_1(x: R.Tensor((1, 512)), w: ...)
@@ -16,7 +16,6 @@ All take the same weights. Kernels of a bucket have static shapes, which schedul
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import tvm
 from tvm import relax, tirx
@@ -24,47 +23,27 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.relay_passes.find_dense import split_params
+from tvm_balanced.relay_passes.module_pass import Pass, module_pass
+from tvm_balanced.schedules.rules import replaced
+from tvm_balanced.support.tvm_types import Expr
 
 
 def symbolic_dims(mod: tvm.IRModule) -> list[str]:
     """Names of the symbolic dimensions of the inputs, in order of appearance."""
-    inputs, _ = split_params(mod)
-    found: dict[str, None] = {}
-    for var in inputs:
-        if isinstance(var.ty, relax.TensorType) and var.ty.shape is not None:
-            for dim in var.ty.shape:
-                if isinstance(dim, tirx.Var):
-                    found[dim.name] = None
-    return list(found)
+    types = [var.ty for var in split_params(mod)[0]]
+    shapes = [ty.shape for ty in types if isinstance(ty, relax.TensorType) and ty.shape is not None]
+    names = [dim.name for shape in shapes for dim in shape if isinstance(dim, tirx.Var)]
+    return list(dict.fromkeys(names))
 
 
-def bucket_functions(
-    mod: tvm.IRModule, dim: str | None, sizes: Sequence[int]
-) -> tuple[tvm.IRModule, dict[str, dict[str, int]]]:
-    """Add a copy of ``main`` for each size of a symbolic dimension.
-
-    Parameters
-    ----------
-    mod : tvm.IRModule
-        A model.
-    dim : str or None
-        Name of the dimension; None for the first symbolic one.
-    sizes : sequence of int
-        Bucket sizes.
-
-    Returns
-    -------
-    (tvm.IRModule, dict)
-        The module, and per function its bound dimensions (none for ``main``).
+def bucket_dim(mod: tvm.IRModule, dim: str | None, sizes: Sequence[int]) -> str:
+    """Return the dimension of ``main`` that buckets are for; None asks for the first symbolic one.
 
     Raises
     ------
     InputError
         When the model has no such dimension, or a size is not positive.
     """
-    functions: dict[str, dict[str, int]] = {"main": {}}
-    if not sizes:
-        return mod, functions
     names = symbolic_dims(mod)
     if not names:
         raise InputError(
@@ -78,14 +57,30 @@ def bucket_functions(
         )
     if any(size < 1 for size in sizes):
         raise InputError(f"buckets {list(sizes)} hold a size below 1")
-    out = tvm.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
-    for size in sorted(set(sizes)):
-        name = f"main_{chosen}_{size}"
-        bound = relax.transform.BindSymbolicVars({chosen: size}, "main")(mod)["main"]
-        bound = relax.utils.copy_with_new_vars(bound).with_attr("global_symbol", name)
-        out[name] = _FreshConstants(mod).visit_expr(bound)
-        functions[name] = {chosen: size}
-    return out, functions
+    return chosen
+
+
+def bucket_functions(dim: str, sizes: Sequence[int]) -> Pass:
+    """Return the pass that adds a copy of ``main`` for each size of a symbolic dimension.
+
+    Parameters
+    ----------
+    dim : str
+        Name of the dimension, from :func:`bucket_dim`.
+    sizes : sequence of int
+        Sizes that get a function ``main_DIM_SIZE``, each once.
+    """
+
+    def add_buckets(mod: tvm.IRModule) -> tvm.IRModule:
+        out = replaced(mod, {})
+        for size in sorted(set(sizes)):
+            name = f"main_{dim}_{size}"
+            bound = relax.transform.BindSymbolicVars({dim: size}, "main")(mod)["main"]
+            bound = relax.utils.copy_with_new_vars(bound).with_attr("global_symbol", name)
+            out[name] = _FreshConstants(mod).visit_expr(bound)
+        return out
+
+    return module_pass(add_buckets, "bucket_functions")
 
 
 @mutator
@@ -95,5 +90,5 @@ class _FreshConstants(PyExprMutator):  # type: ignore[misc]
     Operator fusion refuses a module in which one object stands in several functions.
     """
 
-    def visit_generic_const_(self, op: Any) -> Any:
+    def visit_generic_const_(self, op: Expr) -> Expr:
         return tvm.ir.GenericConst(op.value, op.ty)

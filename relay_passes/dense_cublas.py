@@ -22,15 +22,15 @@ when it has no product: running the pass twice changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import tvm
 from tvm import relax, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from tvm_balanced.relay_passes.find_dense import main_bindings
+from tvm_balanced.relay_passes.module_pass import module_pass, relax_functions
 from tvm_balanced.relay_passes.weight_chain import call_name
+from tvm_balanced.schedules.rules import replaced
+from tvm_balanced.support.tvm_types import Expr
 
 FUNCTION = "tvm_balanced_cublas_matmul"
 
@@ -38,37 +38,25 @@ FUNCTION = "tvm_balanced_cublas_matmul"
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
+@module_pass
 def dense_cublas(mod: tvm.IRModule) -> tvm.IRModule:
-    """Replace matrix products by calls of cuBLAS.
+    """Replace matrix products by calls of cuBLAS."""
+    updated = {}
+    for gvar, func in relax_functions(mod).items():
+        rewriter = _Rewriter(mod, dict(main_bindings(func)))
+        changed = rewriter.visit_expr(func)
+        if rewriter.count:
+            updated[gvar] = relax.analysis.remove_all_unused(changed)
+    return replaced(mod, updated)
+
+
+def cublas_calls(mod: tvm.IRModule) -> list[dict[str, str]]:
+    """Describe the calls of cuBLAS in a module's functions, which the C++ function has to serve.
 
     Parameters
     ----------
     mod : tvm.IRModule
-        Relax operators, not yet legalized.
-
-    Returns
-    -------
-    tvm.IRModule
-    """
-    out = tvm.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
-    for var, func in mod.functions_items():
-        if isinstance(func, relax.Function):
-            rewriter = _Rewriter(mod, dict(main_bindings(func)))
-            changed = rewriter.visit_expr(func)
-            if rewriter.count:
-                out.update_func(var, relax.analysis.remove_all_unused(changed))
-    return out
-
-
-def cublas_calls(mod: tvm.IRModule, names: Mapping[str, str] | None = None) -> list[dict[str, str]]:
-    """The calls of cuBLAS in a module's functions, so that the library needs the C++ function.
-
-    Parameters
-    ----------
-    mod : tvm.IRModule
-        After :func:`dense_cublas`.
-    names : mapping of str to str, optional
-        What to call parameters of the functions, by their variables' names.
+        A module after :func:`dense_cublas`.
 
     Returns
     -------
@@ -77,11 +65,9 @@ def cublas_calls(mod: tvm.IRModule, names: Mapping[str, str] | None = None) -> l
         counted from the function's first call; and ``product``, what is multiplied:
         ``float16 (8, 512) x (512, 256)``.
     """
-    found: list[dict[str, str]] = []
-    for gvar, func in mod.functions_items():
-        if not isinstance(func, relax.Function):
-            continue
-        params = {param: (names or {}).get(param.name, param.name) for param in func.params}
+    described: list[dict[str, str]] = []
+    for gvar, func in relax_functions(mod).items():
+        params = {param: str(param.name) for param in func.params}
         calls = [
             value.args[1].fields
             for _, value in main_bindings(func)
@@ -92,17 +78,17 @@ def cublas_calls(mod: tvm.IRModule, names: Mapping[str, str] | None = None) -> l
             shapes = [
                 _shape(operand, bool(flag)) for operand, flag in zip((a, b), flags, strict=True)
             ]
-            found.append(
+            described.append(
                 {
                     "function": str(gvar.name_hint),
                     "name": params.get(b) or params.get(a) or f"product {number}",
                     "product": f"{a.ty.dtype} {shapes[0]} x {shapes[1]}",
                 }
             )
-    return found
+    return described
 
 
-def _shape(operand: Any, transposed: bool) -> str:
+def _shape(operand: Expr, transposed: bool) -> str:
     extents = [
         str(int(extent)) if isinstance(extent, tirx.IntImm) else str(extent)
         for extent in operand.ty.shape
@@ -114,12 +100,12 @@ def _shape(operand: Any, transposed: bool) -> str:
 
 @mutator
 class _Rewriter(PyExprMutator):  # type: ignore[misc]
-    def __init__(self, mod: tvm.IRModule, bindings: dict[Any, Any]) -> None:
+    def __init__(self, mod: tvm.IRModule, bindings: dict[Expr, Expr]) -> None:
         super().__init__(mod)
         self.bindings = bindings
         self.count = 0
 
-    def visit_call_(self, call: Any) -> Any:
+    def visit_call_(self, call: Expr) -> Expr:
         if call_name(call) != "relax.matmul" or not _fits(call):
             return self.visit_expr_post_order(call)
         (a, transpose_a), (b, transpose_b) = (self._operand(arg) for arg in call.args)
@@ -128,8 +114,8 @@ class _Rewriter(PyExprMutator):  # type: ignore[misc]
         args = relax.Tuple([self.visit_expr(a), self.visit_expr(b), *flags])
         return relax.call_dps_packed(FUNCTION, args, out_ty=call.ty)
 
-    def _operand(self, arg: Any) -> tuple[Any, bool]:
-        """What cuBLAS reads, and whether it is the transpose of the operand."""
+    def _operand(self, arg: Expr) -> tuple[Expr, bool]:
+        """Return what cuBLAS reads, and whether it is the transpose of the operand."""
         value = self.bindings.get(arg)
         if value is None or call_name(value) != "relax.permute_dims":
             return arg, False
@@ -140,7 +126,7 @@ class _Rewriter(PyExprMutator):  # type: ignore[misc]
         return (value.args[0], True) if order == swapped else (arg, False)
 
 
-def _fits(call: Any) -> bool:
+def _fits(call: Expr) -> bool:
     a, b = (arg.ty for arg in call.args)
     if a.shape is None or b.shape is None or call.ty.shape is None:
         return False
@@ -158,5 +144,5 @@ def _fits(call: Any) -> bool:
     )
 
 
-def _all_ones(extents: list[Any]) -> bool:
+def _all_ones(extents: list[Expr]) -> bool:
     return all(isinstance(extent, tirx.IntImm) and int(extent) == 1 for extent in extents)

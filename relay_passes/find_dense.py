@@ -13,21 +13,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import tvm
 from tvm import relax, tirx
 
 from tvm_balanced.format.layout import VALUE_DTYPES
 from tvm_balanced.relay_passes.weight_chain import Chain, call_name, static_shape, trace
+from tvm_balanced.support.tvm_types import Expr
 
 
 @dataclass(frozen=True)
 class DenseUse:
     """One ``matmul`` that reads a layer's weight."""
 
-    var: Any  # relax.Var the result is bound to
-    data: Any  # relax.Var of the activations
+    var: Expr  # relax.Var the result is bound to
+    data: Expr  # relax.Var of the activations
     rows: int | None  # product of the leading dimensions, None when symbolic
     rows_text: str  # the same, readable: "32" or "batch*32"
 
@@ -41,7 +41,7 @@ class DenseLayer:
     """
 
     name: str
-    param: Any
+    param: Expr
     chain: Chain
     out_features: int
     in_features: int
@@ -61,17 +61,17 @@ class DenseLayer:
         return ", ".join(dict.fromkeys(use.rows_text for use in self.uses))
 
 
-def main_bindings(func: relax.Function) -> list[tuple[Any, Any]]:
+def main_bindings(func: relax.Function) -> list[tuple[Expr, Expr]]:
     """All ``(var, value)`` of a function without control flow, in order."""
-    found: list[tuple[Any, Any]] = []
-    for block in func.body.blocks:
-        for binding in block.bindings:
-            if isinstance(binding, relax.VarBinding):
-                found.append((binding.var, binding.value))
-    return found
+    return [
+        (binding.var, binding.value)
+        for block in func.body.blocks
+        for binding in block.bindings
+        if isinstance(binding, relax.VarBinding)
+    ]
 
 
-def split_params(mod: tvm.IRModule) -> tuple[list[Any], list[Any]]:
+def split_params(mod: tvm.IRModule) -> tuple[list[Expr], list[Expr]]:
     """Parameters of ``main``: the inputs, then the weights (function attribute ``num_input``)."""
     func = mod["main"]
     attrs = func.attrs
@@ -79,38 +79,23 @@ def split_params(mod: tvm.IRModule) -> tuple[list[Any], list[Any]]:
     return list(func.params[:count]), list(func.params[count:])
 
 
-def find_dense(mod: tvm.IRModule, names: list[str]) -> list[DenseLayer]:
-    """Dense layers of ``main``, in the order of their first use.
-
-    Parameters
-    ----------
-    mod : tvm.IRModule
-        An imported model.
-    names : list of str
-        Names of the weight parameters, in order.
-
-    Returns
-    -------
-    list of DenseLayer
-    """
-    func = mod["main"]
-    pairs = main_bindings(func)
+def find_dense(mod: tvm.IRModule) -> list[DenseLayer]:
+    """Dense layers of an imported model's ``main``, in the order of their first use."""
+    pairs = main_bindings(mod["main"])
     bindings = dict(pairs)
-    _, weights = split_params(mod)
-    name_of = dict(zip(weights, names, strict=True))
-    weight_set = set(weights)
-    layers: dict[tuple[Any, Chain], DenseLayer] = {}
-    chain_vars: dict[Any, Any] = {}  # variable on a chain to its parameter
+    weights = set(split_params(mod)[1])
+    layers: dict[tuple[Expr, Chain], DenseLayer] = {}
+    chain_vars: dict[Expr, Expr] = {}  # variable on a chain to its parameter
     for var, value in pairs:
-        traced = trace(var, bindings, weight_set)
+        traced = trace(var, bindings, weights)
         if traced is not None:
             chain_vars[var] = traced[0]
         if call_name(value) != "relax.matmul":
             continue
-        found = trace(value.args[1], bindings, weight_set)
-        if found is None:
+        traced = trace(value.args[1], bindings, weights)
+        if traced is None:
             continue
-        param, chain = found
+        param, chain = traced
         shape = static_shape(value.args[1])
         rows, text = _rows(value.args[0])
         if shape is None or rows == 0:
@@ -118,7 +103,7 @@ def find_dense(mod: tvm.IRModule, names: list[str]) -> list[DenseLayer]:
         layer = layers.get((param, chain))
         if layer is None:
             layer = DenseLayer(
-                name=name_of[param],
+                name=param.name,
                 param=param,
                 chain=chain,
                 out_features=shape[-1],
@@ -135,7 +120,7 @@ def find_dense(mod: tvm.IRModule, names: list[str]) -> list[DenseLayer]:
     return list(layers.values())
 
 
-def _rows(data: Any) -> tuple[int | None, str]:
+def _rows(data: Expr) -> tuple[int | None, str]:
     """Rows of activations as a number (None when symbolic) and as text."""
     shape = data.ty.shape
     if shape is None:
@@ -149,18 +134,18 @@ def _rows(data: Any) -> tuple[int | None, str]:
 
 
 def _block_shared(
-    pairs: list[tuple[Any, Any]], layers: list[DenseLayer], chain_vars: dict[Any, Any]
+    pairs: list[tuple[Expr, Expr]], layers: list[DenseLayer], chain_vars: dict[Expr, Expr]
 ) -> None:
     """Mark layers whose parameter something else reads too: pruning would change that as well."""
     dense_vars = {use.var for layer in layers for use in layer.uses}
-    others: dict[Any, str] = {}
+    others: dict[Expr, str] = {}
     for var, value in pairs:
         if var in dense_vars or var in chain_vars:
             continue
         for used in relax.analysis.free_vars(value):
             param = chain_vars.get(used, used)
             others.setdefault(param, call_name(value) or "another expression")
-    seen: dict[Any, DenseLayer] = {}
+    seen: dict[Expr, DenseLayer] = {}
     for layer in layers:
         if layer.param in others and layer.blocked is None:
             layer.blocked = (

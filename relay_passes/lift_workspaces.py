@@ -29,59 +29,46 @@ to keep their signature. A second run finds nothing to lift.
 
 from __future__ import annotations
 
-from typing import Any
-
 import tvm
 from tvm import relax, s_tir, tirx
 from tvm.relax.expr_functor import PyExprMutator, PyExprVisitor, mutator, visitor
 
+from tvm_balanced.relay_passes.module_pass import module_pass, relax_functions
 from tvm_balanced.relay_passes.weight_chain import call_name
 from tvm_balanced.schedules.rules import ROWS_FROM
+from tvm_balanced.support.tvm_types import Buffer, Expr, Stmt
 
 
-@tvm.transform.module_pass(opt_level=0, name="LiftWorkspaces")
-class LiftWorkspaces:
+@module_pass
+def lift_workspaces(mod: tvm.IRModule) -> tvm.IRModule:
     """Apply the rewrite to every scheduled kernel and its calls."""
-
-    def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
-        kept = _other_references(mod)
-        lifted, rest = {}, {}
-        for gvar, func in mod.functions_items():
-            found = (
-                _workspaces(func) if isinstance(func, tirx.PrimFunc) and gvar not in kept else []
-            )
-            if found:
-                lifted[gvar] = _with_parameters(func, found), found
-            else:
-                rest[gvar] = func
-        if not lifted:
-            return mod
-        # without the old kernels, so that the new ones get their names
-        rewriter = _Rewriter(tvm.IRModule(rest, attrs=mod.attrs))
-        for gvar, (func, found) in lifted.items():
-            new = rewriter.builder_.add_func(func, gvar.name_hint)
-            rewriter.lifted[gvar] = new, [relax.TensorType(w.ty.shape, w.ty.dtype) for w in found]
-        for gvar, func in rest.items():
-            if isinstance(func, relax.Function):
-                rewriter.builder_.update_func(gvar, rewriter.visit_expr(func))
-        return rewriter.builder_.get()
+    kept = _other_references(mod)
+    lifted = {
+        gvar: (_with_parameters(func, workspaces), workspaces)
+        for gvar, func in mod.functions_items()
+        if isinstance(func, tirx.PrimFunc)
+        and gvar not in kept
+        and (workspaces := _workspaces(func))
+    }
+    if not lifted:
+        return mod
+    # without the old kernels, so that the new ones get their names
+    rest = {gvar: func for gvar, func in mod.functions_items() if gvar not in lifted}
+    rewriter = _Rewriter(tvm.IRModule(rest, attrs=mod.attrs))
+    for gvar, (func, workspaces) in lifted.items():
+        new = rewriter.builder_.add_func(func, gvar.name_hint)
+        types = [relax.TensorType(buffer.ty.shape, buffer.ty.dtype) for buffer in workspaces]
+        rewriter.lifted[gvar] = new, types
+    for gvar, func in relax_functions(mod).items():
+        rewriter.builder_.update_func(gvar, rewriter.visit_expr(func))
+    return rewriter.builder_.get()
 
 
 def with_signatures_of(mod: tvm.IRModule, scheduled: tvm.IRModule) -> tvm.IRModule:
-    """Unscheduled kernels with the workspaces that the pass gave their scheduled forms.
+    """Give unscheduled kernels the parameters that the pass gave their scheduled forms.
 
-    Parameters
-    ----------
-    mod : tvm.IRModule
-        Kernels before their schedule.
-    scheduled : tvm.IRModule
-        Kernels of the same names after the pass.
-
-    Returns
-    -------
-    tvm.IRModule
-        The kernels of ``mod`` alone; what a scheduled one has more parameters of, the unscheduled one
-        has too, and does not use. Where M decides what is launched, they say by which.
+    What a scheduled kernel has more parameters of, the unscheduled one has too, and does not use. Where M
+    decides what is launched, they say by which.
     """
     kernels = {}
     for gvar, func in mod.functions_items():
@@ -97,7 +84,7 @@ def with_signatures_of(mod: tvm.IRModule, scheduled: tvm.IRModule) -> tvm.IRModu
     return tvm.IRModule(kernels)
 
 
-def _workspaces(func: tirx.PrimFunc) -> list[Any]:
+def _workspaces(func: tirx.PrimFunc) -> list[Buffer]:
     """Buffers of fixed size in global memory that the root block of a kernel allocates."""
     root = func.body.block if isinstance(func.body, s_tir.SBlockRealize) else None
     if root is None:
@@ -110,8 +97,8 @@ def _workspaces(func: tirx.PrimFunc) -> list[Any]:
     ]
 
 
-def _with_parameters(func: tirx.PrimFunc, found: list[Any]) -> tirx.PrimFunc:
-    """The kernel with ``found`` as parameters behind its results instead of allocations."""
+def _with_parameters(func: tirx.PrimFunc, workspaces: list[Buffer]) -> tirx.PrimFunc:
+    """Turn allocations into parameters of a kernel, behind its results."""
     root = func.body.block
     block = s_tir.SBlock(
         root.iter_vars,
@@ -120,15 +107,15 @@ def _with_parameters(func: tirx.PrimFunc, found: list[Any]) -> tirx.PrimFunc:
         root.name_hint,
         root.body,
         root.init,
-        [b for b in root.alloc_buffers if not any(b.same_as(other) for other in found)],
+        [b for b in root.alloc_buffers if not any(b.same_as(other) for other in workspaces)],
         root.match_buffers,
         root.annotations,
     )
     realize = s_tir.SBlockRealize(func.body.iter_values, func.body.predicate, block)
-    return _insert(func, found, realize)
+    return _insert(func, workspaces, realize)
 
 
-def _insert(func: tirx.PrimFunc, buffers: list[Any], body: Any) -> tirx.PrimFunc:
+def _insert(func: tirx.PrimFunc, buffers: list[Buffer], body: Stmt) -> tirx.PrimFunc:
     at = _end_of_buffers(func)
     params = [*func.params[:at], *buffers, *func.params[at:]]
     return tirx.PrimFunc(params, body, func.ret_type, func.attrs)
@@ -140,28 +127,27 @@ def _end_of_buffers(func: tirx.PrimFunc) -> int:
     return places[-1] + 1 if places else 0
 
 
-def _other_references(mod: tvm.IRModule) -> set[Any]:
+def _other_references(mod: tvm.IRModule) -> set[Expr]:
     """Functions that are referred to in any other way than by ``call_tir``."""
-    seen = _References()
-    for _, func in mod.functions_items():
-        if isinstance(func, relax.Function):
-            seen.visit_expr(func)
-    return seen.found
+    references = _References()
+    for func in relax_functions(mod).values():
+        references.visit_expr(func)
+    return references.referred
 
 
 @visitor
 class _References(PyExprVisitor):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
-        self.found: set[Any] = set()
+        self.referred: set[Expr] = set()
 
-    def visit_call_(self, call: Any) -> None:
+    def visit_call_(self, call: Expr) -> None:
         called = call_name(call) == "relax.call_tir"
         for arg in list(call.args)[1:] if called else [call.op, *call.args]:
             self.visit_expr(arg)
 
-    def visit_global_var_(self, var: Any) -> None:
-        self.found.add(var)
+    def visit_global_var_(self, var: Expr) -> None:
+        self.referred.add(var)
 
 
 @mutator
@@ -170,9 +156,9 @@ class _Rewriter(PyExprMutator):  # type: ignore[misc]
 
     def __init__(self, mod: tvm.IRModule) -> None:
         super().__init__(mod)
-        self.lifted: dict[Any, tuple[Any, list[Any]]] = {}
+        self.lifted: dict[Expr, tuple[Expr, list[Expr]]] = {}
 
-    def visit_call_(self, call: Any) -> Any:
+    def visit_call_(self, call: Expr) -> Expr:
         call = self.visit_expr_post_order(call)
         if call_name(call) != "relax.call_tir" or call.args[0] not in self.lifted:
             return call

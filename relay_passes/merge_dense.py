@@ -21,8 +21,8 @@ the result again, so the caller says up to how many bytes of results that pays.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tvm
@@ -33,9 +33,12 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm_balanced.format.layout import PackedFormat
 from tvm_balanced.ops import OP_NAME, balanced_sparse_dense, format_of
 from tvm_balanced.relay_passes.find_dense import main_bindings, split_params
-from tvm_balanced.relay_passes.rewrite_dense import INDICES, VALUES, packed_vars
-from tvm_balanced.relay_passes.rewrite_params import drop_unused_weights, with_main
+from tvm_balanced.relay_passes.module_pass import Pass, module_pass
+from tvm_balanced.relay_passes.rewrite_dense import VALUES, packed_vars
+from tvm_balanced.relay_passes.rewrite_params import with_main
 from tvm_balanced.relay_passes.weight_chain import call_name
+from tvm_balanced.relay_passes.weight_sources import Source, weight_sources
+from tvm_balanced.support.tvm_types import Expr
 
 SEPARATOR = " + "  # between the names of merged weights
 
@@ -44,90 +47,72 @@ SEPARATOR = " + "  # between the names of merged weights
 class _Member:
     """One operator of a group, with the bias that is added right behind it, if there is one."""
 
-    var: Any
-    call: Any
-    weight: str
+    var: Expr
+    call: Expr
     fmt: PackedFormat
-    bias: Any | None
-    bias_name: str | None
-    sum_var: Any | None
+    bias: Expr | None
+    sum_var: Expr | None
+
+    @property
+    def weight(self) -> str:
+        return str(self.call.args[1].name.removesuffix(VALUES))
+
+    @property
+    def end(self) -> Expr:
+        """The variable that the group's result replaces: with a bias the bare product disappears."""
+        return self.var if self.sum_var is None else self.sum_var
 
 
 @dataclass(frozen=True)
 class _Group:
+    """Operators that become one, and its parameters."""
+
     members: tuple[_Member, ...]
-    values: Any
-    indices: Any
-    bias: Any | None
+    values: Expr
+    indices: Expr
+    bias: Expr | None
     fmt: PackedFormat
 
 
-def merge_dense(
-    mod: tvm.IRModule, names: list[str], pays: Callable[[Any, int], bool]
-) -> tuple[tvm.IRModule, list[str]]:
-    """Merge groups of balanced dense operators with the same activations.
+def merge_dense(pays: Callable[[Expr, int], bool]) -> Pass:
+    """Return the pass that merges operators with the same activations, to follow ``rewrite_dense``.
 
     Parameters
     ----------
-    mod : tvm.IRModule
-        A model after :func:`~tvm_balanced.relay_passes.rewrite_dense.rewrite_dense`.
-    names : list of str
-        Names of its weight parameters, in order.
     pays : callable
         ``pays(data, out_features)``: whether one operator over ``out_features`` rows that reads ``data``
         (a Relax variable) is better than the several it replaces.
 
     Returns
     -------
-    (tvm.IRModule, list of str)
-        Merged weights are named ``A + B.values``; the packer concatenates A and B, biases likewise.
+    Pass
+        Its result has merged weights ``A + B.values`` and merged biases ``A + B``.
     """
-    func = mod["main"]
-    inputs, weights = split_params(mod)
-    name_of = dict(zip(weights, names, strict=True))
-    groups = _find_groups(func, name_of, pays)
-    if not groups:
-        return mod, names
-    rewriter = _Rewriter(mod, groups)
-    body = rewriter.visit_expr(func.body)
-    added: list[tuple[Any, str]] = []
-    for group in {group.values: group for group in groups}.values():
-        name = SEPARATOR.join(m.weight for m in group.members)
-        added += [(group.values, name + VALUES), (group.indices, name + INDICES)]
-        if group.bias is not None:
-            added.append((group.bias, SEPARATOR.join(str(m.bias_name) for m in group.members)))
-    params = [*inputs, *weights, *(var for var, _ in added)]
-    return drop_unused_weights(with_main(mod, func, params, body), [*names, *(n for _, n in added)])
+
+    def merge(mod: tvm.IRModule) -> tvm.IRModule:
+        groups = _find_groups(mod, pays)
+        if not groups:
+            return mod
+        body = _Rewriter(mod, groups).visit_expr(mod["main"].body)
+        known = weight_sources(mod)
+        added: list[Expr] = []
+        sources: dict[str, tuple[Source, ...]] = {}
+        for group in {group.values: group for group in groups}.values():
+            added += [group.values, group.indices]
+            weights = [member.call.args[1].name for member in group.members]
+            sources[group.values.name] = tuple(part for name in weights for part in known[name])
+            if group.bias is not None:
+                added.append(group.bias)
+                biases = [member.bias.name for member in group.members if member.bias is not None]
+                sources[group.bias.name] = tuple(Source(name) for name in biases)
+        return with_main(mod, [*mod["main"].params, *added], body, sources)
+
+    return module_pass(merge, "merge_dense")
 
 
-def _find_groups(
-    func: relax.Function, name_of: dict[Any, str], pays: Callable[[Any, int], bool]
-) -> list[_Group]:
-    pairs = main_bindings(func)
-    bindings = dict(pairs)
-    readers: dict[Any, list[tuple[Any, Any]]] = {}
-    for var, value in pairs:
-        for used in relax.analysis.free_vars(value):
-            readers.setdefault(used, []).append((var, value))
+def _find_groups(mod: tvm.IRModule, pays: Callable[[Expr, int], bool]) -> list[_Group]:
     together: dict[Any, list[_Member]] = {}
-    for var, value in pairs:
-        if call_name(value) != OP_NAME or value.args[1] not in name_of:
-            continue
-        fmt = format_of(value)
-        if fmt.padded_rows != fmt.out_features:
-            continue  # padding rows would end up between the members
-        weight = name_of[value.args[1]].removesuffix(VALUES)
-        bias, sum_var = _bias_behind(var, value, readers.get(var, []), name_of)
-        key = (
-            *_source(value.args[0], bindings),
-            fmt.pattern,
-            str(fmt.layout),
-            fmt.encoding,
-            str(value.args[1].ty.dtype),
-            str(value.ty.dtype),
-            None if bias is None else str(bias.ty.dtype),
-        )
-        member = _Member(var, value, weight, fmt, bias, name_of.get(bias), sum_var)
+    for key, member in _members(mod):
         together.setdefault(key, []).append(member)
     total_uses = Counter(m.weight for members in together.values() for m in members)
     by_weights: dict[tuple[str, ...], list[tuple[_Member, ...]]] = {}
@@ -138,19 +123,47 @@ def _find_groups(
         if pays(members[0].call.args[0], sum(m.fmt.out_features for m in members)):
             by_weights.setdefault(names, []).append(tuple(members))
     groups = []
-    for names, found in by_weights.items():
+    for names, uses in by_weights.items():
         # a weight that is also used apart from the others would be held twice
-        if any(total_uses[name] != len(found) for name in names):
+        if any(total_uses[name] != len(uses) for name in names):
             continue
         # nor may one use add its bias and another not, or the joined weights would differ
-        if len({tuple(m.bias_name for m in members) for members in found}) > 1:
+        if len({tuple(m.bias for m in members) for members in uses}) > 1:
             continue
-        groups += _make_groups(found)
+        groups += _make_groups(uses)
     return groups
 
 
-def _source(data: Any, bindings: dict[Any, Any]) -> tuple[Any, Any]:
-    """What the activations are a reshape of, and to which shape: equal for equal values."""
+def _members(mod: tvm.IRModule) -> Iterator[tuple[tuple[Any, ...], _Member]]:
+    """Yield the operators that can be merged, each with a key that those of one group share."""
+    weights, packed = set(split_params(mod)[1]), weight_sources(mod)
+    pairs = main_bindings(mod["main"])
+    bindings = dict(pairs)
+    readers: dict[Expr, list[tuple[Expr, Expr]]] = {}
+    for var, value in pairs:
+        for used in relax.analysis.free_vars(value):
+            readers.setdefault(used, []).append((var, value))
+    for var, value in pairs:
+        if call_name(value) != OP_NAME or value.args[1].name not in packed:
+            continue
+        fmt = format_of(value)
+        if fmt.padded_rows != fmt.out_features:
+            continue  # padding rows would end up between the members
+        bias, sum_var = _bias_behind(var, value, readers.get(var, []), weights)
+        key = (
+            *_source(value.args[0], bindings),
+            fmt.pattern,
+            str(fmt.layout),
+            fmt.encoding,
+            str(value.args[1].ty.dtype),
+            str(value.ty.dtype),
+            None if bias is None else str(bias.ty.dtype),
+        )
+        yield key, _Member(var, value, fmt, bias, sum_var)
+
+
+def _source(data: Expr, bindings: dict[Expr, Expr]) -> tuple[Expr, Any]:
+    """Return what the activations are a reshape of, and to which shape: equal for equal values."""
     shape = tvm_ffi.StructuralKey(data.ty.shape)
     while call_name(bindings.get(data)) == "relax.reshape":
         data = bindings[data].args[0]
@@ -158,38 +171,35 @@ def _source(data: Any, bindings: dict[Any, Any]) -> tuple[Any, Any]:
 
 
 def _bias_behind(
-    var: Any, call: Any, readers: list[tuple[Any, Any]], name_of: dict[Any, str]
-) -> tuple[Any, Any] | tuple[None, None]:
-    """The bias vector added to ``var`` and the variable of the sum, when that is its only reader."""
+    var: Expr, call: Expr, readers: list[tuple[Expr, Expr]], weights: set[Expr]
+) -> tuple[Expr, Expr] | tuple[None, None]:
+    """Return the bias that the only reader of ``var`` adds to it, and the variable of the sum."""
     if len(readers) != 1:
         return None, None
     sum_var, value = readers[0]
     if call_name(value) != "relax.add" or value.ty.dtype != call.ty.dtype:
         return None, None
     others = [arg for arg in value.args if not arg.same_as(var)]
-    if len(others) != 1 or others[0] not in name_of or others[0].ty.ndim != 1:
+    if len(others) != 1 or others[0] not in weights or others[0].ty.ndim != 1:
         return None, None
     if int(others[0].ty.shape[0]) != format_of(call).out_features:
         return None, None
     return others[0], sum_var
 
 
-def _make_groups(found: list[tuple[_Member, ...]]) -> list[_Group]:
-    """Groups over the same weights, which share the joined parameters."""
-    first = found[0][0]
-    total = sum(m.fmt.out_features for m in found[0])
-    fmt = PackedFormat(
-        total, first.fmt.in_features, first.fmt.pattern, first.fmt.layout, first.fmt.encoding
-    )
-    name = SEPARATOR.join(m.weight for m in found[0])
+def _make_groups(uses: list[tuple[_Member, ...]]) -> list[_Group]:
+    """Return groups over the same weights, which share the joined parameters."""
+    first = uses[0][0]
+    total = sum(m.fmt.out_features for m in uses[0])
+    fmt = replace(first.fmt, out_features=total)
+    name = SEPARATOR.join(m.weight for m in uses[0])
     values, indices = packed_vars(name, fmt, str(first.call.args[1].ty.dtype))
+    biases = [m.bias for m in uses[0] if m.bias is not None]
     bias = None
-    if first.bias is not None:
-        bias = relax.Var(
-            SEPARATOR.join(str(m.bias_name) for m in found[0]),
-            relax.TensorType((total,), first.bias.ty.dtype),
-        )
-    return [_Group(members, values, indices, bias, fmt) for members in found]
+    if biases:
+        ty = relax.TensorType((total,), biases[0].ty.dtype)
+        bias = relax.Var(SEPARATOR.join(var.name for var in biases), ty)
+    return [_Group(members, values, indices, bias, fmt) for members in uses]
 
 
 @mutator
@@ -198,18 +208,16 @@ class _Rewriter(PyExprMutator):  # type: ignore[misc]
 
     def __init__(self, mod: tvm.IRModule, groups: list[_Group]) -> None:
         super().__init__(mod)
-        # with a bias the sum's variable is replaced, and the bare product disappears
-        self.place: dict[Any, tuple[_Group, int]] = {}
-        self.dropped: set[Any] = set()
+        self.place: dict[Expr, tuple[_Group, _Member, int]] = {}
+        self.dropped: set[Expr] = set()
         for group in groups:
             offset = 0
             for member in group.members:
-                end = member.var if member.sum_var is None else member.sum_var
-                self.place[end] = (group, offset)
+                self.place[member.end] = (group, member, offset)
                 if member.sum_var is not None:
                     self.dropped.add(member.var)
                 offset += member.fmt.out_features
-        self.results: dict[int, Any] = {}
+        self.results: dict[int, Expr] = {}
 
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
         if binding.var in self.dropped:
@@ -217,22 +225,18 @@ class _Rewriter(PyExprMutator):  # type: ignore[misc]
         if binding.var not in self.place:
             super().visit_var_binding_(binding)
             return
-        group, offset = self.place[binding.var]
-        member = next(m for m in group.members if binding.var in (m.var, m.sum_var))
+        group, member, offset = self.place[binding.var]
         if id(group) not in self.results:
-            call = balanced_sparse_dense(
-                self.visit_expr(member.call.args[0]),
-                group.values,
-                group.indices,
-                group.fmt,
-                str(member.call.ty.dtype),
-            )
-            result = self.builder_.emit(call)
-            if group.bias is not None:
-                result = self.builder_.emit(relax.op.add(result, group.bias))
-            self.results[id(group)] = result
+            self.results[id(group)] = self._emit(group, member)
         axis = int(binding.var.ty.ndim) - 1
-        piece = relax.op.strided_slice(
-            self.results[id(group)], [axis], [offset], [offset + member.fmt.out_features]
-        )
+        end = offset + member.fmt.out_features
+        piece = relax.op.strided_slice(self.results[id(group)], [axis], [offset], [end])
         super().visit_var_binding_(relax.VarBinding(binding.var, piece))
+
+    def _emit(self, group: _Group, member: _Member) -> Expr:
+        data, out_dtype = self.visit_expr(member.call.args[0]), str(member.call.ty.dtype)
+        call = balanced_sparse_dense(data, group.values, group.indices, group.fmt, out_dtype)
+        result = self.builder_.emit(call)
+        if group.bias is not None:
+            result = self.builder_.emit(relax.op.add(result, group.bias))
+        return result

@@ -6,10 +6,10 @@ Before::
         lv = R.permute_dims(w, axes=[1, 0])
         y = R.matmul(x, lv)
 
-After ``rewrite_dense(mod, ["w"], {"w": format})``::
+After ``rewrite_dense({"w": format})``::
 
-    def main(x: R.Tensor((1, 512)), values: R.Tensor((16, 64, 16, 1)), indices: R.Tensor(..., "uint8")):
-        y = R.nn.balanced_sparse_dense(x, values, indices, nnz=2, block_size=16, layout="r16v1", ...)
+    def main(x: R.Tensor((1, 512)), w.values: R.Tensor((16, 64, 16, 1)), w.indices: R.Tensor(..., "uint8")):
+        y = R.nn.balanced_sparse_dense(x, w.values, w.indices, nnz=2, block_size=16, layout="r16v1", ...)
 
 Bias, activation and residual stay operators of their own; operator fusion puts them into the kernel.
 A weight that several operators read gets one pair of parameters. A module without matching layers comes
@@ -19,7 +19,6 @@ back as it was, so running the pass twice changes nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import tvm
 from tvm import relax
@@ -27,46 +26,48 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from tvm_balanced.format.layout import PackedFormat
 from tvm_balanced.ops import balanced_sparse_dense
-from tvm_balanced.relay_passes.find_dense import DenseLayer, find_dense, split_params
-from tvm_balanced.relay_passes.rewrite_params import drop_unused_weights, with_main
+from tvm_balanced.relay_passes.find_dense import DenseLayer, find_dense
+from tvm_balanced.relay_passes.module_pass import Pass, module_pass
+from tvm_balanced.relay_passes.rewrite_params import with_main
+from tvm_balanced.relay_passes.weight_chain import TRANSPOSE
+from tvm_balanced.relay_passes.weight_sources import Source
+from tvm_balanced.support.tvm_types import Expr
 
 VALUES, INDICES = ".values", ".indices"  # suffixes of a packed weight's two parameters
 
 
-def rewrite_dense(
-    mod: tvm.IRModule, names: list[str], formats: Mapping[str, PackedFormat]
-) -> tuple[tvm.IRModule, list[str]]:
-    """Rewrite the layers named in ``formats``.
+def rewrite_dense(formats: Mapping[str, PackedFormat]) -> Pass:
+    """Return the pass that rewrites the layers named in ``formats``.
 
     Parameters
     ----------
-    mod : tvm.IRModule
-        An imported model.
-    names : list of str
-        Names of its weight parameters, in order.
     formats : Mapping[str, PackedFormat]
         Weight name to the format its packed parameters will have.
 
     Returns
     -------
-    (tvm.IRModule, list of str)
-        The module and the names of its weights: ``NAME.values`` and ``NAME.indices`` in place of ``NAME``.
+    Pass
+        In place of the weight ``NAME`` its result has ``NAME.values`` and ``NAME.indices``.
     """
-    layers = [
-        layer for layer in find_dense(mod, names) if layer.name in formats and not layer.blocked
-    ]
-    if not layers:
-        return mod, names
-    func = mod["main"]
-    rewriter = _Rewriter(mod, layers, formats)
-    body = rewriter.visit_expr(func.body)
-    inputs, weights = split_params(mod)
-    params = [*inputs, *weights, *(v for pair in rewriter.packed.values() for v in pair)]
-    added = [name + end for name in rewriter.packed for end in (VALUES, INDICES)]
-    return drop_unused_weights(with_main(mod, func, params, body), [*names, *added])
+
+    def rewrite(mod: tvm.IRModule) -> tvm.IRModule:
+        layers = [lay for lay in find_dense(mod) if lay.name in formats and not lay.blocked]
+        if not layers:
+            return mod
+        rewriter = _Rewriter(mod, layers, formats)
+        body = rewriter.visit_expr(mod["main"].body)
+        packed = [var for pair in rewriter.packed.values() for var in pair]
+        # a layer's chain leads to (K, N), and packed is (N, K)
+        sources = {
+            layer.name + VALUES: (Source(layer.name, (*layer.chain, TRANSPOSE)),)
+            for layer in layers
+        }
+        return with_main(mod, [*mod["main"].params, *packed], body, sources)
+
+    return module_pass(rewrite, "rewrite_dense")
 
 
-def packed_vars(name: str, fmt: PackedFormat, dtype: str) -> tuple[Any, Any]:
+def packed_vars(name: str, fmt: PackedFormat, dtype: str) -> tuple[Expr, Expr]:
     """Parameters that hold a packed weight."""
     return (
         relax.Var(name + VALUES, relax.TensorType(fmt.values_shape, dtype)),

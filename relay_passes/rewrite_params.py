@@ -1,46 +1,74 @@
-"""Give a Relax function another body and another list of weight parameters.
-
-Not a pass: what the passes that replace weights share.
-"""
+"""Give ``main`` another body and other weight parameters: what passes that replace weights share."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import tvm
 from tvm import relax
 
+from tvm_balanced.relay_passes.find_dense import split_params
+from tvm_balanced.relay_passes.weight_sources import Sources, weight_sources, with_sources
+from tvm_balanced.schedules.rules import replaced
+from tvm_balanced.support.tvm_types import Expr
 
-def drop_unused_weights(mod: tvm.IRModule, names: list[str]) -> tuple[tvm.IRModule, list[str]]:
-    """Remove dead bindings, then weight parameters that nothing reads any more.
+
+def drop_unused_weights(mod: tvm.IRModule, names: Sequence[str]) -> tuple[tvm.IRModule, list[str]]:
+    """Finish an import: weights bear their own names, and those that nothing reads are gone.
 
     Parameters
     ----------
     mod : tvm.IRModule
-        With a function ``main`` whose attribute ``num_input`` counts the inputs.
-    names : list of str
+        A module with a function ``main`` whose attribute ``num_input`` counts the inputs.
+    names : sequence of str
         Names of the weights, in the order of the parameters.
 
     Returns
     -------
     (tvm.IRModule, list of str)
-        Inputs stay even where nothing reads them: they are the model's signature.
+        The module and the names of the weights that are left. Inputs stay even where nothing reads them:
+        they are the model's signature.
     """
-    mod = relax.transform.DeadCodeElimination(["main"])(mod)
-    func = mod["main"]
-    count = int(func.attrs["num_input"])
-    used = set(relax.analysis.free_vars(func.body))
-    inputs, weights = list(func.params[:count]), list(func.params[count:])
-    kept = [(p, n) for p, n in zip(weights, names, strict=True) if p in used]
-    mod = with_main(mod, func, [*inputs, *(p for p, _ in kept)], func.body)
-    return mod, [n for _, n in kept]
+    inputs, weights = split_params(mod)
+    named = [
+        var if var.name == name else relax.Var(name, var.ty)
+        for var, name in zip(weights, names, strict=True)
+    ]
+    renamed = {old: new for old, new in zip(weights, named, strict=True) if old is not new}
+    body = mod["main"].bind_params(renamed).body if renamed else mod["main"].body
+    mod = with_main(mod, [*inputs, *named], body)
+    return mod, [var.name for var in split_params(mod)[1]]
 
 
 def with_main(
-    mod: tvm.IRModule, func: relax.Function, params: list[Any], body: relax.Expr
+    mod: tvm.IRModule, params: Sequence[Expr], body: Expr, sources: Sources | None = None
 ) -> tvm.IRModule:
-    """A module whose ``main`` has these parameters and this body; other functions stay."""
-    out = tvm.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
+    """Return a module whose ``main`` has this body and those of these parameters that it needs.
+
+    Parameters
+    ----------
+    mod : tvm.IRModule
+        Other functions than ``main`` stay as they are.
+    params : sequence of relax.Var
+        Inputs, all of which stay, and weights, of which those stay that a binding which is not dead reads.
+    body : relax.Expr
+        The new body.
+    sources : mapping, optional
+        What new weights are made of, see :mod:`~tvm_balanced.relay_passes.weight_sources`.
+
+    Returns
+    -------
+    tvm.IRModule
+    """
+    gvar, func = mod.get_global_var("main"), mod["main"]
+    sources = {**weight_sources(mod), **(sources or {})}
     new = relax.Function(params, body, func.ret_ty, func.is_pure, func.attrs)
-    out.update_func(mod.get_global_var("main"), new)
-    return out
+    mod = relax.transform.DeadCodeElimination(["main"])(replaced(mod, {gvar: new}))
+    func = mod["main"]
+    inputs, weights = split_params(mod)
+    used = set(relax.analysis.free_vars(func.body))
+    kept = [*inputs, *(var for var in weights if var in used)]
+    names = {var.name for var in kept}
+    new = relax.Function(kept, func.body, func.ret_ty, func.is_pure, func.attrs)
+    new = with_sources(new, {name: parts for name, parts in sources.items() if name in names})
+    return replaced(mod, {gvar: new})

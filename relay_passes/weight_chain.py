@@ -7,13 +7,13 @@ what the graph would compute from a weight at run time is computed once, at comp
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from tvm import relax, tirx
 
 from tvm_balanced.format.layout import numpy_dtype
 from tvm_balanced.format.weights import Array
+from tvm_balanced.support.tvm_types import Expr
 
 _CHAIN_OPS = (
     "relax.permute_dims",
@@ -40,7 +40,7 @@ class Step:
         return self.argument
 
     def apply(self, array: Array) -> Array:
-        """What the step makes of ``array``."""
+        """Return what the step makes of ``array``."""
         if self.kind == "permute_dims":
             assert isinstance(self.argument, tuple)
             return array.transpose(self.argument)
@@ -52,10 +52,11 @@ class Step:
 
 
 Chain = tuple[Step, ...]
+TRANSPOSE = Step("permute_dims", (1, 0))
 
 
 def apply_chain(chain: Chain, array: Array) -> Array:
-    """What the graph computes from the parameter's value."""
+    """Return what the graph computes from the parameter's value."""
     for step in chain:
         array = step.apply(array)
     return array
@@ -78,7 +79,7 @@ def scatter_mask(chain: Chain, shape: tuple[int, ...], mask: Array) -> Array:
 
 
 def static_shape(expr: relax.Expr) -> tuple[int, ...] | None:
-    """The shape of a tensor expression, or None when any dimension is not a constant."""
+    """Return the shape of a tensor expression, or None when any dimension is not a constant."""
     ty = expr.ty
     if not isinstance(ty, relax.TensorType) or ty.shape is None:
         return None
@@ -88,15 +89,15 @@ def static_shape(expr: relax.Expr) -> tuple[int, ...] | None:
     return tuple(int(d) for d in dims)
 
 
-def call_name(expr: Any) -> str | None:
+def call_name(expr: Expr) -> str | None:
     """Name of the operator that ``expr`` calls, if it calls one."""
     if isinstance(expr, relax.Call) and hasattr(expr.op, "name"):
         return str(expr.op.name)
     return None
 
 
-def step_of(call: Any) -> Step | None:
-    """The link that ``call`` is, or None when it is not a movement of elements or a cast."""
+def step_of(call: Expr) -> Step | None:
+    """Return the link that ``call`` is, or None when it is not a movement of elements or a cast."""
     name = call_name(call)
     if name not in _CHAIN_OPS:
         return None
@@ -113,7 +114,7 @@ def step_of(call: Any) -> Step | None:
     return Step("reshape", result)
 
 
-def trace(expr: Any, bindings: dict[Any, Any], weights: set[Any]) -> tuple[Any, Chain] | None:
+def trace(expr: Expr, bindings: dict[Expr, Expr], weights: set[Expr]) -> tuple[Expr, Chain] | None:
     """Follow ``expr`` back to a weight parameter.
 
     Parameters

@@ -65,7 +65,7 @@ class Model:
         """
         from tvm_balanced.relay_passes.find_dense import find_dense
 
-        layers = find_dense(self.mod, list(self.params))
+        layers = find_dense(self.mod)
         if not layers:
             raise InputError(
                 f"{self.name} has no dense layer with a constant weight, so nothing in it can become "

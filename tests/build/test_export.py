@@ -293,7 +293,7 @@ def test_the_cuda_runtime_is_refused_without_a_driver():
     code = textwrap.dedent(
         """
         from tvm_balanced.errors import ToolchainError
-        from tvm_balanced.build.export import load_cuda_runtime
+        from tvm_balanced.cuda.libraries import load_cuda_runtime
 
         try:
             load_cuda_runtime()

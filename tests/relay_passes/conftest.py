@@ -1,14 +1,11 @@
 """Every module that a pass makes is checked for being well formed."""
 
 import pytest
-import tvm
-from tvm import relax
+
+from tests.helpers.well_formed import every_pass_checked
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def well_formed():
-    def check(mod: tvm.IRModule) -> tvm.IRModule:
-        relax.analysis.well_formed(mod)  # raises where something is wrong
-        return mod
-
-    return check
+    with every_pass_checked():
+        yield

@@ -89,6 +89,8 @@ def compile(
         options={
             "cuda_graph": chosen.cuda_graph,
             "records": [asdict(choice) for choice in lookup.choices.values()],
+            # the build may run in another process
+            "dump_ir": chosen.dump_ir and str(Path(chosen.dump_ir).resolve()),
         },
         sources=[CUBLAS_SOURCE] if prepared.cublas else [],
     )

@@ -5,17 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from typing import Any
+
 from tvm_balanced.errors import ToolchainError
 
 
 def find_cxx() -> str:
-    """The C++ compiler that links libraries: ``$CXX``, else g++, else clang++.
-
-    Returns
-    -------
-    str
-        Path of the compiler.
+    """Path of the C++ compiler that links libraries: ``$CXX``, else g++, else clang++.
 
     Raises
     ------
@@ -24,35 +19,28 @@ def find_cxx() -> str:
     """
     given = os.environ.get("CXX")
     if given:
-        found = shutil.which(given)
-        if found is None:
+        path = shutil.which(given)
+        if path is None:
             raise ToolchainError(
                 f"CXX is {given!r}, which is no program on this machine: unset it or name a C++ "
                 f"compiler"
             )
-        return found
+        return path
     for name in ("g++", "clang++"):
-        found = shutil.which(name)
-        if found is not None:
-            return found
+        path = shutil.which(name)
+        if path is not None:
+            return path
     raise ToolchainError(
         "no C++ compiler was found, and one is needed to link the library: install g++ or clang++, "
         "or set CXX"
     )
 
 
-def cxx_arguments(sources: Sequence[str]) -> dict[str, Any]:
-    """Arguments of TVM's exports that compile C++ files into the library.
+def cxx_arguments(sources: Sequence[str]) -> dict[str, list[str]]:
+    """Arguments of TVM's exports that compile C++ files into the library; none without files.
 
-    Parameters
-    ----------
-    sources : sequence of str
-        Files that use tvm-ffi by its C functions.
-
-    Returns
-    -------
-    dict
-        ``addons``, files to compile and link, and ``options`` of the compiler; empty without sources.
+    ``addons`` are files to compile and link, which use tvm-ffi by its C functions, and ``options`` are the
+    compiler's.
     """
     if not sources:
         return {}

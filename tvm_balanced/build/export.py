@@ -1,4 +1,4 @@
-"""Compile and export: C++ compiler, NVRTC from PyPI, and cubins without a CUDA toolkit or a GPU.
+"""Compile and export: one shared library, with cubins without a CUDA toolkit or a GPU.
 
 An exported CUDA library holds machine code only if TVM's CUDA runtime library is loaded while it is
 exported; otherwise it holds CUDA source, which is compiled at load time through Python, or not at
@@ -22,32 +22,31 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-import numpy.typing as npt
-from tvm_balanced import errors
-from tvm_balanced.cuda import nvrtc
-from tvm_balanced.errors import ToolchainError
-from tvm_balanced.targets.resolve import TargetSpec
-from tvm_balanced.artifact.exported import Scheduled
-from tvm_balanced.build.cxx import cxx_arguments
-from tvm_balanced.artifact.exported import ExportedLibrary
-from tvm_balanced.build.cxx import find_cxx
-from tvm_balanced.cuda.cubin import cubin_images
-from tvm_balanced.cuda.libraries import find_cudart
+from typing import TYPE_CHECKING, Any
 
+from tvm_balanced import errors
+from tvm_balanced.artifact.exported import ExportedLibrary
+from tvm_balanced.build.cxx import cxx_arguments, find_cxx
+from tvm_balanced.build.dump import device_sources
+from tvm_balanced.cuda import cubin, nvrtc
+from tvm_balanced.cuda.libraries import find_cudart
+from tvm_balanced.errors import ToolchainError
+from tvm_balanced.format.weights import Array
+from tvm_balanced.support.tensors import read_tensors, write_tensors
+from tvm_balanced.targets.resolve import TargetSpec
+
+if TYPE_CHECKING:
+    import tvm
 
 DEFAULT_BUILD = "tvm_balanced.build.pipeline:build"
-
 
 # the function that relay_passes/dense_cublas.py makes modules call
 CUBLAS_SOURCE = Path(__file__).with_name("cublas_matmul.cpp")
 
-
 _TVM_OPTIONS = "TVM_CUDA_NVRTC_EXTRA_OPTS"
-
 
 # all that libtvm_runtime_cuda.so imports from the driver; 100 is CUDA_ERROR_NO_DEVICE
 _DRIVER_FUNCTIONS = (
@@ -61,25 +60,87 @@ _DRIVER_FUNCTIONS = (
     "cuModuleUnload",
     "cuTensorMapEncodeTiled",
 )
-
-
 _STAND_IN_SOURCE = "".join(f"int {name}() {{ return 100; }}\n" for name in _DRIVER_FUNCTIONS)
 
 
-def bind_parameters(mod: Any, params: Mapping[str, npt.NDArray[Any]]) -> Any:
-    """Turn function parameters into constants, by name, in every function that has them.
+@dataclass(frozen=True)
+class Job:
+    """All that a library is built from; see :func:`export_library`. For CUDA it travels to a worker."""
 
-    Parameters
-    ----------
-    mod : tvm.IRModule
-        Relax functions.
-    params : mapping of str to ndarray
-        Values, of the parameters' shapes and dtypes.
+    mod: tvm.IRModule
+    target: tvm.target.Target
+    params: Mapping[str, Array]
+    build: str
+    options: Mapping[str, Any]
+    compiler: str
+    sources: Sequence[str] = field(default=())
 
-    Returns
-    -------
-    tvm.IRModule
-    """
+    def write(self, folder: Path) -> None:
+        """Leave it in a folder, for :meth:`read`."""
+        import tvm
+
+        plain = {name: getattr(self, name) for name in ("build", "compiler", "sources")}
+        (folder / "job.json").write_text(json.dumps({**plain, "options": dict(self.options)}))
+        (folder / "module.json").write_text(tvm.ir.save_json(self.mod))
+        (folder / "target.json").write_text(tvm.ir.save_json(self.target))
+        write_tensors(folder / "params.safetensors", self.params)
+
+    @classmethod
+    def read(cls, folder: Path) -> Job:
+        """Return the job of a folder; ``tvm_balanced.ops`` must be imported before."""
+        import tvm
+
+        return cls(
+            mod=tvm.ir.load_json((folder / "module.json").read_text()),
+            target=tvm.ir.load_json((folder / "target.json").read_text()),
+            params=read_tensors(folder / "params.safetensors"),
+            **json.loads((folder / "job.json").read_text()),
+        )
+
+    def run(self, path: Path) -> ExportedLibrary:
+        """Bind, build and export to ``path`` in this process, whatever its CUDA runtime is."""
+        from tvm.support import cc
+
+        module_name, _, function_name = self.build.partition(":")
+        build = getattr(importlib.import_module(module_name), function_name)
+        options = dict(self.options)
+        fused: list[tvm.IRModule] = []
+        scheduled: list[tuple[list[dict[str, Any]], list[str]]] = []
+        if self.build == DEFAULT_BUILD:
+            options["on_fused"] = fused.append
+            options["on_scheduled"] = lambda *both: scheduled.append(both)
+        cuda = self.target.kind.name == "cuda"
+        ours = nvrtc.as_tvm_compiler(self.target.arch) if cuda else contextlib.nullcontext()
+        with self.target, ours:
+            executable = build(bind_parameters(self.mod, self.params), self.target, **options)
+            texts = device_sources(executable.mod, "cuda", "cuda")
+            if len(texts) > 1:
+                raise ToolchainError(
+                    f"the build made {len(texts)} CUDA modules, expected one: compile its functions for "
+                    "one target"
+                )
+            arguments = cxx_arguments(self.sources)
+            try:
+                executable.export_library(
+                    str(path), fcompile=cc.create_shared, cc=self.compiler, **arguments
+                )
+            except RuntimeError as error:
+                raise ToolchainError(
+                    f"{self.compiler} did not link the library: {error}"
+                ) from error
+        coverage, problems = scheduled[0] if scheduled else ([], [])
+        return ExportedLibrary(
+            path,
+            "".join(texts),
+            (),
+            reference=_reference(fused[0]) if fused else b"",
+            coverage=tuple(coverage),
+            problems=tuple(problems),
+        )
+
+
+def bind_parameters(mod: tvm.IRModule, params: Mapping[str, Array]) -> tvm.IRModule:
+    """Turn function parameters into constants, by name, in every Relax function that has them."""
     import tvm
     from tvm import relax
 
@@ -93,106 +154,12 @@ def bind_parameters(mod: Any, params: Mapping[str, npt.NDArray[Any]]) -> Any:
     return mod
 
 
-def build_and_export(
-    mod: Any,
-    target: Any,
-    path: Path,
-    *,
-    params: Mapping[str, npt.NDArray[Any]],
-    build: str,
-    options: Mapping[str, Any],
-    compiler: str,
-    sources: Sequence[str] = (),
-) -> tuple[str, bytes, Scheduled]:
-    """Bind, build and export in this process, whatever its CUDA runtime is.
-
-    :func:`export_library` is what to call; this is its inner half.
-
-    Parameters
-    ----------
-    mod, params, build, options
-        As for :func:`export_library`.
-    target : tvm.target.Target
-        What to build for.
-    path : pathlib.Path
-        The library to write.
-    compiler : str
-        The C++ compiler to link with.
-    sources : sequence of str
-        C++ files to compile into the library.
-
-    Returns
-    -------
-    source : str
-        The CUDA source, empty where there is none.
-    reference : bytes
-        The unscheduled kernels, see :class:`ExportedLibrary`.
-    scheduled : tuple
-        Coverage and problems, see :class:`ExportedLibrary`.
-    """
-    from tvm.support import cc
-
-    module_name, _, function_name = build.partition(":")
-    function = getattr(importlib.import_module(module_name), function_name)
-    cuda = target.kind.name == "cuda"
-    fused: list[Any] = []
-    scheduled: list[Scheduled] = []
-    if build == DEFAULT_BUILD:
-        options = {
-            **options,
-            "on_fused": fused.append,
-            "on_scheduled": lambda *told: scheduled.append(told),
-        }
-    with target, nvrtc.as_tvm_compiler(target.arch) if cuda else contextlib.nullcontext():
-        executable = function(bind_parameters(mod, params), target, **options)
-        source = _cuda_source(executable.mod)
-        try:
-            executable.export_library(
-                str(path), fcompile=cc.create_shared, cc=compiler, **cxx_arguments(sources)
-            )
-        except RuntimeError as error:
-            raise ToolchainError(f"{compiler} did not link the library: {error}") from error
-    reference = _reference(fused[0]) if fused else b""
-    return source, reference, scheduled[0] if scheduled else ([], [])
-
-
-def _reference(mod: Any) -> bytes:
-    import tvm
-
-    kernels = {
-        variable: function
-        for variable, function in mod.functions.items()
-        if isinstance(function, tvm.tirx.PrimFunc)
-    }
-    # no time of writing: the same kernels are the same bytes
-    return gzip.compress(tvm.ir.save_json(tvm.IRModule(kernels)).encode(), mtime=0)
-
-
-def _cuda_source(module: Any) -> str:
-    sources = []
-    pending, seen = [module], set()
-    while pending:
-        current = pending.pop(0)
-        if hash(current) in seen:
-            continue
-        seen.add(hash(current))
-        if current.kind == "cuda":
-            sources.append(str(current.inspect_source("cuda")))
-        pending.extend(current.imports)
-    if len(sources) > 1:
-        raise ToolchainError(
-            f"the build made {len(sources)} CUDA modules, expected one: compile its functions for one "
-            f"target"
-        )
-    return "".join(sources)
-
-
 def export_library(
-    mod: Any,
+    mod: tvm.IRModule,
     spec: TargetSpec,
     path: Path | str,
     *,
-    params: Mapping[str, npt.NDArray[Any]] | None = None,
+    params: Mapping[str, Array] | None = None,
     build: str = DEFAULT_BUILD,
     options: Mapping[str, Any] | None = None,
     sources: Sequence[Path] = (),
@@ -228,110 +195,83 @@ def export_library(
         If a compiler or library is missing, the worker failed, or the export holds no cubin for the
         target's architecture.
     """
-    path = Path(path)
-    compiler = find_cxx()
+    path, compiler, files = Path(path), find_cxx(), [str(source) for source in sources]
+    job = Job(mod, spec.target, params or {}, build, options or {}, compiler, files)
     if spec.kind != "cuda":
-        source, reference, (coverage, problems) = build_and_export(
-            mod,
-            spec.target,
-            path,
-            params=params or {},
-            build=build,
-            options=options or {},
-            compiler=compiler,
-            sources=[str(source) for source in sources],
-        )
-        return ExportedLibrary(
-            path,
-            source,
-            (),
-            reference=reference,
-            coverage=tuple(coverage),
-            problems=tuple(problems),
-        )
-    source, reference, made_by, (coverage, problems) = _export_in_worker(
-        mod, spec, path, params or {}, build, options or {}, compiler, sources
-    )
-    images = tuple(cubin_images(path))
-    expected = spec.arch.rstrip("af")
-    if source and {image.arch for image in images} != {expected}:
-        found = ", ".join(sorted({image.arch for image in images})) or "none"
+        return job.run(path)
+    exported = _run_in_worker(job, spec.name, path)
+    images = tuple(cubin.cubin_images(path))
+    expected, archs = spec.arch.rstrip("af"), sorted({image.arch for image in images})
+    if exported.cuda_source and archs != [expected]:
         path.unlink()
         raise ToolchainError(
-            f"the exported library should hold machine code for {expected} and holds {found}: see "
-            f"tvm-balanced doctor"
+            f"the exported library should hold machine code for {expected} and holds "
+            f"{', '.join(archs) or 'none'}: see tvm-balanced doctor"
         )
-    return ExportedLibrary(
-        path, source, images, made_by, reference, tuple(coverage), tuple(problems)
-    )
+    return replace(exported, images=images)
 
 
-def _export_in_worker(
-    mod: Any,
-    spec: TargetSpec,
-    path: Path,
-    params: Mapping[str, npt.NDArray[Any]],
-    build: str,
-    options: Mapping[str, Any],
-    compiler: str,
-    sources: Sequence[Path],
-) -> tuple[str, bytes, dict[str, Any], Scheduled]:
-    import tvm
-
-    from tvm_balanced.support.tensors import write_tensors
-
+def _run_in_worker(job: Job, name: str, path: Path) -> ExportedLibrary:
     nvrtc.require_packages()
     if os.environ.get(_TVM_OPTIONS):
         warnings.warn(
             f"{_TVM_OPTIONS} is set and not used: options are fixed, so that a cubin can be made again",
             stacklevel=3,
         )
-    environment = dict(os.environ)
-    search = [os.getcwd() if entry == "" else entry for entry in sys.path]
-    environment["PYTHONPATH"] = os.pathsep.join(search)
+    search = os.pathsep.join(os.getcwd() if entry == "" else entry for entry in sys.path)
     with tempfile.TemporaryDirectory(prefix="tvm-balanced-") as directory:
         folder = Path(directory)
-        preload = [find_cudart()]
+        preload = [str(find_cudart())]
         # a driver that is there but has no GPU serves as well: only its functions' names matter
         if not _driver_library_loads():
-            preload.insert(0, str(_driver_stand_in(folder, compiler)))
-        job = {
-            "preload": preload,
-            "build": build,
-            "options": dict(options),
-            "compiler": compiler,
-            "sources": [str(source) for source in sources],
-        }
-        (folder / "job.json").write_text(json.dumps(job))
-        (folder / "module.json").write_text(tvm.ir.save_json(mod))
-        (folder / "target.json").write_text(tvm.ir.save_json(spec.target))
-        write_tensors(folder / "params.safetensors", params)
+            preload.insert(0, str(_driver_stand_in(folder, job.compiler)))
+        (folder / "preload.json").write_text(json.dumps(preload))
+        job.write(folder)
         done = subprocess.run(
             [sys.executable, "-m", "tvm_balanced.build.worker", directory],
-            env=environment,
+            env={**os.environ, "PYTHONPATH": search},
             capture_output=True,
             text=True,
             errors="replace",
         )
         if done.returncode != 0:
             raise ToolchainError(
-                f"the build for {spec.name} ended with status {done.returncode}: "
+                f"the build for {name} ended with status {done.returncode}: "
                 f"{done.stderr.strip()[-2000:] or 'it printed nothing'}"
             )
         result = json.loads((folder / "result.json").read_text())
-        if result["error"] is not None:
-            # the project's own errors keep their class, and with it their exit code
-            kind = getattr(errors, result["error"], None)
-            cause = RuntimeError(result["traceback"])
-            if kind is not None:
-                raise kind(result["message"]) from cause
-            raise ToolchainError(
-                f"the build for {spec.name} failed with {result['error']}: "
-                f"{result['message'].strip()}"
-            ) from cause
+        if "error" in result:
+            _raise_again(result, name)
         shutil.copyfile(folder / "lib.so", path)
         source, reference = (folder / "device.cu").read_text(), (folder / "reference").read_bytes()
-        return source, reference, result["compiler"], tuple(result["scheduled"])
+    return ExportedLibrary(
+        path,
+        source,
+        (),
+        result["compiler"],
+        reference,
+        tuple(result["coverage"]),
+        tuple(result["problems"]),
+    )
+
+
+def _raise_again(result: Mapping[str, str], name: str) -> None:
+    """Raise what a worker's build raised; the project's own errors keep their class and exit code."""
+    cause = RuntimeError(result["traceback"])
+    kind = getattr(errors, result["error"], None)
+    if kind is not None:
+        raise kind(result["message"]) from cause
+    raise ToolchainError(
+        f"the build for {name} failed with {result['error']}: {result['message'].strip()}"
+    ) from cause
+
+
+def _reference(mod: tvm.IRModule) -> bytes:
+    import tvm
+
+    kernels = {g: f for g, f in mod.functions.items() if isinstance(f, tvm.tirx.PrimFunc)}
+    # no time of writing: the same kernels are the same bytes
+    return gzip.compress(tvm.ir.save_json(tvm.IRModule(kernels)).encode(), mtime=0)
 
 
 def _driver_library_loads() -> bool:

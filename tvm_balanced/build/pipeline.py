@@ -1,48 +1,109 @@
-"""From a rewritten Relax module to an executable: one order of passes, for every target.
+"""From an imported module to an executable: one order of passes, for every target.
 
-Tuning records and schedules match kernels only after fusion, and fusing again after scheduling breaks
-both, so the order is fixed: legalize, fuse, schedule the balanced operator, schedule the rest, lower.
+0. import: the frontends leave one function ``main`` over inputs and weights. Indices are bounded
+   (``bound_indices``), every weight's variable bears the weight's own name and each is read.
+1. operators (:func:`operator_passes`): layers become sparse, and weights take their last form. Legalization
+   hides which operator a kernel was, so all that looks at operators comes before it.
+2. kernels (:func:`fuse_passes`): operators become kernels, kernels are fused. Tuning records and schedules
+   match kernels only after fusion, and fusing again after scheduling breaks both.
+3. schedules (:func:`schedule_passes`): by tuning records, then ours for the balanced operator, then the rest.
+4. calls (:func:`lower_passes`): memory is planned, calls become instructions of the virtual machine.
+5. code: TVM lowers the kernels and compiles them for the target.
+
+The weights' values are packed after phase 1 (:func:`rewrite_model`); phases 2 to 5 are :func:`build`, in a
+process of its own for CUDA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
-import tvm
-from tvm import relax
-from tvm_balanced.records.lookup import Choice
-from tvm_balanced.relay_passes.clean_names import CleanKernelNames
-from tvm_balanced.relay_passes.lift_workspaces import LiftWorkspaces
-from tvm_balanced.relay_passes.lift_workspaces import with_signatures_of
-from tvm_balanced.schedules.dispatch import ScheduleBalanced
-from tvm_balanced.schedules.dispatch import schedule_rest
-from tvm_balanced.schedules.tuned import ScheduleTuned
 import math
-from tvm import tirx
-from tvm_balanced.model import Array
-from tvm_balanced.model import Model
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tvm
+from tvm import relax, tirx
+
+from tvm_balanced.build.dump import device_sources, dump, run_passes
 from tvm_balanced.format.layout import PackedFormat
+from tvm_balanced.model import Array, Model
+from tvm_balanced.records.lookup import Choice
 from tvm_balanced.relay_passes.accumulate_float32 import accumulate_float32
+from tvm_balanced.relay_passes.bucket_functions import bucket_dim, bucket_functions
+from tvm_balanced.relay_passes.clean_names import clean_names
 from tvm_balanced.relay_passes.dense_cublas import dense_cublas
 from tvm_balanced.relay_passes.find_dense import DenseLayer
 from tvm_balanced.relay_passes.fold_weights import fold_weights
+from tvm_balanced.relay_passes.lift_workspaces import lift_workspaces, with_signatures_of
 from tvm_balanced.relay_passes.merge_dense import merge_dense
+from tvm_balanced.relay_passes.module_pass import Pass
 from tvm_balanced.relay_passes.pack_weights import pack_weights
 from tvm_balanced.relay_passes.rewrite_dense import rewrite_dense
-from typing import TYPE_CHECKING
+from tvm_balanced.schedules.dispatch import ScheduleBalanced, schedule_rest
+from tvm_balanced.schedules.tuned import ScheduleTuned
+from tvm_balanced.support.tvm_types import Expr
+
 if TYPE_CHECKING:
     from tvm_balanced.targets.resolve import TargetSpec
-
 
 # TVM's lowering of scheduled TensorIR; the schedules need no pass of their own in it
 TIR_PIPELINE = "s_tir"
 
+# results of a merged operator are read once more, by the slices; beyond this many bytes that costs
+# more than the launches that merging saves (a few microseconds each)
+MERGE_LIMIT_BYTES = {"cuda": 4 << 20, "llvm": 256 << 10}
 
-def fuse_passes() -> list[Any]:
-    """Phase 1: operators become kernels, kernels are fused."""
+# up to so many rows of activations llvm's dense kernel is a set of dot products
+LLVM_DOT_ROWS = 4
+
+
+def operator_passes(
+    layers: Sequence[DenseLayer],
+    formats: Mapping[str, PackedFormat],
+    target: TargetSpec,
+    dense: str = "dlight",
+    buckets: tuple[str, Sequence[int]] | None = None,
+) -> list[Pass]:
+    """Phase 1: layers become sparse, weights take their last form.
+
+    Parameters
+    ----------
+    layers : sequence of DenseLayer
+        All dense layers of the module.
+    formats : Mapping[str, PackedFormat]
+        Layer name to the packed format it gets; layers not named stay dense.
+    target : TargetSpec
+        Where the result will run.
+    dense : str
+        What computes the matrix products that stay dense: ``"cublas"``, or ``"dlight"`` for the target's
+        own schedules.
+    buckets : (str, sequence of int), optional
+        A symbolic dimension, and its sizes that get a function of their own.
+    """
+
+    def pays(data: Expr, out_features: int) -> bool:
+        lead = list(data.ty.shape)[:-1]
+        rows = math.prod(int(d) for d in lead if isinstance(d, tirx.IntImm))
+        return 4 * rows * out_features <= MERGE_LIMIT_BYTES[target.kind]
+
+    keep_transposed = {layer.name for layer in layers if _likes_rows(layer, target)}
+    return [
+        rewrite_dense(formats),
+        # merges what was rewritten: operators that stay dense are left to the target's libraries
+        merge_dense(pays),
+        # after both, which read the chains that lead from a weight to its operator
+        fold_weights(keep_transposed),
+        # takes the transposes that were left, and sums in float32 by itself: before the next one
+        *([dense_cublas] if dense == "cublas" else []),
+        accumulate_float32,
+        # last, so that the passes before see each operator once
+        *([bucket_functions(*buckets)] if buckets else []),
+    ]
+
+
+def fuse_passes() -> list[Pass]:
+    """Phase 2: operators become kernels, kernels are fused."""
     return [
         relax.backend.DispatchSampling(),
         relax.backend.DispatchSortScan(),
@@ -53,18 +114,19 @@ def fuse_passes() -> list[Any]:
         relax.transform.FuseOps(),
         relax.transform.FuseTIR(),
         relax.transform.DeadCodeElimination(),
-        CleanKernelNames(),
+        # fusion names the parameters of kernels after the model's tensors
+        clean_names,
     ]
 
 
-def schedule_passes(target: tvm.target.Target) -> list[Any]:
-    """Phase 2: every kernel gets a schedule; on CUDA the memory it allocates is left to phase 3."""
-    lift = [LiftWorkspaces()] if target.kind.name == "cuda" else []
+def schedule_passes(target: tvm.target.Target) -> list[Pass]:
+    """Phase 3: every kernel gets a schedule; on CUDA the memory it allocates is left to phase 4."""
+    lift = [lift_workspaces] if target.kind.name == "cuda" else []
     return [ScheduleBalanced(target), schedule_rest(target), *lift]
 
 
-def lower_passes(target: tvm.target.Target) -> list[Any]:
-    """Phase 3: memory is planned, calls become VM instructions."""
+def lower_passes(target: tvm.target.Target) -> list[Pass]:
+    """Phase 4: memory is planned, calls become VM instructions."""
     return [
         relax.transform.RewriteDataflowReshape(),
         relax.transform.ToNonDataflow(),
@@ -82,6 +144,49 @@ def lower_passes(target: tvm.target.Target) -> list[Any]:
     ]
 
 
+def rewrite_model(
+    model: Model,
+    formats: Mapping[str, PackedFormat],
+    target: TargetSpec,
+    progress: Callable[[str], None] | None = None,
+    dense: str = "dlight",
+    buckets: tuple[str | None, Sequence[int]] = (None, ()),
+    dump_ir: Path | None = None,
+) -> tuple[tvm.IRModule, dict[str, Array]]:
+    """Apply phase 1 to a model, and pack its weights.
+
+    Parameters
+    ----------
+    model : Model
+        A model whose weights follow the patterns of ``formats``.
+    formats, target, dense
+        As for :func:`operator_passes`.
+    progress : callable, optional
+        Called with the name of each weight before it is packed.
+    buckets : (str or None, sequence of int)
+        A symbolic dimension, None for the first one, and its sizes that get a function of their own.
+    dump_ir : Path, optional
+        The folder that gets the IR after every pass.
+
+    Returns
+    -------
+    (tvm.IRModule, dict)
+        ``main`` over inputs and weights, its buckets, and the weights by name, in the order of ``main``.
+
+    Raises
+    ------
+    InputError
+        When the model has no such dimension.
+    """
+    dim, sizes = buckets
+    chosen = (bucket_dim(model.mod, dim, sizes), sizes) if sizes else None
+    if dump_ir is not None:
+        dump(dump_ir, "imported.py", model.mod.script())
+    passes = operator_passes(model.dense_layers(), formats, target, dense, chosen)
+    mod = run_passes(model.mod, passes, dump_ir)
+    return mod, pack_weights(mod, model.params, progress)
+
+
 def build(
     mod: tvm.IRModule,
     target: tvm.target.Target,
@@ -90,8 +195,9 @@ def build(
     cuda_graph: bool = True,
     records: Sequence[Mapping[str, Any]] = (),
     on_scheduled: Callable[[list[dict[str, Any]], list[str]], None] | None = None,
-) -> Any:
-    """Build a rewritten module whose weights are parameters or bound constants.
+    dump_ir: str | None = None,
+) -> relax.VMExecutable:
+    """Build a rewritten module whose weights are parameters or bound constants: phases 2 to 5.
 
     Parameters
     ----------
@@ -100,8 +206,8 @@ def build(
     target : tvm.target.Target
         Where the kernels run.
     on_fused : callable, optional
-        Told the kernels as the first phase left them, whole and not scheduled, with the parameters that
-        the second one adds.
+        Called with the kernels as phase 2 left them, whole and not scheduled, with the parameters that
+        phase 3 adds.
     cuda_graph : bool
         Whether, on CUDA, stretches of kernels with static shapes become CUDA graphs, captured at a
         function's first call on a virtual machine. Weights that are parameters (behind the attribute
@@ -109,82 +215,38 @@ def build(
     records : sequence of mapping
         Fields of :class:`tvm_balanced.records.lookup.Choice`: known schedules of some kernels.
     on_scheduled : callable, optional
-        Told the coverage of the kernels by records (:class:`tvm_balanced.schedules.tuned.Coverage`, as
-        dictionaries), and which records did not fit.
+        Called with the coverage of the kernels by records (:class:`tvm_balanced.schedules.tuned.Coverage`,
+        as dictionaries), and with which records did not fit.
+    dump_ir : str, optional
+        The folder that gets the IR after every phase, and the text of the device code.
 
     Returns
     -------
     tvm.relax.VMExecutable
     """
+    folder = None if dump_ir is None else Path(dump_ir)
     # other settings of the caller's pass context stay as they are
     context = tvm.transform.PassContext.current()
     config = {**context.config, "relax.backend.use_cuda_graph": cuda_graph}
-    with target, tvm.transform.PassContext(opt_level=context.opt_level, config=config):
-        fused = tvm.transform.Sequential(fuse_passes())(mod)
+    settings = {"opt_level": context.opt_level, "instruments": context.instruments}
+    with target, tvm.transform.PassContext(config=config, **settings):
+        fused = run_passes(mod, [tvm.transform.Sequential(fuse_passes(), name="fuse")], folder)
         by_records = ScheduleTuned(target, {str(r["workload"][0]): Choice(**r) for r in records})
-        mod = tvm.transform.Sequential([by_records, *schedule_passes(target)])(fused)
+        schedule = [by_records, *schedule_passes(target)]
+        mod = run_passes(fused, [tvm.transform.Sequential(schedule, name="schedule")], folder)
         if on_fused is not None:
             on_fused(with_signatures_of(fused, mod))
         by_records.name_defaults(mod)
         if on_scheduled is not None:
             on_scheduled([asdict(kernel) for kernel in by_records.coverage], by_records.problems)
-        mod = tvm.transform.Sequential(lower_passes(target))(mod)
-        return tvm.compile(mod, target, relax_pipeline=None, tir_pipeline=TIR_PIPELINE)
-
-
-# results of a merged operator are read once more, by the slices; beyond this many bytes that costs
-# more than the launches that merging saves (a few microseconds each)
-MERGE_LIMIT_BYTES = {"cuda": 4 << 20, "llvm": 256 << 10}
-
-
-# up to so many rows of activations llvm's dense kernel is a set of dot products
-LLVM_DOT_ROWS = 4
-
-
-def rewrite_model(
-    model: Model,
-    formats: Mapping[str, PackedFormat],
-    target: TargetSpec,
-    progress: Callable[[str], None] | None = None,
-    dense: str = "dlight",
-) -> tuple[tvm.IRModule, dict[str, Array]]:
-    """Apply the passes of ``relay_passes`` to a model.
-
-    Parameters
-    ----------
-    model : Model
-        With weights that follow the patterns of ``formats``.
-    formats : Mapping[str, PackedFormat]
-        Layer name to the packed format it gets; layers not named stay dense.
-    target : TargetSpec
-        Where the result will run.
-    progress : callable, optional
-        Told the name of each weight before it is packed.
-    dense : str
-        What computes the matrix products that stay dense: ``"cublas"``, or ``"dlight"`` for the target's
-        own schedules.
-
-    Returns
-    -------
-    (tvm.IRModule, dict)
-        ``main`` over inputs and weights, and the weights in the order of its parameters.
-    """
-    layers = {layer.name: layer for layer in model.dense_layers()}
-    mod, names = rewrite_dense(model.mod, list(model.params), formats)
-    limit = MERGE_LIMIT_BYTES[target.kind]
-
-    def pays(data: Any, out_features: int) -> bool:
-        lead = list(data.ty.shape)[:-1]
-        rows = math.prod(int(d) for d in lead if isinstance(d, tirx.IntImm))
-        return 4 * rows * out_features <= limit
-
-    mod, names = merge_dense(mod, names, pays)
-    params = pack_weights(mod, names, model.params, layers, progress)
-    likes_rows = {layer.name for layer in layers.values() if _likes_rows(layer, target)}
-    mod, params = fold_weights(mod, params, likes_rows)
-    if dense == "cublas":
-        mod = dense_cublas(mod)
-    return accumulate_float32(mod), params
+        lower = tvm.transform.Sequential(lower_passes(target), name="lower")
+        mod = run_passes(mod, [lower], folder)
+        executable = tvm.compile(mod, target, relax_pipeline=None, tir_pipeline=TIR_PIPELINE)
+    if folder is not None:
+        kind, form = ("cuda", "cu") if target.kind.name == "cuda" else ("llvm", "ll")
+        for text in device_sources(executable.mod, kind, "cuda" if kind == "cuda" else "ll"):
+            dump(folder, f"device.{form}", text)
+    return executable
 
 
 def _likes_rows(layer: DenseLayer, target: TargetSpec) -> bool:

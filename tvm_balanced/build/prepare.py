@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from tvm_balanced.artifact.folder import split_parameters
-from tvm_balanced.errors import InputError
-from tvm_balanced.model import Array
-from tvm_balanced.model import Model
-from tvm_balanced.options import CompileOptions
-from tvm_balanced.planning.plan import Plan
-from tvm_balanced.planning.plan import make_plan
-from tvm_balanced.relay_passes.bucket_functions import bucket_functions
-from tvm_balanced.relay_passes.dense_cublas import cublas_calls
-from tvm_balanced.relay_passes.find_dense import split_params
-from tvm_balanced.build.pipeline import rewrite_model
-from tvm_balanced.targets.resolve import TargetSpec
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tvm_balanced.artifact.folder import split_parameters
+from tvm_balanced.build.dump import start_dump
+from tvm_balanced.build.pipeline import rewrite_model
+from tvm_balanced.errors import InputError
+from tvm_balanced.model import Array, Model
+from tvm_balanced.options import CompileOptions
+from tvm_balanced.planning.plan import Plan, make_plan
+from tvm_balanced.relay_passes.dense_cublas import cublas_calls
+from tvm_balanced.targets.resolve import TargetSpec
+
 if TYPE_CHECKING:
     import tvm
 
@@ -47,15 +46,20 @@ def prepare(
     tell = progress or (lambda _: None)
     tell("plan")
     plan = make_plan(model, target, options)
+    dump_ir = None if options.dump_ir is None else Path(options.dump_ir)
+    if dump_ir is not None:
+        start_dump(dump_ir)
     mod, params = rewrite_model(
-        model, plan.formats, plan.target, lambda name: tell(f"pack {name}"), options.dense
+        model,
+        plan.formats,
+        plan.target,
+        lambda name: tell(f"pack {name}"),
+        options.dense,
+        (options.dimension, options.sizes),
+        dump_ir,
     )
-    mod, _ = bucket_functions(mod, options.dimension, options.sizes)
-    _, weights = split_params(mod)
-    # the library knows its weights by their variables' names, which are unique
-    by_var = {var.name: array for var, array in zip(weights, params.values(), strict=True)}
-    names = {var.name: name for var, name in zip(weights, params, strict=True)}
-    calls = cublas_calls(mod, names)
-    if len(by_var) != len(weights):
-        raise InputError(f"{model.name} has several weights of one name; rename them")
-    return Prepared(plan, mod, *split_parameters(by_var), calls)
+    # weights are bound, and inputs given, by name
+    name, count = Counter(var.name for var in mod["main"].params).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"{model.name} has {count} inputs and weights named {name}; rename them")
+    return Prepared(plan, mod, *split_parameters(params), cublas_calls(mod))

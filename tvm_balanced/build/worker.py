@@ -1,8 +1,8 @@
-"""Build one CUDA library in a process of its own: ``python -m tvm_balanced.build.worker JOB``.
+"""Build one CUDA library in a process of its own: ``python -m tvm_balanced.build.worker FOLDER``.
 
 TVM decides at import whether its CUDA runtime is there, and only with it does an exported library
 hold machine code. Where the machine has no driver, a stand-in is loaded before TVM, which must
-never happen in a process that may later use a GPU. :mod:`tvm_balanced.build.export` writes the job
+never happen in a process that may later use a GPU. :mod:`tvm_balanced.build.export` writes the
 folder and reads the result.
 """
 
@@ -20,7 +20,7 @@ def main(directory: str) -> int:
     """Build the job in ``directory``; the outcome is left in its ``result.json``."""
     folder = Path(directory)
     try:
-        result = _run(folder, json.loads((folder / "job.json").read_text()))
+        result = _run(folder)
     except Exception as error:
         result = {
             "error": type(error).__name__,
@@ -31,36 +31,27 @@ def main(directory: str) -> int:
     return 0
 
 
-def _run(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
+def _run(folder: Path) -> dict[str, Any]:
     # the loader goes by SONAME: what is loaded here is what TVM's library then finds
-    for library in job["preload"]:
+    for library in json.loads((folder / "preload.json").read_text()):
         ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
     import tvm
 
-    # ops registers the operator, which the module's JSON names
+    # registers the operator, which the module's JSON names
+    import tvm_balanced.ops  # noqa: F401
+    from tvm_balanced.build.export import Job
     from tvm_balanced.cuda import nvrtc
-    from tvm_balanced import ops
-    from tvm_balanced.build import export as toolchain  # noqa: F401
-    from tvm_balanced.support.tensors import read_tensors
 
     if tvm.get_global_func("ffi.Module.create.cuda", allow_missing=True) is None:
         raise RuntimeError("TVM's CUDA runtime library did not load")
-    mod = tvm.ir.load_json((folder / "module.json").read_text())
-    target = tvm.ir.load_json((folder / "target.json").read_text())
-    params = read_tensors(folder / "params.safetensors")
-    source, reference, scheduled = toolchain.build_and_export(
-        mod,
-        target,
-        folder / "lib.so",
-        params=params,
-        build=job["build"],
-        options=job["options"],
-        compiler=job["compiler"],
-        sources=job["sources"],
-    )
-    (folder / "device.cu").write_text(source)
-    (folder / "reference").write_bytes(reference)
-    return {"error": None, "compiler": nvrtc.compiler(), "scheduled": scheduled}
+    exported = Job.read(folder).run(folder / "lib.so")
+    (folder / "device.cu").write_text(exported.cuda_source)
+    (folder / "reference").write_bytes(exported.reference)
+    return {
+        "compiler": nvrtc.compiler(),
+        "coverage": exported.coverage,
+        "problems": exported.problems,
+    }
 
 
 if __name__ == "__main__":

@@ -167,17 +167,9 @@ def _resources(elf: _Elf) -> list[KernelResources]:
             index, value = words
             (registers if attribute == _REGISTERS else stacks)[symbols[index][0]] = value
     # from sm_90 on shared memory begins with what the driver reserves, which the sizes include
-<<<<<<< HEAD
     reserved = RESERVED_SHARED if ".nv.shared.reserved.0" in elf.sections else 0
-    found = []
-    for name, kind, other in symbols:
-        if kind != _FUNC or not other & _ENTRY:
-            continue
-=======
-    reserved = _RESERVED_SHARED if ".nv.shared.reserved.0" in elf.sections else 0
     kernels = []
     for name in sorted(name for name, kind, other in symbols if kind == _FUNC and other & _ENTRY):
->>>>>>> wip-cudapkg
         bounds = [
             math.prod(words)
             for attribute, words in elf.attributes(f".nv.info.{name}")

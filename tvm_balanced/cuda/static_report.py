@@ -41,13 +41,8 @@ class KernelReport:
     resources : KernelResources
         Registers and memory, from the ELF.
     occupancy : Occupancy or None
-<<<<<<< HEAD
-        Of blocks as large as the launch bounds; None without them, or for an architecture that is not
-        in :data:`ARCHITECTURES`.
-=======
         Occupancy by blocks as large as the launch bounds; None without them, or for an architecture that
-        is not in :data:`SM_LIMITS`.
->>>>>>> wip-cudapkg
+        is not in :data:`ARCHITECTURES`.
     dynamic_shared : bool
         Whether a launch adds shared memory, of a size that the cubin does not hold: the occupancy is
         then an upper bound.
@@ -108,24 +103,10 @@ class StaticReport(list[KernelReport]):
             except ToolchainError as error:
                 problem = str(error)
             for kernel in kernels:
-<<<<<<< HEAD
-                rows.append(
-                    KernelReport(
-                        arch,
-                        kernel,
-                        occupancy(kernel, arch, kernel.max_threads)
-                        if kernel.max_threads is not None and arch.rstrip("af") in ARCHITECTURES
-                        else None,
-                        kernel.name in dynamic_shared,
-                        counts.get(kernel.name),
-                    )
-                )
-=======
-                bounded = kernel.max_threads is not None and arch.rstrip("af") in SM_LIMITS
+                bounded = kernel.max_threads is not None and arch.rstrip("af") in ARCHITECTURES
                 held = occupancy(kernel, arch, kernel.max_threads or 0) if bounded else None
                 dynamic, counted = kernel.name in dynamic_shared, counts.get(kernel.name)
                 rows.append(KernelReport(arch, kernel, held, dynamic, counted))
->>>>>>> wip-cudapkg
         return cls(rows, problem)
 
     def to_json(self) -> dict[str, object]:

@@ -20,11 +20,21 @@ import sys
 import threading
 import zipfile
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.support.optional import first_line, need
 
+if TYPE_CHECKING:
+    import torch
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_DTYPES = _words("float32 float64 float16 bfloat16 int64 int32 int16 int8 uint8 bool")
+_STORAGES = _words("Float Double Half BFloat16 Long Int Short Char Byte Bool")
 # globals that a pickle of tensors, and containers of them, needs
 _TENSOR_GLOBALS = frozenset(
     [
@@ -39,160 +49,28 @@ _TENSOR_GLOBALS = frozenset(
         "torch.device",
         "torch.storage.UntypedStorage",
         "torch.serialization._get_layout",
-        *(
-            f"torch.{kind}Storage"
-            for kind in [
-                "Float",
-                "Double",
-                "Half",
-                "BFloat16",
-                "Long",
-                "Int",
-                "Short",
-                "Char",
-                "Byte",
-                "Bool",
-            ]
-        ),
-        *(
-            f"torch.{kind}"
-            for kind in [
-                "float32",
-                "float64",
-                "float16",
-                "bfloat16",
-                "int64",
-                "int32",
-                "int16",
-                "int8",
-                "uint8",
-                "bool",
-            ]
-        ),
+        *(f"torch.{name}Storage" for name in _STORAGES),
+        *(f"torch.{name}" for name in _DTYPES),
     ]
 )
-
-
 _NAMESPACES = frozenset(["aten", "prim", "prims", "higher_order", "quantized_decomposed"])
-
-
 _UNSAFE_OPERATORS = frozenset(["from_file"])  # opens, and can create, files
-
-
-_PYTHON_OPERATORS = frozenset(
-    [
-        "add",
-        "sub",
-        "mul",
-        "truediv",
-        "floordiv",
-        "mod",
-        "pow",
-        "neg",
-        "pos",
-        "abs",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "and_",
-        "or_",
-        "xor",
-        "not_",
-        "getitem",
-        "lshift",
-        "rshift",
-        "invert",
-        "index",
-    ]
+_PYTHON_OPERATORS = _words(
+    "add sub mul truediv floordiv mod pow neg pos abs eq ne lt le gt ge and_ or_ xor not_ getitem lshift "
+    "rshift invert index"
 )
-
-
-_MATH_FUNCTIONS = frozenset(
-    [
-        "trunc",
-        "ceil",
-        "floor",
-        "sqrt",
-        "pow",
-        "exp",
-        "log",
-        "log2",
-        "cos",
-        "sin",
-        "tan",
-        "acos",
-        "asin",
-        "atan",
-        "cosh",
-        "sinh",
-        "tanh",
-        "fabs",
-    ]
+_MATH_FUNCTIONS = _words(
+    "trunc ceil floor sqrt pow exp log log2 cos sin tan acos asin atan cosh sinh tanh fabs"
 )
-
-
 _SYM_FUNCTIONS = re.compile(r"torch\.(_sym_\w+|sym_\w+)\Z")
-
-
-_SYMPY_FUNCTIONS = frozenset(
-    [
-        "FloorDiv",
-        "ModularIndexing",
-        "Where",
-        "PythonMod",
-        "Mod",
-        "CleanDiv",
-        "CeilToInt",
-        "FloorToInt",
-        "CeilDiv",
-        "LShift",
-        "RShift",
-        "PowByNatural",
-        "FloatPow",
-        "FloatTrueDiv",
-        "IntTrueDiv",
-        "TruncToFloat",
-        "TruncToInt",
-        "RoundToInt",
-        "RoundDecimal",
-        "ToFloat",
-        "Identity",
-        "Max",
-        "Min",
-        "Abs",
-        "Add",
-        "Mul",
-        "Pow",
-        "Symbol",
-        "Integer",
-        "Float",
-        "Rational",
-        "Eq",
-        "Ne",
-        "Lt",
-        "Le",
-        "Gt",
-        "Ge",
-        "Equality",
-        "Unequality",
-        "StrictLessThan",
-        "LessThan",
-        "StrictGreaterThan",
-        "GreaterThan",
-        "And",
-        "Or",
-        "Not",
-        "IsNonOverlappingAndDenseIndicator",
-    ]
+_SYMPY_FUNCTIONS = _words(
+    "FloorDiv ModularIndexing Where PythonMod Mod CleanDiv CeilToInt FloorToInt CeilDiv LShift RShift "
+    "PowByNatural FloatPow FloatTrueDiv IntTrueDiv TruncToFloat TruncToInt RoundToInt RoundDecimal ToFloat "
+    "Identity Max Min Abs Add Mul Pow Symbol Integer Float Rational Eq Ne Lt Le Gt Ge Equality Unequality "
+    "StrictLessThan LessThan StrictGreaterThan GreaterThan And Or Not "
+    "IsNonOverlappingAndDenseIndicator"
 )
-
-
 _SYMBOL_OR_NUMBER = re.compile(r"([a-z]{1,2}\d+|-?\d+(\.\d*)?(e[+-]?\d+)?)\Z")
-
-
 _SYMPY_NODES = (
     ast.Expression,
     ast.BinOp,
@@ -209,28 +87,19 @@ _SYMPY_NODES = (
     ast.cmpop,
     ast.expr_context,
 )
-
-
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
-
-
 # containers that inputs and outputs may be made of
 _CONTAINERS = frozenset(
     ["builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"]
 )
 
-
 _watched = threading.local()  # .active while an archive is being opened in this thread
-
-
 _hook_lock = threading.Lock()
-
-
 _hook_installed = False
 
 
 def read_head(path: str | os.PathLike[str], size: int = 16) -> bytes:
-    """The first bytes of a file.
+    """Return the first bytes of a file.
 
     Raises
     ------
@@ -272,7 +141,7 @@ def refuse_pickle(path: str | os.PathLike[str], head: bytes, expected: str) -> N
         )
 
 
-def load_exported(path: str | os.PathLike[str]) -> Any:
+def load_exported(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
     """Open a ``.pt2`` archive whose members were found to be plain data.
 
     Parameters
@@ -388,7 +257,7 @@ def _check_payloads(path: str, reader: Any, members: list[str], name: str) -> No
 
 
 def _check_pickle(path: str, name: str, data: bytes) -> None:
-    """A file of ``torch.save`` must unpickle with the globals of tensors alone."""
+    """Refuse a file of ``torch.save`` that does not unpickle with the globals of tensors alone."""
     if not data:
         return
     if not zipfile.is_zipfile(io.BytesIO(data)):
@@ -423,7 +292,7 @@ def _pickle_globals(path: str, name: str, stream: bytes) -> Iterator[str]:
 
 
 def _check_program(path: str, program: Any) -> None:
-    """A serialized graph may name tensors, known operators and arithmetic, nothing else."""
+    """Refuse a serialized graph that names more than tensors, known operators and arithmetic."""
     stack: list[tuple[str, Any]] = [("", program)]
     while stack:
         key, value = stack.pop()
@@ -526,7 +395,7 @@ class _PickleWatch:
 
 def _refuse_globals(event: str, args: tuple[Any, ...]) -> None:
     if event == "pickle.find_class" and getattr(_watched, "active", False):
-        found = f"{args[0]}.{args[1]}"
-        if found not in _TENSOR_GLOBALS:
-            _watched.refused = found
-            raise PermissionError(f"the global {found} was refused")
+        name = f"{args[0]}.{args[1]}"
+        if name not in _TENSOR_GLOBALS:
+            _watched.refused = name
+            raise PermissionError(f"the global {name} was refused")

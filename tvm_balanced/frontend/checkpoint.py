@@ -37,7 +37,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
 
 
 def read_patterns(metadata: Mapping[str, str], path: Path) -> dict[str, BalancedPattern]:
-    """The patterns that ``prune`` noted in a checkpoint.
+    """Return the patterns that ``prune`` noted in a checkpoint.
 
     Raises
     ------
@@ -86,7 +86,7 @@ def write_checkpoint(
 
 
 def with_weights(model: Model, path: Path) -> Model:
-    """The model with the weights of a checkpoint, every dense layer's among them.
+    """Return the model with the weights of a checkpoint, every dense layer's among them.
 
     Raises
     ------
@@ -146,8 +146,4 @@ def write_onnx(source: Path, path: Path, changed: Mapping[str, Array], overwrite
         raise InputError(
             f"{source} holds more than one protobuf can ({error}); prune the .pt2 of the model instead"
         ) from error
-    write_whole(path, lambda part: _write_bytes(part, data), overwrite)
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    write_whole(path, lambda part: part.write_bytes(data), overwrite)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.weights import Array
 from tvm_balanced.model import Model
+from tvm_balanced.support.tvm_types import Expr
+
+if TYPE_CHECKING:
+    import tvm
+    import tvm.relax
 
 
-def from_relax(mod: Any, params: Mapping[str, Any] | None = None, name: str = "model") -> Model:
+def from_relax(
+    mod: tvm.IRModule, params: Mapping[str, Any] | None = None, name: str = "model"
+) -> Model:
     """Take a Relax module.
 
     Parameters
@@ -42,6 +49,7 @@ def from_relax(mod: Any, params: Mapping[str, Any] | None = None, name: str = "m
     from tvm import relax
 
     from tvm_balanced.relay_passes.rewrite_params import drop_unused_weights
+    from tvm_balanced.schedules.rules import replaced
 
     if not isinstance(mod, tvm.IRModule):
         raise InputError(f"cannot import a {type(mod).__name__}; give a tvm.IRModule")
@@ -57,21 +65,16 @@ def from_relax(mod: Any, params: Mapping[str, Any] | None = None, name: str = "m
     inputs = [var for var in func.params if var.name not in values]
     lifter = _lifter(mod, {var.name for var in func.params})
     body = lifter.visit_expr(func.body)
-    added = {var.name: (var, array) for var, array in lifter.lifted}
-    attrs = {k: v for k, v in (func.attrs or {}).items() if k not in ("params", "num_input")}
-    attrs["num_input"] = len(inputs)
-    ordered = [*inputs, *weights, *(var for var, _ in added.values())]
-    new = relax.Function(
-        ordered, body, func.ret_ty, func.is_pure, tvm.ir.make_node("ir.DictAttrs", **attrs)
-    )
-    out = tvm.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
-    out.update_func(mod.get_global_var("main"), new)
-    arrays = {**values, **{n: array for n, (_, array) in added.items()}}
-    out, names = drop_unused_weights(out, [var.name for var in ordered[len(inputs) :]])
+    weights += [var for var, _ in lifter.lifted]
+    arrays = {**values, **{var.name: array for var, array in lifter.lifted}}
+    new = relax.Function([*inputs, *weights], body, func.ret_ty, func.is_pure, func.attrs)
+    new = new.without_attr("params").with_attr("num_input", len(inputs))
+    out = replaced(mod, {mod.get_global_var("main"): new})
+    out, names = drop_unused_weights(out, [var.name for var in weights])
     return Model(out, {n: arrays[n] for n in names}, name)
 
 
-def _values(func: Any, params: Mapping[str, Any] | None) -> dict[str, Array]:
+def _values(func: tvm.relax.Function, params: Mapping[str, Any] | None) -> dict[str, Array]:
     """Values of the weight parameters, checked against their types."""
     names = [var.name for var in func.params]
     if len(set(names)) != len(names):
@@ -101,8 +104,8 @@ def _values(func: Any, params: Mapping[str, Any] | None) -> dict[str, Array]:
     return values
 
 
-def _lifter(mod: Any, taken: set[str]) -> Any:
-    """A mutator that replaces constants of more than one element by new variables (``lifted``)."""
+def _lifter(mod: tvm.IRModule, taken: set[str]) -> Any:
+    """Return a mutator that makes variables (``lifted``) of constants of more than one element."""
     import tvm
     from tvm import relax
     from tvm.relax.expr_functor import PyExprMutator, mutator
@@ -111,16 +114,16 @@ def _lifter(mod: Any, taken: set[str]) -> Any:
     class Lifter(PyExprMutator):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__(mod)
-            self.lifted: list[tuple[Any, Array]] = []
-            self.known: dict[Any, Any] = {}
+            self.lifted: list[tuple[Expr, Array]] = []
+            self.known: dict[Expr, Expr] = {}
             self.reader = "main"
 
-        def visit_var_binding_(self, binding: Any) -> None:
+        def visit_var_binding_(self, binding: Expr) -> None:
             bound = isinstance(binding.value, tvm.ir.GenericConst)
             self.reader = binding.var.name if bound else f"{binding.var.name}.constant"
             super().visit_var_binding_(binding)
 
-        def visit_generic_const_(self, constant: Any) -> Any:
+        def visit_generic_const_(self, constant: Expr) -> Expr:
             array = constant.value.numpy()
             if array.size <= 1:
                 return constant  # a literal: can be fused into a kernel

@@ -41,7 +41,8 @@ def from_torch(
     Returns
     -------
     Model
-        Weights by their names in the module, as copies; weights tied to each other are one. Each value has
+        Weights by their names in the module, as copies; weights tied to each other are one, and one that
+        shares its name with an input gets the name ``NAME.weight``. Each value has
         the dtype that PyTorch computes it in. Indices out of range, which PyTorch refuses, read some other
         element of the same tensor: of an embedding the nearest row.
 
@@ -78,22 +79,27 @@ def from_torch(
                 "a torch.export.ExportedProgram or the path of a .pt2 file"
             )
     from tvm_balanced.frontend.torch_importer import GraphImporter, dimension_names, to_numpy
+    from tvm_balanced.relay_passes.find_dense import split_params
     from tvm_balanced.relay_passes.rewrite_params import drop_unused_weights
 
     names = dimension_names(program)
     graph = GraphImporter(names).import_program(_decompose(program))
-    mod, kept = drop_unused_weights(graph.mod, list(graph.weights))
-    params = {}
-    for weight in kept:
-        array = to_numpy(graph.weights[weight])
-        # the module may be trained on: a model never changes
-        params[weight] = array.copy() if copy else array
-    return Model(mod, params, name or "model")
+    inputs = {var.name for var in split_params(graph.mod)[0]}
+    # no weight of PyTorch lies below another one, so this name is free
+    weights = {f"{n}.weight" if n in inputs else n: t for n, t in graph.weights.items()}
+    mod, kept = drop_unused_weights(graph.mod, list(weights))
+    arrays = {weight: to_numpy(weights[weight]) for weight in kept}
+    if copy:  # the module may be trained on: a model never changes
+        arrays = {weight: array.copy() for weight, array in arrays.items()}
+    return Model(mod, arrays, name or "model")
 
 
 def _export(
-    module: Any, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None, dynamic: Any
-) -> Any:
+    module: torch.nn.Module,
+    args: Sequence[Any] | None,
+    kwargs: Mapping[str, Any] | None,
+    dynamic: Any,
+) -> torch.export.ExportedProgram:
     import torch
 
     if args is None and kwargs is None:
@@ -118,7 +124,7 @@ def _export(
             part.training = training
 
 
-def _decompose(program: Any) -> Any:
+def _decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     try:
         return program.run_decompositions()
     except Exception as error:

@@ -1,14 +1,16 @@
-"""What made a result: the commit it was made at."""
+"""What made a result: the commit it was made at, and the versions of packages."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
 def commit() -> str:
-    """The commit of the checkout this runs from, with ``+`` where it was changed; empty elsewhere.
+    """Return the commit of this checkout, with ``+`` where it was changed; empty where it is none.
 
     ``TVM_BALANCED_COMMIT`` says it where the code was installed from a checkout that is not there.
     """
@@ -29,3 +31,17 @@ def commit() -> str:
         return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except OSError:
         return ""
+
+
+def package_version(package: str) -> str | None:
+    """Return the version of a package without importing it; None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def package_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    known = {package: package_version(package) for package in packages}
+    return {package: number for package, number in known.items() if number is not None}

@@ -1,4 +1,4 @@
-"""Named arrays in a safetensors file, read as a memory map.
+"""Named arrays in a safetensors file, read as a memory map; arrays from and to PyTorch, with bfloat16.
 
 ``safetensors.numpy`` copies every array and has no bfloat16; a library's parameters are gigabytes
 that several processes share, so they are mapped instead. The header is checked before it is
@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -20,7 +20,12 @@ import numpy.typing as npt
 
 from tvm_balanced.errors import ArtifactError
 
-_DTYPES: dict[str, Any] = {
+if TYPE_CHECKING:
+    import torch
+
+Array: TypeAlias = npt.NDArray[Any]
+
+_DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -47,15 +52,8 @@ _ALIGNMENT = 64
 _MAX_HEADER = 100 * 1024 * 1024
 
 
-def write_tensors(path: Path, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Write named arrays, every one at a multiple of 64 bytes, and flush them to the disk.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-        A new safetensors file.
-    tensors : mapping of str to ndarray
-        Any shapes; dtypes that safetensors has.
+def write_tensors(path: Path, tensors: Mapping[str, Array]) -> None:
+    """Write arrays, of dtypes that safetensors has, at multiples of 64 bytes, and flush them to the disk.
 
     Raises
     ------
@@ -92,18 +90,8 @@ def write_tensors(path: Path, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
         os.fsync(file.fileno())
 
 
-def read_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Map the arrays of a safetensors file.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-        A safetensors file.
-
-    Returns
-    -------
-    dict of str to ndarray
-        Views of the mapped file, at multiples of 64 bytes; writing to one does not reach the file.
+def read_tensors(path: Path) -> dict[str, Array]:
+    """Map the arrays of a safetensors file; writing to one does not reach the file.
 
     Raises
     ------
@@ -130,7 +118,7 @@ def read_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
         ) from error
 
 
-def _view(body: npt.NDArray[Any] | None, entry: dict[str, Any]) -> npt.NDArray[Any]:
+def _view(body: Array | None, entry: dict[str, Any]) -> Array:
     dtype, shape = _DTYPES[entry["dtype"]], tuple(int(extent) for extent in entry["shape"])
     start, stop = (int(offset) for offset in entry["data_offsets"])
     limit = 0 if body is None else body.size
@@ -140,5 +128,29 @@ def _view(body: npt.NDArray[Any] | None, entry: dict[str, Any]) -> npt.NDArray[A
         raise ValueError(f"{stop - start} bytes for {dtype.name} {list(shape)}")
     if body is None or start == stop:
         return np.empty(shape, dtype)
-    array: npt.NDArray[Any] = np.asarray(body[start:stop]).view(dtype).reshape(shape)
+    array: Array = np.asarray(body[start:stop]).view(dtype).reshape(shape)
     return array
+
+
+def to_numpy(tensor: torch.Tensor) -> Array:
+    """Return a PyTorch tensor as an array of the same dtype; it may share the tensor's memory."""
+    import torch
+
+    tensor = tensor.detach()
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    tensor = tensor.cpu().contiguous()
+    if tensor.dtype is not torch.bfloat16:
+        array: Array = tensor.numpy()
+        return array
+    array = tensor.view(torch.int16).numpy()
+    return array.view(ml_dtypes.bfloat16)
+
+
+def to_torch(array: Array, device: str | torch.device = "cpu") -> torch.Tensor:
+    """Return an array as a PyTorch tensor of the same dtype, in memory of its own."""
+    import torch
+
+    if array.dtype != ml_dtypes.bfloat16:
+        return torch.from_numpy(array).to(device, copy=True)
+    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(device, copy=True)

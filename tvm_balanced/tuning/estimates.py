@@ -156,7 +156,9 @@ def predict(
     rows = operator.rows or 1
     if isinstance(candidate.knobs, TensorCoreTile):
         _, model = _TENSOR_CORES[candidate.kernel]
-        return model.predict(gpu, operator.fmt, rows, operator.value_dtype, candidate.knobs, compiled)
+        return model.predict(
+            gpu, operator.fmt, rows, operator.value_dtype, candidate.knobs, compiled
+        )
     return gather_model.GatherModel(gpu, operator.fmt, rows, operator.data_dtype).predict(
         candidate.knobs, compiled
     )

@@ -332,14 +332,8 @@ def _kind(kind: str) -> tuple[str, int]:
 
 
 def _attributes(arch: str) -> dict[int, int]:
-<<<<<<< HEAD
-    """``cudaDeviceAttr`` to value."""
-    gpu = representative(arch)
-    limits = ARCHITECTURES[arch]
-=======
     """``cudaDeviceAttr`` of CUDA 13 to value, of those with a value here."""
-    gpu, limits = GPUS[REPRESENTATIVE[arch]], SM_LIMITS[arch]
->>>>>>> wip-cudapkg
+    gpu, limits = representative(arch), ARCHITECTURES[arch]
     major, minor = divmod(int(arch.removeprefix("sm_")), 10)
     return {
         1: 1024,  # MaxThreadsPerBlock
