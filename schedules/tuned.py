@@ -16,6 +16,7 @@ one of TVM's own rules, and its result is the kernel.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,8 @@ from tvm_balanced.schedules.cpu_common import vector_bits
 from tvm_balanced.schedules.rules import RULE, SCHEDULED, replaced
 from tvm_balanced.targets import gpu_figures
 from tvm_balanced.tensor_core_model import Tile
+
+_LOG = logging.getLogger("tvm_balanced")
 
 # of the kernel with lanes over the batch: steps of the parallel loop that are tried, the largest ones, and
 # bytes of activations, from a part of the first cache to all of a usual K
@@ -333,18 +336,18 @@ def build_for(
     """
     space = next((space for space in spaces(func, target) if space.kernel == kernel), None)
     if space is None:
-        raise MismatchError(f"kernel {kernel} does not take it")
+        raise MismatchError(f"kernel {kernel!r} does not take it")
     values = {name: choices[0] for name, choices in space.choices.items()} | dict(knobs)
     unknown = [name for name in values if name not in space.choices]
     if unknown:
-        raise MismatchError(f"kernel {kernel} has no knob {unknown[0]}")
+        raise MismatchError(f"kernel {kernel!r} has no knob {unknown[0]!r}")
     wrong = [n for n, value in values.items() if value not in space.choices[n]]
     if wrong or not space.valid(values):
         name = wrong[0] if wrong else "its knobs together"
-        raise MismatchError(f"kernel {kernel} does not allow {name} as recorded")
+        raise MismatchError(f"kernel {kernel!r} does not allow {name} as recorded")
     scheduled = space.build(values)
     if scheduled is None:
-        raise MismatchError(f"kernel {kernel} does not take it")
+        raise MismatchError(f"kernel {kernel!r} does not take it")
     return scheduled.mod["main"].with_attr(SCHEDULED, True).with_attr(RULE, kernel)
 
 
@@ -498,10 +501,9 @@ class ScheduleTuned:
             scheduled, note = self._apply(func, plain, choice)
         # a damaged trace fails in TVM with errors of many classes; the default schedule always works
         except Exception as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            self.problems.append(
-                f"the record of {name} in {choice.folder} does not fit: {lines[-1]}"
-            )
+            _LOG.debug("the record of %s in %s", name, choice.folder, exc_info=True)
+            why = str(error) if isinstance(error, MismatchError) else "its trace cannot be replayed"
+            self.problems.append(f"the record of {name} in {choice.folder} does not fit: {why}")
             return DEFAULT, _NO_FIT, None
         return ("tuned" if choice.method == "measured" else "estimated"), note, scheduled
 

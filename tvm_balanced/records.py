@@ -150,9 +150,13 @@ class Environment:
             With what is wrong with it.
         """
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            document = json.loads(text)
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read ({error})") from error
+        # its words come back in messages
+        if not text.replace("\n", "").isprintable():
+            raise ValueError(f"{path} holds unprintable characters")
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise ValueError(f"{path} is not of format {FORMAT!r}")
         if document.get("format_version") != FORMAT_VERSION:

@@ -168,7 +168,12 @@ class Library:
     @property
     def report(self) -> Report:
         """Every dense layer with decision and reason."""
-        return Report.from_json([dict(row) for row in self.manifest.layers])
+        try:
+            return Report.from_json([dict(row) for row in self.manifest.layers])
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(
+                f"the layers in the manifest of {self.path} are damaged ({error}); copy or build it again"
+            ) from error
 
     @property
     def kernels(self) -> list[str]:
