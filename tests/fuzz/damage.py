@@ -38,6 +38,7 @@ HANG_SECONDS = 20.0
 _START_SECONDS = (
     300.0  # a worker imports PyTorch and TVM first, and the first one makes the samples
 )
+_END_SECONDS = 10.0
 _MEMORY = 16 << 30  # of address space: a size that was damaged must not take the machine's memory
 _LONGEST = 600  # characters of a sentence
 _INTERNALS = re.compile(
@@ -170,8 +171,7 @@ def _work(
                     verdict, text = _judge(kind, copy, sample, number)
                 assert verdict == ("result" if name != "safetensors" else verdict), (name, text)
     pipe.send("ready")
-    while True:
-        key = pipe.recv()
+    while (key := pipe.recv()) is not None:
         name, _, number = key.partition("/")
         os.ftruncate(printed, 0)
         with tempfile.TemporaryDirectory() as place:
@@ -193,6 +193,9 @@ def _worker(*arguments: object) -> Iterator[tuple[multiprocessing.Process, Conne
     try:
         yield process, ours
     finally:
+        with contextlib.suppress(OSError):
+            ours.send(None)
+        process.join(_END_SECONDS)
         process.kill()
         process.join()
         ours.close()
@@ -265,7 +268,8 @@ def _one(
             return Outcome(key, "crash", what, f"{ended}: {_printed(whole)}")
         what = str(answer)
     os.kill(process.pid or 0, signal.SIGABRT)  # faulthandler prints where it is
-    process.join(5)
+    process.join(_END_SECONDS)
+    process.kill()
     return Outcome(key, "hang", what, f"over {seconds:g} s: {_printed(whole)}")
 
 
