@@ -284,7 +284,9 @@ def test_changed_bytes_are_told_in_one_sentence(good, tmp_path, place):
         with pytest.raises(InputError) as caught:
             load(changed)
         assert str(caught.value) == (
-            f"{changed} is not a whole .pt2 archive; it may be truncated or damaged, or written before "
+            f"{changed} has a damaged member data/weights/model_weights_config.json; export the model again"
+            if place == "contents"
+            else f"{changed} is not a whole .pt2 archive; it may be truncated or damaged, or written before "
             "PyTorch 2.9: copy it or export the model again"
         )
 

@@ -350,9 +350,7 @@ def _json(path: str, name: str, data: bytes) -> Any:
     try:
         return json.loads(data)
     except ValueError as error:
-        raise InputError(
-            f"{path} has a damaged member {name} ({first_line(error)}); export the model again"
-        ) from None
+        raise InputError(f"{path} has a damaged member {name}; export the model again") from error
 
 
 def _check_payloads(path: str, reader: Any, members: list[str], name: str) -> None:
@@ -403,9 +401,7 @@ def _pickle_globals(path: str, name: str, stream: bytes) -> Iterator[str]:
             elif isinstance(argument, str):
                 strings.append(argument)
     except ValueError as error:
-        raise InputError(
-            f"{path} has a damaged member {name} ({first_line(error)}); export the model again"
-        ) from None
+        raise InputError(f"{path} has a damaged member {name}; export the model again") from error
 
 
 def _check_program(path: str, program: Any) -> None:
