@@ -16,6 +16,7 @@ one of TVM's own rules, and its result is the kernel.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -39,6 +40,8 @@ from tvm_balanced.schedules.workload import (
 
 if TYPE_CHECKING:
     from tvm_balanced.records.lookup import Choice
+
+_LOG = logging.getLogger("tvm_balanced")
 
 # notes of kernels with their default schedule
 _NO_RECORD = "no record"
@@ -136,10 +139,9 @@ class ScheduleTuned:
             scheduled, note = self._apply(func, plain, choice)
         # a damaged trace fails in TVM with errors of many classes; the default schedule always works
         except Exception as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            self.problems.append(
-                f"the record of {name} in {choice.folder} does not fit: {lines[-1]}"
-            )
+            _LOG.debug("the record of %s in %s", name, choice.folder, exc_info=True)
+            why = str(error) if isinstance(error, MismatchError) else "its trace cannot be replayed"
+            self.problems.append(f"the record of {name} in {choice.folder} does not fit: {why}")
             return DEFAULT, _NO_FIT, None
         return ("tuned" if choice.method == "measured" else "estimated"), note, scheduled
 

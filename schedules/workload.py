@@ -86,18 +86,18 @@ def build_for(
     """
     space = next((space for space in spaces(func, target) if space.kernel == kernel), None)
     if space is None:
-        raise MismatchError(f"kernel {kernel} does not take it")
+        raise MismatchError(f"kernel {kernel!r} does not take it")
     values = {name: choices[0] for name, choices in space.choices.items()} | dict(knobs)
     unknown = [name for name in values if name not in space.choices]
     if unknown:
-        raise MismatchError(f"kernel {kernel} has no knob {unknown[0]}")
+        raise MismatchError(f"kernel {kernel!r} has no knob {unknown[0]!r}")
     wrong = [n for n, value in values.items() if value not in space.choices[n]]
     if wrong or not space.valid(values):
         name = wrong[0] if wrong else "its knobs together"
-        raise MismatchError(f"kernel {kernel} does not allow {name} as recorded")
+        raise MismatchError(f"kernel {kernel!r} does not allow {name} as recorded")
     scheduled = space.build(values)
     if scheduled is None:
-        raise MismatchError(f"kernel {kernel} does not take it")
+        raise MismatchError(f"kernel {kernel!r} does not take it")
     return marked(scheduled.mod["main"], kernel)
 
 

@@ -270,6 +270,27 @@ def test_truncated_archives(good, tmp_path, share):
         from_torch(cut)
 
 
+@pytest.mark.parametrize("place", ["name", "directory", "contents"])
+def test_changed_bytes_are_told_in_one_sentence(good, tmp_path, place):
+    data = good.read_bytes()
+    at = {
+        "name": data.rindex(b"data/weights/model_weights_config.json"),
+        "directory": data.rindex(b"PK\x01\x02"),
+        "contents": data.index(b'"use_pickle"'),
+    }[place]
+    changed = tmp_path / "changed.pt2"
+    changed.write_bytes(data[:at] + bytes([data[at] ^ 0xA0]) + data[at + 1 :])
+    for load in (from_torch, load_model):
+        with pytest.raises(InputError) as caught:
+            load(changed)
+        assert str(caught.value) == (
+            f"{changed} has a damaged member data/weights/model_weights_config.json; export the model again"
+            if place == "contents"
+            else f"{changed} is not a whole .pt2 archive; it may be truncated or damaged, or written before "
+            "PyTorch 2.9: copy it or export the model again"
+        )
+
+
 @pytest.mark.parametrize("name", ["weights.pt", "weights.pth", "pytorch_model.bin", "model.pt2"])
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "stream"])
 @pytest.mark.parametrize("load", [from_torch, load_model])

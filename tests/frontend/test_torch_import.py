@@ -1,5 +1,7 @@
 """What a module becomes: names, dtypes, tied weights, outputs; and one sentence for each mistake."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +50,24 @@ def tied():
     keep = torch.tensor([[True, False, True]])
     module = Tied()
     return module, (ids, keep), from_torch(module, (ids,), {"keep": keep})
+
+
+def test_importing_warns_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        from_torch(nn.Linear(8, 4), (torch.randn(2, 8),))
+
+
+def test_messages_of_libraries_become_part_of_a_sentence():
+    def said(text):
+        return optional.first_line(ValueError(text))
+
+    assert said("one\ntwo") == "one"
+    assert said("") == said(" \n ") == "ValueError"
+    assert said("Check failed: (a != nullptr) is false: no b\ntrace") == "no b"
+    assert said("[enforce fail at x.cc:340] . no b") == "no b"
+    assert said("the name \x10a") == "the name ?a"
+    assert len(said("x" * 5000)) < 250
 
 
 def test_tied_weights_are_one_parameter(tied):

@@ -87,6 +87,8 @@ _SYMPY_NODES = (
     ast.cmpop,
     ast.expr_context,
 )
+# how PyTorch's reader of archives, as opposed to what it reads, begins its errors
+_OF_THE_ARCHIVE = re.compile(r"PytorchStreamReader|enforce fail at inline_container")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 # containers that inputs and outputs may be made of
 _CONTAINERS = frozenset(
@@ -131,7 +133,8 @@ def refuse_pickle(path: str | os.PathLike[str], head: bytes, expected: str) -> N
         try:
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
-        except (zipfile.BadZipFile, OSError):
+        # whatever is wrong with its directory: who opens the archive says so
+        except Exception:
             names = []
         pickled = any(n.count("/") == 1 and n.endswith("/data.pkl") for n in names)
     if pickled:
@@ -173,13 +176,12 @@ def load_exported(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
         )
     try:
         reader = PT2ArchiveReader(path)
-        members = reader.get_file_names()
+        _check_archive(path, reader, reader.get_file_names())
+    except InputError:
+        raise
+    # checksums, names that are no text, JSON of another form: damage fails in many ways
     except Exception as error:
-        raise InputError(
-            f"{path} is not a whole .pt2 archive ({first_line(error)}); it may be truncated, or written "
-            "before PyTorch 2.9: export the model again"
-        ) from None
-    _check_archive(path, reader, members)
+        raise _damaged(path) from error
     with _PickleWatch():
         try:
             # by a file object no library path could be resolved from the name
@@ -192,10 +194,19 @@ def load_exported(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
             refused = getattr(_watched, "refused", None)
             if refused is not None:
                 raise _unsafe(path, f"it asks for the Python global {refused}") from None
+            if isinstance(error, UnicodeDecodeError) or _OF_THE_ARCHIVE.search(str(error)):
+                raise _damaged(path) from error
             raise InputError(
                 f"{path} cannot be opened as an exported program ({first_line(error)}); it may be damaged "
                 "or from another version of PyTorch: export the model again"
             ) from error
+
+
+def _damaged(path: str) -> InputError:
+    return InputError(
+        f"{path} is not a whole .pt2 archive; it may be truncated or damaged, or written before PyTorch "
+        "2.9: copy it or export the model again"
+    )
 
 
 def _unsafe(path: str, why: str) -> InputError:
@@ -233,9 +244,7 @@ def _json(path: str, name: str, data: bytes) -> Any:
     try:
         return json.loads(data)
     except ValueError as error:
-        raise InputError(
-            f"{path} has a damaged member {name} ({first_line(error)}); export the model again"
-        ) from None
+        raise InputError(f"{path} has a damaged member {name}; export the model again") from error
 
 
 def _check_payloads(path: str, reader: Any, members: list[str], name: str) -> None:
@@ -286,9 +295,7 @@ def _pickle_globals(path: str, name: str, stream: bytes) -> Iterator[str]:
             elif isinstance(argument, str):
                 strings.append(argument)
     except ValueError as error:
-        raise InputError(
-            f"{path} has a damaged member {name} ({first_line(error)}); export the model again"
-        ) from None
+        raise InputError(f"{path} has a damaged member {name}; export the model again") from error
 
 
 def _check_program(path: str, program: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +127,10 @@ def _export(
 
 def _decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     try:
-        return program.run_decompositions()
+        with warnings.catch_warnings():
+            # PyTorch's own copy of the program warns of a class that PyTorch itself uses
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+            return program.run_decompositions()
     except Exception as error:
         raise InputError(
             f"the exported program cannot be decomposed into core operators: {first_line(error)}; "

@@ -114,9 +114,13 @@ class Environment:
             With what is wrong with it.
         """
         try:
-            document = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+            data = path.read_bytes()
+            document = msgspec.json.decode(data, type=dict[str, Any])
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read ({error})") from error
+        # its words come back in messages
+        if not data.decode().replace("\n", "").isprintable():
+            raise ValueError(f"{path} holds unprintable characters")
         for name, expected in (("format", FORMAT), ("format_version", FORMAT_VERSION)):
             if document.get(name) != expected:
                 what = name.replace("_", " ")

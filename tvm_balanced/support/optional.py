@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from typing import Any
 
 from tvm_balanced.errors import ToolchainError
@@ -40,7 +41,16 @@ def need(module: str, extra: str, purpose: str) -> Any:
         ) from None
 
 
+# what PyTorch and TVM put before a message: the place in their sources, the condition that did not hold
+_INTERNALS = re.compile(r"\[enforce fail at [^\]]*\][ .]*|Check failed: \(.*?\) is false: ")
+_LONGEST = 240  # characters; some libraries print the whole object they fail at
+
+
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """Return the first line of an error's message as part of a sentence, or its class where it has none."""
+    lines = _INTERNALS.sub("", str(error)).strip().splitlines()
+    # a damaged file's names come back in messages about them
+    text = "".join(c if c.isprintable() else "?" for c in lines[0]) if lines else ""
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]} ..."
+    return text or type(error).__name__

@@ -1,0 +1,80 @@
+"""Every script of ``benchmarks/`` runs, in its smallest form."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
+
+# script, arguments in which OUT is the file to write, and rows that it then has at least
+SMALL = {
+    "crossover": ("-o OUT --pattern 4:16", 100),
+    "expand_report": ("--arch sm_90 --pattern 2:4 -o OUT", 5),
+    "shape_report": ("--set minilm --m 1 --pattern 4:16 --dtype float32 --arch sm_80 -o OUT", 3),
+    # simulating needs GPGPU-Sim
+    "simulate_gather": ("compare benchmarks/results/gather_simulated.csv --output OUT", 20),
+}
+LARGE = {
+    "build_times": ("--json", 0),
+    "compare_releases": (f"minilm --python now={sys.executable} --seconds 5 -o OUT", 1),
+    "models": (
+        "--model lstm --size small --pattern 4:16 --no-compile --seconds 0.01 --target llvm -o OUT",
+        2,
+    ),
+    "tuning_sweep": ("operator --n 64 --k 32 --m 1 --pattern 4:16 --trials 2 -o OUT", 3),
+}
+
+
+def _run(script: str, arguments: str, out: Path) -> str:
+    words = [str(out) if word == "OUT" else word for word in arguments.split()]
+    done = subprocess.run(
+        [sys.executable, f"benchmarks/{script}.py", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def _rows(script: str, arguments: str, least: int, out: Path) -> None:
+    said = _run(script, arguments, out)
+    if not least:
+        assert said.strip()
+        return
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) >= least
+    assert all(None not in row and None not in row.values() for row in rows)
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_smallest_form(script: str, tmp_path: Path) -> None:
+    _rows(script, *SMALL[script], tmp_path / "out.csv")
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("script", LARGE)
+def test_smallest_form_of_slow_ones(script: str, tmp_path: Path) -> None:
+    _rows(script, *LARGE[script], tmp_path / "out.csv")
+
+
+def test_shipping_records_reads_what_is_shipped(tmp_path: Path) -> None:
+    (folder,) = (ROOT / "tuning_logs").glob("*-2-cores")
+    said = _run("ship_records", f"{folder} -o OUT", tmp_path / "logs")
+    assert folder.name in said and "kernels are faster tuned" in said
+
+
+@pytest.mark.parametrize("script", LARGE)
+def test_slow_ones_are_imported(script: str, tmp_path: Path) -> None:
+    assert "Usage" in _run(script, "--help", tmp_path)
+
+
+def test_each_script_has_a_smallest_form() -> None:
+    assert sorted([*SMALL, *LARGE, "ship_records"]) == SCRIPTS
