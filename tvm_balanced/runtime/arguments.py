@@ -23,7 +23,7 @@ def choose_function(
     Parameters
     ----------
     entries : sequence of FunctionEntry
-        The first is the most general: errors are told against it.
+        The first is the most general: errors speak of it.
     shapes : sequence of tuple of int
         One an input.
 
@@ -47,24 +47,24 @@ def _mismatch(entry: FunctionEntry, shapes: Sequence[tuple[int, ...]]) -> str | 
     symbols: dict[str, tuple[int, str]] = {}
     for tensor, shape in zip(entry.inputs, shapes, strict=True):
         expected = ", ".join(str(extent) for extent in tensor.shape)
-        told = f"input {tensor.name} has shape ({', '.join(map(str, shape))})"
+        given = f"input {tensor.name} has shape ({', '.join(map(str, shape))})"
         if len(shape) != len(tensor.shape):
-            return f"{told}, expected ({expected}): {len(tensor.shape)} dimensions"
+            return f"{given}, expected ({expected}): {len(tensor.shape)} dimensions"
         for extent, wanted in zip(shape, tensor.shape, strict=True):
             if isinstance(wanted, int):
                 if extent != wanted:
-                    return f"{told}, expected ({expected}); reshape or pad it"
+                    return f"{given}, expected ({expected}); reshape or pad it"
             elif wanted.isidentifier():
                 bound, where = symbols.setdefault(wanted, (extent, tensor.name))
                 if bound != extent:
                     return (
-                        f"{told}, expected ({expected}) with {wanted}={bound} as in input {where}; "
+                        f"{given}, expected ({expected}) with {wanted}={bound} as in input {where}; "
                         "make them agree"
                     )
                 limit = entry.limits.get(wanted, extent)
                 if extent > limit:
                     return (
-                        f"{told}, expected ({expected}) with {wanted} at most {limit}, as the model "
+                        f"{given}, expected ({expected}) with {wanted} at most {limit}, as the model "
                         "was exported; split the input, or export it with a larger bound"
                     )
             # an expression of symbols is checked by the compiled function itself
