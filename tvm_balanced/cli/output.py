@@ -92,7 +92,7 @@ class Output:
         Yields
         ------
         callable
-            To be note, in a few words, of each step when it begins.
+            It is called with a few words on each step when the step begins.
         """
         if self.verbosity < 0 or not self.notes.is_terminal:
             yield (lambda step: self._note(f"{title}: {step}")) if self.verbosity > 0 else _ignore
@@ -126,7 +126,7 @@ class Output:
         Yields
         ------
         callable
-            To be note the name of a row, steps done, all its steps, and a few words.
+            It is called with the name of a row, steps done, all its steps, and a few words.
         """
         if self.verbosity < 0 or not self.notes.is_terminal:
 
