@@ -146,7 +146,7 @@ def test_records_that_cannot_be_used_cost_one_warning(
         library = tb.compile(model, "llvm", policy="always", logs=tmp_path)
     told = [entry.getMessage() for entry in caplog.records if entry.name == "tvm_balanced"]
     expected = "tuned" if damage is None else "default"
-    assert [kernel["schedule"] for kernel in library.coverage] == [expected]
+    assert [kernel.schedule for kernel in library.coverage] == [expected]
     assert len(told) == (damage is not None)
     assert all(str(folder.folder) in text for text in told)
     np.testing.assert_allclose(library(X), plain, atol=1e-5)
