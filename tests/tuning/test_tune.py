@@ -184,9 +184,9 @@ def test_a_run_is_resumed_and_compile_uses_it(model: tb.Model, tmp_path: Path) -
     assert again.kernels[0].trials == 3
 
     library = tb.compile(model, "llvm", policy="always", logs=tmp_path)
-    assert [entry["schedule"] for entry in library.coverage] == ["tuned"]
+    assert [entry.schedule for entry in library.coverage] == ["tuned"]
     plain = tb.compile(model, "llvm", policy="always", logs=False)
-    assert [entry["schedule"] for entry in plain.coverage] == ["default"]
+    assert [entry.schedule for entry in plain.coverage] == ["default"]
     np.testing.assert_allclose(library(X), plain(X), atol=1e-5)
 
 
