@@ -7,7 +7,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,7 @@ class _Place:
 
     path: Path
     temporary: tempfile.TemporaryDirectory[str] | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Library:
@@ -237,8 +238,9 @@ class Library:
         OutputError
             When ``path`` exists or cannot be written.
         """
-        with self._lock:
-            place = self._place
+        place = self._place
+        # nobody reads the folder while it moves
+        with self._lock, place.lock:
             if place.temporary is None:
                 return copy_library(place.path, path, overwrite=overwrite)
             saved = move_library(place.path, path, overwrite=overwrite)
@@ -301,7 +303,7 @@ class Library:
 
     def prepare(self) -> None:
         """Load code and parameters; calls do it when it was not done."""
-        with self._lock:
+        with self._lock, self._place.lock:
             if self._module is not None:
                 return
             if not self._checked:
