@@ -108,10 +108,12 @@ def serve(model: str, pattern: str, logs: str | None) -> None:
 
     inputs = tuple(torch.load(f"{model}.inputs", weights_only=True))
     # made by the process that asks; the first release refuses one of its operators in a file
-    sparse = tb.prune(tb.from_torch(torch.export.load(model)), pattern)
+    dense: Any = tb.from_torch(torch.export.load(model))
+    # 0.1 had methods instead of verbs, and the first release no records
+    verbs = hasattr(tb, "CompileOptions")
+    sparse = tb.prune(dense, pattern) if verbs else dense.prune(pattern)
     given: dict[str, Any] = {}
-    # the first release had no records
-    if "logs" in inspect.signature(tb.compile).parameters:
+    if verbs or "logs" in inspect.signature(tb.compile).parameters:
         given["logs"] = Path(logs) if logs else False
     with tempfile.TemporaryDirectory() as folder:
         path = tb.compile(sparse, "llvm", **given).save(Path(folder) / "model.tvmb")

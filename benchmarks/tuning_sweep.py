@@ -316,7 +316,7 @@ def model(
                     "tuning_s": round(result.seconds),
                     "contender": contender,
                     "kernels": len(library.coverage),
-                    "tuned": sum(one["schedule"] == "tuned" for one in library.coverage),
+                    "tuned": sum(one.schedule == "tuned" for one in library.coverage),
                     "ms": timing.median / 1e3,
                     "p20_ms": timing.p20 / 1e3,
                     "p80_ms": timing.p80 / 1e3,

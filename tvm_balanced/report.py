@@ -285,17 +285,19 @@ class PruningReport(_Rows[PrunedLayer]):
 
 def _common(names: Sequence[str], longest: int) -> str:
     """One name, cut in the middle where it is long; of several their number, common head and tail."""
-    first = names[0]
-    shown = first
-    if len(first) > longest:
-        shown = f"{first[: longest // 2 - 1]}…{first[-(longest // 2) :]}"
-    if len(names) == 1:
-        return shown
-    head = _common_head(names)
-    if not head:
-        return f"{len(names)} x {shown}, …"
-    tail = _common_head([name[len(head) :][::-1] for name in names])[::-1]
-    return f"{len(names)} x {head}…{tail}"
+    count = f"{len(names)} x " if len(names) > 1 else ""
+    head, middle, tail = names[0], "", ""
+    if count:
+        common = _common_head(names)
+        rests = [name[len(common) :][::-1] for name in names]
+        # a name without anything in common stands for the others
+        head, middle = (common, "…") if common else (names[0], ", …")
+        tail = _common_head(rests)[::-1] if common else ""
+    half = (longest - len(count)) // 2
+    if len(head + middle + tail) > 2 * half:
+        whole = head + tail
+        head, middle, tail = whole[: half - 1], "…", whole[-half:]
+    return f"{count}{head}{middle}{tail}"
 
 
 def _common_head(names: Sequence[str]) -> str:

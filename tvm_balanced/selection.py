@@ -45,8 +45,8 @@ def select(patterns: Iterable[str], names: Sequence[str], what: str = "ignore") 
         patterns = [patterns]
     chosen: set[str] = set()
     for pattern in patterns:
-        found = {name for name in names if matches(pattern, name)}
-        if not found:
+        meant = {name for name in names if matches(pattern, name)}
+        if not meant:
             shown = ", ".join(short_name(n) for n in names[:5]) + (
                 ", ..." if len(names) > 5 else ""
             )
@@ -54,7 +54,7 @@ def select(patterns: Iterable[str], names: Sequence[str], what: str = "ignore") 
                 f'{what} "{pattern}" matches none of the {len(names)} dense layers ({shown}); '
                 'give an exact name or "re:" and a regular expression for whole names'
             )
-        chosen |= found
+        chosen |= meant
     return chosen
 
 

@@ -201,7 +201,7 @@ def test_graphs_can_be_turned_off(cuda_graph, emulated):
 def test_what_cublas_computes_is_recorded_told_and_not_judged(tmp_path, capsys, monkeypatch):
     path = heads(True)[1].save(tmp_path / "model.tvmb")
     manifest = read_manifest(path)
-    assert manifest.dense == "cublas"
+    assert manifest.options["dense"] == "cublas"
     products = {call.name: call.product for call in manifest.cublas}
     assert products == {
         "first.weight": "float16 (4, 64) x (64, 96)",

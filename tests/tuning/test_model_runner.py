@@ -149,7 +149,7 @@ def _tuned_and_verified(model: tb.Model, name: str, trials: int, place: Path) ->
     result = tune(model, name, trials=trials, logs=place, runner="model", policy="always")
     assert result.estimated and result.folder.name == records_lookup.ESTIMATES
     library = tb.compile(model, name, policy="always", logs=place)
-    schedules = {entry["schedule"] for entry in library.coverage if entry["balanced"]}
+    schedules = {entry.schedule for entry in library.coverage if entry.balanced}
     assert schedules == {"estimated"}
     checked = verify(library.save(place / "model.tvmb"))
     assert checked.passed, str(checked)

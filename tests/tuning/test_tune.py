@@ -147,7 +147,7 @@ def test_records_that_cannot_be_used_cost_one_warning(
         library = tb.compile(model, "llvm", policy="always", logs=tmp_path)
     told = [entry.getMessage() for entry in caplog.records if entry.name == "tvm_balanced"]
     expected = "tuned" if damage is None else "default"
-    assert [kernel["schedule"] for kernel in library.coverage] == [expected]
+    assert [kernel.schedule for kernel in library.coverage] == [expected]
     assert len(told) == (damage is not None)
     assert all(str(folder.folder) in text for text in told)
     np.testing.assert_allclose(library(X), plain, atol=1e-5)
@@ -185,9 +185,9 @@ def test_a_run_is_resumed_and_compile_uses_it(model: tb.Model, tmp_path: Path) -
     assert again.kernels[0].trials == 3
 
     library = tb.compile(model, "llvm", policy="always", logs=tmp_path)
-    assert [entry["schedule"] for entry in library.coverage] == ["tuned"]
+    assert [entry.schedule for entry in library.coverage] == ["tuned"]
     plain = tb.compile(model, "llvm", policy="always", logs=False)
-    assert [entry["schedule"] for entry in plain.coverage] == ["default"]
+    assert [entry.schedule for entry in plain.coverage] == ["default"]
     np.testing.assert_allclose(library(X), plain(X), atol=1e-5)
 
 

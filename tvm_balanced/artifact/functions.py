@@ -5,14 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tvm_balanced.artifact.manifest import FunctionEntry, TensorEntry
 from tvm_balanced.errors import ArtifactError
 
+if TYPE_CHECKING:
+    import tvm
+    from tvm import relax
+
+# a type of TVM's, of a tensor or a tuple of them
+RelaxType: TypeAlias = Any
+
 
 def describe_functions(
-    mod: Any, *, embedded: Sequence[str] = (), beside: Sequence[str] = ()
+    mod: tvm.IRModule, *, embedded: Sequence[str] = (), beside: Sequence[str] = ()
 ) -> tuple[FunctionEntry, ...]:
     """Describe the Relax functions of a module, the one with the most symbolic extents first.
 
@@ -65,7 +72,7 @@ def describe_functions(
     return tuple(_with_bindings(entry, functions[0]) for entry in functions)
 
 
-def _tensor_entry(name: str, ty: Any) -> TensorEntry:
+def _tensor_entry(name: str, ty: RelaxType) -> TensorEntry:
     from tvm import tirx
 
     shape = tuple(
@@ -78,17 +85,17 @@ def _tensor_entry(name: str, ty: Any) -> TensorEntry:
     return TensorEntry(name, str(ty.dtype), shape)
 
 
-def _output_entries(ty: Any) -> tuple[TensorEntry, ...]:
+def _output_entries(ty: RelaxType) -> tuple[TensorEntry, ...]:
     return tuple(_tensor_entry(f"output_{i}", leaf) for i, leaf in enumerate(_leaves(ty)))
 
 
-def _limits(function: Any) -> dict[str, int]:
+def _limits(function: relax.Function) -> dict[str, int]:
     # by this attribute TVM's memory planner makes buffers of a fixed size for symbolic shapes
     bounds = function.attrs.get("tir_var_upper_bound") or {}
     return {str(symbol): int(limit) for symbol, limit in bounds.items()}
 
 
-def _leaves(ty: Any) -> list[Any]:
+def _leaves(ty: RelaxType) -> list[RelaxType]:
     from tvm import relax
 
     if isinstance(ty, relax.TupleType):

@@ -89,6 +89,7 @@ def _library(output: Output, path: Path, source: str | None, static: bool) -> No
     target = manifest.target
     code = ", ".join(f"{c.arch} ({c.num_bytes / 1024:.0f} KiB)" for c in manifest.cubins)
     rows = {
+        "model": manifest.model,
         "target": f"{target.name}: {target.kind} {target.arch}, host {target.machine}",
         "CPU features": ", ".join(target.features) or "none",
         "device code": f"{manifest.device_code} {code}".strip(),
@@ -121,7 +122,7 @@ def _library(output: Output, path: Path, source: str | None, static: bool) -> No
 def _again(library: Library) -> str:
     """Return the command that makes the library again of its model, pruned as it was."""
     words = ["--target", library.manifest.target.name, *options_words(library.options)]
-    return f"tvm-balanced compile MODEL {shlex.join(words)} of {library.manifest.model}"
+    return f"tvm-balanced compile MODEL {shlex.join(words)}"
 
 
 def _dense(manifest: Manifest) -> str:

@@ -9,12 +9,20 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
-from rich.progress import TimeElapsedColumn as ElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 # a table that a pipe or a file gets is not cut to the width of a terminal that is not there
@@ -46,7 +54,7 @@ class Output:
         self.results = _console(sys.stdout)
         self.notes = _console(sys.stderr)
 
-    def arguments(self, command: str, values: Mapping[str, Any]) -> None:
+    def arguments(self, command: str, values: Mapping[str, object]) -> None:
         """Say what a command was given, before it starts."""
         if self.verbosity < 0:
             return
@@ -62,13 +70,13 @@ class Output:
         if self.verbosity >= 0:
             self._note(text)
 
-    def show(self, table: Any) -> None:
+    def show(self, table: RenderableType) -> None:
         """Write a table or a line on stdout, unless the results are JSON."""
         if not self.as_json:
             # names of layers and files hold brackets and numbers that are no markup
             self.results.print(table, markup=False, highlight=False)
 
-    def document(self, value: Mapping[str, Any]) -> None:
+    def document(self, value: Mapping[str, object]) -> None:
         """Write the one JSON document of a command run with ``--json``."""
         if self.as_json:
             sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
@@ -92,16 +100,19 @@ class Output:
         Yields
         ------
         callable
-            To be note, in a few words, of each step when it begins.
+            It is called with a few words on each step when the step begins.
         """
         if self.verbosity < 0 or not self.notes.is_terminal:
             yield (lambda step: self._note(f"{title}: {step}")) if self.verbosity > 0 else _ignore
             return
-        columns: list[Any] = [SpinnerColumn(), TextColumn("{task.description}", markup=False)]
+        columns: list[ProgressColumn] = [
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+        ]
         columns += [BarColumn(bar_width=24)]
         if total is not None:
             columns.append(MofNCompleteColumn())
-        with Progress(*columns, ElapsedColumn(), console=self.notes, transient=True) as bar:
+        with Progress(*columns, TimeElapsedColumn(), console=self.notes, transient=True) as bar:
             task = bar.add_task(title, total=total)
             begun = False
 
@@ -126,7 +137,7 @@ class Output:
         Yields
         ------
         callable
-            To be note the name of a row, steps done, all its steps, and a few words.
+            It is called with the name of a row, steps done, all its steps, and a few words.
         """
         if self.verbosity < 0 or not self.notes.is_terminal:
 
@@ -141,10 +152,10 @@ class Output:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}", markup=False),
-            ElapsedColumn(),
+            TimeElapsedColumn(),
         )
         with Progress(*columns, console=self.notes, transient=True) as bar:
-            rows: dict[str, Any] = {}
+            rows: dict[str, TaskID] = {}
 
             def show(row: str, done: int, total: int, note: str) -> None:
                 if row not in rows:
@@ -157,7 +168,7 @@ class Output:
         self.notes.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def summary(title: str, rows: Mapping[str, Any]) -> Table:
+def summary(title: str, rows: Mapping[str, object]) -> Table:
     """Make a table of two columns without headings."""
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
@@ -179,12 +190,12 @@ def set_up_logging(output: Output) -> None:
         warnings.simplefilter("ignore")
 
 
-def _console(stream: Any) -> Console:
+def _console(stream: TextIO) -> Console:
     console = Console(file=stream)
     return console if console.is_terminal else Console(file=stream, width=_PIPE_WIDTH)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
 
 

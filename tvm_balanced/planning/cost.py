@@ -146,8 +146,8 @@ def symbolic_text(
     shape = fmt.out_features, fmt.in_features
     slower = 0
     for rows in _COMPARED_ROWS:
-        told = cuda.predicted_symbolic(fmt, rows, dtype, spec.target, spec.launch_us)
-        if told.total_us <= dense_us(spec, rows, *shape, dtype, dense):
+        symbolic = cuda.predicted_symbolic(fmt, rows, dtype, spec.target, spec.launch_us)
+        if symbolic.total_us <= dense_us(spec, rows, *shape, dtype, dense):
             slower = 0
         else:
             slower = slower or rows

@@ -30,30 +30,10 @@ class PrunedFile:
 
 @dataclass(frozen=True)
 class FilePruning:
-    """What is to be pruned, how, and where the result goes.
+    """What is to be pruned, how, and where the result goes, checked when it is made.
 
-    Parameters
-    ----------
-    source : pathlib.Path
-        A ``.onnx``, ``.pt2`` or ``.safetensors`` file.
-    pattern : str or Goal or None
-        One pattern for all layers, or what to reach.
-    output : pathlib.Path, optional
-        The file to write; ``SOURCE-pruned`` beside the source when left out.
-    dry_run : bool
-        Whether nothing is written.
-    overwrite : bool
-        Whether a file that is there is replaced.
-    ignore : tuple of str
-        Layers to leave alone.
-    shapes : Mapping, optional
-        Shapes of inputs, of an ONNX model.
-    method : str
-        ``"magnitude"``, ``"wanda"`` or ``"sparsegpt"``.
-    calibration : pathlib.Path, optional
-        Inputs, for a method other than magnitude, distillation or a goal.
-    distill : int
-        Steps of distillation.
+    ``pattern`` is one for all layers, or what to reach; without ``output`` it is ``SOURCE-pruned`` beside
+    the source. Methods other than magnitude, ``distill`` (steps) and a goal need ``calibration``.
 
     Raises
     ------
@@ -124,15 +104,7 @@ class FilePruning:
         return self.method != "magnitude" or self.distill > 0 or goal
 
     def run(self, tell: Tell) -> PrunedFile:
-        """Prune and, unless it is a dry run, write.
-
-        Raises
-        ------
-        InputError
-            As :func:`tvm_balanced.prune`, and for files that cannot be used.
-        OutputError
-            When the output cannot be written.
-        """
+        """Prune and, unless it is a dry run, write; errors are those of :func:`tvm_balanced.prune`."""
         if self.calibrated:
             return self._calibrated(tell)
         if self.source.suffix == ".safetensors":

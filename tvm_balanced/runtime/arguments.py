@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from tvm_balanced.artifact.manifest import FunctionEntry
 from tvm_balanced.errors import InputError
+
+# of NumPy, torch or TVM, as the caller likes; the last of these mypy cannot see into
+AnyTensor: TypeAlias = Any
+
+
+# a tensor, or tuples of them
+AnyResult: TypeAlias = Any
+
+
+# tvm.runtime.Device
+Device: TypeAlias = Any
+
 
 # generated code loads whole vector registers from the start of a tensor
 _ALIGNMENT = 64
@@ -23,7 +35,7 @@ def choose_function(
     Parameters
     ----------
     entries : sequence of FunctionEntry
-        The first is the most general: errors are told against it.
+        The first is the most general: errors speak of it.
     shapes : sequence of tuple of int
         One an input.
 
@@ -47,24 +59,24 @@ def _mismatch(entry: FunctionEntry, shapes: Sequence[tuple[int, ...]]) -> str | 
     symbols: dict[str, tuple[int, str]] = {}
     for tensor, shape in zip(entry.inputs, shapes, strict=True):
         expected = ", ".join(str(extent) for extent in tensor.shape)
-        told = f"input {tensor.name} has shape ({', '.join(map(str, shape))})"
+        given = f"input {tensor.name} has shape ({', '.join(map(str, shape))})"
         if len(shape) != len(tensor.shape):
-            return f"{told}, expected ({expected}): {len(tensor.shape)} dimensions"
+            return f"{given}, expected ({expected}): {len(tensor.shape)} dimensions"
         for extent, wanted in zip(shape, tensor.shape, strict=True):
             if isinstance(wanted, int):
                 if extent != wanted:
-                    return f"{told}, expected ({expected}); reshape or pad it"
+                    return f"{given}, expected ({expected}); reshape or pad it"
             elif wanted.isidentifier():
                 bound, where = symbols.setdefault(wanted, (extent, tensor.name))
                 if bound != extent:
                     return (
-                        f"{told}, expected ({expected}) with {wanted}={bound} as in input {where}; "
+                        f"{given}, expected ({expected}) with {wanted}={bound} as in input {where}; "
                         "make them agree"
                     )
                 limit = entry.limits.get(wanted, extent)
                 if extent > limit:
                     return (
-                        f"{told}, expected ({expected}) with {wanted} at most {limit}, as the model "
+                        f"{given}, expected ({expected}) with {wanted} at most {limit}, as the model "
                         "was exported; split the input, or export it with a larger bound"
                     )
             # an expression of symbols is checked by the compiled function itself
@@ -72,8 +84,8 @@ def _mismatch(entry: FunctionEntry, shapes: Sequence[tuple[int, ...]]) -> str | 
 
 
 def bind_arguments(
-    entry: FunctionEntry, inputs: Sequence[Any], named: Mapping[str, Any]
-) -> list[Any]:
+    entry: FunctionEntry, inputs: Sequence[AnyTensor], named: Mapping[str, AnyTensor]
+) -> list[AnyTensor]:
     """Return inputs in the model's order, of the right number, kind and dtype."""
     names = [tensor.name for tensor in entry.inputs]
     expected = f"{len(names)} ({', '.join(names)})"
@@ -105,18 +117,18 @@ def bind_arguments(
     return [values[name] for name in names]
 
 
-def is_torch(value: Any) -> bool:
+def is_torch(value: AnyTensor) -> bool:
     """Whether a value is a torch tensor, asked without importing PyTorch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def _is_tvm(value: Any) -> bool:
+def _is_tvm(value: AnyTensor) -> bool:
     tvm = sys.modules.get("tvm")
     return tvm is not None and isinstance(value, tvm.runtime.Tensor)
 
 
-def _dtype(value: Any) -> str | None:
+def _dtype(value: AnyTensor) -> str | None:
     """Return the dtype's name, None for what is no array."""
     if is_torch(value):
         return str(value.dtype).removeprefix("torch.")
@@ -125,12 +137,12 @@ def _dtype(value: Any) -> str | None:
     return str(value.dtype) if _is_tvm(value) else None
 
 
-def shape_of(value: Any) -> tuple[int, ...]:
+def shape_of(value: AnyTensor) -> tuple[int, ...]:
     """Return the extents of any array as plain numbers."""
     return tuple(int(extent) for extent in value.shape)
 
 
-def on_device(value: Any, device: Any) -> Any:
+def on_device(value: AnyTensor, device: Device) -> AnyTensor:
     """Return a TVM tensor on ``device``: the value's own memory where that is possible, else a copy."""
     import tvm
     import tvm_ffi
@@ -158,13 +170,13 @@ def on_device(value: Any, device: Any) -> Any:
     return tvm.runtime.empty(shape_of(tensor), str(tensor.dtype), device).copyfrom(tensor)
 
 
-def in_kind_of(result: Any, entry: FunctionEntry, values: Sequence[Any]) -> Any:
+def in_kind_of(result: AnyResult, entry: FunctionEntry, values: Sequence[AnyTensor]) -> AnyResult:
     """Return the result in the kind of the inputs, a tuple only where the model returned one."""
     leaves = [_leaf_in_kind(leaf, values) for leaf in _flatten(result)]
     return tuple(leaves) if entry.returns_tuple else leaves[0]
 
 
-def to_host(result: Any) -> Any:
+def to_host(result: AnyResult) -> AnyResult:
     """Copy a result, nested as it may be, to the CPU."""
     import tvm
 
@@ -174,13 +186,13 @@ def to_host(result: Any) -> Any:
     return [to_host(part) for part in result]
 
 
-def _flatten(result: Any) -> list[Any]:
+def _flatten(result: AnyResult) -> list[AnyTensor]:
     if _is_tvm(result):
         return [result]
     return [leaf for field in result for leaf in _flatten(field)]
 
 
-def _leaf_in_kind(tensor: Any, values: Sequence[Any]) -> Any:
+def _leaf_in_kind(tensor: AnyTensor, values: Sequence[AnyTensor]) -> AnyTensor:
     like = next((value for value in values if is_torch(value)), None)
     if like is not None:
         import torch

@@ -77,8 +77,8 @@ def gpu_ordinal(arch: str, path: Path | str = "the library") -> int:
         # limits of shared memory differ within a family
         if gpu.arch == arch.rstrip("af"):
             return ordinal
-    found = ", ".join(sorted({f"{gpu.name} ({gpu.arch})" for gpu in gpus})) or "none"
+    present = ", ".join(sorted({f"{gpu.name} ({gpu.arch})" for gpu in gpus})) or "none"
     here = gpus[0].arch if gpus else arch
     raise ArtifactError(
-        f"{path} was compiled for {arch}, but the GPU here is {found}; compile it for cuda-{here}"
+        f"{path} was compiled for {arch}, but the GPU here is {present}; compile it for cuda-{here}"
     )

@@ -7,7 +7,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ from tvm_balanced.errors import ArtifactError, InputError
 from tvm_balanced.options import CompileOptions
 from tvm_balanced.report import Report
 from tvm_balanced.runtime.arguments import (
+    AnyResult,
+    AnyTensor,
+    Device,
     bind_arguments,
     choose_function,
     in_kind_of,
@@ -116,6 +119,7 @@ class _Place:
 
     path: Path
     temporary: tempfile.TemporaryDirectory[str] | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Library:
@@ -179,8 +183,8 @@ class Library:
         self._local = threading.local()
         self._checked = False
         self._module: Any = None
-        self._device: Any = None
-        self._params: dict[str, Any] = {}
+        self._device: Device = None
+        self._params: dict[str, AnyTensor] = {}
 
     def __repr__(self) -> str:
         target = self.manifest.target
@@ -234,8 +238,9 @@ class Library:
         OutputError
             When ``path`` exists or cannot be written.
         """
-        with self._lock:
-            place = self._place
+        place = self._place
+        # nobody reads the folder while it moves
+        with self._lock, place.lock:
             if place.temporary is None:
                 return copy_library(place.path, path, overwrite=overwrite)
             saved = move_library(place.path, path, overwrite=overwrite)
@@ -298,7 +303,7 @@ class Library:
 
     def prepare(self) -> None:
         """Load code and parameters; calls do it when it was not done."""
-        with self._lock:
+        with self._lock, self._place.lock:
             if self._module is not None:
                 return
             if not self._checked:
@@ -312,7 +317,7 @@ class Library:
                 device = tvm.cuda(0)
             elif self.manifest.target.kind == "cuda":
                 device = tvm.cuda(gpu_ordinal(self.manifest.target.arch))
-            stored: Mapping[str, Any] = {}
+            stored: Mapping[str, AnyTensor] = {}
             if PARAMETERS in self.manifest.files:
                 stored = read_tensors(self.path / PARAMETERS)
             for entry in self.manifest.functions:
@@ -347,12 +352,12 @@ class Library:
             emulated.know(cubin.sha256, source)
 
     @property
-    def device(self) -> Any:
+    def device(self) -> Device:
         """The ``tvm.runtime.Device`` it runs on."""
         self.prepare()
         return self._device
 
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
+    def __call__(self, *inputs: AnyTensor, **named: AnyTensor) -> AnyResult:
         """Run the model.
 
         Parameters
@@ -375,7 +380,7 @@ class Library:
         """
         return self._call(self.manifest.functions, inputs, named)
 
-    def function(self, name: str) -> Callable[..., Any]:
+    def function(self, name: str) -> Callable[..., AnyResult]:
         """One function of the library, called like the library itself.
 
         A library with buckets has several; calling the library picks among them.
@@ -390,15 +395,18 @@ class Library:
             known = ", ".join(entry.name for entry in self.manifest.functions)
             raise InputError(f'the library has no function "{name}"; its functions are: {known}')
 
-        def _function(*inputs: Any, **named: Any) -> Any:
+        def _function(*inputs: AnyTensor, **named: AnyTensor) -> AnyResult:
             return self._call(entries, inputs, named)
 
         _function.__name__ = name
         return _function
 
     def _call(
-        self, entries: Sequence[FunctionEntry], inputs: Sequence[Any], named: Mapping[str, Any]
-    ) -> Any:
+        self,
+        entries: Sequence[FunctionEntry],
+        inputs: Sequence[AnyTensor],
+        named: Mapping[str, AnyTensor],
+    ) -> AnyResult:
         values = bind_arguments(entries[0], inputs, named)
         entry = choose_function(entries, [shape_of(value) for value in values])
         self.prepare()
@@ -416,7 +424,7 @@ class Library:
         self._local.ran.add(entry.name)
         return answer
 
-    def _run(self, entry: FunctionEntry, values: Sequence[Any]) -> Any:
+    def _run(self, entry: FunctionEntry, values: Sequence[AnyTensor]) -> AnyResult:
         tensors = [on_device(value, self._device) for value in values]
         tensors.extend(self._params[name] for name in entry.params)
         with self._stream(values):
@@ -436,12 +444,12 @@ class Library:
             self._local.machine = relax.VirtualMachine(self._module, self._device)
         return self._local.machine
 
-    def _stream(self, values: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    def _stream(self, values: Sequence[AnyTensor]) -> contextlib.AbstractContextManager[object]:
         if self.manifest.target.kind == "cuda" and any(
             is_torch(value) and value.is_cuda for value in values
         ):
             import tvm_ffi
 
-            stream: contextlib.AbstractContextManager[Any] = tvm_ffi.use_torch_stream()
+            stream: contextlib.AbstractContextManager[object] = tvm_ffi.use_torch_stream()
             return stream
         return contextlib.nullcontext()
