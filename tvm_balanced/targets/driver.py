@@ -81,12 +81,7 @@ done()
 
 @functools.cache
 def detect_driver() -> Driver:
-    """The driver and GPUs of this machine, asked once per process.
-
-    Returns
-    -------
-    Driver
-    """
+    """Ask for the driver and GPUs of this machine, once per process."""
     try:
         answer = subprocess.run(
             [sys.executable, "-I", "-c", _PROBE], capture_output=True, text=True, timeout=60

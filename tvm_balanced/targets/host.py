@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def cpu_model() -> str:
-    """What the system calls this CPU."""
+    """Return what the system calls this CPU."""
     try:
         with open("/proc/cpuinfo") as file:
             for line in file:
