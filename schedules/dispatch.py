@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import tvm
@@ -26,18 +26,7 @@ class _Offer(Protocol):
 
     BALANCED_RULES: Sequence[Rule]
     TUNABLE_RULES: Sequence[TunableRule]
-
-    def preferred_format(
-        self,
-        pattern: BalancedPattern,
-        out_features: int,
-        in_features: int,
-        batch: int | None,
-        dtype: str,
-        target: tvm.target.Target,
-        /,
-    ) -> PackedFormat:
-        """As of the function below, for any encoding."""
+    preferred_format: Callable[..., PackedFormat]
 
 
 _TARGETS: dict[str, _Offer] = {"cuda": cuda, "llvm": llvm}
@@ -136,15 +125,7 @@ def schedule_rest(target: tvm.target.Target) -> tvm.transform.Pass:
 
 
 def spaces(func: tirx.PrimFunc, target: tvm.target.Target) -> list[Space]:
-    """List the spaces of a kernel that holds the balanced operator; none for any other kernel.
-
-    Parameters
-    ----------
-    func : tirx.PrimFunc
-        Fused, unscheduled, with static shapes.
-    target : tvm.target.Target
-        Where it will run.
-    """
+    """List the spaces of an unscheduled kernel; none without the balanced operator and static shapes."""
     operator = find(func)
     if operator is None or operator.rows is None:
         return []

@@ -174,7 +174,7 @@ def substitute(node: Expr, mapping: Mapping[tirx.Var, Expr]) -> Expr:
 
 
 def unravel(row: Expr, lead: Sequence[Expr]) -> list[Expr]:
-    """Indices of the flat ``row`` in axes of extents ``lead``."""
+    """Split the flat ``row`` into indices of axes of extents ``lead``."""
     at: list[Expr] = []
     for extent in reversed(lead[1:]):
         at.append(tirx.floormod(row, extent))
@@ -192,11 +192,12 @@ def product(extents: Sequence[Expr]) -> Expr:
 
 def whole(buffer: Buffer, at: Sequence[Expr] = ()) -> Expr:
     """Region of a buffer: points on its first axes, all of the others."""
-    zero = tirx.const(0, "int64") if len(at) else 0
     points = [tvm.ir.Range.from_min_extent(index, 1) for index in at]
-    return tirx.BufferRegion(
-        buffer, [*points, *(tvm.ir.Range(zero, extent) for extent in buffer.shape[len(at) :])]
-    )
+    rest = [
+        tvm.ir.Range(tirx.const(0, str(extent.ty.dtype)), extent)
+        for extent in buffer.shape[len(at) :]
+    ]
+    return tirx.BufferRegion(buffer, points + rest)
 
 
 def with_root(func: tirx.PrimFunc, body: Stmt, buffers: Sequence[Buffer] = ()) -> tirx.PrimFunc:

@@ -109,13 +109,7 @@ class ScheduleTuned:
         return replaced(mod, updated)
 
     def name_defaults(self, mod: tvm.IRModule) -> None:
-        """Say in ``coverage`` which of our kernels the default schedules of a module are.
-
-        Parameters
-        ----------
-        mod : tvm.IRModule
-            After the default schedules.
-        """
+        """Say in ``coverage`` which of our kernels the default schedules of a module are."""
         rules = {
             str(gvar.name_hint): str(func.attrs[RULE])
             for gvar, func in mod.functions_items()

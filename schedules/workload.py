@@ -31,12 +31,7 @@ def is_static(func: tirx.PrimFunc) -> bool:
 def workload(func: tirx.PrimFunc, target: tvm.target.Target) -> tvm.IRModule | None:
     """Make the module by which a kernel's records are found; None where shapes are symbolic.
 
-    Parameters
-    ----------
-    func : tirx.PrimFunc
-        Fused, unscheduled.
-    target : tvm.target.Target
-        On llvm, what TVM's rules would leave to scalar library calls is rewritten first.
+    On llvm, what TVM's rules would leave to scalar library calls is rewritten first.
     """
     if not is_static(func):
         return None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import Any
 
 import tvm
 from tvm import relax, te, tirx
@@ -19,6 +18,7 @@ from tvm.relax.transform.legalize_ops.common import register_legalize
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.layout import BITMAP, ENCODINGS, Layout, PackedFormat
 from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.support.tvm_types import Expr
 
 OP_NAME = "relax.nn.balanced_sparse_dense"
 # Names of the TensorIR blocks. They are stable API: schedules, the tuner and tests look blocks up by them.
@@ -44,7 +44,7 @@ def parse_format(text: str) -> PackedFormat:
 
 
 def format_of(call: relax.Call) -> PackedFormat:
-    """The packed format written in a call's attributes."""
+    """Read the packed format written in a call's attributes."""
     attrs = call.attrs
     return PackedFormat(
         int(attrs["out_features"]),
@@ -93,7 +93,7 @@ def balanced_sparse_dense(
 def balanced_sparse_dense_te(
     data: te.Tensor, values: te.Tensor, indices: te.Tensor, fmt: PackedFormat, out_dtype: str
 ) -> te.Tensor:
-    """The operator in TensorIR, before any schedule.
+    """Write the operator in TensorIR, before any schedule.
 
     Three stages, each a block with a fixed name:
 
@@ -105,10 +105,9 @@ def balanced_sparse_dense_te(
     """
     batch = list(data.shape[:-1])
     block, nnz, rows = fmt.pattern.block, fmt.pattern.nnz, fmt.layout.rows
-    vector, index_vector = fmt.layout.vector, fmt.index_vector
-    bits, skew = ENCODINGS.get(fmt.encoding, 1), fmt.layout.skew
+    vector, skew = fmt.layout.vector, fmt.layout.skew
 
-    def load_block(*at: Any) -> Any:
+    def load_block(*at: Expr) -> Expr:
         *lead, kb, e = at
         column = kb * block + e
         if fmt.padded_features == fmt.in_features:
@@ -120,57 +119,14 @@ def balanced_sparse_dense_te(
     blocks = te.compute((*batch, fmt.blocks, block), load_block, name=BLOCK_DATA)
     slot = te.reduce_axis((0, fmt.slots), name="t")
 
-    def index_at(n: Any, t: Any) -> Any:
-        if fmt.encoding == "u8":
-            return tirx.Cast("int32", indices(n // rows, t // vector, n % rows, t % vector))
-        within = t % index_vector
-        if fmt.encoding == BITMAP:
-            size = block // 8
-            first = within // nnz * size
-            word = functools.reduce(
-                operator.or_,
-                (
-                    tirx.Cast(
-                        "uint32", indices(n // rows, t // index_vector, n % rows, first + byte)
-                    )
-                    << tirx.const(24 - 8 * byte, "uint32")
-                    for byte in range(size)
-                ),
-            )
-            # as many elements come before slot i as have at most i kept ones up to them
-            bound = tirx.Var("bitmap", "uint32")
-            slot_of_block = tirx.Cast("uint32", t % nnz)
-            before = [
-                tirx.Cast(
-                    "int32",
-                    tirx.popcount(bound >> tirx.const(31 - e, "uint32")) <= slot_of_block,
-                )
-                for e in range(block)
-            ]
-            # bound once, as passes visit every copy of a long expression
-            return tirx.Let(bound, word, functools.reduce(operator.add, before))
-        if fmt.index_planes:
-            # an index may reach into the next byte; after the last one there is nothing to reach for
-            last, bit = fmt.indices_shape[2] - 1, within * bits
-            low, high = (
-                tirx.Cast("int32", indices(n // rows, t // index_vector, byte, n % rows))
-                for byte in (bit // 8, tirx.min(bit // 8 + 1, last))
-            )
-            word = low | (high << 8)
-            return (word >> tirx.Cast("int32", bit % 8)) & tirx.const((1 << bits) - 1, "int32")
-        byte = indices(n // rows, t // index_vector, n % rows, within // (8 // bits))
-        shift = tirx.Cast("uint8", within % (8 // bits) * bits)
-        stored = (byte >> shift) & tirx.const((1 << bits) - 1, "uint8")
-        return tirx.Cast("int32", stored)
-
-    def block_of(n: Any, t: Any) -> Any:
+    def block_of(n: Expr, t: Expr) -> Expr:
         if skew == 1:
             return t // nnz
         return t // nnz // skew * skew + skewed(t // nnz, n, skew)
 
-    def multiply_add(*at: Any) -> Any:
+    def multiply_add(*at: Expr) -> Expr:
         *lead, n = at
-        activation = blocks(*lead, block_of(n, slot), index_at(n, slot))
+        activation = blocks(*lead, block_of(n, slot), _index(indices, fmt, n, slot))
         weight = values(n // rows, slot // vector, n % rows, slot % vector)
         return te.sum(tirx.Cast("float32", activation) * tirx.Cast("float32", weight), axis=slot)
 
@@ -189,7 +145,51 @@ def balanced_sparse_dense_te(
     )
 
 
-def skewed(block: Any, row: Any, skew: int) -> Any:
+def _index(indices: te.Tensor, fmt: PackedFormat, n: Expr, t: Expr) -> Expr:
+    """Decode the index of slot ``t`` of row ``n``, int32."""
+    rows, vector = fmt.layout.rows, fmt.layout.vector
+    if fmt.encoding == "u8":
+        return tirx.Cast("int32", indices(n // rows, t // vector, n % rows, t % vector))
+    if fmt.encoding == BITMAP:
+        return _bitmap_index(indices, fmt, n, t)
+    run, within, bits = t // fmt.index_vector, t % fmt.index_vector, ENCODINGS[fmt.encoding]
+    if fmt.index_planes:
+        # an index may reach into the next byte; after the last one there is nothing to reach for
+        last, bit = fmt.indices_shape[2] - 1, within * bits
+        low, high = (
+            tirx.Cast("int32", indices(n // rows, run, byte, n % rows))
+            for byte in (bit // 8, tirx.min(bit // 8 + 1, last))
+        )
+        word = low | (high << 8)
+        return (word >> tirx.Cast("int32", bit % 8)) & tirx.const((1 << bits) - 1, "int32")
+    byte = indices(n // rows, run, n % rows, within // (8 // bits))
+    shift = tirx.Cast("uint8", within % (8 // bits) * bits)
+    return tirx.Cast("int32", (byte >> shift) & tirx.const((1 << bits) - 1, "uint8"))
+
+
+def _bitmap_index(indices: te.Tensor, fmt: PackedFormat, n: Expr, t: Expr) -> Expr:
+    """Count the elements before slot ``t``: those with no more kept ones up to them than the slot has."""
+    rows, block, nnz = fmt.layout.rows, fmt.pattern.block, fmt.pattern.nnz
+    size = block // 8
+    first = t % fmt.index_vector // nnz * size
+    stored = [
+        indices(n // rows, t // fmt.index_vector, n % rows, first + byte) for byte in range(size)
+    ]
+    word = functools.reduce(
+        operator.or_,
+        (
+            tirx.Cast("uint32", byte) << tirx.const(24 - 8 * i, "uint32")
+            for i, byte in enumerate(stored)
+        ),
+    )
+    bound, slot = tirx.Var("bitmap", "uint32"), tirx.Cast("uint32", t % nnz)
+    kept = [tirx.popcount(bound >> tirx.const(31 - e, "uint32")) for e in range(block)]
+    before = [tirx.Cast("int32", count <= slot) for count in kept]
+    # bound once, as passes visit every copy of a long expression
+    return tirx.Let(bound, word, functools.reduce(operator.add, before))
+
+
+def skewed(block: Expr, row: Expr, skew: int) -> Expr:
     """Which block of its group of ``skew`` row ``row`` holds in the place of ``block``."""
     if skew == 1:
         return tirx.const(0, "int32")
@@ -198,7 +198,7 @@ def skewed(block: Any, row: Any, skew: int) -> Any:
     return (place ^ lane) & tirx.const(skew - 1, "int32")
 
 
-def _infer_type(call: relax.Call, _ctx: Any) -> relax.TensorType:
+def _infer_type(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TensorType:
     fmt = format_of(call)
     data, values, indices = (arg.ty for arg in call.args)
     expected = {"values": fmt.values_shape, "indices": fmt.indices_shape}

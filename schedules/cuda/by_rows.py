@@ -29,15 +29,7 @@ NAME = "cuda_by_rows"
 
 
 def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | None:
-    """Schedule ``func``, or None when its M is known or the gather is predicted fastest for every M.
-
-    Parameters
-    ----------
-    func : tirx.PrimFunc
-        The operator in layout ``r32v8``, fused with element-wise work on its result.
-    target : tvm.target.Target
-        A CUDA target.
-    """
+    """Schedule ``func``, or return None when its M is known or the gather is predicted fastest for all."""
     operator = find(func)
     served = [] if operator is None else ranges(operator, target)
     if operator is None or not served:
@@ -70,21 +62,8 @@ def kernels(
 ) -> list[tuple[int, TensorCoreTile | None]]:
     """List the kernels of a symbolic M, with the M each serves from: an expand tile, or None, the gather.
 
-    Parameters
-    ----------
-    fmt : PackedFormat
-        Any format.
-    dtype : str
-        Dtype of values and activations.
-    target : tvm.target.Target
-        A CUDA target.
-    least : int
-        The smallest M that can occur.
-
-    Returns
-    -------
-    list of (int, TensorCoreTile or None)
-        By ascending M. Empty where the gather alone serves every M.
+    By ascending M, of which ``least`` is the smallest that can occur. Empty where the gather alone serves
+    every M.
     """
     tiles = expand_model.by_rows(
         fmt,

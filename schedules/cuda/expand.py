@@ -221,5 +221,5 @@ class ExpandKernel(TensorCoreKernel):
         ]
 
 
-_RULE = TensorCoreRule(NAME, EXPAND, ExpandKernel)
+_RULE = TensorCoreRule(NAME, ExpandKernel)
 takes, choose, apply, spaces = _RULE.takes, _RULE.choose, _RULE.apply, _RULE.spaces

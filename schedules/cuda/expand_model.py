@@ -82,7 +82,7 @@ class ExpandModel(TensorCoreModel):
         return (parts - 1) * ceil_div(windows, parts) < windows
 
     def worth(self, rows: int) -> float:
-        """A tenth, up to a few rows."""
+        """Ask for a tenth, up to a few rows."""
         return _FEW_WORTH if rows <= _FEW_ROWS else 1.0
 
     def choices(
@@ -127,17 +127,7 @@ def by_rows(
     """Choose tiles for a symbolic M, each with the M it serves from; the gather serves M below the first.
 
     A tile takes over at the M from which on it is predicted no slower than what came before, for every
-    M up to 512 (and a tenth faster up to 8).
-
-    Parameters
-    ----------
-    fmt, dtype, shared, static_shared, gpu
-        As for :meth:`TensorCoreModel.choose`.
-
-    Returns
-    -------
-    tuple of (int, TensorCoreTile)
-        By ascending M; empty where the gather serves every M.
+    M up to 512 (and a tenth faster up to 8). By ascending M; empty where the gather serves every M.
     """
     if not EXPAND.takes_format(fmt, dtype):
         return ()

@@ -18,15 +18,7 @@ _THREADS = 256
 
 
 def apply(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | None:
-    """Schedule ``func`` with one thread per output element, or return None when it lacks the operator.
-
-    Parameters
-    ----------
-    func : tvm.tirx.PrimFunc
-        A fused kernel with the operator's blocks and any elementwise epilogue.
-    target : tvm.target.Target
-        A CUDA target.
-    """
+    """Schedule ``func`` with one thread per output element, or return None when it lacks the operator."""
     if not has_balanced_block(func):
         return None
     sch = s_tir.Schedule(tvm.IRModule({"main": func}))

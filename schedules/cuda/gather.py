@@ -82,14 +82,8 @@ def apply(
 ) -> s_tir.Schedule | None:
     """Schedule ``func``, or return None when it is not of the form this schedule takes.
 
-    Parameters
-    ----------
-    func : tirx.PrimFunc
-        The operator in layout ``r32vV``, fused with element-wise work on its result.
-    target : tvm.target.Target
-        A CUDA target; its shared memory bounds the tile.
-    tile : GatherTile, optional
-        The knobs; the model chooses them when left out.
+    That is the operator in layout ``r32vV``, fused with element-wise work on its result. The model chooses
+    the tile that is left out.
     """
     operator = find(func)
     if operator is None or not takes(operator):

@@ -159,15 +159,7 @@ def _dot(a: Expr, b: Expr, start: Expr) -> Expr:
 
 
 class GatherForm:
-    """Brings a kernel into the form.
-
-    Parameters
-    ----------
-    fused : FusedKernel
-        The kernel.
-    tile : GatherTile
-        The knobs.
-    """
+    """Brings a kernel into the form, for one tile."""
 
     def __init__(self, fused: FusedKernel, tile: GatherTile) -> None:
         fmt = fused.operator.fmt
@@ -182,6 +174,7 @@ class GatherForm:
         self.col_tiles = fmt.padded_rows // LANES
         self.parts = ceil_div(ceil_div(fmt.blocks, tile.chunk), tile.splits)
         self.chunks = self.parts * tile.splits
+        self.per_chunk = tile.chunk // (self.held * self.skew)  # windows
         # vectors of slots, of a chunk and in all
         self.runs, self.all_runs = tile.chunk * self.nnz // self.vector, fmt.slots // self.vector
         self.steps = ceil_div(self.runs, tile.warps * tile.unroll)
@@ -225,8 +218,8 @@ class GatherForm:
 
         core = te.create_prim_func([activations, values, indices, sums])
         root = core.body.block
-        per_chunk = tile.chunk // (self.held * self.skew)
-        body = substitute(_of_whole_chunk(root.body, per_chunk), {core.params[0]: self.fused.data})
+        body = _of_whole_chunk(root.body, self.per_chunk)
+        body = substitute(body, {core.params[0]: self.fused.data})
         buffers = [*root.alloc_buffers, *core.params[1:]]
         operands, loaded = self.fused.operator, core.params[2]
         made: list[Stmt] = []
@@ -246,7 +239,7 @@ class GatherForm:
     def _stage(self, activations: te.Tensor) -> te.Tensor:
         """Load rows of activations, and stage them in windows."""
         tile, width = self.tile, gather_tile.staged_at_once(self.fmt, self.dtype)
-        windows = self.chunks * tile.chunk // (self.held * self.skew)
+        windows, of_rows = self.chunks * self.per_chunk, (self.row_tiles, tile.groups)
 
         def load_rows(mo: Expr, mg: Expr, mv: Expr, kw: Expr, s: Expr, run: Expr, e: Expr) -> Expr:
             row = (mo * tile.groups + mg) * tile.vector + mv
@@ -262,15 +255,7 @@ class GatherForm:
             return _bits(loaded)
 
         loaded_rows = te.compute(
-            _shape(
-                self.row_tiles,
-                tile.groups,
-                tile.vector,
-                windows,
-                self.skew,
-                self.length // width,
-                width,
-            ),
+            _shape(*of_rows, tile.vector, windows, self.skew, self.length // width, width),
             load_rows,
             name=BLOCK_ROWS,
         )
@@ -286,14 +271,7 @@ class GatherForm:
             return _widened(row(mv), self.dtype) if wide else row(mv)
 
         return te.compute(
-            _shape(
-                self.row_tiles,
-                tile.groups,
-                windows,
-                self.length,
-                self.skew,
-                tile.vector // self.pairs,
-            ),
+            _shape(*of_rows, windows, self.length, self.skew, tile.vector // self.pairs),
             stage,
             name=BLOCK_DATA,
         )
@@ -303,7 +281,6 @@ class GatherForm:
         tile = self.tile
         part, o = _reduce(self.parts, "c"), _reduce(self.steps, "o")
         u, v = _reduce(tile.unroll, "u"), _reduce(self.vector, "v")
-        per_chunk = tile.chunk // (self.held * self.skew)
 
         def multiply_add(w: Expr, *at: Expr) -> Expr:
             *z, mo, mg, mv, no, lane = at
@@ -313,22 +290,16 @@ class GatherForm:
                 return indices(c, o, u // self.sharing, w, no, lane, word)
 
             place = self.indices.place(stored, u, v, self._window(o, u, w, v, lane))
-            activation = staged(mo, mg // self.pairs, c * per_chunk, 0, place, mv)
+            activation = staged(mo, mg // self.pairs, c * self.per_chunk, 0, place, mv)
             weight = values(c, o, u, w, no, lane, v // self.per_word)
-            product = _widened(activation, self.dtype, mg % self.pairs) * _widened(
-                weight, self.value_dtype, v % self.per_word
-            )
-            return te.sum(product, axis=[part, o, u, v])
+            activation = _widened(activation, self.dtype, mg % self.pairs)
+            weight = _widened(weight, self.value_dtype, v % self.per_word)
+            return te.sum(activation * weight, axis=[part, o, u, v])
 
-        axes = _shape(
-            self.row_tiles,
-            tile.groups * self.pairs,
-            tile.vector // self.pairs,
-            self.col_tiles,
-            LANES,
-        )
-        split_axes = [*(_shape(tile.splits) if tile.splits > 1 else []), *axes]
-        sums = te.compute([*_shape(tile.warps), *split_axes], multiply_add, name=BLOCK_PARTIAL)
+        rows = self.row_tiles, tile.groups * self.pairs, tile.vector // self.pairs
+        shares = (tile.warps, tile.splits) if tile.splits > 1 else (tile.warps,)
+        axes = _shape(*shares, *rows, self.col_tiles, LANES)
+        sums = te.compute(axes, multiply_add, name=BLOCK_PARTIAL)
         sums = _added(sums, tile.warps, "w", BLOCK_SPLIT if tile.splits > 1 else BLOCK_MAIN)
         return _added(sums, tile.splits, "z", BLOCK_MAIN) if tile.splits > 1 else sums
 
@@ -576,11 +547,7 @@ def _positions(buffer: Buffer, words: Buffer, extents: Sequence[Expr], slots: in
     """
     size = int(str(words.dtype).removeprefix("uint")) // 8
     order = {4: 0x0123, 2: 0x0144, 1: 0x0444}[size]
-    zero, nothing, one = (
-        tirx.const(0, "int64"),
-        tirx.const(0, "uint32"),
-        tirx.const(1, "uint32"),
-    )
+    zero, nothing, one = (tirx.const(*c) for c in ((0, "int64"), (0, "uint32"), (1, "uint32")))
 
     def body(at: list[Expr], start: Expr) -> tuple[Stmt, Expr, Sequence[Buffer]]:
         left = tirx.decl_buffer((1,), "uint32", "balanced_left", scope="local")

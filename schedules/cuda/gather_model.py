@@ -53,18 +53,10 @@ _NEAR, _HIDDEN = 1.1, 0.1
 def conflicts(window_words: int, dense: bool = False, skew: int = 1) -> float:
     """Count the wavefronts of a gather for each that is needed, for lanes that read anywhere in a window.
 
-    A window of up to 32 words cannot conflict, nor can lanes that read from different blocks of a skewed
-    group. In larger windows the fullest bank decides: packing orders slots so that about 1.7 remain, and
-    of two windows' worth at most two words share a bank.
-
-    Parameters
-    ----------
-    window_words : int
-        Four-byte words that the lanes of one request choose from.
-    dense : bool
-        More than a quarter of the block is kept, where lanes mostly read the same words.
-    skew : int
-        The layout's: 16 never conflicts, 8 at most twice.
+    A window of up to 32 four-byte words cannot conflict, nor can lanes that read from different blocks of a
+    group skewed by 16; by 8 they meet at most twice. In larger windows the fullest bank decides: packing
+    orders slots so that about 1.7 remain, and of two windows' worth at most two words share a bank. In
+    ``dense`` blocks, more than a quarter kept, lanes mostly read the same words.
     """
     if window_words <= _BANK_WORDS or skew >= 16:
         return 1.0
@@ -140,19 +132,7 @@ class _Chain(NamedTuple):
 
 
 class GatherModel:
-    """A layer on a GPU: what does not depend on the tile, computed once.
-
-    Parameters
-    ----------
-    gpu : MachineModel
-        Where it runs.
-    fmt : PackedFormat
-        A format of layout ``r32vV``.
-    rows : int
-        Rows of activations, M.
-    dtype : str
-        Dtype of values and activations.
-    """
+    """A layer with ``rows`` of activations on a GPU: what does not depend on the tile, computed once."""
 
     def __init__(self, gpu: MachineModel, fmt: PackedFormat, rows: int, dtype: str) -> None:
         if fmt.layout.rows != LANES:
@@ -177,13 +157,8 @@ class GatherModel:
     def predict(self, tile: GatherTile, compiled: KernelResources | None = None) -> Prediction:
         """Predict the time of a launch, with its parts.
 
-        Parameters
-        ----------
-        tile : GatherTile
-            The knobs of the kernel.
-        compiled : KernelResources, optional
-            What the compiled kernel occupies, instead of estimated registers and shared memory. Where it
-            cannot be launched the time is infinite.
+        What a ``compiled`` kernel occupies counts instead of estimated registers and shared memory; where it
+        cannot be launched the time is infinite.
         """
         gpu, fmt = self.gpu, self.fmt
         launch = self._launch(tile, compiled)
@@ -208,7 +183,7 @@ class GatherModel:
             total += adding_us(gpu, tile.splits, outputs, outputs // (tile.rows * LANES))
 
         work, steps = launch.busiest / clock, tile.warps * loop.steps
-        thread_blocks = launch.thread_blocks
+        thread_blocks, warps = launch.thread_blocks, launch.resident * tile.warps
         l2_bytes = staging.l2_bytes + self._row_bytes * LANES / tile.splits
         issued = steps * loop.instructions + staging.instructions + staging.end_instructions
         wavefronts = steps * loop.wavefronts + staging.wavefronts + staging.end_wavefronts
@@ -232,11 +207,7 @@ class GatherModel:
             resident=launch.resident,
             waves=thread_blocks / (launch.fits * gpu.sm_count),
             idle_share=1 - thread_blocks / (launch.busiest * gpu.sm_count),
-            bytes_in_flight=launch.resident
-            * tile.warps
-            * chain.in_flight
-            * self._vector_bytes
-            * LANES,
+            bytes_in_flight=warps * chain.in_flight * self._vector_bytes * LANES,
             needed_bytes_in_flight=gpu.needed_bytes_in_flight,
         )
 

@@ -116,7 +116,7 @@ def chunk_unit(fmt: PackedFormat) -> int:
 
 
 def estimated_registers(tile: GatherTile) -> int:
-    """Registers of a thread, as ptxas was seen to take them for sm_90: within 8 of its own figure."""
+    """Estimate the registers of a thread: within 8 of what ptxas was seen to take for sm_90."""
     needed = 30 + 5 * min(tile.rows, 8) // 2 + max(0, tile.rows - 8)
     return max(32, 8 * ceil_div(needed, 8))
 
@@ -125,15 +125,6 @@ def estimated_shared_bytes(fmt: PackedFormat, dtype: str, tile: GatherTile) -> i
     """Shared memory of a thread block: what is staged and the partial sums, which may take its place.
 
     TVM lets them where they fit and it is not larger by a factor of more than 16, or where both are float32.
-
-    Parameters
-    ----------
-    fmt : PackedFormat
-        A format of layout ``r32vV``.
-    dtype : str
-        Dtype of the activations.
-    tile : GatherTile
-        The knobs.
     """
     size = staged_itemsize(dtype, tile.rows)
     windows, length = tile.chunk // window_blocks(fmt), fmt.pattern.block * window_blocks(fmt)
@@ -157,23 +148,9 @@ def candidates(
 
     Rows of activations are cut into even tiles of up to 16; what is staged and the partial sums fit
     the shared memory; K is staged at once, in the fewest chunks that fit, or in twice as many; of the
-    warps and loads in flight those are left out that add more than a little padding to the work. Thread
-    blocks share K, if at all, where that gives work to multiprocessors that have none.
-
-    Parameters
-    ----------
-    fmt : PackedFormat
-        A format of layout ``r32vV``.
-    rows : int
-        Rows of activations, M.
-    dtype : str
-        Dtype of the activations.
-    shared_bytes : int
-        Shared memory that a thread block may take.
-    multiprocessors : int, optional
-        Lower tiles only where half of them would stand idle with taller ones; all heights when left out.
-    split : bool
-        Also with several thread blocks for K, as many as ``multiprocessors`` are left.
+    warps and loads in flight those are left out that add more than a little padding to the work. Where
+    ``multiprocessors`` are given, lower tiles come only where half of them would stand idle with taller ones,
+    and with ``split`` thread blocks share K where that gives work to some that have none.
     """
     unit = chunk_unit(fmt)
     seen: set[tuple[int, int]] = set()
@@ -344,7 +321,7 @@ def _most_blocks(fmt: PackedFormat, dtype: str, held: int, shared_bytes: int) ->
 
 @functools.lru_cache(maxsize=1024)
 def _padding(runs: int, max_warps: int, unit: int) -> dict[tuple[int, int], float]:
-    """What warps and loads in flight, ``unit`` at a time, make of ``runs`` vectors of slots, as a factor."""
+    """Work out by what factor warps and loads in flight (``unit`` at a time) pad ``runs`` of slots."""
     return {
         (warps, units): ceil_div(runs, warps * units * unit) * warps * units * unit / runs
         for units in range(max(1, MAX_UNROLL // unit), 0, -1)

@@ -136,19 +136,12 @@ _PORT_BYTES_PER_CLOCK = 64.0
 
 
 def machine(gpu: Gpu, multiprocessors: int | None = None) -> MachineModel:
-    """Make the models' view of a GPU.
-
-    Parameters
-    ----------
-    gpu : Gpu
-        A GPU of an architecture in :data:`tvm_balanced.targets.gpus.ARCHITECTURES`.
-    multiprocessors : int, optional
-        Instead of all; bandwidths and the level-2 cache are reduced in proportion.
+    """Make the models' view of a GPU, or of as many of its multiprocessors, in proportion.
 
     Raises
     ------
     InputError
-        For another architecture.
+        For an architecture that is not in :data:`tvm_balanced.targets.gpus.ARCHITECTURES`.
     """
     whole = _machine(gpu)
     if multiprocessors is None:
@@ -266,19 +259,10 @@ def resident_blocks(arch: str, registers: int, shared_bytes: int, threads: int) 
 
 
 def adding_us(gpu: MachineModel, splits: int, outputs: int, work_groups: int) -> float:
-    """Microseconds of the kernel in which a thread adds the ``splits`` sums of one output.
+    """Microseconds of the kernel in which a thread adds the ``splits`` float32 sums of one output.
 
     Its launch, the sums through the level-2 cache, where the kernel before has just left them, and a
     thread's chain: so many loads at a time as it takes gathers, then the result.
-
-    Parameters
-    ----------
-    gpu : MachineModel
-        Where it runs.
-    splits, outputs : int
-        Sums of an output, float32, and outputs.
-    work_groups : int
-        Parts of them that multiprocessors share.
     """
     moved = 2 * splits * outputs * 4  # written by one kernel and read by the other
     chain = -(-splits // gpu.shared_in_flight) * gpu.stage_ns * gpu.clock_ghz

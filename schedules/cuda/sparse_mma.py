@@ -148,5 +148,5 @@ class SparseMmaKernel(TensorCoreKernel):
         ]
 
 
-_RULE = TensorCoreRule(NAME, SPARSE_MMA, SparseMmaKernel)
+_RULE = TensorCoreRule(NAME, SparseMmaKernel)
 takes, choose, apply, spaces = _RULE.takes, _RULE.choose, _RULE.apply, _RULE.spaces

@@ -120,13 +120,7 @@ def predicted_symbolic(
     target: tvm.target.Target,
     launch_us: float | None = None,
 ) -> machine.Prediction:
-    """Predict the time of a layer whose number of rows is symbolic, when it is called with ``rows``.
-
-    Parameters
-    ----------
-    fmt, rows, dtype, target, launch_us
-        As for :func:`predicted`.
-    """
+    """Predict the time of a layer whose number of rows is symbolic, when it is called with ``rows``."""
     tiles = [tile for first, tile in by_rows.kernels(fmt, dtype, target) if first <= rows]
     if tiles and tiles[-1] is not None:
         return EXPAND.predict(_gpu(target, launch_us), fmt, rows, dtype, tiles[-1])

@@ -140,21 +140,15 @@ def shared_limit(target: tvm.target.Target) -> int:
 
 @dataclass(frozen=True)
 class TensorCoreRule:
-    """The functions of a rule for tensor cores.
-
-    Parameters
-    ----------
-    name : str
-        Name of the rule.
-    model : TensorCoreModel
-        Its tiles and times.
-    kernel : type of TensorCoreKernel
-        What writes the kernel.
-    """
+    """The functions of a rule for tensor cores, of the class that writes its kernel."""
 
     name: str
-    model: TensorCoreModel
     kernel: type[TensorCoreKernel]
+
+    @property
+    def model(self) -> TensorCoreModel:
+        """Its tiles and times."""
+        return self.kernel.model
 
     def takes(self, operator: BalancedBlock) -> bool:
         """Whether an operator's format and types are this schedule's."""
@@ -166,17 +160,7 @@ class TensorCoreRule:
     ) -> tuple[TensorCoreTile, machine.Prediction] | None:
         """Choose the tile where this schedule is predicted faster than the gather; None elsewhere.
 
-        Parameters
-        ----------
-        fmt : PackedFormat
-            Any format.
-        rows : int or None
-            Rows of activations, M; None when symbolic, which is for
-            :mod:`tvm_balanced.schedules.cuda.by_rows`.
-        dtype : str
-            Dtype of values and activations.
-        target : tvm.target.Target
-            A CUDA target.
+        A symbolic M (None) is for :mod:`tvm_balanced.schedules.cuda.by_rows`.
         """
         gpu = machine.machine(gpu_of(target))
         limits = shared_limit(target), gather.shared_limit(target)
@@ -187,14 +171,8 @@ class TensorCoreRule:
     ) -> s_tir.Schedule | None:
         """Schedule ``func``, or return None when it is not of the form this schedule takes.
 
-        Parameters
-        ----------
-        func : tirx.PrimFunc
-            The operator in layout ``r32v8``, fused with element-wise work on its result.
-        target : tvm.target.Target
-            A CUDA target; its shared memory bounds the tile.
-        tile : TensorCoreTile, optional
-            The knobs. Without them only kernels are taken that are predicted faster than the gather.
+        That is the operator in layout ``r32v8``, fused with element-wise work on its result; without a tile
+        only where it is predicted faster than the gather.
         """
         operator = find(func)
         if operator is None or not self.takes(operator):
@@ -271,15 +249,7 @@ def local(extent: int, dtype: str, name: str) -> Buffer:
 
 
 class TensorCoreKernel:
-    """Writes the kernel for one format and tile; what multiplies is a subclass's.
-
-    Parameters
-    ----------
-    fused : FusedKernel
-        What is scheduled.
-    tile : TensorCoreTile
-        The knobs.
-    """
+    """Writes the kernel for one tile; what multiplies is a subclass's."""
 
     #: Of the block, and of buffers.
     name = ""
@@ -351,7 +321,7 @@ class TensorCoreKernel:
         raise NotImplementedError
 
     def _piece(self, step: Expr, row: Expr, piece: Expr) -> tuple[Expr, Expr]:
-        """The column of K where a piece begins, and its byte from the start of a stage."""
+        """Find the column of K where a piece begins, and its byte from the start of a stage."""
         raise NotImplementedError
 
     def _prepare(self) -> list[Stmt]:
@@ -363,13 +333,13 @@ class TensorCoreKernel:
         return None
 
     def _multiply(self, window: Expr) -> list[Stmt]:
-        """The steps of a window whose slots are in ``held[0]``."""
+        """Write the steps of a window whose slots are in ``held[0]``."""
         raise NotImplementedError
 
     # --- what they share
 
     def build(self) -> tirx.PrimFunc:
-        """Same parameters, same results."""
+        """Write the kernel: same parameters, same results."""
         arrays = (self.shared, self.sums, *self.held[0], *self.held[1], self.scratch)
         known = [
             call(
@@ -427,7 +397,7 @@ class TensorCoreKernel:
         ]
 
     def _load(self, window: Expr, held: tuple[Buffer, Buffer]) -> list[Stmt]:
-        """The slots of a window that a lane owns."""
+        """Load the slots of a window that a lane owns."""
         tile = self.bx * self.tile.columns + self.column
         run = (self.part * self.windows + window) * WINDOW + self.t
         valid = tirx.all(window < self.windows, run < self.runs)
@@ -564,7 +534,7 @@ class TensorCoreKernel:
         return tirx.BufferStore(epilogue.output, value, place)
 
     def _add(self, reads: list[Buffer]) -> Stmt:
-        """The second kernel: a thread adds the sums of one output, in the order of K, and finishes it."""
+        """Write the second kernel: a thread adds the sums of one output, in the order of K."""
         bx, by, warp, lane = (
             tirx.Var(f"{name}_add", "int32") for name in ("bx", "by", "warp", "lane")
         )

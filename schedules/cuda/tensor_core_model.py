@@ -101,14 +101,7 @@ class Work:
 class SharedMemory:
     """Where things lie in the shared memory of a thread block, in bytes.
 
-    Parameters
-    ----------
-    tile : TensorCoreTile
-        The knobs.
-    row : int
-        Bytes of a row of activations in a step.
-    own : int
-        Bytes of a warp's own, behind the activations.
+    A ``row`` of activations in a step, and behind the activations what is a warp's ``own``.
     """
 
     def __init__(self, tile: TensorCoreTile, row: int, own: int = 0) -> None:
@@ -142,7 +135,7 @@ class TensorCoreModel:
         raise NotImplementedError
 
     def most_warps(self, fmt: PackedFormat) -> int:
-        """The most warps of a thread block, a power of two."""
+        """Limit the warps of a thread block, by a power of two."""
         raise NotImplementedError
 
     def may_split(self, fmt: PackedFormat, tile: TensorCoreTile) -> bool:
@@ -193,18 +186,8 @@ class TensorCoreModel:
     ) -> list[TensorCoreTile]:
         """List tiles worth asking about: every number of warps side by side, full height and half of it.
 
-        Where they leave multiprocessors idle, their K is also shared by thread blocks.
-
-        Parameters
-        ----------
-        fmt : PackedFormat
-            One that :meth:`takes_format`.
-        rows : int
-            Rows of activations, M.
-        shared : int
-            Bytes of shared memory that a thread block may take; where nothing fits there are none.
-        multiprocessors : int, optional
-            How many the GPU has; thread blocks share K only where it is given.
+        Where they leave some of the ``multiprocessors`` idle, their K is also shared by thread blocks. There
+        are none where nothing fits ``shared`` bytes.
         """
         full = self.height(rows)
         tiles = [
@@ -268,21 +251,7 @@ class TensorCoreModel:
         static_shared: int,
         gpu: MachineModel,
     ) -> tuple[TensorCoreTile, Prediction] | None:
-        """Choose the tile where this kernel is predicted faster than the gather; None elsewhere.
-
-        Parameters
-        ----------
-        fmt : PackedFormat
-            Any format.
-        rows : int or None
-            Rows of activations, M; a symbolic one is for :mod:`tvm_balanced.schedules.cuda.by_rows`.
-        dtype : str
-            Dtype of values and activations.
-        shared, static_shared : int
-            Bytes of shared memory that a thread block of this kernel, and of the gather, may take.
-        gpu : MachineModel
-            Where it runs.
-        """
+        """Choose the tile where this kernel is predicted faster than the gather; None elsewhere."""
         if rows is None or rows < self.least_rows or not self.takes_format(fmt, dtype):
             return None
         return _choose(self, fmt, rows, dtype, shared, static_shared, gpu)
@@ -298,21 +267,8 @@ class TensorCoreModel:
     ) -> Prediction:
         """Predict the time of a launch (two, where thread blocks share K), with its parts.
 
-        Parameters
-        ----------
-        gpu : MachineModel
-            Where it runs.
-        fmt : PackedFormat
-            One that :meth:`takes_format`.
-        rows : int
-            Rows of activations, M.
-        dtype : str
-            Dtype of values and activations.
-        tile : TensorCoreTile
-            The knobs.
-        compiled : KernelResources, optional
-            What the compiled kernel occupies: its registers count instead of estimated ones; its shared
-            memory is allotted when it is launched. Where it cannot be launched the time is infinite.
+        The registers of a ``compiled`` kernel count instead of estimated ones; its shared memory is allotted
+        when it is launched. Where it cannot be launched the time is infinite.
         """
         warp = self.work(fmt, tile)
         if compiled is not None:

@@ -63,15 +63,7 @@ class BatchLanesKnobs:
 
 
 def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | None:
-    """Schedule ``func``, or return None where more than element-wise work was fused.
-
-    Parameters
-    ----------
-    func : tirx.PrimFunc
-        The operator, fused with element-wise work.
-    target : tvm.target.Target
-        An llvm target.
-    """
+    """Schedule ``func``, or return None where more than element-wise work was fused."""
     parts = nest.take_apart(func)
     return None if parts is None else schedule(parts, lanes_of(target), BatchLanesKnobs())
 
@@ -454,7 +446,7 @@ class BatchLanesKernel:
         return run * vector + t % vector
 
     def _index(self, n: Expr, t: Expr, lanes: int) -> Expr:
-        """Indices of ``lanes`` rows from ``n`` as int32; several only where they lie side by side."""
+        """Load indices of ``lanes`` rows from ``n`` as int32; several only where they lie side by side."""
         rows, vector = self.fmt.layout.rows, self.fmt.index_vector
         run = (n // rows * (self.fmt.slots // vector) + t // vector) * rows + n % rows
         packed = 2 if self.fmt.encoding == "u4" else 1

@@ -17,15 +17,7 @@ NAME = "llvm_fallback"
 
 
 def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | None:
-    """Schedule ``func``, or None when it does not hold exactly one balanced operator.
-
-    Parameters
-    ----------
-    func : tirx.PrimFunc
-        The operator, fused with whatever work surrounds it.
-    target : tvm.target.Target
-        An llvm target; not looked at.
-    """
+    """Schedule ``func``, or return None when it does not hold exactly one balanced operator."""
     del target
     sch = s_tir.Schedule(tvm.IRModule({"main": func}))
     blocks = sch.get_child_blocks(sch.get_sblock("root"))

@@ -207,14 +207,7 @@ def splat(value: Expr, lanes: int) -> Expr:
 def by_work(rows: Expr, per_row: int, build: Callable[[bool], Stmt]) -> Stmt:
     """``build(parallel)``: threads or not, decided now where the batch is known, else at run time.
 
-    Parameters
-    ----------
-    rows : int or expression
-        Rows of activations.
-    per_row : int
-        Multiply-adds for one of them.
-    build : callable
-        Makes the statement.
+    A row of activations takes ``per_row`` multiply-adds.
     """
     if per_row >= PARALLEL_WORK:
         return build(True)
@@ -335,20 +328,9 @@ def stage(parts: Parts, target: Buffer, pitch: int, parallel: bool) -> Stmt:
 
 
 def store_rows(parts: Parts, m: Expr, n: Expr, lanes: int, totals: Buffer, first: Expr) -> Expr:
-    """Store the result of rows ``n .. n + lanes`` of the weight for one row of activations.
+    """Store the outputs ``n .. n + lanes``, ``n`` a multiple of ``lanes``, of the flat row ``m``.
 
-    Parameters
-    ----------
-    parts : Parts
-        The kernel.
-    m, n : expression
-        Flat row of activations, and the first output; ``n`` is a multiple of ``lanes``.
-    lanes : int
-        Outputs.
-    totals : flat float32 buffer
-        The sums, at ``first .. first + lanes``.
-    first : int or expression
-        Where they begin.
+    Their sums lie in the flat ``totals``, from ``first`` on.
     """
     lead = parts.coordinates(m)
     count = parts.fmt.out_features

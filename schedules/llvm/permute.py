@@ -56,7 +56,7 @@ class PermuteKnobs:
     group: int = 4
 
     def rows_for(self, tile: int) -> int:
-        """Registers of weight rows in a tile of ``tile`` rows of activations."""
+        """Count the registers of weight rows in a tile of ``tile`` rows of activations."""
         return min(self.group, self.row_tile[min(len(self.row_tile) - 1, (tile - 1).bit_length())])
 
 
@@ -95,15 +95,7 @@ def tile_heights(rows: int, most: int) -> list[tuple[int, int]]:
 
 
 def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | None:
-    """Schedule ``func``, or return None where the target has no permute or the format does not suit it.
-
-    Parameters
-    ----------
-    func : tirx.PrimFunc
-        The operator, fused with element-wise work.
-    target : tvm.target.Target
-        An llvm target.
-    """
+    """Schedule ``func``, or return None where the target has no permute or the format does not suit it."""
     suited = _suited(func, target)
     if suited is None:
         return None
@@ -298,7 +290,7 @@ class PermuteKernel:
     def _load(
         self, first: Expr, width: int, start: Expr, s: int
     ) -> tuple[list[Stmt], list[tirx.Var], list[tirx.Var]]:
-        """Indices and values of slot ``start + s`` of a tile; ``start`` is even for 4-bit indices."""
+        """Load indices and values of slot ``start + s`` of a tile; ``start`` is even for 4-bit indices."""
         lanes, layout, slots = self.lanes, self.fmt.layout, self.fmt.slots
         per_tile = layout.rows // lanes
         statements: list[Stmt] = []

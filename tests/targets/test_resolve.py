@@ -51,6 +51,14 @@ def test_figures_of_a_data_sheet_agree_with_each_other(name):
     assert gpu.tensor_tflops > gpu.fp32_tflops
 
 
+@pytest.mark.parametrize("arch", targets_gpus.ARCHITECTURES)
+def test_every_architecture_has_a_gpu_that_stands_for_it(arch):
+    spec = targets.resolve(f"cuda-{arch}")
+    assert spec.gpu == next(gpu.name for gpu in targets_gpus.GPUS.values() if gpu.arch == arch)
+    limits = targets_gpus.ARCHITECTURES[arch]
+    assert spec.shared_bytes == limits.shared_bytes - targets_gpus.RESERVED_SHARED
+
+
 def test_an_architecture_takes_the_figures_of_its_representative():
     spec = targets.resolve("cuda-sm_90")
     assert (spec.gpu, spec.bandwidth_gbps) == ("h100", targets_gpus.GPUS["h100"].bandwidth_gbps)

@@ -233,7 +233,7 @@ def _untile(tiles: Array) -> Array:
 
 
 def _encode(indices: Array, fmt: PackedFormat) -> Array:
-    """Indices ``(N', T')`` to the index array."""
+    """Turn indices ``(N', T')`` into the index array."""
     if fmt.encoding == BITMAP:
         return _encode_bitmap(indices, fmt)
     bits, unit = ENCODINGS[fmt.encoding], fmt.index_vector
@@ -294,7 +294,7 @@ def _decode(stored: Array, fmt: PackedFormat) -> Array:
 
 
 def unpack(tensor: BalancedTensor) -> Array:
-    """The dense weight ``(N, K)`` that was packed, bit by bit (negative zero becomes zero)."""
+    """Restore the dense weight ``(N, K)`` that was packed, bit by bit (negative zero becomes zero)."""
     fmt = tensor.format
     # copies, as a tile of one row is the array itself
     values, indices = _untile(tensor.values).copy(), _decode(tensor.indices, fmt).copy()

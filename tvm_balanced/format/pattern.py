@@ -74,7 +74,7 @@ class BalancedPattern:
         return self.nnz / self.block
 
     def coarsen(self, block: int) -> BalancedPattern:
-        """The pattern seen in blocks of ``block``, a multiple of this one's: 1:4 is also 4:16.
+        """Read the pattern in blocks of ``block``, a multiple of this one's: 1:4 is also 4:16.
 
         Weights balanced in the finer pattern are balanced in the coarser one too, so a kernel may use
         the block size that suits its registers.

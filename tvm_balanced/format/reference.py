@@ -9,7 +9,7 @@ from tvm_balanced.format.weights import Array
 
 
 def balanced_sparse_dense(data: Array, weight: BalancedTensor, bias: Array | None = None) -> Array:
-    """``data @ unpack(weight).T + bias`` in float64.
+    """Compute ``data @ unpack(weight).T + bias`` in float64.
 
     Parameters
     ----------

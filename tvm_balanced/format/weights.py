@@ -22,7 +22,7 @@ def check_weight(weight: Array, name: str = "the weight") -> None:
     Raises
     ------
     InputError
-        For what is no array, a wrong rank or dtype, or when NaN or Inf is found.
+        For what is no array, a wrong rank or dtype, or when it holds NaN or Inf.
     """
     if not isinstance(weight, np.ndarray):
         raise InputError(f"{name} is a {type(weight).__name__}; give a NumPy array (N, K)")
@@ -81,7 +81,7 @@ def is_balanced(weight: Array, pattern: BalancedPattern) -> bool:
 
 
 def detect_pattern(weight: Array) -> BalancedPattern | None:
-    """The balanced pattern a weight already follows, or None when it follows none worth using.
+    """Find the balanced pattern a weight already follows, or None when it follows none worth using.
 
     Blocks of 4 to 256 (powers of two) are tried; of the patterns that fit, the one of the lowest
     density is returned, and of equally dense ones the one with the smallest block.
@@ -97,7 +97,7 @@ def detect_pattern(weight: Array) -> BalancedPattern | None:
             if 2 * nnz > block:
                 break
         if nnz > 0 and 2 * nnz <= block:
-            found = BalancedPattern(nnz, block)
-            if best is None or found.density < best.density:
-                best = found
+            pattern = BalancedPattern(nnz, block)
+            if best is None or pattern.density < best.density:
+                best = pattern
     return best

@@ -81,12 +81,7 @@ done()
 
 @functools.cache
 def detect_driver() -> Driver:
-    """The driver and GPUs of this machine, asked once per process.
-
-    Returns
-    -------
-    Driver
-    """
+    """Ask for the driver and GPUs of this machine, once per process."""
     try:
         answer = subprocess.run(
             [sys.executable, "-I", "-c", _PROBE], capture_output=True, text=True, timeout=60
@@ -94,10 +89,10 @@ def detect_driver() -> Driver:
     except subprocess.TimeoutExpired:
         return Driver(None, (), "the NVIDIA driver did not answer within 60 seconds")
     try:
-        found = json.loads(answer.stdout)
+        said = json.loads(answer.stdout)
     except ValueError:
         return Driver(
             None, (), f"the NVIDIA driver ended the process that asked it ({answer.returncode})"
         )
-    gpus = tuple(DetectedGpu(**gpu) for gpu in found["gpus"])
-    return Driver(found["version"], gpus, found["problem"])
+    gpus = tuple(DetectedGpu(**gpu) for gpu in said["gpus"])
+    return Driver(said["version"], gpus, said["problem"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def cpu_model() -> str:
-    """What the system calls this CPU."""
+    """Return what the system calls this CPU."""
     try:
         with open("/proc/cpuinfo") as file:
             for line in file:
@@ -90,12 +90,12 @@ def _text(path: Path) -> str | None:
 
 def _quota(cgroup: Path) -> float | None:
     """CPUs that a container may keep busy; None without a limit. Version 2 of cgroups, then version 1."""
-    told = (_text(cgroup / "cpu.max") or "").split()
-    if len(told) != 2:
-        told = [
+    limit = (_text(cgroup / "cpu.max") or "").split()
+    if len(limit) != 2:
+        limit = [
             _text(cgroup / "cpu" / f"cpu.cfs_{name}_us") or "max" for name in ("quota", "period")
         ]
-    quota, period = told
+    quota, period = limit
     if not (quota.isdigit() and period.isdigit()) or int(period) == 0:
         return None
     return int(quota) / int(period)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tvm_balanced.errors import InputError, ToolchainError
-from tvm_balanced.targets.driver import detect_driver
+from tvm_balanced.targets import driver, host
 from tvm_balanced.targets.gpus import (
     ARCHITECTURES,
     GPUS,
@@ -18,7 +18,6 @@ from tvm_balanced.targets.gpus import (
     known_gpu,
     representative,
 )
-from tvm_balanced.targets.host import CPU_FLAGS, core_count, cpu_flags
 
 if TYPE_CHECKING:
     import tvm
@@ -164,13 +163,13 @@ def _cuda(
 
 
 def _local_cuda(name: str) -> TargetSpec:
-    driver = detect_driver()
-    if not driver.gpus:
+    here = driver.detect_driver()
+    if not here.gpus:
         raise ToolchainError(
-            f"target {name} means the GPU of this machine, but {driver.problem}; name an "
+            f"target {name} means the GPU of this machine, but {here.problem}; name an "
             "architecture to compile for another machine (cuda-sm_90, h100), or use llvm"
         )
-    gpu = driver.gpus[0]
+    gpu = here.gpus[0]
     if gpu.arch not in ARCHITECTURES:
         raise ToolchainError(
             f"the GPU of this machine is {gpu.name} ({gpu.arch}), which is not supported; "
@@ -184,17 +183,17 @@ def _local_llvm(name: str) -> TargetSpec:
     from tvm.target.codegen import llvm_get_cpu_features, llvm_get_system_cpu
 
     mcpu = str(llvm_get_system_cpu())
-    here = cpu_flags()
+    here = host.cpu_flags()
     claimed = {str(f) for f in llvm_get_cpu_features(Target({"kind": "llvm", "mcpu": mcpu}))}
     # a hypervisor may hide features of the CPU model it names: code that used them would be killed
-    hidden = sorted(f for f in claimed & CPU_FLAGS.keys() if here and f not in here)
+    hidden = sorted(f for f in claimed & host.CPU_FLAGS.keys() if here and f not in here)
     return _llvm(name, mcpu, tuple(f"-{feature}" for feature in hidden))
 
 
 def _llvm(name: str, mcpu: str, mattr: Sequence[str]) -> TargetSpec:
     from tvm.target import Target
 
-    config: dict[str, object] = {"kind": "llvm", "mcpu": mcpu, "num-cores": core_count()}
+    config: dict[str, object] = {"kind": "llvm", "mcpu": mcpu, "num-cores": host.core_count()}
     if mattr:
         config["mattr"] = list(mattr)
     return _llvm_spec(name, Target(config))
@@ -211,8 +210,8 @@ def _llvm_spec(name: str, target: tvm.target.Target) -> TargetSpec:
             enabled.discard(text[1:])
         else:
             enabled.add(text.removeprefix("+"))
-    features = tuple(sorted(enabled & CPU_FLAGS.keys()))
-    cores = int(attrs.get("num-cores", core_count()))
+    features = tuple(sorted(enabled & host.CPU_FLAGS.keys()))
+    cores = int(attrs.get("num-cores", host.core_count()))
     vector_bits = 512 if "avx512f" in features else 256 if "avx2" in features else 128
     # no data sheet says what a virtual machine's share of a CPU is: 3 GHz, two FMA units a core, a
     # memory channel's worth of bandwidth a core until four channels are full

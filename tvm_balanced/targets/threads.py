@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 
-from tvm_balanced.targets.host import core_count, cpus
+from tvm_balanced.targets import host
 
 # TVM's own settings; the second one is of OpenMP, which TVM follows too
 _COUNTS = ("TVM_NUM_THREADS", "OMP_NUM_THREADS")
@@ -26,7 +26,7 @@ def thread_count() -> int:
         value = os.environ.get(name, "")
         if value.isdigit() and int(value) > 0:
             return int(value)
-    return core_count()
+    return host.core_count()
 
 
 def use_cores() -> None:
@@ -40,7 +40,7 @@ def use_cores() -> None:
     import tvm
 
     # TVM has no more threads than it is given CPUs; the calling thread keeps those it may run on
-    allowed = cpus()
+    allowed = host.cpus()
     given = [str(allowed[i % len(allowed)]) for i in range(max(count, len(allowed)))]
     tvm.get_global_func("runtime.config_threadpool")(_SHARE_CPUS, count, given)
     _configured.count = count

@@ -48,19 +48,7 @@ def lanes(target: tvm.target.Target, dtype: str = "float32") -> int:
 
 @dataclass
 class RootBlock:
-    """One block of a function's root.
-
-    Attributes
-    ----------
-    rv : tvm.s_tir.schedule.SBlockRV
-        Its handle.
-    kinds : str
-        One letter per iterator: ``S`` spatial, ``R`` reduction, ``O`` other.
-    extents : list of int or tvm.tirx expression
-        Per iterator.
-    stmt : tvm.s_tir.SBlock
-        As it was when analysed.
-    """
+    """One block of a function's root; ``kinds`` is a letter per iterator: S spatial, R reduction, O other."""
 
     rv: SBlockRV
     kinds: str
@@ -152,7 +140,7 @@ def writes_output(sch: s_tir.Schedule, block: RootBlock) -> bool:
     return any(not any(w.source.same_as(b) for b in local) for w in block.stmt.writes)
 
 
-# float32 exp, erf, tanh are polynomials by now (cpu_math), whose mark is the reinterpretation of 2**n
+# float32 exp, erf, tanh are polynomials by now (``math.py``), whose mark is the reinterpretation of 2**n
 _HEAVY = frozenset(
     ["exp", "erf", "tanh", "sigmoid", "log", "pow", "sin", "cos", "exp2", "log2", "reinterpret"]
 )

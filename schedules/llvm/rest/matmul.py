@@ -7,7 +7,6 @@ axes on either side, static or symbolic extents, and a fused spatial epilogue.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import tvm
@@ -23,34 +22,17 @@ NAME = "cpu_matmul"
 _FEW_ROWS = 4
 
 
-@dataclass
-class _Product:
-    """A matched product.
-
-    Attributes
-    ----------
-    block : common.RootBlock
-        The reduction.
-    m, n : int
-        Positions of the last row axis (-1: none) and of the column axis among the block's iterators.
-    k : int
-        Position of the reduction axis.
-    a, b : int
-        Positions of the operands among the block's reads.
-    transposed : bool
-        Whether the weight's innermost axis is K (NT).
-    plain : bool
-        Whether all operands are indexed by iterators alone, which padding needs.
-    """
+class _Product(NamedTuple):
+    """A matched product: positions among the block's iterators, and of the operands among its reads."""
 
     block: common.RootBlock
-    m: int
-    n: int
-    k: int
+    m: int  # the last row axis; -1 where there is none
+    n: int  # the column axis
+    k: int  # the reduction axis
     a: int
     b: int
-    transposed: bool
-    plain: bool
+    transposed: bool  # the weight's innermost axis is K (NT)
+    plain: bool  # all operands are indexed by iterators alone, which padding needs
 
     @property
     def rows(self) -> Expr:

@@ -72,20 +72,20 @@ def test_work_before_the_operator() -> None:
 
 
 # by_rows takes only symbolic batches, and puts kernels of these rules together
-_STATIC_RULES = [rule for rule in cuda.BALANCED_RULES if rule is not cuda.cuda_by_rows]
+_STATIC_RULES = [rule for rule in cuda.BALANCED_RULES if rule is not cuda.by_rows]
 
 
 @pytest.mark.parametrize("rule", _STATIC_RULES, ids=lambda rule: rule.__name__.split("_")[-1])
 def test_cast_after_the_operator(rule: Any) -> None:
     """A float16 layer whose fused epilogue ends in float32."""
-    case = Case((3,), 50, 70, "2:4" if rule is cuda.cuda_sparse_mma else "4:16", epilogue=())
+    case = Case((3,), 50, 70, "2:4" if rule is cuda.sparse_mma else "4:16", epilogue=())
     fmt = packed_format(case)
     x, values, indices = _inputs(fmt, "float16")
     total = ops.balanced_sparse_dense_te(x, values, indices, fmt, "float16")
     wide = te.compute(total.shape, lambda *at: total(*at).astype("float32"), name="wide")
     func = te.create_prim_func([x, values, indices, wide], index_dtype_override="int64")
     # of so few rows the kernels for tensor cores take only what they are told to
-    tensor = rule in (cuda.cuda_expand, cuda.cuda_sparse_mma)
+    tensor = rule in (cuda.expand, cuda.sparse_mma)
     tile = [TensorCoreTile(8, 1, 2, 2)] if tensor else []
     sch = rule.apply(func, target(), *tile)
     assert sch is not None
