@@ -27,8 +27,8 @@ from tvm_balanced.verification.library import (
     FAIL,
     PASS,
     UNCHECKED,
+    KernelRunner,
     Verification,
-    _check_kernel,
     verify,
 )
 
@@ -233,6 +233,6 @@ def test_a_function_that_runs_on_the_host_fails(emulated: device.Device) -> None
         result.copyfrom(given.numpy() + 1)
 
     module = SimpleNamespace(get_function=lambda *_, **__: on_host)
-    row = _check_kernel(module, "add", func, tvm.cuda(0), emulated, 0, 3)
+    row = KernelRunner(module, tvm.cuda(0), emulated, 0).check("add", func, 3)
     assert row.result == FAIL
     assert row.detail.startswith("no CUDA kernel was launched")

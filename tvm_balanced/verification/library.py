@@ -389,7 +389,7 @@ def _check_kernels(
             tell("compile for the emulated device")
             emulated.prepare(library.source(), instrument=True)
     module = tvm.runtime.load_module(str(library.path / LIBRARY))
-    runner = _KernelRunner(module, device, emulated, seed)
+    runner = KernelRunner(module, device, emulated, seed)
     try:
         for name, func in chosen.items():
             tell(name)
@@ -455,7 +455,7 @@ def _together(rows: Sequence[KernelCheck], values: Sequence[int]) -> KernelCheck
 
 
 @dataclass(frozen=True)
-class _KernelRunner:
+class KernelRunner:
     """Calls the kernels of a loaded library on a device."""
 
     module: tvm.runtime.Module

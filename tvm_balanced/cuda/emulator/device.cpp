@@ -164,6 +164,9 @@ int fail(int code, const std::string& detail = "") {
   if (!detail.empty()) g_detail = detail;
   return code;
 }
+template <class... Args> int fail(int code, const char* format, Args... args) {
+  return fail(code, emu_text(format, args...));
+}
 int alive_or(int code) { return g_sticky ? fail(g_sticky) : code; }
 #define DEVICE_ALIVE()                                                                             \
   if (g_sticky) return fail(g_sticky)
@@ -198,8 +201,8 @@ int allocate(void** out, size_t bytes, bool host) {
   *out = nullptr;
   if (!bytes) return kOk;
   if (!host && g_used + bytes > g_total)
-    return fail(kOutOfMemory, emu_text("the emulated device has %zu MiB, %zu of them in use",
-                                       g_total >> 20, g_used >> 20));
+    return fail(kOutOfMemory, "the emulated device has %zu MiB, %zu of them in use", g_total >> 20,
+                g_used >> 20);
   size_t room = (bytes + kAlign - 1) / kAlign * kAlign, inner = (room + kPage - 1) / kPage * kPage,
          whole = inner + 2 * kPage;
   char* map =
@@ -536,11 +539,12 @@ API int cuFuncSetAttribute(Function* f, int attribute, int value) {
   Lock lock(g_mutex);
   const int kMaxDynamicShared = 8;
   if (attribute != kMaxDynamicShared)
-    return fail(kNotSupported, emu_text("attribute %d of a kernel", attribute));
+    return fail(kNotSupported, "attribute %d of a kernel", attribute);
   if (value < 0 || value + f->static_shared > limit(kSharedOptin, 48 << 10))
-    return fail(kInvalidValue, emu_text("kernel %s: %d bytes of dynamic shared memory are more "
-                                        "than a block of this device can have",
-                                        f->name.c_str(), value));
+    return fail(kInvalidValue,
+                "kernel %s: %d bytes of dynamic shared memory are more "
+                "than a block of this device can have",
+                f->name.c_str(), value);
   f->max_dynamic = value;
   return kOk;
 }
@@ -553,26 +557,45 @@ struct LaunchConfig {
   const int* attributes;
   unsigned num_attributes;
 };
+static int refused(const LaunchConfig* c, const Function* f, void** extra) {
+  const char* name = f->name.c_str();
+  if (extra) return fail(kNotSupported, "kernel %s: parameters by extra", name);
+  if (c->num_attributes && c->attributes && c->attributes[0] != 0)
+    return fail(kNotSupported, "kernel %s: launch attribute %d is not emulated", name,
+                c->attributes[0]);
+  long threads = (long)c->block[0] * c->block[1] * c->block[2];
+  if (!threads || threads > limit(kThreadsPerBlock, 1024))
+    return fail(kInvalidValue, "kernel %s: %ld threads a block", name, threads);
+  if (threads > f->max_threads)
+    return fail(kOutOfResources, "kernel %s: %ld threads a block, compiled for %ld", name, threads,
+                f->max_threads);
+  const unsigned most[3] = {2147483647u, 65535, 65535}, *grid = c->grid;
+  for (int i = 0; i < 3; i++)
+    if (!grid[i] || grid[i] > most[i])
+      return fail(kInvalidValue, "kernel %s: a grid of %u x %u x %u", name, grid[0], grid[1],
+                  grid[2]);
+  return kOk;
+}
+// the launch inspected in some blocks, spread over the grid with both ends among them; then memory
+// is put back, so that all of them can run plain and the results are whole
+static void inspect(Launch launch, long total, long count) {
+  for (long i = 0; i < count; i++)
+    launch.blocks.push_back(count == 1 ? 0 : i * (total - 1) / (count - 1));
+  std::map<char*, std::vector<char>> before;
+  for (size_t i = 0; i < launch.values.size(); i++) {
+    bool pointer = launch.function->kinds[i] == 'p';
+    Allocation* a = pointer ? holding((void*)launch.values[i]) : nullptr;
+    if (a && !before.count(a->base)) before[a->base].assign(a->base, a->base + a->bytes);
+  }
+  execute(launch);
+  for (auto& b : before) memcpy(b.first, b.second.data(), b.second.size());
+}
 API int cuLaunchKernelEx(const LaunchConfig* c, Function* f, void** params, void** extra) {
   Launch launch;
   {
     Lock lock(g_mutex);
     DEVICE_ALIVE();
-    std::string at = "kernel " + f->name + ": ";
-    if (extra) return fail(kNotSupported, at + "parameters by extra");
-    if (c->num_attributes && c->attributes && c->attributes[0] != 0)
-      return fail(kNotSupported,
-                  at + emu_text("launch attribute %d is not emulated", c->attributes[0]));
-    long threads = (long)c->block[0] * c->block[1] * c->block[2];
-    if (!threads || threads > limit(kThreadsPerBlock, 1024))
-      return fail(kInvalidValue, at + emu_text("%ld threads a block", threads));
-    if (threads > f->max_threads)
-      return fail(kOutOfResources,
-                  at + emu_text("%ld threads a block, compiled for %ld", threads, f->max_threads));
-    if (!c->grid[0] || !c->grid[1] || !c->grid[2] || c->grid[1] > 65535 || c->grid[2] > 65535 ||
-        c->grid[0] > 2147483647u)
-      return fail(kInvalidValue,
-                  at + emu_text("a grid of %u x %u x %u", c->grid[0], c->grid[1], c->grid[2]));
+    if (int code = refused(c, f, extra)) return code;
     launch.mode = g_mode;
     launch.function = f;
     launch.dynamic_shared = c->shared;
@@ -580,8 +603,8 @@ API int cuLaunchKernelEx(const LaunchConfig* c, Function* f, void** params, void
     memcpy(launch.dims + 3, c->block, 12);
   }
   int instrumented = launch.mode.check || launch.mode.prof;
-  long total = (long)c->grid[0] * c->grid[1] * c->grid[2];
-  bool sampled = instrumented && g_max_blocks && total > g_max_blocks;
+  long total = (long)c->grid[0] * c->grid[1] * c->grid[2], count = g_max_blocks;
+  bool sampled = instrumented && count && total > count;
   // without the lock, as above; the mode is the one at the time of the launch
   for (int variant = 0; variant < 2; variant++) {
     bool needed = variant == instrumented || sampled;
@@ -592,9 +615,8 @@ API int cuLaunchKernelEx(const LaunchConfig* c, Function* f, void** params, void
       f->static_shared + launch.dynamic_shared > limit(kSharedOptin, 48 << 10))
     return fail(
         kInvalidValue,
-        emu_text(
-            "kernel %s: %ld bytes of dynamic shared memory, at most %ld were asked for beforehand",
-            f->name.c_str(), launch.dynamic_shared, f->max_dynamic));
+        "kernel %s: %ld bytes of dynamic shared memory, at most %ld were asked for beforehand",
+        f->name.c_str(), launch.dynamic_shared, f->max_dynamic);
   for (size_t i = 0; i < f->kinds.size(); i++) {
     uint64_t value = 0;
     memcpy(&value, params[i], f->kinds[i] == 'p' ? 8 : (size_t)(f->kinds[i] - '0'));
@@ -603,23 +625,9 @@ API int cuLaunchKernelEx(const LaunchConfig* c, Function* f, void** params, void
   auto stream = find_stream(c->stream);
   if (!stream) return fail(kInvalidHandle);
   if (sampled) {
-    // some blocks are inspected, spread over the grid with both ends among them; then memory is put
-    // back and all of them run plain, so that the results are whole
-    Launch inspected = launch;
-    for (long i = 0; i < g_max_blocks; i++)
-      inspected.blocks.push_back(g_max_blocks == 1 ? 0 : i * (total - 1) / (g_max_blocks - 1));
+    if (int code = enqueue(stream, [launch, total, count] { inspect(launch, total, count); }))
+      return code;
     launch.mode.check = launch.mode.prof = 0;
-    int code = enqueue(stream, [inspected] {
-      std::map<char*, std::vector<char>> before;
-      for (size_t i = 0; i < inspected.function->kinds.size(); i++) {
-        Allocation* a =
-            inspected.function->kinds[i] == 'p' ? holding((void*)inspected.values[i]) : nullptr;
-        if (a && !before.count(a->base)) before[a->base].assign(a->base, a->base + a->bytes);
-      }
-      execute(inspected);
-      for (auto& b : before) memcpy(b.first, b.second.data(), b.second.size());
-    });
-    if (code) return code;
   }
   if (stream->capture) stream->capture->kernels.push_back(f);
   return enqueue(stream, [launch] { execute(launch); });
@@ -649,8 +657,8 @@ API int cudaDeviceGetAttribute(int* value, int attribute, int device) {
   if (device) return fail(kInvalidDevice);
   auto found = g_attributes.find(attribute);
   if (found == g_attributes.end())
-    return fail(kInvalidValue,
-                emu_text("device attribute %d is not known to the emulated device", attribute));
+    return fail(kInvalidValue, "device attribute %d is not known to the emulated device",
+                attribute);
   *value = found->second;
   return kOk;
 }
@@ -725,10 +733,9 @@ static int copy(void* to, const void* from, size_t bytes, int kind, void* handle
   if (from_device && (!source || source->host))
     return fail(kInvalidValue, "copy from " + describe(from));
   if (target && (char*)to + bytes > target->base + target->bytes)
-    return fail(kInvalidValue, emu_text("copy of %zu bytes to %s", bytes, describe(to).c_str()));
+    return fail(kInvalidValue, "copy of %zu bytes to %s", bytes, describe(to).c_str());
   if (source && (char*)from + bytes > source->base + source->bytes)
-    return fail(kInvalidValue,
-                emu_text("copy of %zu bytes from %s", bytes, describe(from).c_str()));
+    return fail(kInvalidValue, "copy of %zu bytes from %s", bytes, describe(from).c_str());
   if (stream->capture && ((!target && !to_device) || (!source && !from_device))) {
     stream->invalidated = true;
     return fail(kCaptureUnsupported, "copy to or from pageable memory while capturing");
@@ -906,6 +913,9 @@ int blas_fail(int status, const std::string& detail) {
   g_detail = detail;
   return status;
 }
+template <class... Args> int blas_fail(int status, const char* format, Args... args) {
+  return blas_fail(status, emu_text(format, args...));
+}
 size_t bytes_of(int type) { return type == kF32 ? 4 : 2; }
 bool known(int type) { return type == kF32 || type == kF16 || type == kBF16; }
 
@@ -1033,31 +1043,31 @@ int product(Blas* handle, Product p, const float* alpha, const float* beta, int 
   if (g_sticky) return blas_fail(kBlasExecutionFailed, g_detail);
   if (!g_blas.count(handle))
     return blas_fail(kBlasNotInitialized, "the handle is not one of cublasCreate");
-  std::string at = std::string(p.function) + ": ";
-  if (!alpha || !beta) return blas_fail(kBlasInvalidValue, at + "alpha or beta is missing");
+  const char* at = p.function;
+  if (!alpha || !beta) return blas_fail(kBlasInvalidValue, "%s: alpha or beta is missing", at);
   p.alpha = *alpha;
   p.beta = *beta;
   if (p.m < 0 || p.n < 0 || p.k < 0 || p.batch < 0)
-    return blas_fail(kBlasInvalidValue, at + "a negative extent");
+    return blas_fail(kBlasInvalidValue, "%s: a negative extent", at);
   if ((p.op_a | p.op_b) & ~1)
-    return blas_fail(kBlasNotSupported, at + "an operation other than N and T is not emulated");
+    return blas_fail(kBlasNotSupported, "%s: an operation other than N and T is not emulated", at);
   p.a.shape(p.op_a, p.m, p.k);
   p.b.shape(p.op_b, p.k, p.n);
   p.c.shape(0, p.m, p.n);
   for (const Matrix* x : {&p.a, &p.b, &p.c}) {
     if (!known(x->type))
-      return blas_fail(kBlasNotSupported,
-                       at + emu_text("%s of type %d is not emulated", x->name, x->type));
+      return blas_fail(kBlasNotSupported, "%s: %s of type %d is not emulated", at, x->name,
+                       x->type);
     if (x->ld < std::max(1, x->rows))
       return blas_fail(kBlasInvalidValue,
-                       at + emu_text("the leading dimension %d of %s is less than its %d rows",
-                                     x->ld, x->name, x->rows));
+                       "%s: the leading dimension %d of %s is less than its %d rows", at, x->ld,
+                       x->name, x->rows);
   }
   // the table of cublasGemmEx for sums in float32
   if (compute != 68)
-    return blas_fail(kBlasNotSupported, at + emu_text("compute type %d is not emulated", compute));
+    return blas_fail(kBlasNotSupported, "%s: compute type %d is not emulated", at, compute);
   if (p.a.type != p.b.type || (p.c.type != p.a.type && p.c.type != kF32))
-    return blas_fail(kBlasNotSupported, at + "no kernel for these types together");
+    return blas_fail(kBlasNotSupported, "%s: no kernel for these types together", at);
   if (!p.m || !p.n || !p.batch) return kBlasOk;
   return enqueue(g_blas.at(handle)->stream, [p] { multiply(p); })
              ? blas_fail(kBlasExecutionFailed, g_detail)
