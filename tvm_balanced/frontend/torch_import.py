@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tvm_balanced.errors import InputError
 from tvm_balanced.model import Model
 from tvm_balanced.support.optional import first_line, need
+from tvm_balanced.support.tensors import to_numpy
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +80,7 @@ def from_torch(
                 f"cannot import a {type(source).__name__}; give a torch.nn.Module with example inputs, "
                 "a torch.export.ExportedProgram or the path of a .pt2 file"
             )
-    from tvm_balanced.frontend.torch_importer import GraphImporter, dimension_names, to_numpy
+    from tvm_balanced.frontend.torch_importer import GraphImporter, dimension_names
     from tvm_balanced.relay_passes.find_dense import split_params
     from tvm_balanced.relay_passes.rewrite_params import drop_unused_weights
 
