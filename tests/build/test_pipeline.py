@@ -35,7 +35,8 @@ def imported(batch=2):
 
 
 def prepared(model, target, dump_ir=None, buckets=None):
-    return prepare(model, target, "always", (), buckets, "auto", "dlight", None, dump_ir)
+    options = tb.CompileOptions(policy="always", buckets=buckets, dump_ir=dump_ir)
+    return prepare(model, target, options, None)
 
 
 def names(folder):
@@ -56,7 +57,7 @@ def test_weights_bear_their_own_names_beside_an_input_of_the_same():
     assert list(model.params) == ["gate.weight", "first.weight", "first.bias"]
     assert [var.name for var in model.mod["main"].params] == ["x", "gate", *model.params]
     np.testing.assert_array_equal(model.params["gate.weight"], module.gate.detach().numpy())
-    sparse = model.prune("4:16")
+    sparse = tb.prune(model, "4:16")
     after = prepared(sparse, "llvm")
     assert list(after.embedded) == [
         "gate.weight",
@@ -83,7 +84,7 @@ def test_weights_of_one_name_are_refused():
             out = builder.emit_output(relax.op.add(out, values))
         builder.emit_func_output(out)
     ones = np.ones((16, 16), np.float32)
-    model = tb.from_relax(builder.get(), {"w": ones, "w.values": ones}).prune("4:16")
+    model = tb.prune(tb.from_relax(builder.get(), {"w": ones, "w.values": ones}), "4:16")
     with pytest.raises(InputError, match=r"2 inputs and weights named w\.values; rename"):
         prepared(model, "llvm")
 
@@ -91,7 +92,7 @@ def test_weights_of_one_name_are_refused():
 def test_every_phase_is_dumped_for_llvm(tmp_path):
     _, _, model = imported(batch=None)
     folder = tmp_path / "deep" / "ir"
-    after = prepared(model.prune("4:16"), "llvm", folder, buckets=[1, 8])
+    after = prepared(tb.prune(model, "4:16"), "llvm", folder, buckets=[1, 8])
     assert names(folder) == [*OPERATORS, "06-bucket_functions.py"]
     assert "R.matmul" in (folder / OPERATORS[0]).read_text()
     assert "balanced_sparse_dense" in (folder / OPERATORS[1]).read_text()
@@ -112,7 +113,7 @@ def test_every_phase_is_dumped_for_llvm(tmp_path):
 def test_every_phase_is_dumped_by_the_worker_too(tmp_path):
     _, _, model = imported()
     folder = tmp_path / "ir"
-    after = prepared(model.prune("4:16"), "cuda-sm_90", folder)
+    after = prepared(tb.prune(model, "4:16"), "cuda-sm_90", folder)
     exported = export_library(
         after.mod,
         after.plan.target,

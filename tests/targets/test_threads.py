@@ -82,7 +82,7 @@ import tvm_balanced as tb
 if os.environ.get("ONE_CPU"):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 layer = torch.nn.Linear(512, 512).eval()
-library = tb.compile(tb.from_torch(layer, (torch.randn(64, 512),)).prune("4:16"), "llvm", logs=False)
+library = tb.compile(tb.prune(tb.from_torch(layer, (torch.randn(64, 512),)), "4:16"), "llvm", logs=False)
 before = sorted(os.sched_getaffinity(0))
 library(np.zeros((64, 512), "float32"))
 count = tvm.get_global_func("runtime.NumThreads")
