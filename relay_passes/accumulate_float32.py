@@ -33,7 +33,6 @@ from tvm_balanced.support.tvm_types import Expr
 
 _HALF = ("float16", "bfloat16")
 
-
 # accumulate into a result of another dtype by themselves
 _PRODUCTS = (
     "relax.matmul",
@@ -43,7 +42,6 @@ _PRODUCTS = (
     "relax.nn.conv1d_transpose",
     "relax.nn.conv2d_transpose",
 )
-
 
 # sum up in the dtype of their operands
 _REDUCTIONS = (

@@ -27,11 +27,7 @@ from tvm_balanced.schedules.rules import replaced
 from tvm_balanced.support.tvm_types import Expr
 
 _ALONG_AXIS = frozenset(["relax.gather_elements", "relax.scatter_elements"])
-
-
 _PER_AXIS = frozenset(["relax.index_tensor", "relax.index_put"])
-
-
 _LAST_AXIS = frozenset(["relax.gather_nd", "relax.scatter_nd"])
 
 

@@ -33,8 +33,6 @@ from tvm_balanced.schedules.rules import replaced
 from tvm_balanced.support.tvm_types import Expr
 
 FUNCTION = "tvm_balanced_cublas_matmul"
-
-
 _DTYPES = ("float32", "float16", "bfloat16")
 
 

@@ -62,10 +62,7 @@ _HOME = {
     "verification.library": ("verify",),
 }
 
-
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
-
-
 __all__ = ["__version__", *sorted(_MODULES)]
 
 

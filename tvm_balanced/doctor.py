@@ -32,9 +32,7 @@ PACKAGES = (
     "nvidia-cublas",
 )
 
-
 _CUBLAS = "libcublas.so.13"
-
 
 # in a process of its own: the library takes a second and hundreds of megabytes
 _CUBLAS_PROBE = """

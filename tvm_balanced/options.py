@@ -14,11 +14,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 POLICIES = ("auto", "always", "never")
-
-
 ENCODINGS = ("auto", "u8", "u4", "u3", "u2", "bitmap")
-
-
 DENSE_KERNELS = ("dlight", "cublas")
 
 

@@ -15,15 +15,10 @@ if TYPE_CHECKING:
 
 # columns of a table that goes into a file or a pipe
 WIDE = 160
-
-
 _UNBOUNDED = 10_000
-
 
 # longer names are cut in the middle on a narrow table, as their two ends say most
 _NAME_MIN = 32
-
-
 _REASON_MIN = 18
 
 

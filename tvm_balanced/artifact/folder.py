@@ -58,8 +58,6 @@ from tvm_balanced.support.tensors import write_tensors
 from tvm_balanced.targets.resolve import TargetSpec
 
 EMBED_LIMIT = 256 * 1024 * 1024
-
-
 _PACKAGES = ("apache-tvm", "apache-tvm-ffi", "numpy")
 
 

@@ -18,26 +18,13 @@ from tvm_balanced.report import LayerRow
 
 FORMAT = "tvmb"
 
-
 # raised whenever what is written or read changes; a release reads its own version only
 FORMAT_VERSION = 4
-
-
 LIBRARY = "lib.so"
-
-
 MANIFEST = "manifest.json"
-
-
 PARAMETERS = "params.safetensors"
-
-
 REFERENCE = "reference.json.gz"
-
-
 REPORT = "report.txt"
-
-
 KERNELS = "kernels"
 
 

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 # code without weights: object files and libraries of models of some hundred operators
 _OBJECT_BYTES = 8 << 20
-
-
 _LOG = logging.getLogger("tvm_balanced")
 
 

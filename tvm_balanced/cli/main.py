@@ -27,7 +27,6 @@ COMMANDS = {
     "inspect": "What is in a library, a model or a checkpoint.",
 }
 
-
 INTERRUPTED = 130
 
 

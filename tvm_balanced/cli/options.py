@@ -53,7 +53,6 @@ shapes_option = click.option(
     help="Shape of an input of an ONNX model; repeatable. A word is a symbolic extent.",
 )
 
-
 target_option = click.option(
     "--target",
     default="llvm",
@@ -62,14 +61,12 @@ target_option = click.option(
     help="llvm, cuda, cuda-sm_90, h100, ...; tvm-balanced doctor lists them.",
 )
 
-
 ignore_option = click.option(
     "--ignore",
     multiple=True,
     metavar="LAYER",
     help='Leave a layer dense: exact name or "re:" and a regular expression; repeatable.',
 )
-
 
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what exists there.")
 

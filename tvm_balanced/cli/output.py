@@ -27,11 +27,7 @@ from rich.table import Table
 
 # a table that a pipe or a file gets is not cut to the width of a terminal that is not there
 _PIPE_WIDTH = 160
-
-
 Tell = Callable[[str], None]
-
-
 TellRow = Callable[[str, int, int, str], None]
 
 

@@ -30,7 +30,6 @@ from tvm_balanced.support.optional import first_line
 
 _HALF = frozenset(["float16", "bfloat16"])
 
-
 # operators that TVM's importer emits with out_dtype="float32", whatever their operands are
 _HARD_CODED = frozenset(
     [

@@ -22,43 +22,27 @@ if TYPE_CHECKING:
 # share of peak bandwidth and arithmetic a kernel reaches
 # DLight's fp16 GEMV touches 16 sectors a request where 4 would do; its matmul has no async copies
 _CUDA_DENSE_BANDWIDTH = 0.5
-
-
 _CUDA_DENSE_TENSOR = 0.3
-
-
 _CUDA_DENSE_FP32 = 0.5
-
 
 # a kernel waits for its first loads, meets at a barrier and ends: what the kernel model gives a layer of
 # no size, of which a dense kernel has as much
 _CUDA_DENSE_LATENCY_US = 1.4
 
-
 # assumed of cuBLAS, on matrices that fill the GPU; not measured here
 _CUBLAS_BANDWIDTH = machine.SUSTAINED_BANDWIDTH  # as much as is granted to our own kernel
-
-
 _CUBLAS_TENSOR = 0.7
-
-
 _CUBLAS_FP32 = 0.8
-
 
 # rows of activations at which kernels of a symbolic batch are compared with a dense one
 _COMPARED_ROWS = (1, 2, 4, 8, 9, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-
-
 _LLVM_BANDWIDTH = 0.8
-
 
 # seen on two Zen 5 cores at M = 32: 100 us for a dense 384 x 1536 layer, 518 us for 4096 x 4096 at 2:16
 _LLVM_DENSE_ARITHMETIC = 0.9
 
-
 # one non-zero costs a permute and a multiply-add where a dense weight costs a multiply-add
 _LLVM_SPARSE_ARITHMETIC = 0.6
-
 
 # with 256-bit registers a block of 16 takes two permutes and a blend (1640 us for the same layer)
 _AVX2_SPARSE_ARITHMETIC = 0.4

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 # predicted gain from which a layer is worth the accuracy that pruning it costs
 MIN_GAIN = 1.05
 
-
 # rows of activations assumed where the batch is symbolic and no bucket says more
 ASSUMED_ROWS = 8
 

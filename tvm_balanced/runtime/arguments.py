@@ -14,14 +14,11 @@ from tvm_balanced.errors import InputError
 # of NumPy, torch or TVM, as the caller likes; the last of these mypy cannot see into
 AnyTensor: TypeAlias = Any
 
-
 # a tensor, or tuples of them
 AnyResult: TypeAlias = Any
 
-
 # tvm.runtime.Device
 Device: TypeAlias = Any
-
 
 # generated code loads whole vector registers from the start of a tensor
 _ALIGNMENT = 64

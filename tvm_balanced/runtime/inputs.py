@@ -20,7 +20,6 @@ from tvm_balanced.support.files import write_whole
 
 Arrays = dict[str, npt.NDArray[Any]]
 
-
 # calls before those that are timed
 _WARM_UP = 3
 

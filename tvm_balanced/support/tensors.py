@@ -41,14 +41,10 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
 }
 
-
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-
 
 # kernels load 16 bytes at a time and TVM wants 64-byte aligned tensors
 _ALIGNMENT = 64
-
-
 _MAX_HEADER = 100 * 1024 * 1024
 
 
