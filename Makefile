@@ -15,7 +15,7 @@ help:
 	@echo "make test        the tests"
 	@echo "make test-large  the tests with models in their stated sizes (minutes, gigabytes)"
 	@echo "make coverage    the tests, and which lines of the package they reach (build/coverage)"
-	@echo "make lint        ruff, mypy and clang-format"
+	@echo "make lint        ruff, clang-format, mypy and the floors of imports"
 	@echo "make dist-check  sdist and wheel, checked; the wheel tried with PYTHON_NEXT where it is there"
 	@echo "make bench       ratios against PyTorch on this machine, on its GPU where it has one"
 
@@ -60,6 +60,8 @@ lint: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --no-deps --target build/lint .
 	cd build/lint && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../setup.cfg \
 	    --cache-dir ../../.mypy_cache --python-executable ../../$(BIN)/python -p tvm_balanced
+	@# the floors, and no circle
+	cd build/lint && PYTHONPATH=. ../../$(BIN)/lint-imports ../../setup.cfg --no-cache
 	@# the same install, outside the tree, must work
 	PYTHONPATH=build/lint $(BIN)/python tests/smoke.py build/lint
 

@@ -1,4 +1,4 @@
-"""A model compiled by several releases, called by turns: is the newest one no slower?
+"""A model compiled by several releases, called by turns: the newest one should be no slower.
 
 Each release runs in a process of its own Python, which has it installed. Where a library's memory happens to
 lie makes it up to 1.3 times as fast, as long as it is loaded; so it is loaded again for every turn::

@@ -64,7 +64,7 @@ class Row:
 
 
 def report(arch: str, n: int, k: int, pattern: str, m: int) -> Row | None:
-    """A kernel; None where the gather is chosen."""
+    """Return a kernel; None where the gather is chosen."""
     from tvm_balanced.cuda import emulator as cudaemu
     from tvm_balanced.cuda import nvrtc
     from tvm_balanced.cuda.static_report import StaticReport

@@ -31,7 +31,7 @@ _MINILM = {
 
 @functools.cache
 def _zoo() -> Any:
-    """The zoo, by its file: where this runs from an installed copy, the checkout is not to be imported."""
+    """Return the zoo by its file: from an installed copy, the checkout is not to be imported."""
     path = Path(__file__).resolve().parents[1] / "tests" / "helpers" / "zoo.py"
     spec = importlib.util.spec_from_file_location("benchmark_zoo", path)
     assert spec is not None and spec.loader is not None
@@ -55,7 +55,7 @@ def _minilm(size: str) -> Any:
 
 
 def build(name: str, size: str, dtype: str) -> Any:
-    """A model of the zoo in a dtype: ``module`` and ``inputs``."""
+    """Return a model of the zoo in a dtype: ``module`` and ``inputs``."""
     import torch
 
     known = _zoo().ZOO[name]

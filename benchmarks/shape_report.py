@@ -93,7 +93,7 @@ class Row:
 
 
 def operator(fmt: Any, rows: int, dtype: str) -> Any:
-    """The operator alone, not scheduled: a PrimFunc."""
+    """Return the operator alone, not scheduled: a PrimFunc."""
     import tvm
     from tvm import relax, tirx
 
@@ -121,7 +121,7 @@ def operator(fmt: Any, rows: int, dtype: str) -> Any:
 
 
 def _kernel(fmt: Any, rows: int, dtype: str, target: Any, tile: Any) -> Any:
-    """The operator's gather kernel: an IRModule."""
+    """Return the operator's gather kernel: an IRModule."""
     from tvm_balanced.schedules.cuda import gather as cuda_gather
 
     schedule = cuda_gather.apply(operator(fmt, rows, dtype), target, tile)

@@ -64,7 +64,7 @@ class Configuration:
 
 
 def configurations() -> list[Configuration]:
-    """What is simulated: for every shape the same number of tiles, drawn with a fixed seed."""
+    """Return what is simulated: for every shape the same number of tiles, drawn with a fixed seed."""
     from tvm_balanced.schedules.cuda.gather_tile import GatherTile, chunk_unit
 
     rng = random.Random(20190127)
@@ -108,7 +108,7 @@ def split_of(shape: tuple[int, int, int, str]) -> str:
 
 
 def kernel_and_data(one: Configuration) -> tuple[Any, list[Any], Any]:
-    """The kernel, its arguments with the output last, and the float64 result."""
+    """Make the kernel, its arguments with the output last, and the float64 result."""
     import numpy as np
     import tvm
     from tvm import relax, tirx
@@ -175,7 +175,7 @@ static void give(const char* name, void* device, size_t bytes) {
 
 
 def program(kernel: Any, arrays: Sequence[Any], folder: Path) -> str:
-    """A CUDA program that launches ``kernel`` once on arrays in files of ``folder``."""
+    """Return a CUDA program that launches ``kernel`` once on arrays in files of ``folder``."""
     import numpy as np
 
     lines, names = [], {}
@@ -333,7 +333,8 @@ def read(path: Path) -> list[Row]:
 
 
 @click.group(help=__doc__)
-def main() -> None: ...
+def main() -> None:
+    """Take a subcommand."""
 
 
 @main.command("simulate")
@@ -355,7 +356,7 @@ def simulate_command(output: Path, jobs: int) -> None:
 
 
 def simulated_gpu() -> Any:
-    """The simulated GPU as the kernel model sees it: the simulator's configuration, and PTX for SASS."""
+    """Return the simulated GPU as the kernel model sees it."""
     from tvm_balanced.schedules.cuda.machine import Instructions, MachineModel
 
     return MachineModel(
@@ -390,7 +391,7 @@ def simulated_gpu() -> Any:
 
 
 def predicted_cycles(one: Configuration) -> float:
-    """What the kernel model predicts for the simulated GPU."""
+    """Return what the kernel model predicts for the simulated GPU."""
     from tvm_balanced.schedules.cuda.gather_model import GatherModel
     from tvm_balanced.schedules.cuda.gather_tile import GatherTile
 
@@ -454,7 +455,7 @@ def _correlation(rows: Sequence[Row], predictions: dict[tuple[Any, ...], float])
 
 
 def _key(one: Configuration) -> tuple[Any, ...]:
-    """What tells configurations apart."""
+    """Return what tells configurations apart."""
     return tuple(getattr(one, field.name) for field in fields(Configuration))
 
 

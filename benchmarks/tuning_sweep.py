@@ -47,7 +47,7 @@ def _stamp(machine: Any) -> dict[str, Any]:
 
 
 def _annotated(task: Any, kernel: str, knobs: dict[str, int]) -> Any:
-    """The kernel with what a trace of the tuner would write onto it."""
+    """Return the kernel with what a trace of the tuner would write onto it."""
     from tvm import s_tir
 
     from tvm_balanced.ops import BLOCK_MAIN
@@ -136,7 +136,7 @@ class _Bench:
 
 
 def _chosen(folder: Path) -> tuple[str, dict[str, int]]:
-    """What ``compile`` would take of the records."""
+    """Return what ``compile`` would take of the records."""
     from tvm_balanced.records import ranking, traces
     from tvm_balanced.records import store as records
 

@@ -98,7 +98,7 @@ class Load:
     _place: int = field(default=0, repr=False)
 
     def next(self) -> Call:
-        """The call whose turn it is."""
+        """Return the call whose turn it is."""
         self._place = (self._place + 1) % len(self.calls)
         return self.calls[self._place]
 
@@ -131,13 +131,13 @@ class Clock(Protocol):
         """
 
     def copying(self) -> tuple[Load, int]:
-        """Copying a buffer much larger than the caches, and the bytes read and written."""
+        """Prepare copying a buffer much larger than the caches, and the bytes read and written."""
 
 
 def make_clock(
     device: Any, method: str = "graph", threads: int | None = None
 ) -> CudaClock | CpuClock:
-    """The clock of a torch device.
+    """Return the clock of a torch device.
 
     Parameters
     ----------
@@ -175,7 +175,7 @@ def copies_for(num_bytes: int, cache_bytes: int, device: str) -> tuple[int, bool
 
 
 def last_cache_bytes(folder: str = "/sys/devices/system/cpu/cpu0/cache") -> int:
-    """The largest cache of the first CPU in bytes; 32 MiB where the system does not say."""
+    """Return the largest cache of the first CPU in bytes; 32 MiB where the system does not say."""
     sizes = []
     for file in Path(folder).glob("index*/size"):
         text = file.read_text().strip()
@@ -316,7 +316,7 @@ class CudaClock:
         return {name: results[name] for name in loads}
 
     def _capture(self, load: Load) -> tuple[Call, int]:
-        """A graph's replay and the calls in it."""
+        """Return a graph's replay and the calls in it."""
         import torch
 
         rounds = math.ceil(GRAPH_CALLS / len(load.calls))
@@ -390,7 +390,7 @@ def _copying(device: Any) -> tuple[Load, int]:
 
 
 def short(error: BaseException) -> str:
-    """An error as one short line, to stand in a table."""
+    """Return an error as one short line, to stand in a table."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:160]
 

@@ -48,7 +48,7 @@ class Machine:
         return tvm.cuda(self.device.index or 0)
 
     def build(self, mod: Any) -> Any:
-        """A virtual machine of a Relax module that went through this package's pipeline."""
+        """Return a virtual machine of a Relax module that went through this package's pipeline."""
         from tvm import relax
 
         from tvm_balanced.build import pipeline
@@ -73,7 +73,7 @@ class Machine:
             yield
 
     def to_tvm(self, tensor: torch.Tensor) -> Any:
-        """A torch tensor of :attr:`device` for TVM: the same memory, but on the emulated device a copy."""
+        """Return a torch tensor for TVM: the same memory, but on the emulated device a copy."""
         import tvm
         import tvm_ffi
 
@@ -84,7 +84,7 @@ class Machine:
         return made.copyfrom(shared)
 
     def to_torch(self, tensor: Any) -> torch.Tensor:
-        """A TVM tensor for torch, where torch can have it without a copy."""
+        """Return a TVM tensor for torch, where torch can have it without a copy."""
         import torch
         import tvm
 
@@ -109,7 +109,7 @@ class Machine:
 
 
 def to_numpy(tensor: torch.Tensor) -> Any:
-    """A torch tensor as a NumPy array of the same dtype, bfloat16 included."""
+    """Return a torch tensor as a NumPy array of the same dtype, bfloat16 included."""
     import torch
 
     host = tensor.detach().cpu().contiguous()
@@ -119,7 +119,7 @@ def to_numpy(tensor: torch.Tensor) -> Any:
 
 
 def from_numpy(array: Any, device: torch.device) -> torch.Tensor:
-    """The inverse of :func:`to_numpy`, in memory of its own."""
+    """Return the inverse of :func:`to_numpy`, in memory of its own."""
     import torch
 
     if array.dtype.name == "bfloat16":

@@ -203,7 +203,7 @@ class _Contenders:
         return *_called(lambda: made(*self.inputs), self.place), 0
 
     def ours(self, model: Model, policy: str) -> tuple[Call, list[Any], int]:
-        """A library of this package."""
+        """Return a library of this package."""
         import tvm_balanced as tb
 
         made = tb.compile(model, self.place.machine.spec, policy=policy)
@@ -232,7 +232,7 @@ class _Contenders:
 
 
 def _called(run: Callable[[], Any], place: _Device) -> tuple[Call, list[Any]]:
-    """A call that waits for its result, and what it gives, on the CPU."""
+    """Return a call that waits for its result, and what it gives, on the CPU."""
 
     def call() -> Any:
         out = run()
@@ -264,7 +264,7 @@ def _load(module: torch.nn.Module, model: Model) -> None:
 
 
 def _error(results: Sequence[Any], expected: Sequence[Any]) -> float:
-    """The largest over the outputs."""
+    """Return the largest over the outputs."""
     worst = 0.0
     for one, other in zip(results, expected, strict=True):
         off = float((one.double() - other.double()).abs().max() / other.double().abs().max())

@@ -101,7 +101,7 @@ def make_machine(target: str = "auto", threads: int | None = None) -> Machine:
 
 
 def environment(machine: Machine, threads: int | None = None) -> dict[str, Any]:
-    """The columns that say where and with what a row was measured, but for the time."""
+    """Return the columns that say where and with what a row was measured, but for the time."""
     import torch
 
     driver = detect_driver()
@@ -182,7 +182,7 @@ class Benchmark:
         self._weights: tuple[Any, Weights] | None = None
 
     def keys(self, problem: Problem) -> list[dict[str, Any]]:
-        """The rows that a problem will have, with the columns that tell them apart."""
+        """Return the rows that a problem will have, with the columns that tell them apart."""
         zeros = 1 - BalancedPattern(problem.pattern).density
         return [
             {
@@ -399,7 +399,7 @@ class Benchmark:
 
 
 def library_problems(library: Library) -> list[Problem]:
-    """The sparse layers of a compiled library as problems, each shape once.
+    """Return the sparse layers of a compiled library as problems, each shape once.
 
     Layers whose rows of activations are symbolic are taken at M = 1 and 8.
 

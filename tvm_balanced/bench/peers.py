@@ -64,7 +64,7 @@ class Weights:
         return Weights(dense, prune(dense, pattern), pattern)
 
     def packed(self, fmt: PackedFormat) -> BalancedTensor:
-        """The pruned weight in a format, packed once."""
+        """Return the pruned weight in a format, packed once."""
         if fmt not in self._packed:
             array = to_numpy(self.pruned)
             self._packed[fmt] = pack(array, fmt.pattern, fmt.layout, fmt.encoding)
@@ -117,7 +117,7 @@ class Contender:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def calls(self, copies: int) -> list[Call]:
-        """Calls on so many copies."""
+        """Return calls on so many copies."""
         return [self.make() for _ in range(copies)]
 
 
@@ -173,7 +173,7 @@ def _peer(name: str, what: str) -> Callable[[Prepare], Prepare]:
 def _balanced(
     machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
 ) -> Contender:
-    """This package's operator, through its pipeline."""
+    """Return return this package's operator, through its pipeline."""
     from tvm import relax
 
     from tvm_balanced import ops
@@ -293,7 +293,7 @@ def _csr(machine: Machine, problem: Problem, weights: Weights, data: torch.Tenso
 def _semi_structured(
     machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
 ) -> Contender:
-    """cuSPARSELt's 2:4 through PyTorch, weights pruned to 2:4 whatever the problem's pattern."""
+    """Multiply by cuSPARSELt's 2:4 through PyTorch, weights pruned to 2:4 whatever the problem's pattern."""
     import torch
 
     if machine.device.type != "cuda":
@@ -317,7 +317,7 @@ def _semi_structured(
 def _triton_dense(
     machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
 ) -> Contender:
-    """A dense product in Triton: tiles on tensor cores, K split over programs for small batches."""
+    """Return a dense product in Triton: tiles on tensor cores, K split over programs for small batches."""
     if machine.device.type != "cuda":
         raise PeerMissing("Triton needs a GPU")
     del problem

@@ -88,7 +88,7 @@ PLOT_FORMATS = (".svg", ".png", ".pdf")
 
 
 def key(row: Row) -> tuple[str, ...]:
-    """What a row measured, where and with which code: rows of one key are repetitions."""
+    """Return what a row measured, where and with which code: rows of one key are repetitions."""
     return tuple(_text(row.get(column)) for column in _KEY)
 
 
@@ -154,7 +154,7 @@ def _text(value: Any) -> str:
 
 
 def number(row: Row, column: str) -> float | None:
-    """A column as a number, None where it is empty."""
+    """Return a column as a number, None where it is empty."""
     value = row.get(column)
     return None if value in (None, "") else float(value)
 

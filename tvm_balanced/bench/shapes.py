@@ -181,7 +181,7 @@ def problems(
 
 
 def in_order(problems: Sequence[Problem]) -> list[Problem]:
-    """The most telling first: see :func:`problems`. What is equal stays in the order given."""
+    """Return the most telling first: see :func:`problems`. What is equal stays in the order given."""
     dtypes = list(dict.fromkeys(problem.dtype for problem in problems))
     groups = list(dict.fromkeys((p.set, p.layer, p.pattern) for p in problems))
 

@@ -67,7 +67,7 @@ def command(
     overwrite: bool,
     **inputs: Any,
 ) -> None:
-    """Run LIBRARY (.tvmb) on this machine: shapes of its outputs, and how long a call takes.
+    r"""Run LIBRARY (.tvmb) on this machine: shapes of its outputs, and how long a call takes.
 
     \b
     Example:

@@ -34,7 +34,7 @@ _ENDS = (
 
 
 def made_sentence(draw: random.Random) -> str:
-    """A sentence of four parts, one of some twenty thousand."""
+    """Return a sentence of four parts, one of some twenty thousand."""
     parts = (draw.choice(words) for words in (_SUBJECTS, _VERBS, _OBJECTS, _ENDS))
     return " ".join(parts) + "."
 

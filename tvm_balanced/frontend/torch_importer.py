@@ -55,6 +55,7 @@ class FaithfulBuilder(relax.BlockBuilder):  # type: ignore[misc]
     """
 
     def emit(self, expr: Any, name_hint: str = "") -> Any:
+        """Emit an operator, of half precision with its result in that."""
         name = call_name(expr)
         if name is None:
             return super().emit(expr, name_hint)
@@ -77,7 +78,7 @@ class FaithfulBuilder(relax.BlockBuilder):  # type: ignore[misc]
         return super().emit(expr, name_hint)
 
     def _unbroadcast(self, data: Any, weight: Any) -> Any:
-        """The matrix that ``weight`` repeats once per batch of ``data``, or ``weight``."""
+        """Return the matrix that ``weight`` repeats once per batch of ``data``, or ``weight``."""
         value: Any = self.lookup_binding(weight) if isinstance(weight, relax.Var) else None
         if call_name(value) != "relax.broadcast_to":
             return weight
@@ -91,7 +92,7 @@ class FaithfulBuilder(relax.BlockBuilder):  # type: ignore[misc]
 
 
 def _own_dtype(call: Any) -> Any:
-    """A product or convolution of half precision operands, with its result in their dtype."""
+    """Return a product or convolution of half precision operands, with its result in their dtype."""
     dtypes = {str(arg.ty.dtype) for arg in call.args}
     if len(dtypes) != 1 or not dtypes <= _HALF or str(call.attrs.out_dtype) != "float32":
         return call
@@ -141,6 +142,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
         super().__init__()
 
     def create_convert_map(self) -> dict[Any, Callable[[fx.Node], Any]]:
+        """Return TVM's converters and ours."""
         table = dict(super().create_convert_map())
         table["cumsum.default"] = self._typed_cumsum
         table["cat.default"] = self._nonempty_cat
@@ -174,7 +176,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
         return converted
 
     def _as_recorded(self, result: Any, recorded: torch.Tensor) -> Any:
-        """``result`` with the dtype, and where it is symbolic the shape, that the program recorded."""
+        """Return ``result`` with the dtype, and where it is symbolic the shape, that the program recorded."""
         dtype = self._convert_data_type(recorded.dtype)
         if str(result.ty.dtype) != dtype:
             result = self.block_builder.emit(relax.op.astype(result, dtype))
@@ -207,7 +209,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
         return dims
 
     def _convert_slice(self, plain: Callable[[fx.Node], Any], node: fx.Node) -> Any:
-        """A slice; one of a symbolic length becomes a gather.
+        """Return a slice; one of a symbolic length becomes a gather.
 
         TVM gives ``table[:n]`` of 64 rows the length min(n, 64), and ``x[1:]`` of n + 1 rows one with the
         largest integer in it; its FuseTIR crashes on such slices.
@@ -315,7 +317,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
     def _parameters(
         self, program: torch.export.ExportedProgram
     ) -> tuple[dict[str, Any], dict[str, tuple[Any, torch.Tensor]], dict[str, Any]]:
-        """Inputs by node, weights by the module's names, literals by node."""
+        """Return inputs by node, weights by the module's names, literals by node."""
         tensors = {**program.constants, **program.state_dict}
         placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
         inputs: dict[str, Any] = {}
@@ -371,7 +373,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
         return relax.Var(name, relax.TensorType(dims, self._convert_data_type(tensor.dtype)))
 
     def _bounds(self, program: torch.export.ExportedProgram) -> dict[str, dict[str, int]]:
-        """Function attributes with the bounds of symbolic dimensions, as TVM's memory planner reads them."""
+        """Return function attributes with bounds of symbolic dimensions for TVM's memory planner."""
         lower: dict[str, int] = {}
         upper: dict[str, int] = {}
         for symbol, bounds in program.range_constraints.items():
@@ -388,7 +390,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
     def _user_outputs(
         self, program: torch.export.ExportedProgram, outputs: tuple[Any, ...]
     ) -> list[Any]:
-        """What the module returns, without the buffers that the export returns beside it."""
+        """Return what the module returns, without the buffers that the export returns beside it."""
         kinds = [spec.kind for spec in program.graph_signature.output_specs]
         if len(kinds) == len(outputs):
             outputs = tuple(
@@ -451,7 +453,7 @@ def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def to_numpy(tensor: torch.Tensor) -> Array:
-    """A tensor as a NumPy array of the same dtype; it may share the tensor's memory."""
+    """Return a tensor as a NumPy array of the same dtype; it may share the tensor's memory."""
     tensor = tensor.detach()
     if tensor.layout is not torch.strided:
         tensor = tensor.to_dense()

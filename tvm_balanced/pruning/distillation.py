@@ -115,7 +115,7 @@ def distill(
 
 
 def _outputs(module: torch.nn.Module, batch: Batch) -> list[torch.Tensor]:
-    """Outputs of all linear layers, in order, then the model's own; all in float32."""
+    """Return outputs of all linear layers, in order, then the model's own; all in float32."""
     import torch
 
     outputs: list[torch.Tensor] = []

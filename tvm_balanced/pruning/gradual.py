@@ -36,7 +36,7 @@ class MaskRule(Protocol):
     """A pattern of zeros: what :class:`GradualPruner` asks at every increase."""
 
     def mask(self, magnitude: torch.Tensor, left: float) -> torch.Tensor:
-        """What to keep of a weight when a share ``left`` (1 to 0) of the way is still to go.
+        """Return what to keep of a weight when a share ``left`` (1 to 0) of the way is still to go.
 
         Parameters
         ----------

@@ -117,7 +117,7 @@ def agreement(module: torch.nn.Module, teacher: torch.nn.Module, batches: Sequen
 
 
 def copy_of(module: torch.nn.Module) -> torch.nn.Module:
-    """A copy to distil from, taken before the module is pruned."""
+    """Return a copy to distil from, taken before the module is pruned."""
     return copy.deepcopy(module)
 
 
@@ -143,7 +143,7 @@ def _no_grad() -> Any:
 
 @contextlib.contextmanager
 def _eval(module: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each part's own mode afterwards."""
+    """Set evaluation mode, and each part's own mode afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     # not eval(): the module of an exported program refuses it
     for part, _ in modes:
@@ -162,7 +162,7 @@ def _watch(look: Callable[[str, Any, Any], None], take: Callable[[Any], None] | 
 
 @functools.cache
 def _watch_class() -> Any:
-    """The class behind :func:`_watch`; it derives from PyTorch, which is imported when it is used."""
+    """Return the class behind :func:`_watch`; it derives from PyTorch, which is imported when it is used."""
     import torch
     from torch.overrides import TorchFunctionMode
 

@@ -68,7 +68,7 @@ def balanced_mask(weight: Array, pattern: BalancedPattern | str) -> Array:
 
 
 def prune_weight(weight: Array, pattern: BalancedPattern | str) -> Array:
-    """A copy of ``weight`` with the smallest magnitudes of each block set to zero.
+    """Return a copy of ``weight`` with the smallest magnitudes of each block set to zero.
 
     Weights that are balanced already come back equal. See :func:`balanced_mask` for parameters and errors.
     """
@@ -134,7 +134,7 @@ def _prune(
     skipped: Mapping[str, str],
     progress: Callable[[str], None] | None,
 ) -> Iterator[tuple[PrunedLayer, Array | None]]:
-    """What becomes of each layer, and its mask where its weight has to change."""
+    """Return what becomes of each layer, and its mask where its weight has to change."""
     # everything is checked before anything is pruned: a long run must not fail at its end
     for name, (_, columns) in shapes.items():
         if name in skipped:

@@ -16,7 +16,7 @@ def kept_per_block(pattern: BalancedPattern, left: float) -> int:
 
 
 def largest_of_blocks(score: torch.Tensor, nnz: int, block: int) -> torch.Tensor:
-    """The ``nnz`` largest scores of every block of a row; of equal ones the leftmost.
+    """Return the ``nnz`` largest scores of every block of a row; of equal ones the leftmost.
 
     Parameters
     ----------

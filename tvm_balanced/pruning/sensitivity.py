@@ -152,7 +152,7 @@ def scan(
 
 
 def choose(scanned: Selection, speedup: float) -> Selection:
-    """The patterns of the least summed loss that reach a predicted speedup of the dense layers.
+    """Return the patterns of the least summed loss that reach a predicted speedup of the dense layers.
 
     Parameters
     ----------
@@ -227,7 +227,7 @@ def choose_by_loss(
     method: str = "magnitude",
     progress: Callable[[str], None] | None = None,
 ) -> Selection:
-    """The largest predicted speedup, of those tried by halving, whose measured loss is within bounds.
+    """Return the largest predicted speedup, of those tried by halving, whose measured loss is within bounds.
 
     Parameters
     ----------

@@ -35,7 +35,7 @@ def slug(text: str) -> str:
 
 
 def device_name(spec: TargetSpec) -> str:
-    """The folder of a target's records: the GPU's name, or the CPU's with architecture and cores."""
+    """Return the folder of a target's records: the GPU's name, or the CPU's with architecture and cores."""
     if spec.kind == "cuda":
         return slug(spec.gpu or spec.arch)
     from tvm_balanced.targets.host import cpu_model
@@ -94,7 +94,7 @@ class Lookup:
 
 
 def user_logs() -> Path:
-    """The user's own records: ``$XDG_CACHE_HOME/tvm-balanced/tuning_logs``."""
+    """Return the user's own records: ``$XDG_CACHE_HOME/tvm-balanced/tuning_logs``."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "tvm-balanced" / "tuning_logs"
 
@@ -106,7 +106,7 @@ def default_place() -> Path:
 
 
 def shipped_logs() -> Path:
-    """The records that come with the package."""
+    """Return the records that come with the package."""
     from importlib.resources import files
 
     return Path(str(files("tvm_balanced.tuning_logs")))
@@ -139,7 +139,7 @@ def places(logs: str | Path | None = None) -> list[Path]:
 
 
 def find(spec: TargetSpec, where: Sequence[Path], target: Mapping[str, Any]) -> Lookup:
-    """The best record of each kernel for a target.
+    """Return the best record of each kernel for a target.
 
     A measured record of a later place stands before an estimate of an earlier one. A target named by its
     architecture (``cuda-sm_90``) takes records of any GPU of it.

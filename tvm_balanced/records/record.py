@@ -131,7 +131,7 @@ class Environment:
             raise ValueError(f"{path} is not as written ({error})") from error
 
     def text(self) -> str:
-        """The contents of ``environment.json``."""
+        """Return the contents of ``environment.json``."""
         document = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
         return json.dumps(document, indent=2) + "\n"
 
@@ -151,5 +151,5 @@ class Environment:
 
 
 def tvm_version() -> str:
-    """The installed TVM's version, without importing it."""
+    """Return the installed TVM's version, without importing it."""
     return version("apache-tvm")

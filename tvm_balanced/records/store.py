@@ -107,7 +107,7 @@ def _parse(
 
 
 def _pair(line: bytes) -> list[Any] | None:
-    """The two values of a line; None for a damaged one."""
+    """Return the two values of a line; None for a damaged one."""
     try:
         value = msgspec.json.decode(line)
     except (ValueError, RecursionError):
@@ -322,7 +322,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _shared_lock(folder: Path) -> Iterator[None]:
-    """The lock, where the folder is one that a tuner could be writing to."""
+    """Hold the lock, where the folder is one that a tuner could be writing to."""
     if (folder / _LOCK).exists() and os.access(folder / _LOCK, os.W_OK):
         with _lock(folder):
             yield
@@ -331,5 +331,5 @@ def _shared_lock(folder: Path) -> Iterator[None]:
 
 
 def target_key(target: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a target decides whether a record serves it."""
+    """Return what of a target decides whether a record serves it."""
     return {name: target[name] for name in _TARGET_KEYS if target.get(name) not in (None, "", [])}

@@ -74,7 +74,7 @@ class Candidate:
 
 
 def operator_of(mod: tvm.IRModule) -> BalancedBlock:
-    """The balanced operator of a candidate of ours.
+    """Return the balanced operator of a candidate of ours.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ def operator_of(mod: tvm.IRModule) -> BalancedBlock:
 
 
 def candidate_of(mod: tvm.IRModule, target: tvm.target.Target) -> Candidate:
-    """The kernel that a module with a trace's annotations stands for; the default is the models' choice.
+    """Return the kernel that a module with a trace's annotations stands for.
 
     Raises
     ------
@@ -139,7 +139,7 @@ def predict(
     candidate: Candidate,
     compiled: KernelResources | None = None,
 ) -> Prediction:
-    """The prediction of a kernel's model for a layer on a target's GPU.
+    """Return the prediction of a kernel's model for a layer on a target's GPU.
 
     Parameters
     ----------

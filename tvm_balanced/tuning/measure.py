@@ -87,7 +87,7 @@ class Feed:
     between: int = 0
 
     def copies(self, signature: Signature) -> int:
-        """Sets of weights that together are as large as what the model reads between two calls."""
+        """Return sets of weights that together are as large as what the model reads between two calls."""
         own = sum(
             math.prod(shape) * _width(dtype)
             for i, (dtype, shape) in enumerate(signature)
@@ -165,6 +165,7 @@ class LocalArguments(Arguments):
     """As TVM's local runner calls it."""
 
     def __call__(self, device: Any, args_info: Any, repeat: int) -> list[list[Any]]:
+        """As :meth:`make`, with TVM's arguments."""
         return self.make(device, args_info, repeat)
 
 
@@ -226,6 +227,7 @@ class LocalTimer(Timer):
     """As TVM's local runner calls it."""
 
     def __call__(self, module: Any, device: Any, _config: Any, args: Any) -> list[float]:
+        """As :meth:`time`, with TVM's arguments."""
         return self.time(module, device, args)
 
     def time(self, module: Any, device: Any, repeated_args: Sequence[Sequence[Any]]) -> list[float]:
@@ -260,7 +262,7 @@ class LocalRunner:
         )
 
     def run(self, inputs: Sequence[Any]) -> Sequence[Any]:
-        """A future for each of MetaSchedule's runner inputs, one measured after the other."""
+        """Return a future for each of MetaSchedule's runner inputs, one measured after the other."""
         futures: Sequence[Any] = self._one.run(list(inputs))
         return futures
 
@@ -364,7 +366,7 @@ class Known:
     value: Any
 
     def result(self) -> Any:
-        """The value."""
+        """Wait for the value."""
         return self.value
 
 

@@ -122,7 +122,7 @@ def check_plot(path: Path) -> None:
 
 
 def describe(record: Record) -> str:
-    """A schedule in a few words: our kernel and its knobs, the default, or TVM's rules."""
+    """Return a schedule in a few words: our kernel and its knobs, the default, or TVM's rules."""
     if traces.is_default(record.trace):
         return "default"
     knobs = traces.sampled_knobs(record.trace)

@@ -106,7 +106,7 @@ class Tracker:
         return sum(server["key"] == f"server:{self.key}" for server in summary["server_info"])
 
     def no_server(self) -> ToolchainError:
-        """What to say where no server of the key is left."""
+        """Return what to say where no server of the key is left."""
         return ToolchainError(
             f'the tracker at {self} has no server of key "{self.key}"; start one on each device with '
             f"python -m tvm.exec.rpc_server --tracker {self} --key {self.key}, then go on with resume"
@@ -117,6 +117,7 @@ class RpcArguments(Arguments):
     """As TVM's RPC runner calls it."""
 
     def __call__(self, _session: Any, device: Any, args_info: Any, repeat: int) -> list[list[Any]]:
+        """As :meth:`make`, with TVM's arguments."""
         return self.make(device, args_info, repeat)
 
 
@@ -126,6 +127,7 @@ class RpcTimer(Timer):
     def __call__(
         self, _session: Any, module: Any, device: Any, _config: Any, args: Any
     ) -> list[float]:
+        """As :meth:`time`, with TVM's arguments."""
         return self.time(module, device, args)
 
 

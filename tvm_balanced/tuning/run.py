@@ -171,7 +171,7 @@ def tune_tasks(
 def _with_estimates(
     tasks: Sequence[Task], spec: TargetSpec
 ) -> tuple[list[Task], list[KernelResult]]:
-    """The tasks that the kernel models have an opinion on, and what to say of the others."""
+    """Return the tasks that the kernel models have an opinion on, and what to say of the others."""
     from tvm_balanced.tuning.model_runner import can_estimate
 
     known = [task for task in tasks if can_estimate(task.mod, spec.target)]
@@ -190,7 +190,7 @@ def _with_estimates(
 def open_folder(
     place: Path, spec: TargetSpec, search: TuneOptions, options: CompileOptions | None = None
 ) -> RecordFolder:
-    """The folder of a target below ``place``, with what this run measures on; estimates have their own.
+    """Return the folder of a target below ``place``; estimates have their own.
 
     Raises
     ------
@@ -222,7 +222,7 @@ def open_folder(
 
 
 def _commit() -> str | None:
-    """The commit of the working tree that this package is run from; None for an installed one."""
+    """Return the commit of the working tree that this package is run from; None for an installed one."""
     import subprocess
 
     root = Path(__file__).resolve().parents[2]
@@ -264,7 +264,7 @@ def _import_intrinsics() -> None:
 
 @contextlib.contextmanager
 def _stop_on_interrupt(stopped: threading.Event) -> Iterator[None]:
-    """The first Ctrl-C lets the batch in flight end; the next one is the usual one."""
+    """Let the first Ctrl-C end the run after the batch in flight; the next one is the usual one."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

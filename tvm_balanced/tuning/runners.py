@@ -120,7 +120,7 @@ class Runner:
     def open(
         self, feeds: Mapping[measure.Signature, measure.Feed], cache: str
     ) -> tuple[measure.ProcessBuilder, Any]:
-        """A builder of candidates, and what takes what it built.
+        """Return a builder of candidates, and what takes what it built.
 
         Parameters
         ----------

@@ -226,7 +226,7 @@ class Tuner:
             self._sum_up(state)
 
     def target_json(self) -> Mapping[str, Any]:
-        """The target as records hold it."""
+        """Return the target as records hold it."""
         state = self.states[0]
         return _plain(self._record(state, state.default, [1.0])).target
 
@@ -313,7 +313,7 @@ class Tuner:
             self.model.update(state.context, [g.candidate for g in good], [g.result for g in good])
 
     def _propose(self, state: _State) -> list[tuple[str, Any]]:
-        """What the search wants to be measured next, by the text of its trace; empty at its end."""
+        """Return what the search wants to be measured next, by the text of its trace; empty at its end."""
         if state.searched:
             return []
         try:
@@ -396,7 +396,7 @@ class Tuner:
 
 
 def _text(candidate: Any) -> str:
-    """What a record of the candidate will have as its trace."""
+    """Return what a record of the candidate will have as its trace."""
     return trace_text(candidate.sch.trace.as_json())
 
 

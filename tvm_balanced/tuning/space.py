@@ -26,7 +26,7 @@ _STORE_COLUMNS = 164
 
 
 def design_space(spaces: list[schedules_space.Space]) -> ms.space_generator.SpaceGenerator:
-    """A generator of one design for each of our kernels, with the mutator and the check that fit.
+    """Return a generator of one design for each of our kernels, with the mutator and the check that fit.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ def design_space(spaces: list[schedules_space.Space]) -> ms.space_generator.Spac
 def point_schedule(
     mod: tvm.IRModule, space: schedules_space.Space, point: Mapping[str, int]
 ) -> s_tir.Schedule:
-    """The schedule that the search would draw for one point of a space."""
+    """Return the schedule that the search would draw for one point of a space."""
     return _design(s_tir.Schedule(mod), space, point)
 
 
@@ -67,7 +67,7 @@ def _design(
 
 
 def default_schedule(mod: tvm.IRModule) -> s_tir.Schedule:
-    """The schedule that stands for the default one: nothing but an annotation that says so."""
+    """Return the schedule that stands for the default one: nothing but an annotation that says so."""
     sch = s_tir.Schedule(mod)
     root = sch.get_sblock("root")
     sch.annotate(sch.get_child_blocks(root)[0], workload.KERNEL, workload.DEFAULT)
@@ -119,7 +119,7 @@ class MutateKnob(ms.mutator.PyMutator):  # type: ignore[misc]
         self.rng.seed(int(context.rand_state))
 
     def apply(self, trace: Any, _: Any) -> Any:
-        """The trace with another decision for one knob; None where it has no knobs."""
+        """Return the trace with another decision for one knob; None where it has no knobs."""
         knobs = [
             step
             for step in trace.insts

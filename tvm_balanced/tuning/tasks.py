@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tvm
@@ -69,7 +69,7 @@ def fused_module(
     options: CompileOptions,
     progress: Callable[[str], None] | None = None,
 ) -> tvm.IRModule:
-    """The module with whole, unscheduled kernels that :func:`tvm_balanced.compile` would schedule.
+    """Return the module with whole, unscheduled kernels that :func:`tvm_balanced.compile` would schedule.
 
     Parameters
     ----------
@@ -82,14 +82,14 @@ def fused_module(
     from tvm_balanced.build.pipeline import fuse_passes
     from tvm_balanced.build.prepare import prepare
 
-    prepared = prepare(model, spec, options, progress)
+    prepared = prepare(model, spec, replace(options, dump_ir=None), progress)
     mod = bind_parameters(prepared.mod, prepared.embedded)
     with spec.target, tvm.transform.PassContext(opt_level=3):
         return tvm.transform.Sequential(fuse_passes())(mod)
 
 
 def find_tasks(mod: tvm.IRModule, target: tvm.target.Target, kernels: str = "all") -> list[Task]:
-    """The kernels of a fused module, each workload once, the balanced ones first.
+    """Return the kernels of a fused module, each workload once, the balanced ones first.
 
     Parameters
     ----------
@@ -156,7 +156,7 @@ def _functions(mod: tvm.IRModule) -> list[relax.Function]:
 
 
 def _calls(func: relax.Function) -> list[tuple[str, list[Any]]]:
-    """The kernels that a function calls, each with what it is given."""
+    """Return the kernels that a function calls, each with what it is given."""
     calls: list[tuple[str, list[Any]]] = []
 
     def visit(call: Any) -> None:
@@ -173,7 +173,7 @@ def _calls(func: relax.Function) -> list[tuple[str, list[Any]]]:
 
 
 def _parameters(func: relax.Function) -> set[Any]:
-    """A function's parameters that hold weights: those that follow its inputs."""
+    """Return a function's parameters that hold weights: those that follow its inputs."""
     inputs = func.attrs["num_input"] if func.attrs and "num_input" in func.attrs else None
     return set() if inputs is None else set(func.params[int(inputs) :])
 
