@@ -22,7 +22,7 @@ from tvm_balanced.errors import InputError
 from tvm_balanced.options import CompileOptions, make_options
 from tvm_balanced.records import lookup
 from tvm_balanced.records import record as records_record
-from tvm_balanced.records.record import Environment
+from tvm_balanced.records.record import Environment, Method
 from tvm_balanced.records.store import RecordFolder
 from tvm_balanced.targets.resolve import TargetSpec, resolve
 from tvm_balanced.tuning import measure
@@ -213,7 +213,7 @@ def open_folder(
         "options": None if options is None else options.to_json(),
     }
     model = cpu_model() if spec.kind == "llvm" else str(spec.gpu)
-    method = "estimated" if how.estimates else "measured"
+    method: Method = "estimated" if how.estimates else "measured"
     environment = Environment(
         name, model, spec.kind, spec.arch, records_record.tvm_version(), method, (run,)
     )
