@@ -52,25 +52,25 @@ def _minilm() -> dict[str, float]:
     module, sentences = sentence_encoder()
     start = time.perf_counter()
     model = tb.from_torch(module, sentences[0], name="minilm")
-    found = {"MiniLM import, s": time.perf_counter() - start}
+    got = {"MiniLM import, s": time.perf_counter() - start}
     for target in ("llvm", "cuda-sm_90"):
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
             tb.compile(tb.prune(model, "4:16"), target).save(Path(folder) / "model.tvmb")
-            found[f"MiniLM prune, compile, save for {target}, s"] = time.perf_counter() - start
-    return found
+            got[f"MiniLM prune, compile, save for {target}, s"] = time.perf_counter() - start
+    return got
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def main(as_json: bool) -> None:
     """Time pruning, packing and building."""
-    found = {**_layer(), **_minilm()}
+    got = {**_layer(), **_minilm()}
     if as_json:
-        json.dump(found, sys.stdout, indent=2)
+        json.dump(got, sys.stdout, indent=2)
         print()
         return
-    for name, value in found.items():
+    for name, value in got.items():
         click.echo(f"{name:48s} {value:8.2f}")
 
 

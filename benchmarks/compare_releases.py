@@ -123,12 +123,12 @@ def serve(model: str, pattern: str, logs: str | None) -> None:
         for _ in sys.stdin:
             del library
             library = tb.load(path)
-            found = []
+            got = []
             for _ in range(_WARM_UP + _CALLS):
                 begin = time.perf_counter()
                 library(*inputs)
-                found.append(time.perf_counter() - begin)
-            print(json.dumps(found[_WARM_UP:]), flush=True)
+                got.append(time.perf_counter() - begin)
+            print(json.dumps(got[_WARM_UP:]), flush=True)
 
 
 @main.command()

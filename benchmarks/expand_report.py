@@ -83,7 +83,7 @@ def report(arch: str, n: int, k: int, pattern: str, m: int) -> Row | None:
     chosen = rule.choose(fmt, m, "float16", target)
     if chosen is None:
         return None
-    tile, told = chosen
+    tile, said = chosen
     schedule = rule.apply(operator(fmt, m, "float16"), target, tile)
     assert schedule is not None
     source = cudaemu.from_tvm(schedule.mod, target).source
@@ -102,11 +102,11 @@ def report(arch: str, n: int, k: int, pattern: str, m: int) -> Row | None:
     weights = LANES * slots * form.block // form.nnz
     return Row(
         *(arch, n, k, pattern, m, fmt.encoding, "-".join(str(v) for v in asdict(tile).values())),
-        *(kernel.resources.registers, told.registers, kernel.resources.stack_bytes),
-        told.shared_bytes,
-        *(loop.instructions, slots * told.instructions_per_slot),
+        *(kernel.resources.registers, said.registers, kernel.resources.stack_bytes),
+        said.shared_bytes,
+        *(loop.instructions, slots * said.instructions_per_slot),
         loop.instructions / (weights / 256),
-        *(loop.hmma, told.total_us, told.bound),
+        *(loop.hmma, said.total_us, said.bound),
     )
 
 
@@ -116,14 +116,14 @@ def report(arch: str, n: int, k: int, pattern: str, m: int) -> Row | None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 def main(archs: tuple[str, ...], patterns: tuple[str, ...], output: Path) -> None:
     """Write a row for each kernel to OUTPUT."""
-    found = [
+    got = [
         report(arch, *shape, pattern, m)
         for arch in archs
         for shape, every in _ROWS.items()
         for m in every
         for pattern in patterns
     ]
-    rows = [row for row in found if row is not None]
+    rows = [row for row in got if row is not None]
     with output.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()

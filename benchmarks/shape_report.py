@@ -184,10 +184,10 @@ def report(problem: Any, arch: str, encoding: str | None, emulate: bool) -> Row:
 
     # of this kernel, whichever the compiler chooses
     gpu = replace(gpu, launch_us=spec.launch_us)
-    told = gather_model.GatherModel(gpu, fmt, m, dtype).predict(tile)
-    row.predicted_us, row.bound = told.total_us, told.bound
-    row.bytes_in_flight = told.bytes_in_flight
-    row.needed_bytes_in_flight = told.needed_bytes_in_flight
+    said = gather_model.GatherModel(gpu, fmt, m, dtype).predict(tile)
+    row.predicted_us, row.bound = said.total_us, said.bound
+    row.bytes_in_flight = said.bytes_in_flight
+    row.needed_bytes_in_flight = said.needed_bytes_in_flight
     itemsize, rate = numpy_dtype(dtype).itemsize, gpu.bandwidth_gbps * 1e3
     around = m * (layer.n + layer.k) * itemsize
     row.ceiling_us = (fmt.nbytes(dtype) + around) / rate
@@ -219,12 +219,12 @@ def _count(row: Row, problem: Any, target: Any, tile: Any, encoding: str | None)
     x = rng.standard_normal((problem.m, problem.layer.k)).astype(dtype)
     arrays = [x, packed.values, packed.indices, np.zeros((problem.m, outputs), dtype)]
     kernel = cudaemu.from_tvm(_kernel(fmt, problem.m, problem.dtype, target, tile), target)
-    found = cudaemu.measure_balanced(kernel, fmt, problem.m, problem.dtype, arrays)
+    got = cudaemu.measure_balanced(kernel, fmt, problem.m, problem.dtype, arrays)
     row.emulated_outputs = outputs
-    row.weight_sectors = found.weight_excess
+    row.weight_sectors = got.weight_excess
     row.gather_wavefronts, row.staging_wavefronts = (
-        found.shared_load_excess,
-        found.shared_store_excess,
+        got.shared_load_excess,
+        got.shared_store_excess,
     )
 
 

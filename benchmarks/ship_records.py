@@ -24,11 +24,11 @@ from tvm_balanced.records import store as records
 def main(folders: tuple[Path, ...], output: Path) -> None:
     """Write the best records of FOLDERS, of one device each, into folders of the same names."""
     for folder in folders:
-        found, problems = records.read_folder(folder)
+        got, problems = records.read_folder(folder)
         if problems:
             raise SystemExit(f"{folder}: {problems[0]}; give records that can be read")
         kernels: dict[str, list[records_record.Record]] = {}
-        for record in found:
+        for record in got:
             kernels.setdefault(record.workload[0], []).append(record)
         chosen = []
         for group in kernels.values():

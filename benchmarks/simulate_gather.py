@@ -72,8 +72,8 @@ def configurations() -> list[Configuration]:
     for n, k, m, pattern in _SHAPES:
         fmt = _format(n, k, pattern)
         unit = chunk_unit(fmt)
-        found: dict[GatherTile, None] = {}
-        while len(found) < _TILES_OF_A_SHAPE:
+        answer: dict[GatherTile, None] = {}
+        while len(answer) < _TILES_OF_A_SHAPE:
             rows = rng.choice([r for r in (1, 2, 4, 8) if r <= m])
             vector = rng.choice([v for v in (1, 2) if v <= rows])
             warps = rng.choice([2, 4, 8, 16])
@@ -82,11 +82,11 @@ def configurations() -> list[Configuration]:
             tile = GatherTile(vector, rows // vector, warps, rng.choice([1, 2, 4]), chunk)
             staged = chunk * fmt.pattern.block * rows * 4
             if staged + warps * rows * 32 * 4 <= 48 << 10:
-                found[tile] = None
+                answer[tile] = None
         drawn.append(
             [
                 Configuration(n, k, m, pattern, t.vector, t.groups, t.warps, t.unroll, t.chunk)
-                for t in found
+                for t in answer
             ]
         )
     # shape by shape in turns, so that a run that is cut short has seen all of them
@@ -424,11 +424,11 @@ def compare_command(table: Path, output: Path | None) -> None:
             writer = csv.DictWriter(file, [*(f.name for f in fields(Row)), "predicted"])
             writer.writeheader()
             for row in rows:
-                told = {
+                said = {
                     "max_error": f"{row.max_error:.1e}",
                     "predicted": round(predictions[_key(row)]),
                 }
-                writer.writerow(asdict(row) | told)
+                writer.writerow(asdict(row) | said)
     for split in ("fit", "check"):
         chosen = [row for row in rows if row.split == split]
         ratios = sorted(predictions[_key(row)] / row.cycles for row in chosen)

@@ -109,7 +109,7 @@ class _Bench:
         self, points: Sequence[tuple[str, dict[str, int]]], tell: Callable[[int], None]
     ) -> list[list[float]]:
         """Seconds of the runs of each point, each point once."""
-        found = []
+        got = []
         for i in range(0, len(points), _BATCH):
             paths = self.build(points[i : i + _BATCH])
             inputs = [self.ms.runner.RunnerInput(path, "cpu", self.info) for path in paths]
@@ -117,22 +117,22 @@ class _Bench:
                 result = future.result()
                 if result.error_msg is not None:
                     raise SystemExit(str(result.error_msg))
-                found.append([float(value) for value in result.run_secs])
+                got.append([float(value) for value in result.run_secs])
             for path in paths:
                 self.measure.remove_artifact(path)
-            tell(len(found))
-        return found
+            tell(len(got))
+        return got
 
     def by_turns(self, points: Sequence[tuple[str, dict[str, int]]]) -> list[list[float]]:
         """Seconds of each point in each of the rounds over all of them."""
         paths = self.build(points)
         inputs = [self.ms.runner.RunnerInput(path, "cpu", self.info) for path in paths]
-        found = self.runner.by_turns(inputs, _ROUNDS)
+        got = self.runner.by_turns(inputs, _ROUNDS)
         for path in paths:
             self.measure.remove_artifact(path)
-        if found is None:
+        if got is None:
             raise SystemExit("the process that measured by turns ended or hung")
-        return found
+        return got
 
 
 def _chosen(folder: Path) -> tuple[str, dict[str, int]]:

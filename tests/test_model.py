@@ -133,10 +133,10 @@ def test_plan_compares_with_the_dense_kernel_that_will_run():
 
 def test_plan_says_how_far_the_kept_layers_are_behind_cublas():
     model = build({"a.weight": (8192, 8192)}, rows=64, dtype="float16")
-    found = re.search(
+    got = re.search(
         r"dense by DLight, cuBLAS (\d+\.\d\d)x faster", tb.plan(model, "h100", policy="never").title
     )
-    assert float(found[1]) > 1
+    assert float(got[1]) > 1
     assert "cuBLAS" not in tb.plan(model, "h100", "2:16", policy="always").title
     assert "cuBLAS" not in tb.plan(model, "llvm", policy="never").title
     assert tb.plan(model, "llvm", "2:16")[0].cublas_us is None

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tvm_balanced.pruning.prune import prune as prune
     from tvm_balanced.runtime.library import Library as Library
     from tvm_balanced.runtime.library import load as load
+    from tvm_balanced.tuning.options import TuneOptions as TuneOptions
     from tvm_balanced.tuning.run import tune as tune
     from tvm_balanced.verification.library import verify as verify
 
@@ -58,6 +59,7 @@ _HOME = {
     "pruning.magnitude": ("prune_weight",),
     "pruning.prune": ("prune",),
     "runtime.library": ("Library", "load"),
+    "tuning.options": ("TuneOptions",),
     "tuning.run": ("tune",),
     "verification.library": ("verify",),
 }

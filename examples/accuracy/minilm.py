@@ -36,13 +36,13 @@ def embed(module: Any, data: Sequence[Batch]) -> np.ndarray[Any, Any]:
         return np.concatenate([module(*batch).numpy() for batch in data])
 
 
-def quality(found: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]) -> dict[str, float]:
+def quality(got: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]) -> dict[str, float]:
     """Mean, standard error of the mean and least cosine to the dense embeddings; rank correlation."""
     from scipy.stats import spearmanr
 
-    cosines = (found * truth).sum(axis=1)
+    cosines = (got * truth).sum(axis=1)
     pairs = np.array(list(itertools.combinations(range(len(truth)), 2))).T
-    similar = [(e[pairs[0]] * e[pairs[1]]).sum(axis=1) for e in (truth, found)]
+    similar = [(e[pairs[0]] * e[pairs[1]]).sum(axis=1) for e in (truth, got)]
     return {
         "cosine": float(cosines.mean()),
         "error": float(cosines.std(ddof=1) / len(cosines) ** 0.5),

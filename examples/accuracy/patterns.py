@@ -50,14 +50,14 @@ def rules(sparsity: float, columns: set[int]) -> dict[str, MaskRule]:
     Balanced blocks that cannot hold that share, or do not divide every row, are left out: a short last
     block would keep more than its share.
     """
-    found: dict[str, MaskRule] = {"unstructured": Tiles(sparsity, 1, 1)}
+    got: dict[str, MaskRule] = {"unstructured": Tiles(sparsity, 1, 1)}
     for block in BLOCKS:
         kept = block * (1 - sparsity)
         if kept >= 1 and kept == int(kept) and all(k % block == 0 for k in columns):
-            found[f"balanced {block}"] = BalancedRule(f"{int(kept)}:{block}")
+            got[f"balanced {block}"] = BalancedRule(f"{int(kept)}:{block}")
     if sparsity == 0.5:
-        found["2:4"] = BalancedRule("2:4")
-    found["vector 4"] = Tiles(sparsity, 4, 1)
+        got["2:4"] = BalancedRule("2:4")
+    got["vector 4"] = Tiles(sparsity, 4, 1)
     for side in (4, 8, 16):
-        found[f"block {side}x{side}"] = Tiles(sparsity, side, side)
-    return found
+        got[f"block {side}x{side}"] = Tiles(sparsity, side, side)
+    return got

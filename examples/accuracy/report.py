@@ -34,7 +34,7 @@ def differences(rows: Rows, against: str = AGAINST) -> list[dict[str, Any]]:
         if "score" in row:
             group = groups[row["task"], row["sparsity"], row["pattern"]]
             group[row["seed"], row["fold"]] = row["score"]
-    found = []
+    got = []
     for (task, sparsity, pattern), scores in sorted(groups.items()):
         base = groups.get((task, sparsity, against), {})
         keys = [key for key in scores if key in base]
@@ -48,8 +48,8 @@ def differences(rows: Rows, against: str = AGAINST) -> list[dict[str, Any]]:
             row["difference"] = float(pairs.mean())
             row["half"] = width / len(pairs) ** 0.5
             row["corrected"] = width * (1 / len(pairs) + SHARED.get(task, 0)) ** 0.5
-        found.append(row)
-    return found
+        got.append(row)
+    return got
 
 
 def excludes_loss(row: dict[str, Any], kind: str = "corrected") -> bool:
@@ -59,13 +59,13 @@ def excludes_loss(row: dict[str, Any], kind: str = "corrected") -> bool:
     return bool(row["difference"] - row[kind] >= -1)
 
 
-def table(found: Rows) -> str:
+def table(got: Rows) -> str:
     """The differences as Markdown, one line a share of zeros and pattern."""
     lines = [
         f"| task | zeros | pattern | runs | score | minus {AGAINST} | corrected | loss excluded, corrected |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in found:
+    for row in got:
         cells = ["", "", ""]
         if "half" in row:
             verdicts = [
@@ -127,23 +127,23 @@ def speed_table(rows: Rows) -> str:
 
 def write(rows: Rows, folder: Path) -> None:
     """``table.md``, ``summary.csv``, ``scores.csv`` and plots: ``quality.png``, with times ``speed.png``."""
-    found = differences(rows)
-    parts = [table(found), compiled_table(rows), minilm_table(rows), speed_table(rows)]
+    got = differences(rows)
+    parts = [table(got), compiled_table(rows), minilm_table(rows), speed_table(rows)]
     (folder / "table.md").write_text("\n\n".join(parts) + "\n")
     columns = (
         "task", "sparsity", "pattern", "runs", "score", "difference", "half", "corrected",
     )  # fmt: skip
-    _write_csv(folder / "summary.csv", columns, found)
+    _write_csv(folder / "summary.csv", columns, got)
     # what the differences are made of
     scores = [{**row, "score": f"{row['score']:.4f}"} for row in rows if "score" in row]
     _write_csv(
         folder / "scores.csv", ("task", "seed", "fold", "sparsity", "pattern", "score"), scores
     )
-    if found:
-        plot(found, folder / "quality.png")
+    if got:
+        plot(got, folder / "quality.png")
         times = [row for row in rows if "us" in row]
         if times:
-            plot(found, folder / "speed.png", times)
+            plot(got, folder / "speed.png", times)
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Rows) -> None:
@@ -153,7 +153,7 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Rows) -> None:
         writer.writerows(rows)
 
 
-def plot(found: Rows, path: Path, times: Rows = ()) -> None:
+def plot(got: Rows, path: Path, times: Rows = ()) -> None:
     """Quality, one line a pattern, one panel a task: against zeros, or with ``times`` against speed.
 
     Speed is that of the layer at the rows of the first of ``times``, in multiples of the compiled dense
@@ -170,14 +170,14 @@ def plot(found: Rows, path: Path, times: Rows = ()) -> None:
         for row in mine:
             speeds[row["pattern"], row["sparsity"]] = dense / row["us"]
             runners[row["pattern"]] = row["runner"]
-    names = sorted({row["task"] for row in found})
-    patterns = sorted({row["pattern"] for row in found})
+    names = sorted({row["task"] for row in got})
+    patterns = sorted({row["pattern"] for row in got})
     colours = {pattern: f"C{number}" for number, pattern in enumerate(patterns)}
     # ten colours in turns: the styles tell those apart that share one
     styles = {pattern: "-" if number < 10 else "--" for number, pattern in enumerate(patterns)}
     figure, panels = plt.subplots(1, len(names), figsize=(5 * len(names), 4.5), squeeze=False)
     for panel, task in zip(panels[0], names, strict=True):
-        rows_of = [row for row in found if row["task"] == task]
+        rows_of = [row for row in got if row["task"] == task]
         for pattern in dict.fromkeys(row["pattern"] for row in rows_of if row["sparsity"] > 0):
             points = [
                 (speeds.get((pattern, r["sparsity"])) if times else 100 * r["sparsity"], r["score"])

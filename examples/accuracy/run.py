@@ -27,19 +27,19 @@ def units(names: Sequence[str], seeds: int) -> list[Unit]:
     """All that is to be run, in an order that leaves every task with some seeds where it is stopped."""
     from examples.accuracy import minilm, tasks
 
-    found: list[Unit] = []
+    got: list[Unit] = []
     if "MiniLM" in names:
         # the longest first, for both workers to be busy to the end
-        found += [("MiniLM", "distilled")]
-        found += [("MiniLM", pattern) for pattern in minilm.PATTERNS]
-    found += [
+        got += [("MiniLM", "distilled")]
+        got += [("MiniLM", pattern) for pattern in minilm.PATTERNS]
+    got += [
         (name, seed, fold)
         for seed in range(seeds)
         for name in tasks.TASKS
         if name in names
         for fold in range(tasks.FOLDS[name])
     ]
-    return found
+    return got
 
 
 def settings(unit: Unit) -> str:
@@ -95,12 +95,12 @@ def work(unit: Unit, path: Path) -> float:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Rows of a file, of each the last; also those of units that were not run to their end, or otherwise."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    got: dict[tuple[Any, ...], dict[str, Any]] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         row = json.loads(line)
         kinds = ("sparsity", "pattern", "method", "rows", "kind")
-        found[(tuple(row["unit"]), *(row.get(key) for key in kinds))] = row
-    return list(found.values())
+        got[(tuple(row["unit"]), *(row.get(key) for key in kinds))] = row
+    return list(got.values())
 
 
 def unit_of(row: dict[str, Any]) -> Unit:

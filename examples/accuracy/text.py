@@ -27,8 +27,8 @@ def varied_sentences(count: int, words: Sequence[str], seed: int = 0) -> list[st
     draw = random.Random(seed)
     read = sorted(set(docstring_sentences()))
     tested = {sentence for triple in triples() for sentence in triple}
-    found: dict[str, None] = {}
-    while len(found) < count:
+    got: dict[str, None] = {}
+    while len(got) < count:
         if draw.random() < 0.5:
             sentence = draw.choice(read)
         else:
@@ -38,18 +38,18 @@ def varied_sentences(count: int, words: Sequence[str], seed: int = 0) -> list[st
                 draw.choice(words) if draw.random() < 1 / 3 else word for word in sentence.split()
             )
         if sentence not in tested:
-            found[sentence] = None
-    return list(found)
+            got[sentence] = None
+    return list(got)
 
 
 def library_text(size: int) -> str:
     """The first ``size`` characters of the prose in Python's standard library, in a fixed order."""
-    found: dict[str, None] = {}
+    got: dict[str, None] = {}
     length = 0
     for sentence in docstring_sentences():
-        if sentence not in found:
-            found[sentence] = None
+        if sentence not in got:
+            got[sentence] = None
             length += len(sentence) + 1
             if length > size:
                 break
-    return " ".join(found)[:size]
+    return " ".join(got)[:size]

@@ -321,12 +321,12 @@ def test_parameters_are_embedded_up_to_the_limit(monkeypatch):
 def test_tensors_survive_at_aligned_places(tmp_path, dtype, shape):
     values = np.random.default_rng(0).integers(0, 2, shape).astype(dtype)
     write_tensors(tmp_path / "t", {"odd": np.ones(7, np.uint8), "value": values})
-    found = read_tensors(tmp_path / "t")
-    assert list(found) == ["odd", "value"]
-    np.testing.assert_array_equal(found["value"], values)
-    assert found["value"].dtype == values.dtype and found["value"].shape == shape
+    got = read_tensors(tmp_path / "t")
+    assert list(got) == ["odd", "value"]
+    np.testing.assert_array_equal(got["value"], values)
+    assert got["value"].dtype == values.dtype and got["value"].shape == shape
     if values.size:
-        assert found["value"].ctypes.data % 64 == 0
+        assert got["value"].ctypes.data % 64 == 0
 
 
 def test_other_readers_understand_the_tensors(tmp_path):

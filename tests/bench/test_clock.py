@@ -57,31 +57,31 @@ def test_a_failing_contender_says_why_and_the_others_are_timed():
     def fail():
         raise ValueError("no such\nshape")
 
-    found = CpuClock().measure({"bad": Load([fail]), "good": Load([lambda: None])}, 0.01)
-    assert found["bad"] == "ValueError: no such"
-    assert isinstance(found["good"], Timing)
+    got = CpuClock().measure({"bad": Load([fail]), "good": Load([lambda: None])}, 0.01)
+    assert got["bad"] == "ValueError: no such"
+    assert isinstance(got["good"], Timing)
 
 
 def test_slower_contender_has_the_larger_median():
     loads = {"slow": Load([lambda: time.sleep(0.003)]), "quick": Load([lambda: None])}
-    found = CpuClock().measure(loads, 0.05)
-    assert found["slow"].median > found["quick"].median
-    assert found["slow"].method == "wall"
+    got = CpuClock().measure(loads, 0.05)
+    assert got["slow"].median > got["quick"].median
+    assert got["slow"].method == "wall"
 
 
 def test_one_thread_is_timed_by_its_own_work():
     """Waiting is no work: as little of the time that other processes take is counted."""
-    found = CpuClock(threads=1).measure({"waits": Load([lambda: time.sleep(0.01)])}, 0.05)
-    assert found["waits"].method == "thread"
-    assert found["waits"].median < 5000
+    got = CpuClock(threads=1).measure({"waits": Load([lambda: time.sleep(0.01)])}, 0.05)
+    assert got["waits"].method == "thread"
+    assert got["waits"].median < 5000
 
 
 def test_flushed_calls_are_timed_without_the_flush():
     clock = CpuClock()
     clock.cache_bytes = 1 << 26
     loads = {"flushed": Load([lambda: None], flush=True), "plain": Load([lambda: time.sleep(0.02)])}
-    found = clock.measure(loads, 0.05)
-    assert found["flushed"].median < found["plain"].median
+    got = clock.measure(loads, 0.05)
+    assert got["flushed"].median < got["plain"].median
 
 
 def test_copying_moves_what_it_says():
@@ -163,11 +163,11 @@ def gpu(monkeypatch):
 def test_gpu_time_is_that_of_the_calls_alone(gpu, method):
     clock = CudaClock(torch.device("cpu"), method)
     loads = {"one": Load([gpu.work(10)]), "two": Load([gpu.work(20), gpu.work(30)])}
-    found = clock.measure(loads, 0.05)
-    assert {t.method for t in found.values()} == {method}
-    assert found["one"].median == pytest.approx(10)
+    got = clock.measure(loads, 0.05)
+    assert {t.method for t in got.values()} == {method}
+    assert got["one"].median == pytest.approx(10)
     # in a graph a sample is the mean over the copies
-    assert found["two"].p20 == pytest.approx(25 if method == "graph" else 20)
+    assert got["two"].p20 == pytest.approx(25 if method == "graph" else 20)
 
 
 def test_graph_holds_whole_rounds_of_at_least_twenty_calls(gpu):
@@ -181,17 +181,17 @@ def test_what_cannot_be_captured_is_timed_by_events_and_says_so(gpu):
     clock = CudaClock(torch.device("cpu"))
     loads = {"no": Load([gpu.work(10, capturable=False)]), "yes": Load([gpu.work(10)])}
     for _ in range(2):
-        found = clock.measure(loads, 0.05)
-        assert found["no"].method == "events" and found["no"].median == pytest.approx(10)
-        assert "no graph: RuntimeError: operation not permitted" in found["no"].note
-        assert found["yes"].method == "graph" and found["yes"].note == ""
+        got = clock.measure(loads, 0.05)
+        assert got["no"].method == "events" and got["no"].median == pytest.approx(10)
+        assert "no graph: RuntimeError: operation not permitted" in got["no"].note
+        assert got["yes"].method == "graph" and got["yes"].note == ""
 
 
 def test_flushed_calls_are_timed_one_by_one_on_a_gpu(gpu):
     clock = CudaClock(torch.device("cpu"))
     before = clock._buffer.clone()
-    found = clock.measure({"tiny": Load([gpu.work(3)], flush=True)}, 0.01)
-    assert found["tiny"].method == "events" and found["tiny"].median == pytest.approx(3)
+    got = clock.measure({"tiny": Load([gpu.work(3)], flush=True)}, 0.01)
+    assert got["tiny"].method == "events" and got["tiny"].median == pytest.approx(3)
     assert not torch.equal(clock._buffer, before)
 
 
@@ -199,11 +199,11 @@ def test_failing_contender_on_a_gpu_says_why(gpu):
     def fail():
         raise RuntimeError("no kernel image")
 
-    found = CudaClock(torch.device("cpu")).measure(
+    got = CudaClock(torch.device("cpu")).measure(
         {"bad": Load([fail]), "good": Load([gpu.work(5)])}, 0.01
     )
-    assert found["bad"] == "RuntimeError: no kernel image"
-    assert found["good"].median == pytest.approx(5)
+    assert got["bad"] == "RuntimeError: no kernel image"
+    assert got["good"].median == pytest.approx(5)
 
 
 def test_unknown_method_is_refused():

@@ -43,16 +43,16 @@ def test_rows_are_added_to_those_before(tmp_path):
 def test_what_was_not_measured_is_empty(tmp_path):
     path = tmp_path / "rows.csv"
     results.append(path, [row(csv_us=None)])
-    (found,) = results.read(path)
-    assert found["csr_us"] == "" and results.number(found, "csr_us") is None
-    assert results.number(found, "us") == 10.0
+    (got,) = results.read(path)
+    assert got["csr_us"] == "" and results.number(got, "csr_us") is None
+    assert results.number(got, "us") == 10.0
 
 
 def test_text_with_commas_and_quotes_comes_back(tmp_path):
     path = tmp_path / "rows.csv"
-    told = 'RuntimeError: shape "(1, 2)", not\nfit'
-    results.append(path, [row(csr_note=told)])
-    assert results.read(path)[0]["csr_note"] == told
+    said = 'RuntimeError: shape "(1, 2)", not\nfit'
+    results.append(path, [row(csr_note=said)])
+    assert results.read(path)[0]["csr_note"] == said
 
 
 def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch):

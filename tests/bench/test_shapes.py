@@ -23,39 +23,39 @@ def test_the_papers_seven_shares_of_zeros():
 
 
 def test_every_combination_is_there_once():
-    found = problems(["llm"], ["float16", "float32"])
-    assert len(found) == len(set(found)) == 6 * 5 * 3 * 2
+    got = problems(["llm"], ["float16", "float32"])
+    assert len(got) == len(set(got)) == 6 * 5 * 3 * 2
 
 
 def test_a_run_that_is_cut_off_has_the_telling_rows():
-    found = problems(["llm", "paper"], ["float16", "float32"])
-    telling = [p.m in (1, 8) and p.pattern in ("4:16", "2:16", "1:16") for p in found]
-    half = [p.dtype for p in found].index("float32")
+    got = problems(["llm", "paper"], ["float16", "float32"])
+    telling = [p.m in (1, 8) and p.pattern in ("4:16", "2:16", "1:16") for p in got]
+    half = [p.dtype for p in got].index("float32")
     for part in (telling[:half], telling[half:]):
         assert part == sorted(part, reverse=True)
-    assert (found[0].layer.n, found[0].layer.k, found[0].pattern) == (8192, 8192, "4:16")
-    assert [p.m for p in found[:2]] == [1, 8]
+    assert (got[0].layer.n, got[0].layer.k, got[0].pattern) == (8192, 8192, "4:16")
+    assert [p.m for p in got[:2]] == [1, 8]
 
 
 def test_rows_of_one_weight_follow_each_other():
-    found = problems(["llm"], ["float16"])
-    first = [(p.layer, p.pattern) for p in found if p.m in (1, 8)]
+    got = problems(["llm"], ["float16"])
+    first = [(p.layer, p.pattern) for p in got if p.m in (1, 8)]
     changes = sum(a != b for a, b in itertools.pairwise(first))
     assert changes == len(set(first)) - 1
 
 
 def test_given_rows_patterns_and_layers_replace_the_sets_own():
-    found = problems(["llm"], ["float32"], rows=[3], patterns=["1:4"], layers=["7b-up"])
-    assert [(p.m, p.pattern, p.layer.n) for p in found] == [(3, "1:4", 11008)]
+    got = problems(["llm"], ["float32"], rows=[3], patterns=["1:4"], layers=["7b-up"])
+    assert [(p.m, p.pattern, p.layer.n) for p in got] == [(3, "1:4", 11008)]
 
 
 def test_most_weights_leaves_large_layers_out():
-    found = problems(["llm"], ["float32"], most_weights=8192 * 8192)
-    assert {p.layer.name for p in found} == {"square-8192", "7b-attention", "7b-up", "7b-down"}
+    got = problems(["llm"], ["float32"], most_weights=8192 * 8192)
+    assert {p.layer.name for p in got} == {"square-8192", "7b-attention", "7b-up", "7b-down"}
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, said",
     [
         ({"names": ["lm"]}, 'set "lm" is not known'),
         ({"layers": ["fc9"]}, "fc9 is in none of the sets llm"),
@@ -65,6 +65,6 @@ def test_most_weights_leaves_large_layers_out():
     ],
     ids=["set", "layer", "rows", "pattern", "nothing-left"],
 )
-def test_mistakes_are_told(arguments, told):
-    with pytest.raises(InputError, match=told):
+def test_mistakes_are_told(arguments, said):
+    with pytest.raises(InputError, match=said):
         problems(**{"names": ["llm"], "dtypes": ["float32"], **arguments})

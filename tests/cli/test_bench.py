@@ -70,7 +70,7 @@ def test_exhausted_time_limit_is_told(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words, code, told",
+    "words, code, said",
     [
         (["--m", "0"], 2, 'is not of the form 1,8; give whole numbers from 1'),
         (["--m", "1", "--peers", "cublas"], 2, "peer cublas is not known; choose dense"),
@@ -81,12 +81,12 @@ def test_exhausted_time_limit_is_told(run, tmp_path, monkeypatch):
     ],
     ids=["m", "peer", "target", "resume", "set", "folder"],
 )  # fmt: skip
-def test_mistakes_are_told_before_anything_is_timed(run, monkeypatch, words, code, told):
+def test_mistakes_are_told_before_anything_is_timed(run, monkeypatch, words, code, said):
     from tvm_balanced.bench.operators import Benchmark
 
     monkeypatch.setattr(Benchmark, "measure", lambda self, problem: pytest.fail("timed"))
     answer = run(*SMALL, *words)
-    assert answer.code == code and told in answer.err
+    assert answer.code == code and said in answer.err
     assert answer.out == ""
 
 

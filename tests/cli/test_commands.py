@@ -160,8 +160,8 @@ def test_pt2_weights_compile_and_run(run, pt2_mlp, tmp_path):
     w, _ = read_checkpoint(weights)
     w = {name: array.astype(np.float64) for name, array in w.items()}
     expected = np.maximum(x @ w["fc1.weight"].T + w["fc1.bias"], 0) @ w["fc2.weight"].T
-    found = np.load(tmp_path / "out.npz")["output_0"]
-    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    got = np.load(tmp_path / "out.npz")["output_0"]
+    assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 def test_compile_warns_that_pruning_costs_accuracy(run, onnx_mlp, tmp_path):

@@ -54,7 +54,7 @@ def test_sparsegpt_is_closer_than_magnitude(run, pt2_mlp, samples, tmp_path):
     from tvm_balanced.frontend import load_model
 
     argv = ("prune", pt2_mlp, "--pattern", "4:16", "--calibration", samples, "--dry-run", "--json")
-    found = run(*argv, "--method", "sparsegpt").json["cosine"]
+    got = run(*argv, "--method", "sparsegpt").json["cosine"]
     params = load_model(pt2_mlp).params
     x = np.load(samples)["x"]
 
@@ -64,7 +64,7 @@ def test_sparsegpt_is_closer_than_magnitude(run, pt2_mlp, samples, tmp_path):
 
     dense, pruned = forward(lambda w: w), forward(lambda w: prune_weight(w, "4:16"))
     norms = np.linalg.norm(dense, axis=1) * np.linalg.norm(pruned, axis=1)
-    assert found > float(((dense * pruned).sum(axis=1) / norms).mean()) + 0.02
+    assert got > float(((dense * pruned).sum(axis=1) / norms).mean()) + 0.02
 
 
 def test_goal_is_chosen_per_layer(run, pt2_mlp, samples, tmp_path):

@@ -15,7 +15,7 @@ def test_times(text, seconds):
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "said"),
     [
         (["--time", "30"], "30m"),
         (["--time", "0s"], "30m"),
@@ -30,9 +30,9 @@ def test_times(text, seconds):
     ],
     ids=lambda value: "-".join(value[:2]).strip("-") if isinstance(value, list) else None,
 )
-def test_mistakes(run, onnx_mlp, tmp_path, monkeypatch, argv, told):
+def test_mistakes(run, onnx_mlp, tmp_path, monkeypatch, argv, said):
     monkeypatch.chdir(tmp_path)
     answer = run("tune", onnx_mlp, "--logs", tmp_path / "logs", *argv)
     assert answer.code == 2
-    assert told in answer.err
+    assert said in answer.err
     assert not list(tmp_path.iterdir())

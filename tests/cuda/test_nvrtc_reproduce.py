@@ -68,10 +68,10 @@ def test_recompiling_an_artifact_gives_its_cubin(compiled, tmp_path):
         cwd=tmp_path,
         check=True,
     )
-    found = json.loads(done.stdout)
+    got = json.loads(done.stdout)
     (cubin,) = manifest["cubins"]
-    assert (found["sha256"], found["bytes"]) == (cubin["sha256"], cubin["num_bytes"])
-    assert found["compiler"] == found["recorded"] == manifest["compiler"]
+    assert (got["sha256"], got["bytes"]) == (cubin["sha256"], cubin["num_bytes"])
+    assert got["compiler"] == got["recorded"] == manifest["compiler"]
 
 
 def test_another_order_of_kernels_is_another_cubin(compiled):

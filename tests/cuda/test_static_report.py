@@ -82,26 +82,26 @@ def _by_name(cubin: bytes) -> dict[str, KernelResources]:
 
 def _ptxas(log: str) -> dict[str, tuple[int, int, int]]:
     """Kernel to registers, stack with that of callees, and static shared memory."""
-    found = {}
+    got = {}
     for part in log.split("Compiling entry function '")[1:]:
         used = re.search(r"Used (\d+) registers.*", part)
         assert used
         stack = re.search(r"(\d+) bytes cumulative stack size", used[0])
         shared = re.search(r"(\d+) bytes smem", used[0])
         numbers = [int(match[1]) if match else 0 for match in (stack, shared)]
-        found[part.partition("'")[0]] = (int(used[1]), numbers[0], numbers[1])
-    return found
+        got[part.partition("'")[0]] = (int(used[1]), numbers[0], numbers[1])
+    return got
 
 
 @pytest.mark.parametrize("arch", _COMPILED)
 def test_resources_are_those_that_ptxas_tells(cubins: Any, arch: str) -> None:
     cubin, log = cubins[arch]
-    told = _ptxas(log)
+    said = _ptxas(log)
     kernels = _by_name(cubin)
-    assert set(kernels) == set(told) and len(told) == 5
+    assert set(kernels) == set(said) and len(said) == 5
     for name, kernel in kernels.items():
         stack = 0 if kernel.stack_bytes is None else kernel.stack_bytes
-        assert (kernel.registers, stack, kernel.shared_bytes) == told[name], name
+        assert (kernel.registers, stack, kernel.shared_bytes) == said[name], name
 
 
 def test_local_memory_is_told(cubins: Any) -> None:
@@ -183,10 +183,10 @@ def test_occupancy_by_hand(
     arch: str, kernel: tuple[int, int, int, int], blocks: int, limits: tuple[str, ...]
 ) -> None:
     registers, threads, shared, dynamic = kernel
-    found = occupancy(KernelResources("k", registers, 0, shared, None), arch, threads, dynamic)
-    assert (found.blocks, found.limits) == (blocks, limits)
-    assert found.warps == blocks * -(-threads // 32)
-    assert found.share == found.warps / ARCHITECTURES[arch].warps
+    got = occupancy(KernelResources("k", registers, 0, shared, None), arch, threads, dynamic)
+    assert (got.blocks, got.limits) == (blocks, limits)
+    assert got.warps == blocks * -(-threads // 32)
+    assert got.share == got.warps / ARCHITECTURES[arch].warps
 
 
 CALCULATOR = r"""
@@ -238,7 +238,7 @@ def test_occupancy_is_that_of_nvidias_calculator(tmp_path: Path) -> None:
     program = str(tmp_path / "calculator")
     command = [cxx.find_cxx(), f"-I{root / 'include'}", str(tmp_path / "calculator.cpp")]
     subprocess.run([*command, "-o", program], check=True)
-    lines, found = [], []
+    lines, got = [], []
     for arch, limits in ARCHITECTURES.items():
         device = f"{arch[3:-1]} {arch[-1]} {limits.warps * 32} {limits.shared_bytes}"
         for registers in (8, 24, 32, 33, 40, 48, 64, 80, 96, 128, 168, 255):
@@ -247,7 +247,7 @@ def test_occupancy_is_that_of_nvidias_calculator(tmp_path: Path) -> None:
                     kernel = KernelResources("k", registers, 0, shared, None)
                     result = occupancy(kernel, arch, threads, dynamic)
                     lines.append(f"{device} {registers} {threads} {shared} {dynamic}")
-                    found.append((result.blocks, set(result.limits)))
+                    got.append((result.blocks, set(result.limits)))
     done = subprocess.run(
         [program], input="\n".join(lines), capture_output=True, text=True, check=True
     )
@@ -256,7 +256,7 @@ def test_occupancy_is_that_of_nvidias_calculator(tmp_path: Path) -> None:
         (blocks, {name for bit, name in FACTORS.items() if factors & bit})
         for blocks, factors in answers
     ]
-    wrong = [row for row in zip(lines, found, expected, strict=True) if row[1] != row[2]]
+    wrong = [row for row in zip(lines, got, expected, strict=True) if row[1] != row[2]]
     assert len(lines) > 3000 and not wrong, wrong[:5]
 
 
@@ -414,9 +414,9 @@ def test_the_phase_is_what_stands_between_barriers(
     tmp_path: Path, loop: list[str], instructions: int | None
 ) -> None:
     code = [*loop, "@P0 BRA 0x0", *(line.format(end=16 * (len(loop) + 2)) for line in TRAP)]
-    found = sass_counts(b"", _disassembler(tmp_path, code))["k"].loop
-    assert found is not None
-    assert (None if found.phase is None else found.phase.instructions) == instructions
+    got = sass_counts(b"", _disassembler(tmp_path, code))["k"].loop
+    assert got is not None
+    assert (None if got.phase is None else got.phase.instructions) == instructions
 
 
 def test_the_packages_disassembler_comes_first(tmp_path: Path, monkeypatch: Any) -> None:

@@ -63,8 +63,8 @@ def test_the_example_prints_the_outputs(tiny, program, tmp_path, results):
     expected = tiny.expected(x, tiny.weights())
     for number, (shape, values) in enumerate(zip(lines[::2], lines[1::2], strict=True), 1):
         assert shape == "shape 3 24"
-        found = np.array(values.split(), np.float64).reshape(3, 24)
-        np.testing.assert_allclose(found, number * expected, rtol=1e-5, atol=1e-5)
+        got = np.array(values.split(), np.float64).reshape(3, 24)
+        np.testing.assert_allclose(got, number * expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ def blocks(language):
 
 
 def test_python_blocks():
-    found = blocks("python")
-    assert found
-    for block in found:
+    got = blocks("python")
+    assert got
+    for block in got:
         done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 

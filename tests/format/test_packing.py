@@ -246,9 +246,9 @@ def test_balanced_weights_are_left_alone():
 @pytest.mark.parametrize("pattern", ["1:4", "2:16", "4:16", "8:32", "16:256"])
 def test_detect_pattern(pattern):
     form = BalancedPattern(pattern)
-    found = detect_pattern(prune_weight(random_weight(32, 512), form))
-    assert found is not None
-    assert found.density <= form.density
+    got = detect_pattern(prune_weight(random_weight(32, 512), form))
+    assert got is not None
+    assert got.density <= form.density
     assert detect_pattern(random_weight(8, 64)) is None
 
 

@@ -256,7 +256,7 @@ def _make_records(folder: Path) -> None:
     from tvm_balanced.tuning.tasks import find_tasks, fused_module
 
     spec = resolve("llvm")
-    found = []
+    got = []
     fused = fused_module(_model(), spec, tb.CompileOptions(**_OPTIONS))
     database = ms.database.MemoryDatabase()
     for task in find_tasks(fused, spec.target):
@@ -279,8 +279,8 @@ def _make_records(folder: Path) -> None:
                 spec.target,
                 arguments,
             )
-            found.append(_plain(record))
-    assert found and records.target_key(found[0].target) == records.target_key(_target_json(spec))
+            got.append(_plain(record))
+    assert got and records.target_key(got[0].target) == records.target_key(_target_json(spec))
     for sample, method, below in (
         ("measured", "measured", ""),
         ("estimated", "estimated", records_lookup.ESTIMATES),
@@ -295,7 +295,7 @@ def _make_records(folder: Path) -> None:
             ({"seed": 0, "caches": "hot"},),
         )
         place = folder / sample / records_lookup.device_name(spec) / below
-        records.RecordFolder(place, environment).append(found)
+        records.RecordFolder(place, environment).append(got)
         (place / ".lock").unlink(missing_ok=True)
 
 
@@ -360,10 +360,10 @@ def _continue_tuning(damaged: Path, whole: Path) -> None:
     """Add to the folder and prune it, as a further tuning run would."""
     (path,) = sorted(whole.rglob(records.ENVIRONMENT))
     folder = damaged / path.parent.relative_to(whole)
-    found, _ = records.read_folder(path.parent)
-    records.RecordFolder(folder, records_record.Environment.read(path)).append(found[:1])
+    got, _ = records.read_folder(path.parent)
+    records.RecordFolder(folder, records_record.Environment.read(path)).append(got[:1])
     known, _ = records.read_folder(folder)
-    assert found[0] in known
+    assert got[0] in known
     records.prune(folder, 1)
 
 

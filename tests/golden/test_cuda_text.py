@@ -48,9 +48,9 @@ def _text(rule: Any, case: Case, layout: str, arch: str) -> str:
     func = fused_kernel(case, fmt)
     if rule is cuda_gather:
         # that of one GPU, as each has its own
-        found = find(func)
-        assert found is not None
-        tile = chosen_tile(fmt, found.rows, case.dtype)
+        got = find(func)
+        assert got is not None
+        tile = chosen_tile(fmt, got.rows, case.dtype)
         sch = cuda_gather.apply(func, target(arch), tile)
     else:
         sch = rule.apply(func, target(arch))

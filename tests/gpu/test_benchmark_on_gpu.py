@@ -23,11 +23,11 @@ def rows():
     from tvm_balanced.bench.operators import Benchmark, make_machine
 
     machine = make_machine("cuda")
-    found = {}
+    got = {}
     for method in ("graph", "events"):
         made = Benchmark(machine, seconds=0.1, method=method).measure(PROBLEM)
-        found |= {(method, row["cache"]): row for row in made}
-    return found
+        got |= {(method, row["cache"]): row for row in made}
+    return got
 
 
 @pytest.mark.parametrize("peer", peers.peer_names())

@@ -30,9 +30,9 @@ def _complete(
     for value in order(axis, chosen):
         longer = {**chosen, axis: value}
         if allowed(longer):
-            found = _complete(axes, allowed, longer, order)
-            if found is not None:
-                return found
+            got = _complete(axes, allowed, longer, order)
+            if got is not None:
+                return got
     return None
 
 
@@ -40,13 +40,13 @@ def possible_pairs(
     axes: Mapping[str, Sequence[Any]], allowed: Callable[[Chosen], bool]
 ) -> list[Pair]:
     """Every two values that some whole case holds."""
-    found = []
+    got = []
     for first, second in itertools.combinations(axes, 2):
         for a, b in itertools.product(axes[first], axes[second]):
             start = {first: a, second: b}
             if allowed(start) and _complete(axes, allowed, start, lambda axis, _: axes[axis]):
-                found.append(((first, a), (second, b)))
-    return found
+                got.append(((first, a), (second, b)))
+    return got
 
 
 def all_pairs(
@@ -81,9 +81,9 @@ def all_pairs(
             rest = [name for name in names if name not in start]
             rng.shuffle(rest)
             order = {axis: axes[axis] for axis in [*start, *rest]}
-            found = _complete(order, allowed, start, best_first)
-            assert found is not None
-            case = {axis: found[axis] for axis in names}
+            got = _complete(order, allowed, start, best_first)
+            assert got is not None
+            case = {axis: got[axis] for axis in names}
             if not best or _count(case, missing) > _count(best, missing):
                 best = case
         cases.append(best)

@@ -142,9 +142,9 @@ def chosen_tile(
 def gather_kernel(case: Case, fmt: PackedFormat) -> cudaemu.TVMKernel:
     """With the tile of a large N, which the small N of a test would not be given."""
     func = fused_kernel(case, fmt)
-    found = find(func)
-    assert found is not None
-    tile = chosen_tile(fmt, found.rows, case.dtype, multiprocessors=1)
+    answer = find(func)
+    assert answer is not None
+    tile = chosen_tile(fmt, answer.rows, case.dtype, multiprocessors=1)
     sch = cuda_gather.apply(func, target(), tile)
     assert sch is not None
     return cudaemu.from_tvm(sch.mod, target())

@@ -39,13 +39,13 @@ def fused_kernels(model, target):
 
 def distinct_kernels(model, target):
     """Kernels around the operator that differ in more than their name."""
-    found = []
+    got = []
     for name, func in fused_kernels(model, target).items():
         if has_balanced_block(func):
             with target.target:
                 scheduled = ScheduleBalanced(target.target)(tvm.IRModule({name: func}))[name]
-            found.append(Kernel(name, func, scheduled))
-    return found
+            got.append(Kernel(name, func, scheduled))
+    return got
 
 
 def arguments(func, seed=0, symbol=3):

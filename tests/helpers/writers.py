@@ -24,9 +24,9 @@ def record(name: str, number: int) -> Record:
     return Record((f"{name} {number % 7}", "YmFzZTY0"), trace, (1e-6,), TARGET, args)
 
 
-def name_of(found: Record) -> str:
+def name_of(got: Record) -> str:
     """The name and the number a record was made with."""
-    return str(found.trace[0][0][2][0])
+    return str(got.trace[0][0][2][0])
 
 
 def write(folder: Path, name: str, batches: int | None, finished: int) -> None:
@@ -58,9 +58,9 @@ def kill(folder: Path, rounds: int) -> None:
             batches += len(chunk)
         os.close(read_end)
         expected += [f"writer {round_} {i}" for i in range(batches * BATCH)]
-        found, problems = records.read_folder(folder)
+        got, problems = records.read_folder(folder)
         assert not problems, problems
-        names = [name_of(one) for one in found]
+        names = [name_of(one) for one in got]
         assert len(set(names)) == len(names)
         assert set(expected) <= set(names), round_
         # at most one batch was written and not told of

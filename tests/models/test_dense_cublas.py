@@ -24,12 +24,12 @@ from tvm_balanced.verification.library import PASS, UNCHECKED, verify
 @pytest.fixture(autouse=True)
 def emulated():
     """The device, in its plain mode whatever a test before left."""
-    found = device.install("sm_90")
-    found.reset()
-    found.mode()
-    found.forget()
-    yield found
-    found.reset()
+    got = device.install("sm_90")
+    got.reset()
+    got.mode()
+    got.forget()
+    yield got
+    got.reset()
 
 
 def build(name, **options):

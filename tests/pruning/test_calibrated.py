@@ -58,14 +58,14 @@ def exported(module):
 def test_layers_follow_the_pattern(method, form):
     module = Net() if form == "module" else exported(Net())
     rest = {n: p.detach().clone() for n, p in module.named_parameters()}
-    told = []
+    said = []
     rows = prune_calibrated(
-        module, {"re:.*": "2:8", "key": "4:8"}, batches(), method, [], told.append
+        module, {"re:.*": "2:8", "key": "4:8"}, batches(), method, [], said.append
     )
     named = dict(module.named_parameters())
     done = {row.name: row.pattern for row in rows if row.skipped is None}
     assert done == {"query.weight": "2:8", "key.weight": "4:8", "twice.weight": "2:8"}
-    assert told == list(done)
+    assert said == list(done)
     (skipped,) = [row for row in rows if row.skipped is not None]
     assert skipped.skipped == "its weight is also read by an embedding"
     for name, parameter in named.items():
@@ -89,8 +89,8 @@ def test_layers_in_order_of_use_and_by_input():
 def test_wanda_keeps_by_magnitude_times_input():
     weight = torch.tensor([[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]])
     moments = torch.tensor([100.0, 1.0, 1.0, 0.0])
-    found = wanda(weight, BalancedPattern("2:4"), moments)
-    assert torch.equal(found, torch.tensor([[1.0, 0.0, 3.0, 0.0], [4.0, 3.0, 0.0, 0.0]]))
+    got = wanda(weight, BalancedPattern("2:4"), moments)
+    assert torch.equal(got, torch.tensor([[1.0, 0.0, 3.0, 0.0], [4.0, 3.0, 0.0, 0.0]]))
 
 
 def correlated(rows: int, columns: int) -> torch.Tensor:
@@ -123,16 +123,16 @@ def _magnitude(weight):
 def test_sparsegpt_of_independent_inputs_is_magnitude():
     """Nothing can make up for a cut weight, so none of the others changes."""
     weight = torch.randn(5, 32)
-    found = sparsegpt(weight, FORM, 7 * torch.eye(32))
-    assert np.array_equal(found.numpy(), np.where(_magnitude(weight.numpy()), weight.numpy(), 0))
+    got = sparsegpt(weight, FORM, 7 * torch.eye(32))
+    assert np.array_equal(got.numpy(), np.where(_magnitude(weight.numpy()), weight.numpy(), 0))
 
 
 @pytest.mark.parametrize("constant", [False, True], ids=["dead inputs", "one sample"])
 def test_sparsegpt_of_singular_moments(constant):
     data = correlated(1 if constant else 50, 32)
     data[:, 3:9] = 0
-    found = sparsegpt(torch.randn(4, 32), FORM, data.T @ data)
-    assert bool(torch.isfinite(found).all()) and is_balanced(found.numpy(), FORM)
+    got = sparsegpt(torch.randn(4, 32), FORM, data.T @ data)
+    assert bool(torch.isfinite(got).all()) and is_balanced(got.numpy(), FORM)
 
 
 def test_later_layers_see_what_earlier_ones_give_when_pruned():

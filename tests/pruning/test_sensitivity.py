@@ -35,15 +35,15 @@ def one_thread():
 def made_up(layers: int = 5, seed: int = 0) -> Selection:
     """Layers whose times and losses have no order of their own."""
     numbers = torch.rand(layers, 4, 2, generator=torch.Generator().manual_seed(seed)).tolist()
-    found = []
+    got = []
     for index, rows in enumerate(numbers):
         dense = 4 + rows[0][0]
         options = [Option(None, dense, 0.0)]
         options += [Option(f"{n}:16", dense * (0.2 + 0.6 * t), loss) for n, (t, loss) in
                     zip((8, 4, 2), rows[1:], strict=True)]  # fmt: skip
-        found.append(LayerChoice(f"l{index}", (16, 16), options[0], dense, tuple(options)))
-    total = sum(layer.dense_us for layer in found)
-    return Selection(tuple(found), total, total)
+        got.append(LayerChoice(f"l{index}", (16, 16), options[0], dense, tuple(options)))
+    total = sum(layer.dense_us for layer in got)
+    return Selection(tuple(got), total, total)
 
 
 @pytest.mark.parametrize("speedup", [1.0, 1.3, 1.7, 2.0])
@@ -79,14 +79,14 @@ def scanned():
     batches = [(torch.randn(ROWS, WIDTH),)]
     model = tb.from_torch(module, batches[0])
     before = [p.detach().clone() for p in module.parameters()]
-    found = scan(module, model, batches, "llvm-x86-64-v4", ["4:16", "2:16"], ignore=["2"])
+    got = scan(module, model, batches, "llvm-x86-64-v4", ["4:16", "2:16"], ignore=["2"])
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
-    return module, batches, found
+    return module, batches, got
 
 
 def test_scan_measures_each_layer_alone(scanned):
-    module, batches, found = scanned
-    first, second, third = found.layers
+    module, batches, got = scanned
+    first, second, third = got.layers
     assert [o.pattern for o in first.options] == [None, "4:16", "2:16"]
     assert max(option.loss for option in first.options) < 1e-6
     assert 0 < second.options[1].loss < second.options[2].loss
@@ -97,16 +97,16 @@ def test_scan_measures_each_layer_alone(scanned):
 
 
 def test_what_costs_nothing_is_pruned_first(scanned):
-    found = scanned[2]
-    first = found.layers[0]
-    gain = found.dense_us / (found.dense_us - first.dense_us + first.options[2].us)
-    assert choose(found, gain * 0.999).patterns == {"0.weight": "2:16"}
+    got = scanned[2]
+    first = got.layers[0]
+    gain = got.dense_us / (got.dense_us - first.dense_us + first.options[2].us)
+    assert choose(got, gain * 0.999).patterns == {"0.weight": "2:16"}
 
 
 @pytest.mark.parametrize("bound", [0.0001, 0.9])
 def test_loss_stays_within_bounds(scanned, bound):
-    module, batches, found = scanned
-    chosen = choose_by_loss(found, module, batches, bound)
+    module, batches, got = scanned
+    chosen = choose_by_loss(got, module, batches, bound)
     pruned = copy_of(module)
     prune_calibrated(pruned, chosen.patterns, batches, "magnitude")
     assert 1 - agreement(pruned, module, batches) <= bound
@@ -116,6 +116,6 @@ def test_loss_stays_within_bounds(scanned, bound):
 
 @pytest.mark.parametrize("bound", [0, 1, 5])
 def test_no_share_is_refused(scanned, bound):
-    module, batches, found = scanned
+    module, batches, got = scanned
     with pytest.raises(InputError, match="no share"):
-        choose_by_loss(found, module, batches, bound)
+        choose_by_loss(got, module, batches, bound)

@@ -57,12 +57,12 @@ def _environment(spec: TargetSpec, **other: str) -> Environment:
     return Environment(**{**fields, **other}, runs=({"seed": 0},))
 
 
-def _folder(place: Path, spec: TargetSpec, *found: Record, **other: str) -> Path:
+def _folder(place: Path, spec: TargetSpec, *got: Record, **other: str) -> Path:
     environment = _environment(spec, **other)
     folder = place / records_lookup.device_name(spec)
     if environment.method == "estimated":
         folder = folder / records_lookup.ESTIMATES
-    RecordFolder(folder, environment).append(found)
+    RecordFolder(folder, environment).append(got)
     return folder
 
 
@@ -78,8 +78,8 @@ def test_two_tuners_share_a_folder(tmp_path: Path, spec: TargetSpec) -> None:
     first.append([_record("1", 0, 1e-6)])
     second.append([_record("2", 0, 2e-6)])
     first.append([_record("2", 1, 3e-6)])
-    found, problems = records.read_folder(folder)
-    assert [r.workload[0] for r in found] == ["1", "2", "2"] and not problems
+    got, problems = records.read_folder(folder)
+    assert [r.workload[0] for r in got] == ["1", "2", "2"] and not problems
     assert len((folder / records.WORKLOADS).read_text().splitlines()) == 2
     assert len(Environment.read(folder / records.ENVIRONMENT).runs) == 2
 
@@ -90,8 +90,8 @@ def test_tuners_that_write_at_the_same_time_lose_nothing(tmp_path: Path) -> None
         subprocess.Popen([*command, name, "25"], stdout=subprocess.DEVNULL) for name in ("a", "b")
     ]
     assert [process.wait(60) for process in running] == [0, 0]
-    found, problems = records.read_folder(tmp_path / "cpu")
-    texts = [record.trace[0][0][2][0] for record in found]
+    got, problems = records.read_folder(tmp_path / "cpu")
+    texts = [record.trace[0][0][2][0] for record in got]
     assert not problems
     assert sorted(texts) == sorted(f"{name} {i}" for name in ("a", "b") for i in range(100))
     assert len(Environment.read(tmp_path / "cpu" / records.ENVIRONMENT).runs) == 2
@@ -130,8 +130,8 @@ def test_a_new_kernel_never_gets_the_records_of_one_that_was_cut_off(
     whole = (folder / records.WORKLOADS).read_bytes()
     (folder / records.WORKLOADS).write_bytes(whole[: whole.index(b"\n") + 1])
     RecordFolder(folder, _environment(spec)).append([_record("3", 2, 1e-6)])
-    found, problems = records.read_folder(folder)
-    assert found == [_record("1", 0, 2e-6), _record("3", 2, 1e-6)]
+    got, problems = records.read_folder(folder)
+    assert got == [_record("1", 0, 2e-6), _record("3", 2, 1e-6)]
     assert len(problems) == 2
 
 
@@ -140,13 +140,13 @@ def test_damaged_lines_outlive_an_append(tmp_path: Path, spec: TargetSpec) -> No
     with (folder / records.RECORDS).open("a") as file:
         file.write("[0,[[[]")
     RecordFolder(folder, _environment(spec)).append([_record("1", 1, 1e-6)])
-    found, problems = records.read_folder(folder)
-    assert len(found) == 2
+    got, problems = records.read_folder(folder)
+    assert len(got) == 2
     assert problems == [f"line 2 of {folder / records.RECORDS} is damaged"]
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "said"),
     [
         ({"tvm": "0.26.0"}, "TVM 0.26.0"),
         ({"device": "h100"}, "device h100"),
@@ -155,13 +155,13 @@ def test_damaged_lines_outlive_an_append(tmp_path: Path, spec: TargetSpec) -> No
     ids=["another-tvm", "another-device", "another-architecture"],
 )
 def test_foreign_records_are_passed_over_and_never_overwritten(
-    tmp_path: Path, spec: TargetSpec, other: dict[str, str], told: str
+    tmp_path: Path, spec: TargetSpec, other: dict[str, str], said: str
 ) -> None:
     folder = _folder(tmp_path, spec, _record("1", 0, 2e-6), **other)
     before = (folder / records.RECORDS).read_bytes()
     lookup = records_lookup.find(spec, [tmp_path], TARGET)
     assert not lookup.choices
-    assert told in str(lookup.warning())
+    assert said in str(lookup.warning())
     with pytest.raises(OutputError, match="--logs"):
         RecordFolder(folder, _environment(spec))
     assert (folder / records.RECORDS).read_bytes() == before
@@ -247,12 +247,12 @@ def test_sampled_knobs_are_told() -> None:
 def test_the_order_of_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(records_lookup.LOGS_VARIABLE, "/from/variable")
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    found = records_lookup.places(tmp_path)
-    assert found[:3] == [
+    got = records_lookup.places(tmp_path)
+    assert got[:3] == [
         tmp_path,
         Path("/from/variable"),
         Path("/cache/tvm-balanced/tuning_logs"),
     ]
-    assert found[3] == records_lookup.shipped_logs()
+    assert got[3] == records_lookup.shipped_logs()
     with pytest.raises(InputError, match="no folder"):
         records_lookup.places(tmp_path / "missing")

@@ -24,12 +24,12 @@ def test_there_are_some() -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_shipped_records_serve_their_kernels(folder: Path) -> None:
-    found, problems = records.read_folder(folder)
-    assert found and not problems
+    got, problems = records.read_folder(folder)
+    assert got and not problems
     environment = records_record.Environment.read(folder / records.ENVIRONMENT)
     assert environment.method == "measured" and environment.device == folder.name
     assert environment.tvm == records_record.tvm_version()
-    for record in found:
+    for record in got:
         workload = ms.database.Workload.from_json(list(record.workload))
         assert schedules_workload.workload_hash(workload.mod) == record.workload[0]
         sch = s_tir.Schedule(workload.mod)

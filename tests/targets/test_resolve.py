@@ -182,13 +182,13 @@ def _fake_driver(folder: Path, init: int) -> None:
 def test_what_the_driver_says_is_read(tmp_path, monkeypatch, init):
     _fake_driver(tmp_path, init)
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
-    found = driver.detect_driver.__wrapped__()
-    assert found.cuda_version == "13.1"
+    got = driver.detect_driver.__wrapped__()
+    assert got.cuda_version == "13.1"
     if init:
-        assert found.gpus == () and "error 999" in found.problem
+        assert got.gpus == () and "error 999" in got.problem
         return
-    assert found.problem is None
-    (gpu,) = found.gpus
+    assert got.problem is None
+    (gpu,) = got.gpus
     assert (gpu.name, gpu.arch, gpu.sm_count) == ("Imagined GPU", "sm_86", 40)
     assert (gpu.bandwidth_gbps, gpu.clock_ghz, gpu.memory_bytes) == (512.0, 1.5, 1 << 35)
     assert (gpu.l2_bytes, gpu.shared_bytes) == (4 << 20, 101376)

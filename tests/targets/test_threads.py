@@ -113,14 +113,14 @@ def test_a_library_uses_the_cores_and_leaves_its_caller_on_them(
     environment["ONE_CPU"] = one_cpu
     if count is not None:
         environment["TVM_NUM_THREADS"] = str(count)
-    told = subprocess.run(
+    said = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _CALLED],
         env=environment,
         capture_output=True,
         text=True,
         check=True,
     )
-    before, after, found = json.loads(told.stdout)
+    before, after, got = json.loads(said.stdout)
     assert after == before
     expected = 1 if one_cpu else count or host.core_count()
-    assert found == [expected, expected]
+    assert got == [expected, expected]

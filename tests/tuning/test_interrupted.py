@@ -46,13 +46,13 @@ def _folder(logs: Path) -> Path:
     return logs / lookup.device_name(resolve("llvm"))
 
 
-def _schedules(found: list[Record]) -> set[tuple[str, str]]:
-    return {(r.workload[0], r.trace_text) for r in found if not traces.is_default(r.trace)}
+def _schedules(got: list[Record]) -> set[tuple[str, str]]:
+    return {(r.workload[0], r.trace_text) for r in got if not traces.is_default(r.trace)}
 
 
-def _finished(told: Path) -> list[int]:
+def _finished(said: Path) -> list[int]:
     """How many trials the run said it had, each time it said so."""
-    return [int(count) for count in re.findall(r"all kernels: (\d+) of", told.read_text())]
+    return [int(count) for count in re.findall(r"all kernels: (\d+) of", said.read_text())]
 
 
 def _coverage(model: Path, logs: Path) -> list[dict[str, Any]]:
@@ -69,8 +69,8 @@ def test_killed_twenty_times_it_goes_on(model: Path, tmp_path: Path) -> None:
     rng = random.Random(0)
     before: list[Record] = []
     for round_ in range(20):
-        with (tmp_path / "told").open("w") as told:
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=told)
+        with (tmp_path / "told").open("w") as said:
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
         # some are killed while they start, most after the first batch, whenever that is
         while round_ % 4 and not _finished(tmp_path / "told"):
             assert process.poll() is None, (tmp_path / "told").read_text()
@@ -80,11 +80,11 @@ def test_killed_twenty_times_it_goes_on(model: Path, tmp_path: Path) -> None:
         assert process.wait() == -signal.SIGKILL, f"it had ended before, in round {round_}"
         # its workers end by themselves, as they read of their parent's end
         finished = _finished(tmp_path / "told")
-        found, problems = records.read_folder(_folder(logs))
+        got, problems = records.read_folder(_folder(logs))
         assert not problems
-        assert found[: len(before)] == before
-        assert len(_schedules(found)) >= (finished[-1] if finished else 0)
-        before = found
+        assert got[: len(before)] == before
+        assert len(_schedules(got)) >= (finished[-1] if finished else 0)
+        before = got
     # else it was only killed while it started
     assert len(_schedules(before)) >= 20
     # enough for what is there: nothing but the best of it is measured again
@@ -106,15 +106,15 @@ def test_two_tuners_share_a_folder(model: Path, tmp_path: Path) -> None:
     ]
     answers = [json.loads(process.communicate()[0]) for process in running]
     assert [process.returncode for process in running] == [0, 0]
-    found, problems = records.read_folder(_folder(logs))
+    got, problems = records.read_folder(_folder(logs))
     assert not problems
     environment = records_record.Environment.read(_folder(logs) / records.ENVIRONMENT)
     assert sorted(run["seed"] for run in environment.runs) == [1, 2]
     # each wrote the default schedule and its trials of both kernels
     trials = sum(kernel["trials"] for answer in answers for kernel in answer["kernels"])
-    assert trials > len(_schedules(found)) / 2
-    assert sum(traces.is_default(record.trace) for record in found) >= 4
-    assert len(found) >= trials + 4
+    assert trials > len(_schedules(got)) / 2
+    assert sum(traces.is_default(record.trace) for record in got) >= 4
+    assert len(got) >= trials + 4
 
 
 def test_interrupted_it_says_how_to_go_on(model: Path, tmp_path: Path) -> None:
@@ -128,5 +128,5 @@ def test_interrupted_it_says_how_to_go_on(model: Path, tmp_path: Path) -> None:
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "--resume" in out
-    found, problems = records.read_folder(_folder(tmp_path / "logs"))
-    assert found and not problems
+    got, problems = records.read_folder(_folder(tmp_path / "logs"))
+    assert got and not problems

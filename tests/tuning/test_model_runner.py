@@ -46,13 +46,13 @@ def workload() -> Any:
 
 def test_an_estimate_is_of_the_compiled_kernel(workload: Any) -> None:
     assert can_estimate(workload, target())
-    found = estimate(default_schedule(workload).mod, target())
+    got = estimate(default_schedule(workload).mod, target())
     operator = kernel_models.operator_of(workload)
-    candidate = Candidate.of(found.kernel, found.knobs)
-    compiled = KernelResources("main", found.registers, 0, found.shared_bytes, None)
-    told = kernel_models.predict(operator, target(), candidate, compiled)
-    assert found.seconds == pytest.approx(told.total_us * 1e-6)
-    assert found.registers != kernel_models.predict(operator, target(), candidate).registers
+    candidate = Candidate.of(got.kernel, got.knobs)
+    compiled = KernelResources("main", got.registers, 0, got.shared_bytes, None)
+    said = kernel_models.predict(operator, target(), candidate, compiled)
+    assert got.seconds == pytest.approx(said.total_us * 1e-6)
+    assert got.registers != kernel_models.predict(operator, target(), candidate).registers
 
 
 def _layer(pattern: str, encoding: str, rows: int) -> Any:
@@ -70,19 +70,19 @@ def test_kernels_for_tensor_cores_are_estimated_with_their_registers(
 ) -> None:
     mod = _layer(pattern, encoding, 40)
     assert can_estimate(mod, target())
-    found = estimate(default_schedule(mod).mod, target())
-    assert found.kernel == kernel
+    got = estimate(default_schedule(mod).mod, target())
+    assert got.kernel == kernel
     operator = kernel_models.operator_of(mod)
     candidate = kernel_models.default_candidate(operator, target())
-    assert candidate == Candidate.of(kernel, found.knobs)
+    assert candidate == Candidate.of(kernel, got.knobs)
 
     def seconds(registers: int) -> float:
         compiled = KernelResources("main", registers, 0, 0, None)
-        told = kernel_models.predict(operator, target(), candidate, compiled)
-        assert told.registers == registers
-        return told.total_us * 1e-6
+        said = kernel_models.predict(operator, target(), candidate, compiled)
+        assert said.registers == registers
+        return said.total_us * 1e-6
 
-    assert found.seconds == pytest.approx(seconds(found.registers))
+    assert got.seconds == pytest.approx(seconds(got.registers))
     # more registers than a multiprocessor has
     assert seconds(4096) == math.inf
     (space, gather) = dispatch.spaces(mod["main"], target())
@@ -91,7 +91,7 @@ def test_kernels_for_tensor_cores_are_estimated_with_their_registers(
         {"splits": 1, **point} for point in space.points()
     ]
     other = estimate(point_schedule(mod, gather, gather.points()[0]).mod, target())
-    assert other.kernel == "cuda_gather" and other.seconds > found.seconds
+    assert other.kernel == "cuda_gather" and other.seconds > got.seconds
 
 
 def test_features_tell_tiles_of_tensor_cores_apart() -> None:
@@ -100,8 +100,8 @@ def test_features_tell_tiles_of_tensor_cores_apart() -> None:
         space, _ = dispatch.spaces(mod["main"], target())
         points = space.points()
         candidates = [Candidate.of(space.kernel, point) for point in points]
-        told = {tuple(kernel_models.features(mod, target(), one)) for one in candidates}
-        assert len(points) > 10 and len(told) > len(points) / 2
+        said = {tuple(kernel_models.features(mod, target(), one)) for one in candidates}
+        assert len(points) > 10 and len(said) > len(points) / 2
 
 
 def test_registers_of_the_compiled_kernel_decide_what_is_resident(workload: Any) -> None:
@@ -178,11 +178,11 @@ def test_a_small_model_is_tuned_by_estimates(
 
     # a measured record, slower and from elsewhere, stands before them
     spec = resolve("cuda-sm_80")
-    (found, problems) = records.read_folder(result.folder)
+    (got, problems) = records.read_folder(result.folder)
     assert not problems
     environment = Environment.read(result.folder / records.ENVIRONMENT)
     assert environment.runs[0]["runner"] == "model"
-    (default,) = [record for record in found if traces.is_default(record.trace)]
+    (default,) = [record for record in got if traces.is_default(record.trace)]
     measured = Environment(
         environment.device,
         environment.model,
@@ -199,7 +199,7 @@ def test_a_small_model_is_tuned_by_estimates(
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "said"),
     [
         ({"target": "llvm", "runner": "model"}, "only CUDA"),
         ({"target": "h100", "runner": "local"}, "runner model"),
@@ -212,11 +212,11 @@ def test_a_small_model_is_tuned_by_estimates(
     ids=["cpu-model", "gpu-local", "hot", "unknown", "no-tracker", "no-port", "key-alone"],
 )
 def test_runners_that_do_not_fit_are_refused(
-    tmp_path: Path, change: dict[str, Any], told: str
+    tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
     layer = torch.nn.Linear(64, 64).eval()
     model = tb.prune(tb.from_torch(layer, (torch.randn(3, 64),)), "4:16")
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=said):
         tune(model, logs=tmp_path, **change)
     assert not list(tmp_path.iterdir())
 

@@ -37,10 +37,8 @@ def model() -> tb.Model:
 @pytest.fixture(scope="module")
 def task(model: tb.Model) -> Task:
     spec = resolve("llvm")
-    (found,) = find_tasks(
-        fused_module(model, spec, tb.CompileOptions(policy="always")), spec.target
-    )
-    return found
+    (got,) = find_tasks(fused_module(model, spec, tb.CompileOptions(policy="always")), spec.target)
+    return got
 
 
 def _choice(task: Task, kernel: str, args_info: Any = None, **knobs: int) -> lookup.Choice:
@@ -145,11 +143,11 @@ def test_records_that_cannot_be_used_cost_one_warning(
     monkeypatch.setattr(logging.getLogger("tvm_balanced"), "propagate", True)
     with caplog.at_level(logging.WARNING, "tvm_balanced"):
         library = tb.compile(model, "llvm", policy="always", logs=tmp_path)
-    told = [entry.getMessage() for entry in caplog.records if entry.name == "tvm_balanced"]
+    said = [entry.getMessage() for entry in caplog.records if entry.name == "tvm_balanced"]
     expected = "tuned" if damage is None else "default"
     assert [kernel.schedule for kernel in library.coverage] == [expected]
-    assert len(told) == (damage is not None)
-    assert all(str(folder.folder) in text for text in told)
+    assert len(said) == (damage is not None)
+    assert all(str(folder.folder) in text for text in said)
     np.testing.assert_allclose(library(X), plain, atol=1e-5)
 
 
@@ -158,12 +156,10 @@ def test_a_small_space_is_measured_whole(model: tb.Model, task: Task, tmp_path: 
     spaces = dispatch.spaces(task.mod["main"], resolve("llvm").target)
     points = [(space.kernel, point) for space in spaces for point in space.points()]
     result = tune(model, "llvm", trials=len(points) + 1, logs=tmp_path, policy="always")
-    found, _ = records.read_folder(result.folder)
+    got, _ = records.read_folder(result.folder)
     measured = [
         traces.sampled_knobs(text)
-        for text in {
-            r.trace_text: r.trace for r in found if not traces.is_default(r.trace)
-        }.values()
+        for text in {r.trace_text: r.trace for r in got if not traces.is_default(r.trace)}.values()
     ]
     assert len(measured) == len(points)
     assert all(point in measured for point in points)
@@ -175,13 +171,13 @@ def test_a_run_is_resumed_and_compile_uses_it(model: tb.Model, tmp_path: Path) -
     (kernel,) = first.kernels
     assert kernel.trials == 3 and not kernel.failures
     assert kernel.default_us is not None and kernel.best_us is not None
-    found, problems = records.read_folder(first.folder)
+    got, problems = records.read_folder(first.folder)
     assert not problems
     again = tune(model, "llvm", trials=3, logs=tmp_path, policy="always", resume=True)
     # nothing new was searched; at most the best were measured again
     later, _ = records.read_folder(first.folder)
-    assert later[: len(found)] == found
-    assert {r.trace_text for r in later} == {r.trace_text for r in found}
+    assert later[: len(got)] == got
+    assert {r.trace_text for r in later} == {r.trace_text for r in got}
     assert again.kernels[0].trials == 3
 
     library = tb.compile(model, "llvm", policy="always", logs=tmp_path)
@@ -192,7 +188,7 @@ def test_a_run_is_resumed_and_compile_uses_it(model: tb.Model, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "said"),
     [
         ({"trials": 0}, "trials"),
         ({"seconds": -1.0}, "time"),
@@ -202,8 +198,8 @@ def test_a_run_is_resumed_and_compile_uses_it(model: tb.Model, tmp_path: Path) -
     ids=["trials", "time", "cache", "target"],
 )
 def test_bad_arguments_are_refused(
-    model: tb.Model, tmp_path: Path, change: dict[str, Any], told: str
+    model: tb.Model, tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=said):
         tune(model, **{"target": "llvm", "logs": tmp_path, **change})
     assert not list(tmp_path.iterdir())

@@ -71,24 +71,24 @@ def _edit(path: Path, change: Callable[[str], str]) -> str:
     return file.stem
 
 
-def _part(found: Verification, name: str) -> Any:
-    (check,) = [check for check in found.parts if check.part == name]
+def _part(got: Verification, name: str) -> Any:
+    (check,) = [check for check in got.parts if check.part == name]
     return check
 
 
-def _failed(found: Verification) -> list[str]:
-    return [k.name for k in found.kernels if k.result == FAIL]
+def _failed(got: Verification) -> list[str]:
+    return [k.name for k in got.kernels if k.result == FAIL]
 
 
 def test_sound_library_passes(sound: Path) -> None:
-    found = verify(sound)
-    assert found.passed
-    assert {check.result for check in found.parts} == {PASS}
-    assert _part(found, RECOMPILED).detail.startswith("nvrtc ")
-    assert found.kernels and all(k.result == PASS for k in found.kernels)
-    launched = {kernel for k in found.kernels for kernel in k.kernels}
+    got = verify(sound)
+    assert got.passed
+    assert {check.result for check in got.parts} == {PASS}
+    assert _part(got, RECOMPILED).detail.startswith("nvrtc ")
+    assert got.kernels and all(k.result == PASS for k in got.kernels)
+    launched = {kernel for k in got.kernels for kernel in k.kernels}
     assert {f"{name}" for name in tb.load(sound, "emulated").kernels} == launched
-    for k in found.kernels:
+    for k in got.kernels:
         assert (k.races, k.bounds, k.unwritten) == (0, 0, 0)
         assert k.checked_blocks >= 1
         assert k.error is not None and k.limit is not None and k.error <= k.limit < 1e-4
@@ -108,9 +108,9 @@ def test_command_line(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_cubin_that_is_not_its_sources(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Another source beside the same cubin, with a manifest that agrees."""
     _edit(copy, lambda text: text.replace("0x1p-1f", "0x1.000002p-1f"))
-    found = verify(copy)
-    assert not found.passed
-    check = _part(found, RECOMPILED)
+    got = verify(copy)
+    assert not got.passed
+    check = _part(got, RECOMPILED)
     assert check.result == FAIL and "the cubin is not its source's" in check.detail
     assert main(["verify", str(copy)]) == 1
     captured = capsys.readouterr()
@@ -122,11 +122,11 @@ def test_cubin_that_is_not_its_sources(copy: Path, capsys: pytest.CaptureFixture
 def test_changed_file_is_named_and_nothing_run(name: str, copy: Path) -> None:
     file = copy / name if name != "kernels" else sorted((copy / name).iterdir())[0]
     file.write_bytes(file.read_bytes() + b"\n")
-    found = verify(copy)
-    assert not found.passed and not found.kernels
-    (bad,) = [check for check in found.parts if check.result == FAIL]
+    got = verify(copy)
+    assert not got.passed and not got.kernels
+    (bad,) = [check for check in got.parts if check.result == FAIL]
     assert bad.part == str(file.relative_to(copy)) and "the manifest says" in bad.detail
-    assert _part(found, "kernels").result == UNCHECKED
+    assert _part(got, "kernels").result == UNCHECKED
 
 
 def test_missing_file(copy: Path) -> None:
@@ -139,27 +139,27 @@ def test_cubin_the_manifest_does_not_name(copy: Path) -> None:
     manifest = json.loads(file.read_text())
     manifest["cubins"][0]["sha256"] = "0" * 64
     file.write_text(json.dumps(manifest))
-    found = verify(copy)
-    told = " ".join(check.detail for check in found.parts if check.result == FAIL)
-    assert "which the manifest does not name" in told and "000000000000 is not there" in told
+    got = verify(copy)
+    said = " ".join(check.detail for check in got.parts if check.result == FAIL)
+    assert "which the manifest does not name" in said and "000000000000 is not there" in said
 
 
 def test_race_in_a_kernel(copy: Path) -> None:
     stem = _edit(copy, lambda text: text.replace("__syncthreads();", "", 1))
-    found = verify(copy)
-    (name,) = _failed(found)
+    got = verify(copy)
+    (name,) = _failed(got)
     assert stem == f"{name}_kernel"
-    (row,) = [k for k in found.kernels if k.name == name]
+    (row,) = [k for k in got.kernels if k.name == name]
     assert row.races and "race" in row.detail and "at line" in row.detail
 
 
 def test_wrong_result_of_a_kernel(copy: Path) -> None:
     """GELU's factor off by 1/4096: nothing to check but the numbers."""
     stem = _edit(copy, lambda text: text.replace("0x1p-1f", "0x1.001p-1f"))
-    found = verify(copy)
-    (name,) = _failed(found)
+    got = verify(copy)
+    (name,) = _failed(got)
     assert stem == f"{name}_kernel"
-    (row,) = [k for k in found.kernels if k.name == name]
+    (row,) = [k for k in got.kernels if k.name == name]
     assert row.detail == "the result is wrong"
     assert row.error is not None and row.limit is not None and row.error > 10 * row.limit
 
@@ -167,20 +167,20 @@ def test_wrong_result_of_a_kernel(copy: Path) -> None:
 def test_kernel_that_does_not_end(copy: Path) -> None:
     barrier = 'asm volatile("bar.sync 1, 1024;");'  # for more threads than there are
     _edit(copy, lambda text: text.replace("__syncthreads();", barrier, 1))
-    found = verify(copy)
-    (row,) = [k for k in found.kernels if k.result == FAIL]
+    got = verify(copy)
+    (row,) = [k for k in got.kernels if k.result == FAIL]
     assert row.error is None and "barrier deadlock" in row.detail
     # the device goes on with the next kernel
-    assert sum(k.result == PASS for k in found.kernels) == len(found.kernels) - 1
+    assert sum(k.result == PASS for k in got.kernels) == len(got.kernels) - 1
 
 
 def test_other_version_of_the_compiler(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = nvrtc.compiler()
     monkeypatch.setattr(nvrtc, "compiler", lambda: {**here, "version": "12.0.1"})
-    found = verify(copy)
-    check = _part(found, RECOMPILED)
+    got = verify(copy)
+    check = _part(got, RECOMPILED)
     assert check.result == UNCHECKED and "here is nvrtc 12.0.1" in check.detail
-    assert found.passed
+    assert got.passed
 
 
 def test_without_nvrtc(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,9 +188,9 @@ def test_without_nvrtc(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise ToolchainError("compiling for CUDA needs nvidia-cuda-nvrtc, not installed here")
 
     monkeypatch.setattr(nvrtc, "compiler", missing)
-    found = verify(sound)
-    assert _part(found, RECOMPILED).result == UNCHECKED
-    assert found.passed and found.kernels
+    got = verify(sound)
+    assert _part(got, RECOMPILED).result == UNCHECKED
+    assert got.passed and got.kernels
 
 
 def test_library_without_a_reference(copy: Path) -> None:
@@ -211,9 +211,9 @@ def test_damaged_reference(copy: Path) -> None:
 
 
 def test_llvm_library(tmp_path: Path) -> None:
-    found = verify(_save("mlp", "llvm", tmp_path / "cpu.tvmb"))
-    assert found.passed and found.device == "CPU"
-    assert found.kernels and all(k.races is None for k in found.kernels)
+    got = verify(_save("mlp", "llvm", tmp_path / "cpu.tvmb"))
+    assert got.passed and got.device == "CPU"
+    assert got.kernels and all(k.races is None for k in got.kernels)
 
 
 def test_verified_library_gives_what_pytorch_gives(sound: Path) -> None:

@@ -215,9 +215,9 @@ def test_write_past_the_end_is_an_illegal_access(emulated: device.Device, cuda: 
     assert cuda.scale(pointer, 2.0, 65, grid=2, block=64) == OK  # found when it runs
     code = cuda("cudaStreamSynchronize", None)
     assert code == ILLEGAL_ADDRESS
-    told = cuda.text(code)
-    assert "kernel scale" in told and "byte 256 of an allocation of 256" in told
-    assert "block (1,0,0) thread (0,0,0)" in told
+    said = cuda.text(code)
+    assert "kernel scale" in said and "byte 256 of an allocation of 256" in said
+    assert "block (1,0,0) thread (0,0,0)" in said
     # a failed kernel is the end of a context, until it is reset
     assert cuda("cudaMalloc", ctypes.byref(ctypes.c_void_p()), ctypes.c_size_t(4)) == code
     with pytest.raises(EmulatorError, match="scale: access outside of device memory"):

@@ -63,9 +63,9 @@ def _check_clean() -> cudaemu.EmulatorReport:
 def _caught(report: cudaemu.EmulatorReport, kind: str, source: str) -> None:
     """An issue of that kind is reported on a line of the CUDA source that holds ``source``."""
     __tracebackhide__ = True
-    found = [i for i in report.issues if kind in i.kind and source in i.source]
-    assert found, f"no {kind} at a line with {source}:\n{report.table()}"
-    assert found[0].line > 0 and "block (" in found[0].first
+    got = [i for i in report.issues if kind in i.kind and source in i.source]
+    assert got, f"no {kind} at a line with {source}:\n{report.table()}"
+    assert got[0].line > 0 and "block (" in got[0].first
 
 
 def _replace(source: str, old: str, new: str) -> str:
@@ -76,7 +76,7 @@ def _replace(source: str, old: str, new: str) -> str:
 def _shift_index(source: str, array: str, by: int, access: str = "+ (") -> str:
     """Every index of ``array`` grown by ``by`` elements."""
     pattern = re.escape(array + (" " if access == "+ (" else "") + access)
-    changed, count = re.subn(pattern, lambda found: f"{found[0]}{by} + ", source)
+    changed, count = re.subn(pattern, lambda got: f"{got[0]}{by} + ", source)
     assert count, f"{array} is not accessed with {access}"
     return changed
 
@@ -163,8 +163,8 @@ def test_transposed_staging_layout() -> None:
 
 
 def _gathers(report: cudaemu.EmulatorReport) -> list[cudaemu.report.Access]:
-    found = report.select(shared=True, write=False)
-    return [a for a in found if "balanced_indices_local_ptr" in a.source]
+    got = report.select(shared=True, write=False)
+    return [a for a in got if "balanced_indices_local_ptr" in a.source]
 
 
 def test_strided_weight_load() -> None:
@@ -175,10 +175,10 @@ def test_strided_weight_load() -> None:
     run, tile = lanes * vector, runs * lanes * vector
     mutant, count = re.subn(
         r"\*\(float4\*\)\(values_ptr \+ (\(.*\))\);",
-        lambda found: (
-            f"*(float4*)(values_ptr + ({found[1]}) / {tile} * {tile}"
-            f" + ({found[1]}) % {run} / {vector} * {runs * vector}"
-            f" + ({found[1]}) % {tile} / {run} * {vector});"
+        lambda got: (
+            f"*(float4*)(values_ptr + ({got[1]}) / {tile} * {tile}"
+            f" + ({got[1]}) % {run} / {vector} * {runs * vector}"
+            f" + ({got[1]}) % {tile} / {run} * {vector});"
         ),
         _gather().source,
     )

@@ -125,9 +125,9 @@ def test_no_bank_conflicts(pattern: str) -> None:
 def test_expand_compiles_to_tensor_cores(case: Case, arch: str) -> None:
     fmt = _format(case)
     gpu = machine.machine(gpus.GPUS[{"sm_80": "a100", "sm_90": "h100"}[arch]])
-    found = EXPAND.best(fmt, int(case.lead[0]), case.dtype, 96 << 10, gpu)
-    assert found is not None
-    tile, predicted = found
+    answer = EXPAND.best(fmt, int(case.lead[0]), case.dtype, 96 << 10, gpu)
+    assert answer is not None
+    tile, predicted = answer
     cubin, log = compile_cubin(_kernel(case, fmt, tile, arch).source, arch)
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log
     registers = re.search(r"Used (\d+) registers", log)
@@ -258,14 +258,14 @@ def test_a_library_states_its_kernels(library: tuple[torch.nn.Module, Path]) -> 
     """Manifest and report name them, and ``verify`` runs each."""
     _, path = library
     manifest = read_manifest(path)
-    told = "cuda_gather; from M = 9 cuda_expand, 16 rows a tile"
+    said = "cuda_gather; from M = 9 cuda_expand, 16 rows a tile"
     notes = [kernel.note for kernel in manifest.coverage if kernel.balanced]
-    assert sorted(notes) == ["cuda_expand: no record", f"symbolic shapes: {told}"]
-    assert f"any M: {told}" in manifest.layers[0].reason
-    found = verify(path)
-    assert found.passed
-    assert {check.result for check in found.parts} == {"pass"}
-    sparse = [row for row in found.kernels if "balanced_sparse" in row.name]
+    assert sorted(notes) == ["cuda_expand: no record", f"symbolic shapes: {said}"]
+    assert f"any M: {said}" in manifest.layers[0].reason
+    answer = verify(path)
+    assert answer.passed
+    assert {check.result for check in answer.parts} == {"pass"}
+    sparse = [row for row in answer.kernels if "balanced_sparse" in row.name]
     # two for any M; two of thread blocks that share K
     assert [len(row.kernels) for row in sparse] == [2, 2]
     assert all(row.error is not None and row.result == "pass" for row in sparse)

@@ -66,9 +66,9 @@ def _check(case: Case, kernel: cudaemu.TVMKernel) -> None:
     check_close(case, args[-1], expected)
 
     def of(*names: str) -> list[Any]:
-        found = [a for a in report.accesses if any(f"{name}<" in a.source for name in names)]
-        assert found, report.table()
-        return found
+        got = [a for a in report.accesses if any(f"{name}<" in a.source for name in names)]
+        assert got, report.table()
+        return got
 
     row_tiles = -(-case.shapes[0][0] // tile.rows)
     stream = 32 * sum(access.units for access in of("balanced_load"))

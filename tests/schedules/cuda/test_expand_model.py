@@ -37,10 +37,10 @@ def test_chosen_only_where_faster_than_the_gather(gpu):
                 fmt = layer(pattern, n, k, rows)
                 knobs = gather_model.choose(fmt, rows, "float16", 48 << 10, machine)
                 gather = gather_model.GatherModel(machine, fmt, rows, "float16").predict(knobs)
-                found = chosen(fmt, rows, spec=spec)
-                if found is not None:
+                got = chosen(fmt, rows, spec=spec)
+                if got is not None:
                     taken += 1
-                    assert found[1].total_us < gather.total_us
+                    assert got[1].total_us < gather.total_us
     assert taken
 
 
@@ -53,19 +53,19 @@ def test_few_rows_have_to_gain_a_tenth():
                 fmt = layer(pattern, n, 8192, rows)
                 knobs = gather_model.choose(fmt, rows, "float16", 48 << 10, machine)
                 gather = gather_model.GatherModel(machine, fmt, rows, "float16").predict(knobs)
-                _, told = EXPAND.best(fmt, rows, "float16", 227 << 10, machine)
-                found = chosen(fmt, rows) is not None
-                assert found == (told.total_us * 1.1 < gather.total_us)
-                taken.add(found)
+                _, said = EXPAND.best(fmt, rows, "float16", 227 << 10, machine)
+                got = chosen(fmt, rows) is not None
+                assert got == (said.total_us * 1.1 < gather.total_us)
+                taken.add(got)
     assert taken == {True, False}
 
 
 def test_plan_goes_by_the_kernel_that_is_chosen():
     fmt = layer()
     _, prediction = chosen(fmt, 32)
-    told = cost.predicted(H100, 32, fmt, "float16")
-    assert told.shared_bytes == prediction.shared_bytes
-    assert told.total_us - told.launch_us == pytest.approx(
+    said = cost.predicted(H100, 32, fmt, "float16")
+    assert said.shared_bytes == prediction.shared_bytes
+    assert said.total_us - said.launch_us == pytest.approx(
         prediction.total_us - prediction.launch_us
     )
 
@@ -122,7 +122,7 @@ def test_prediction_follows_work():
 def test_thread_blocks_share_long_rows_of_small_layers(n, k, rows, splits):
     fmt, machine = layer(n=n, k=k), cuda_machine.machine(gpus.GPUS["h100"])
     tiles = EXPAND.candidates(fmt, rows, 227 << 10, machine.sm_count)
-    tile, told = EXPAND.best(fmt, rows, "float16", 227 << 10, machine)
+    tile, said = EXPAND.best(fmt, rows, "float16", 227 << 10, machine)
     assert tile.splits == splits
     assert EXPAND.is_legal(fmt, rows, 227 << 10, machine.sm_count, tile)
     whole = [
@@ -130,7 +130,7 @@ def test_thread_blocks_share_long_rows_of_small_layers(n, k, rows, splits):
         for one in tiles
         if one.splits == 1
     ]
-    assert told.total_us <= min(whole)
+    assert said.total_us <= min(whole)
 
 
 @pytest.mark.parametrize("gpu", ["h100", "a100"])

@@ -44,32 +44,32 @@ def fastest(fmt, rows, gpu=H100, dtype="float16"):
 
 
 def test_bytes_and_memory_time_by_hand():
-    told = predict(layer(4096, 4096), 1, (1, 1, 16, 4, 256))
+    said = predict(layer(4096, 4096), 1, (1, 1, 16, 4, 256))
     # 1024 slots a row, two bytes of value and half a byte of index
-    assert told.stream_bytes == 4096 * 1024 * 5 // 2
+    assert said.stream_bytes == 4096 * 1024 * 5 // 2
     # 128 thread blocks stage 4096 activations of two bytes
-    assert told.staged_bytes == 128 * 4096 * 2
-    moved = told.stream_bytes + 2 * 4096 + 2 * 4096
-    assert told.memory_us == pytest.approx(moved / (3350e3 * 0.92))
+    assert said.staged_bytes == 128 * 4096 * 2
+    moved = said.stream_bytes + 2 * 4096 + 2 * 4096
+    assert said.memory_us == pytest.approx(moved / (3350e3 * 0.92))
 
 
 def test_thread_blocks_and_occupancy_by_hand():
-    told = predict(layer(11008, 4096), 8, (4, 2, 16, 4, 128))
-    assert told.thread_blocks == 11008 // 32
+    said = predict(layer(11008, 4096), 8, (4, 2, 16, 4, 128))
+    assert said.thread_blocks == 11008 // 32
     # 128 windows of 16 elements and two that are left out, of 8 rows of two bytes; partial sums take less
-    assert told.shared_bytes == 128 * 18 * 8 * 2
+    assert said.shared_bytes == 128 * 18 * 8 * 2
     # 56 registers: 9 warps in each quarter of an SM, two times 16 in all
-    assert (told.registers, told.resident) == (56, 2)
-    assert told.waves == pytest.approx(344 / (2 * 132))
+    assert (said.registers, said.resident) == (56, 2)
+    assert said.waves == pytest.approx(344 / (2 * 132))
     # 344 thread blocks on 132 multiprocessors: the busiest have three
-    assert told.idle_share == pytest.approx(1 - 344 / 396)
+    assert said.idle_share == pytest.approx(1 - 344 / 396)
 
 
 def test_little_asks_for_18_kilobytes_on_an_h100():
-    told = predict(layer(4096, 4096), 1, (1, 1, 16, 4, 256))
-    assert told.needed_bytes_in_flight == pytest.approx(18e3 * 0.92, rel=0.02)
+    said = predict(layer(4096, 4096), 1, (1, 1, 16, 4, 256))
+    assert said.needed_bytes_in_flight == pytest.approx(18e3 * 0.92, rel=0.02)
     # 16 warps with two loads each of 16 bytes of values and 4 of indices in every lane
-    assert told.bytes_in_flight == 16 * 2 * 32 * 20
+    assert said.bytes_in_flight == 16 * 2 * 32 * 20
 
 
 @pytest.mark.parametrize(
@@ -91,14 +91,14 @@ def test_little_asks_for_18_kilobytes_on_an_h100():
 def test_instructions_are_those_of_the_machine_code(dtype, knobs, counted):
     """Against the loop of the kernel for sm_90, N = K = 4096 at 4:16, counted by static_report."""
     rows = knobs[0] * knobs[1]
-    told = predict(layer(4096, 4096, dtype=dtype), rows, knobs, dtype=dtype)
-    assert told.instructions_per_slot == pytest.approx(counted, rel=0.12)
+    said = predict(layer(4096, 4096, dtype=dtype), rows, knobs, dtype=dtype)
+    assert said.instructions_per_slot == pytest.approx(counted, rel=0.12)
 
 
 def test_wavefronts_of_gathers_by_hand():
     # eight bytes a lane are two wavefronts, and a tile of 8 rows has two such elements
-    told = predict(layer(4096, 4096), 8, (4, 2, 16, 4, 128))
-    assert told.wavefronts_per_slot == 4
+    said = predict(layer(4096, 4096), 8, (4, 2, 16, 4, 128))
+    assert said.wavefronts_per_slot == 4
     # a window of 64 elements of eight bytes is four times the banks
     assert predict(layer(4096, 4096, "4:64"), 8, (4, 2, 16, 4, 32)).wavefronts_per_slot > 6
 
@@ -149,8 +149,8 @@ def test_never_faster_than_memory_and_launch():
     for n, k in SHAPES:
         fmt = layer(n, k)
         for knobs in gather_tile.candidates(fmt, 8, "float16", ROOM):
-            told = GatherModel(H100, fmt, 8, "float16").predict(knobs)
-            assert told.total_us >= told.memory_us + H100.launch_us
+            said = GatherModel(H100, fmt, 8, "float16").predict(knobs)
+            assert said.total_us >= said.memory_us + H100.launch_us
 
 
 @pytest.mark.parametrize("gpu", ["h100", "a100", "rtx-4090", "a10", "b200", "rtx-5090"])
@@ -162,10 +162,10 @@ def test_candidates_and_choice_are_legal(gpu, dtype):
         for pattern in ("4:16", "16:256", "3:16"):
             fmt = layer(n, k, pattern, dtype)
             for rows in (1, 8, 13):
-                found = list(gather_tile.candidates(fmt, rows, dtype, ROOM))
-                assert len(found) == len(set(found)) < 500
-                assert gather_model.choose(fmt, rows, dtype, ROOM, machine) in found
-                for one in found:
+                got = list(gather_tile.candidates(fmt, rows, dtype, ROOM))
+                assert len(got) == len(set(got)) < 500
+                assert gather_model.choose(fmt, rows, dtype, ROOM, machine) in got
+                for one in got:
                     held = one.vector * one.groups
                     staged = one.chunk * fmt.pattern.block * held * itemsize
                     assert staged + one.warps * held * 32 * 4 <= ROOM
@@ -277,8 +277,8 @@ def test_plan_and_compiler_speak_of_the_same_prediction():
     machine = cuda_machine.machine(gpus.gpu_of(spec.target))
     limit = cuda_gather.shared_limit(spec.target)
     tile = gather_model.choose(fmt, 4, "float16", limit, machine)
-    told = GatherModel(machine, fmt, 4, "float16").predict(tile)
-    assert cost.sparse_us(spec, 4, fmt, "float16") == pytest.approx(told.total_us)
+    said = GatherModel(machine, fmt, 4, "float16").predict(tile)
+    assert cost.sparse_us(spec, 4, fmt, "float16") == pytest.approx(said.total_us)
 
 
 @pytest.mark.parametrize("name", sorted(gpus.GPUS))

@@ -39,9 +39,9 @@ SHAPES = [
 
 
 def _workload(case: Case) -> tvm.IRModule:
-    found = workload.workload(fused_kernel(case, packed_format(case)), target())
-    assert found is not None
-    return found
+    got = workload.workload(fused_kernel(case, packed_format(case)), target())
+    assert got is not None
+    return got
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
@@ -132,5 +132,5 @@ def test_features_tell_points_apart() -> None:
     mod = _workload(SMALL)
     (space,) = dispatch.spaces(mod["main"], target())
     candidates = [Candidate.of(space.kernel, point) for point in space.points()]
-    told = {tuple(features(mod, target(), candidate)) for candidate in candidates}
-    assert len(told) > len(space.points()) / 2
+    said = {tuple(features(mod, target(), candidate)) for candidate in candidates}
+    assert len(said) > len(space.points()) / 2

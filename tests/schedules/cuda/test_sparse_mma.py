@@ -164,9 +164,9 @@ def test_metadata_that_does_not_ascend_is_reported() -> None:
 def test_compiles_to_sparse_tensor_cores(case: Case, arch: str) -> None:
     fmt = packed_format(case)
     gpu = machine.machine(gpus.GPUS[{"sm_80": "a100", "sm_90": "h100"}[arch]])
-    found = SPARSE_MMA.best(fmt, int(case.lead[0]), case.dtype, 96 << 10, gpu)
-    assert found is not None
-    tile, predicted = found
+    got = SPARSE_MMA.best(fmt, int(case.lead[0]), case.dtype, 96 << 10, gpu)
+    assert got is not None
+    tile, predicted = got
     cubin, log = compile_cubin(_kernel(case, fmt, tile, arch).source, arch)
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log
     registers = re.search(r"Used (\d+) registers", log)

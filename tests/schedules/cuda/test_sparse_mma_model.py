@@ -35,19 +35,19 @@ def test_chosen_only_where_faster_than_the_gather(gpu):
             fmt = layer("2:4", n, k, rows)
             knobs = gather_model.choose(fmt, rows, "float16", 48 << 10, machine)
             gather = gather_model.GatherModel(machine, fmt, rows, "float16").predict(knobs)
-            found = chosen(fmt, rows, spec=spec)
-            if found is not None:
+            got = chosen(fmt, rows, spec=spec)
+            if got is not None:
                 taken += 1
-                assert found[1].total_us < gather.total_us
+                assert got[1].total_us < gather.total_us
     assert taken
 
 
 def test_plan_goes_by_the_kernel_that_is_chosen():
     fmt = layer()
     _, prediction = chosen(fmt, 32)
-    told = cost.predicted(H100, 32, fmt, "float16")
-    assert told.shared_bytes == prediction.shared_bytes
-    assert told.total_us - told.launch_us == pytest.approx(
+    said = cost.predicted(H100, 32, fmt, "float16")
+    assert said.shared_bytes == prediction.shared_bytes
+    assert said.total_us - said.launch_us == pytest.approx(
         prediction.total_us - prediction.launch_us
     )
 

@@ -92,13 +92,13 @@ def _module(case: Case) -> tvm.IRModule:
 
 
 def _kernel(mod: tvm.IRModule) -> tuple[Any, Any]:
-    found = [
+    got = [
         (gvar, func)
         for gvar, func in mod.functions_items()
         if isinstance(func, tirx.PrimFunc) and balanced_block.has_balanced_block(func)
     ]
-    assert len(found) == 1
-    return found[0]
+    assert len(got) == 1
+    return got[0]
 
 
 def _error(case: Case, rule: Any, target: tvm.target.Target, batch: int = 5) -> float:
