@@ -128,18 +128,16 @@ def _erf(x: Value) -> Value:
     return np.asarray(np.frompyfunc(math.erf, 1, 1)(x), np.float64)
 
 
+_IN_NUMPY = (
+    *("abs", "ceil", "copysign", "cos", "cosh", "exp", "exp2", "floor", "fmod", "hypot"),
+    *("isfinite", "isinf", "isnan", "ldexp", "log", "log10", "log1p", "log2", "sin", "sinh"),
+    *("sqrt", "tan", "tanh", "trunc"),
+)
+_ARC = ("cos", "cosh", "sin", "sinh", "tan", "tan2", "tanh")
 # by the name of the operator, and of the C function behind call_pure_extern
 _CALLS: dict[str, Callable[..., Value]] = {
-    **{
-        name: getattr(np, name)
-        for name in (
-            *("abs", "ceil", "copysign", "cos", "cosh", "exp", "exp2", "floor", "fmod", "hypot"),
-            *("isfinite", "isinf", "isnan", "ldexp", "log", "log10", "log1p", "log2", "sin"),
-            *("sinh", "sqrt", "tan", "tanh", "trunc"),
-        )
-    },
-    **{f"a{name}": getattr(np, f"arc{name}") for name in ("cos", "cosh", "sin", "sinh")},
-    **{f"a{name}": getattr(np, f"arc{name}") for name in ("tan", "tan2", "tanh")},
+    **{name: getattr(np, name) for name in _IN_NUMPY},
+    **{f"a{name}": getattr(np, f"arc{name}") for name in _ARC},
     "erf": _erf,
     "exp10": lambda x: np.power(10.0, x),
     "fabs": np.abs,
