@@ -178,8 +178,8 @@ double now() {
 std::shared_ptr<Stream> find_stream(void* handle) {
   // 1 and 2 are the handles of the legacy and the per-thread default stream
   if (!handle || handle == (void*)1 || handle == (void*)2) return g_default;
-  auto found = g_streams.find((Stream*)handle);
-  return found == g_streams.end() ? nullptr : found->second;
+  auto entry = g_streams.find((Stream*)handle);
+  return entry == g_streams.end() ? nullptr : entry->second;
 }
 
 // ------------------------------------------------------------------------------------------ memory
@@ -222,12 +222,12 @@ int allocate(void** out, size_t bytes, bool host) {
 }
 int release(void* p, bool host) {
   if (!p) return kOk;
-  auto found = g_memory.find((char*)p);
-  if (found == g_memory.end() || found->second.host != host)
+  auto entry = g_memory.find((char*)p);
+  if (entry == g_memory.end() || entry->second.host != host)
     return fail(kInvalidValue, "free of " + describe(p));
-  if (!host) g_used -= found->second.bytes;
-  munmap(found->second.map, found->second.mapped);
-  g_memory.erase(found);
+  if (!host) g_used -= entry->second.bytes;
+  munmap(entry->second.map, entry->second.mapped);
+  g_memory.erase(entry);
   return kOk;
 }
 
@@ -334,9 +334,9 @@ void execute(const Launch& launch) {
     if (f.kinds[i] != 'p' || !values[i]) continue;
     Allocation* a = holding((void*)values[i]);
     if (!a) continue; // reading through it faults
-    auto found = known.find(a->base);
-    if (found != known.end()) {
-      elements[found->second] = std::min(elements[found->second], f.elements[i]);
+    auto entry = known.find(a->base);
+    if (entry != known.end()) {
+      elements[entry->second] = std::min(elements[entry->second], f.elements[i]);
       continue;
     }
     known[a->base] = lo.size();
@@ -369,8 +369,8 @@ void execute(const Launch& launch) {
 }
 
 int limit(int attribute, int fallback) {
-  auto found = g_attributes.find(attribute);
-  return found == g_attributes.end() ? fallback : found->second;
+  auto entry = g_attributes.find(attribute);
+  return entry == g_attributes.end() ? fallback : entry->second;
 }
 const char* text_of(int code, const char* ErrorText::* field) {
   for (auto& e : kErrors)
@@ -529,10 +529,10 @@ API int cuModuleUnload(Module* module) {
 }
 API int cuModuleGetFunction(Function** out, Module* module, const char* name) {
   Lock lock(g_mutex);
-  auto found = module->functions.find(name);
-  if (found == module->functions.end())
+  auto entry = module->functions.find(name);
+  if (entry == module->functions.end())
     return fail(kNotFound, std::string("there is no kernel ") + name);
-  *out = found->second.get();
+  *out = entry->second.get();
   return kOk;
 }
 API int cuFuncSetAttribute(Function* f, int attribute, int value) {
@@ -655,11 +655,11 @@ API int cudaSetDevice(int device) { return device ? fail(kInvalidDevice) : kOk; 
 API int cudaDeviceGetAttribute(int* value, int attribute, int device) {
   Lock lock(g_mutex);
   if (device) return fail(kInvalidDevice);
-  auto found = g_attributes.find(attribute);
-  if (found == g_attributes.end())
+  auto entry = g_attributes.find(attribute);
+  if (entry == g_attributes.end())
     return fail(kInvalidValue, "device attribute %d is not known to the emulated device",
                 attribute);
-  *value = found->second;
+  *value = entry->second;
   return kOk;
 }
 struct Properties { // the head of cudaDeviceProp of CUDA 13; what follows is left as it was
@@ -771,10 +771,10 @@ API int cudaStreamCreateWithFlags(Stream** out, unsigned flags) {
 API int cudaStreamCreate(Stream** out) { return cudaStreamCreateWithFlags(out, 0); }
 API int cudaStreamDestroy(Stream* handle) {
   Lock lock(g_mutex);
-  auto found = g_streams.find(handle);
-  if (found == g_streams.end()) return fail(kInvalidHandle);
-  run_until(found->second, found->second->issued); // what was queued is still done
-  g_streams.erase(found);
+  auto entry = g_streams.find(handle);
+  if (entry == g_streams.end()) return fail(kInvalidHandle);
+  run_until(entry->second, entry->second->issued); // what was queued is still done
+  g_streams.erase(entry);
   return kOk;
 }
 API int cudaStreamSynchronize(void* handle) {
@@ -1086,9 +1086,9 @@ API const char* cublasGetStatusString(int status) {
       {kBlasNotSupported, "not supported"}};
   static std::map<std::string, bool> texts; // kept for the process's life: callers hold the pointer
   Lock lock(g_mutex);
-  auto found = names.find(status);
+  auto entry = names.find(status);
   std::string text =
-      found == names.end() ? "a status the emulated device does not know" : found->second;
+      entry == names.end() ? "a status the emulated device does not know" : entry->second;
   if (status && !g_detail.empty()) text += " (emulated device: " + g_detail + ")";
   return texts.emplace(text, true).first->first.c_str();
 }
@@ -1114,10 +1114,10 @@ API int cublasDestroy_v2(Blas* handle) {
 API int cublasSetStream_v2(Blas* handle, void* stream) {
   Lock lock(g_mutex);
   if (!g_blas.count(handle)) return kBlasNotInitialized;
-  auto found = find_stream(stream);
-  if (!found)
+  auto entry = find_stream(stream);
+  if (!entry)
     return blas_fail(kBlasInvalidValue, "cublasSetStream: the stream is not one of this device");
-  g_blas[handle]->stream = found;
+  g_blas[handle]->stream = entry;
   return kBlasOk;
 }
 API int cublasGemmStridedBatchedEx(Blas* handle, int op_a, int op_b, int m, int n, int k,
