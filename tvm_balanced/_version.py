@@ -1,3 +1,3 @@
 """The package's version, on its own so that setup.cfg can read it without importing anything."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

@@ -96,7 +96,7 @@ def command(
     plots: str | None,
     **what: Any,
 ) -> None:
-    r"""Time the balanced operator against its peers: cuBLAS, int4, cuSPARSE, 2:4, Triton and TVM's dense.
+    """Time the balanced operator against its peers: cuBLAS, int4, cuSPARSE, 2:4, Triton and TVM's dense.
 
     Every contender is checked against float64 before it is timed. Without an NVIDIA GPU the kernels for
     llvm are timed against PyTorch on the CPU. With LIBRARY (.tvmb) the shapes are those of its sparse layers.

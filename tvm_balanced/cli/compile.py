@@ -22,7 +22,7 @@ from tvm_balanced.cli.output import Output, summary
 def command(
     output: Output, request: Request, weights: str | None, destination: str | None, overwrite: bool
 ) -> None:
-    r"""Compile MODEL (.onnx or .pt2), usually pruned, into a library to deploy.
+    """Compile MODEL (.onnx or .pt2), usually pruned, into a library to deploy.
 
     \b
     Example:

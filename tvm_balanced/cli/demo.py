@@ -27,7 +27,7 @@ from tvm_balanced.errors import OutputError
 )
 @with_output
 def command(output: Output, destination: str) -> None:
-    r"""Two models from weights to a library; needs no GPU and no download.
+    """Two models from weights to a library; needs no GPU and no download.
 
     A classifier of digits, pruned gradually with fine-tuning: good. MiniLM, pruned from a few sentences, for
     this CPU and for an H100: real, and fast, but not usable without retraining.

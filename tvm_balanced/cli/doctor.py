@@ -12,7 +12,7 @@ from tvm_balanced.cli.output import Output, summary
 @click.command(name="doctor")
 @with_output
 def command(output: Output) -> None:
-    r"""Say what this machine has, and which targets work.
+    """Say what this machine has, and which targets work.
 
     \b
     Example:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def command(
     output: Output, path: str, input_shapes: tuple[str, ...], source: str | None, static: bool
 ) -> None:
-    r"""Show what is in PATH: a library (.tvmb), a model (.onnx, .pt2) or a checkpoint (.safetensors).
+    """Show what is in PATH: a library (.tvmb), a model (.onnx, .pt2) or a checkpoint (.safetensors).
 
     Nothing in it is run, and no GPU is needed.
 

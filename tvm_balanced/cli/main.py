@@ -51,7 +51,7 @@ class _Commands(click.Group):
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="tvm-balanced")
 def cli() -> None:
-    r"""Compile PyTorch and ONNX models into libraries whose linear layers run balanced-sparse.
+    """Compile PyTorch and ONNX models into libraries whose linear layers run balanced-sparse.
 
     \b
     tvm-balanced plan model.onnx --target h100 --pattern 4:16

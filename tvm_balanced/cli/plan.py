@@ -14,7 +14,7 @@ from tvm_balanced.cli.output import Output
 @requesting("What layers would be pruned to; what they follow now where not given.")
 @with_output
 def command(output: Output, request: Request) -> None:
-    r"""Which layers of MODEL (.onnx or .pt2) would run sparse; nothing is changed or written.
+    """Which layers of MODEL (.onnx or .pt2) would run sparse; nothing is changed or written.
 
     \b
     Example:

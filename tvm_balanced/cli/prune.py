@@ -87,7 +87,7 @@ def command(
     destination: str | None,
     **given: Any,
 ) -> None:
-    r"""Prune the dense layers of MODEL once to a balanced pattern.
+    """Prune the dense layers of MODEL once to a balanced pattern.
 
     An .onnx file becomes an .onnx file with other weights; of a .pt2 or a .safetensors checkpoint the
     weights are written as .safetensors. Without retraining a model loses accuracy: check it. A few hundred

@@ -67,7 +67,7 @@ def command(
     overwrite: bool,
     **inputs: Any,
 ) -> None:
-    r"""Run LIBRARY (.tvmb) on this machine: shapes of its outputs, and how long a call takes.
+    """Run LIBRARY (.tvmb) on this machine: shapes of its outputs, and how long a call takes.
 
     \b
     Example:

@@ -56,7 +56,7 @@ def command(
     prune: int | None,
     **search: Any,
 ) -> None:
-    r"""Find faster schedules for the kernels of MODEL; compile then uses them.
+    """Find faster schedules for the kernels of MODEL; compile then uses them.
 
     Times are measured on this machine or on others; --runner model predicts them, for CUDA without a GPU.
 

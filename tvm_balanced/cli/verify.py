@@ -41,7 +41,7 @@ from tvm_balanced.errors import TvmBalancedError
 def command(
     output: Output, library: str, kernels: tuple[str, ...], blocks: int, symbol: int, seed: int
 ) -> None:
-    r"""Check that LIBRARY (.tvmb) is what its manifest says, and that every kernel is right.
+    """Check that LIBRARY (.tvmb) is what its manifest says, and that every kernel is right.
 
     Files and cubins are compared with the manifest's hashes, the cubin is compiled again, and every kernel
     runs on small seeded inputs against a float64 reference: CUDA kernels on an emulated device, checked for
