@@ -46,7 +46,7 @@ from tvm_balanced.errors import InputError
 from tvm_balanced.format.layout import BITMAP, ENCODINGS, Layout, PackedFormat
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.format.weights import (
-    _CHUNK_ELEMENTS,
+    CHUNK_ELEMENTS,
     Array,
     check_weight,
     into_blocks,
@@ -168,7 +168,7 @@ def _spread_over_banks(values: Array, indices: Array, fmt: PackedFormat) -> None
         Their format.
     """
     groups = fmt.padded_rows // _SERVED_LANES
-    step = max(1, _CHUNK_ELEMENTS // (fmt.blocks * fmt.pattern.block * fmt.pattern.nnz))
+    step = max(1, CHUNK_ELEMENTS // (fmt.blocks * fmt.pattern.block * fmt.pattern.nnz))
     for start in range(0, groups, step):
         rows = slice(start * _SERVED_LANES, min(start + step, groups) * _SERVED_LANES)
         shape = (-1, _SERVED_LANES, fmt.blocks, fmt.pattern.nnz)

@@ -13,7 +13,7 @@ from tvm_balanced.format.pattern import BalancedPattern
 
 Array = np.ndarray[Any, np.dtype[Any]]
 # dense weights handled at a time, so that temporaries stay small beside a large weight
-_CHUNK_ELEMENTS = 1 << 23
+CHUNK_ELEMENTS = 1 << 23
 
 
 def check_weight(weight: Array, name: str = "the weight") -> None:
@@ -42,7 +42,7 @@ def check_weight(weight: Array, name: str = "the weight") -> None:
 
 def row_chunks(weight: Array) -> Iterator[slice]:
     """Slices of rows with a bounded number of elements each."""
-    step = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1]))
+    step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         yield slice(start, min(start + step, weight.shape[0]))
 

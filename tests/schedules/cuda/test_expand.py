@@ -177,10 +177,10 @@ def test_dispatch_by_rows() -> None:
     assert taken == {4: "cuda_gather", **expands, "m": "cuda_by_rows"}
 
 
-@pytest.mark.parametrize("rows", [9, 17, 64, 100, 256, None])
+@pytest.mark.parametrize("rows", [9, 17, 64, 100, 256])
 @pytest.mark.parametrize("pattern", ["8:16", "1:16", "4:32"])
 @pytest.mark.parametrize("shared", [48 << 10, 99 << 10, 227 << 10])
-def test_candidates_fit(rows: int | None, pattern: str, shared: int) -> None:
+def test_candidates_fit(rows: int, pattern: str, shared: int) -> None:
     for n, k in ((50, 70), (768, 3072), (28672, 8192)):
         fmt = _format(Case((16,), n, k, pattern))
         tiles = EXPAND.candidates(fmt, rows, shared)
