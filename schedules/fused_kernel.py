@@ -49,23 +49,11 @@ class Epilogue:
 
 @dataclass(frozen=True)
 class FusedKernel:
-    """A kernel that is the operator on parameters, followed by element-wise work.
-
-    Parameters
-    ----------
-    func : tirx.PrimFunc
-        The kernel.
-    operator : BalancedBlock
-        The operator in it.
-    data : Buffer
-        Activations ``(..., K)``, a parameter, as are the operator's packed arrays.
-    epilogue : Epilogue
-        What becomes of the sums.
-    """
+    """A kernel that is the operator on parameters, followed by element-wise work."""
 
     func: tirx.PrimFunc
     operator: BalancedBlock
-    data: Buffer
+    data: Buffer  # activations ``(..., K)``, a parameter, as are the operator's packed arrays
     epilogue: Epilogue
 
     @property

@@ -52,23 +52,12 @@ _NO_KERNEL = (_NO_RECORD, _NO_FIT, _DEFAULT_BEST)
 
 @dataclass(frozen=True)
 class Coverage:
-    """How one kernel of a build was scheduled.
-
-    Parameters
-    ----------
-    kernel : str
-        Its name.
-    schedule : str
-        ``"tuned"`` (a measured record), ``"estimated"`` (a model's) or ``"default"``.
-    balanced : bool
-        Whether it holds the balanced operator.
-    note : str
-        What the record says (kernel and knobs), or which kernel is the default and why there is no record.
-    """
+    """How one kernel of a build was scheduled."""
 
     kernel: str
-    schedule: str
-    balanced: bool
+    schedule: str  # ``"tuned"`` (a measured record), ``"estimated"`` (a model's) or ``"default"``
+    balanced: bool  # holds the balanced operator
+    # what the record says (kernel and knobs), or which kernel is the default and why there is no record
     note: str
 
 

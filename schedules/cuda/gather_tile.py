@@ -12,29 +12,14 @@ from tvm_balanced.format.layout import BITMAP, PackedFormat, ceil_div
 
 @dataclass(frozen=True)
 class GatherTile:
-    """The knobs of the gather kernel.
+    """The knobs of the gather kernel."""
 
-    Parameters
-    ----------
-    vector : int
-        Rows of activations in one staged element, read by one shared-memory load.
-    groups : int
-        Such vectors in a tile.
-    warps : int
-        Warps of a thread block; each takes a share of K.
-    unroll : int
-        Vector loads of slots that a lane has in flight.
-    chunk : int
-        Blocks of the pattern staged at a time.
-    splits : int
-        Thread blocks that share K; with more than one a second kernel adds their sums.
-    """
-
-    vector: int
-    groups: int
-    warps: int
-    unroll: int
-    chunk: int
+    vector: int  # rows of activations in one staged element, read by one shared-memory load
+    groups: int  # such vectors in a tile
+    warps: int  # warps of a thread block; each takes a share of K
+    unroll: int  # vector loads of slots that a lane has in flight
+    chunk: int  # blocks of the pattern staged at a time
+    # thread blocks that share K; with more than one a second kernel adds their sums
     splits: int = 1
 
     @property

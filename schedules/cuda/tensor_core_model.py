@@ -43,26 +43,13 @@ _SPLIT_WORTH = 1.1
 
 @dataclass(frozen=True)
 class TensorCoreTile:
-    """The knobs of a schedule for tensor cores.
+    """The knobs of a schedule for tensor cores."""
 
-    Parameters
-    ----------
-    rows : int
-        Rows of activations in a tile, a multiple of 8.
-    columns : int
-        Warps side by side, 32 outputs each; they share staged activations.
-    shares : int
-        Warps that share K: 1, 2, 4 or 8.
-    stages : int
-        Steps of activations in shared memory at a time.
-    splits : int
-        Thread blocks that share K; with more than one a second kernel adds their sums.
-    """
-
-    rows: int
-    columns: int
-    shares: int
-    stages: int
+    rows: int  # rows of activations in a tile, a multiple of 8
+    columns: int  # warps side by side, 32 outputs each; they share staged activations
+    shares: int  # warps that share K: 1, 2, 4 or 8
+    stages: int  # steps of activations in shared memory at a time
+    # thread blocks that share K; with more than one a second kernel adds their sums
     splits: int = 1
 
     @property
@@ -73,27 +60,15 @@ class TensorCoreTile:
 
 @dataclass(frozen=True)
 class Work:
-    """What a warp does, counted, and what its thread block occupies.
+    """What a warp does, counted, and what its thread block occupies."""
 
-    Parameters
-    ----------
-    window_steps : int
-        Steps, with a barrier each, in a window of 32 slots of a row.
-    instructions, wavefronts : float
-        Instructions issued, and wavefronts of shared memory, in a step.
-    flops : float
-        Operations in a step, as the tensor cores' dense rate counts them.
-    stream_bytes : float
-        Bytes of the weight's stream in a step.
-    registers, shared_bytes : int
-        What a thread, and a thread block, occupies.
-    """
-
-    window_steps: int
+    window_steps: int  # steps, with a barrier each, in a window of 32 slots of a row
+    # instructions issued, and wavefronts of shared memory, in a step
     instructions: float
     wavefronts: float
-    flops: float
-    stream_bytes: float
+    flops: float  # operations in a step, as the tensor cores' dense rate counts them
+    stream_bytes: float  # bytes of the weight's stream in a step
+    # what a thread, and a thread block, occupies
     registers: int
     shared_bytes: int
 

@@ -42,24 +42,12 @@ _CHUNKS = (8192, 16384, 32768, 65536, 262144)
 
 @dataclass(frozen=True)
 class BatchLanesKnobs:
-    """What a tuner may sample.
+    """What a tuner may sample."""
 
-    Parameters
-    ----------
-    sums : int
-        Registers of sums in a tile: weight rows times registers of activations.
-    batch_tile : int
-        Most registers of activations in a tile, a power of two.
-    group : int
-        Most weight rows that one step of the parallel loop handles.
-    chunk : int
-        Bytes of activations that a group works on at a time.
-    """
-
-    sums: int = 8
-    batch_tile: int = 4
-    group: int = 64
-    chunk: int = 16384
+    sums: int = 8  # registers of sums in a tile: weight rows times registers of activations
+    batch_tile: int = 4  # most registers of activations in a tile, a power of two
+    group: int = 64  # most weight rows that one step of the parallel loop handles
+    chunk: int = 16384  # bytes of activations that a group works on at a time
 
 
 def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | None:

@@ -37,31 +37,17 @@ PARALLEL_WORK = 1 << 19
 
 @dataclass(frozen=True)
 class Parts:
-    """A kernel taken apart: everything around the operator's main block.
+    """A kernel taken apart: everything around the operator's main block."""
 
-    Parameters
-    ----------
-    func : tirx.PrimFunc
-        The kernel, its element-wise work inlined.
-    operator : BalancedBlock
-        The operator in it.
-    batch : tuple of Expr
-        Extents of the batch axes.
-    data_at : callable of (batch indices, block, element) -> Expr
-        The activation there; zero in the padding.
-    source : Buffer or None
-        Float32 activations of shape ``(..., K)`` to read where they lie; None where they have to be
-        converted, padded or computed first.
-    epilogue : Epilogue
-        What becomes of the operator's float32 sums.
-    """
-
-    func: tirx.PrimFunc
+    func: tirx.PrimFunc  # the kernel, its element-wise work inlined
     operator: BalancedBlock
-    batch: tuple[Expr, ...]
+    batch: tuple[Expr, ...]  # extents of its axes
+    # of batch indices, block and element: the activation there, zero in the padding
     data_at: Callable[[Sequence[Expr], Expr, Expr], Expr]
+    # float32 activations of shape ``(..., K)`` to read where they lie; None where they have to be converted,
+    # padded or computed first
     source: Buffer | None
-    epilogue: Epilogue
+    epilogue: Epilogue  # of the operator's float32 sums
 
     @property
     def fmt(self) -> PackedFormat:

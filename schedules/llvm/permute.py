@@ -38,22 +38,13 @@ _UNROLL = 128
 
 @dataclass(frozen=True)
 class PermuteKnobs:
-    """What a tuner may sample.
+    """What a tuner may sample."""
 
-    Parameters
-    ----------
-    batch_tile : int
-        Most rows of activations in a tile.
-    row_tile : tuple of int
-        Registers of weight rows in a tile, by rows of activations: entry ``i`` is for tiles of up to
-        ``2 ** i`` rows.
-    group : int
-        Registers of weight rows that one step of the parallel loop handles.
-    """
-
-    batch_tile: int = 4
+    batch_tile: int = 4  # most rows of activations in a tile
+    # registers of weight rows in a tile, by rows of activations: entry ``i`` is for tiles of up to ``2 ** i``
+    # rows
     row_tile: tuple[int, ...] = (4, 4, 4)
-    group: int = 4
+    group: int = 4  # registers of weight rows that one step of the parallel loop handles
 
     def rows_for(self, tile: int) -> int:
         """Count the registers of weight rows in a tile of ``tile`` rows of activations."""

@@ -60,27 +60,15 @@ _SECTION = struct.Struct("<IIQQQQIIQQ")
 
 @dataclass(frozen=True)
 class KernelResources:
-    """What one thread, or one block, of a kernel occupies.
-
-    Parameters
-    ----------
-    name : str
-        The kernel.
-    registers : int
-        Registers of a thread.
-    stack_bytes : int or None
-        Local memory of a thread: spills, arrays that are indexed at run time, and the same of the
-        functions it calls. None where recursion leaves it open.
-    shared_bytes : int
-        Static shared memory of a block, without what the driver reserves.
-    max_threads : int or None
-        Threads of a block that the kernel was compiled for; None without launch bounds.
-    """
+    """What one thread, or one block, of a kernel occupies."""
 
     name: str
-    registers: int
+    registers: int  # of a thread
+    # local memory of a thread: spills, arrays that are indexed at run time, and the same of the functions it
+    # calls. None where recursion leaves it open
     stack_bytes: int | None
-    shared_bytes: int
+    shared_bytes: int  # static shared memory of a block, without what the driver reserves
+    # threads of a block that the kernel was compiled for; None without launch bounds
     max_threads: int | None
 
 
@@ -184,21 +172,11 @@ def _resources(elf: _Elf) -> list[KernelResources]:
 
 @dataclass(frozen=True)
 class DeviceImage:
-    """A cubin inside a library.
+    """A cubin inside a library."""
 
-    Attributes
-    ----------
-    arch : str
-        ``"sm_90"``.
-    num_bytes : int
-        Size of the image in bytes.
-    sha256 : str
-        Its hash, in hex.
-    """
-
-    arch: str
+    arch: str  # ``"sm_90"``
     num_bytes: int
-    sha256: str
+    sha256: str  # of the image, in hex
 
 
 def read_cubins(path: Path | str) -> list[tuple[DeviceImage, bytes]]:

@@ -45,20 +45,10 @@ _SIGNATURE = re.compile(rb"Cuda compilation tools, release [\d.]+, V([\d.]+)")
 
 @dataclass(frozen=True)
 class CompiledCubin:
-    """What NVRTC made of a translation unit.
+    """What NVRTC made of a translation unit."""
 
-    Attributes
-    ----------
-    cubin : bytes
-        The ELF image; the same for the same source, architecture and version of NVRTC.
-    log : str
-        What NVRTC and ptxas printed: registers, shared memory and spills of every kernel.
-    ptx : str
-        The intermediate code.
-    """
-
-    cubin: bytes
-    log: str
+    cubin: bytes  # the ELF image; the same for the same source, architecture and version of NVRTC
+    log: str  # what NVRTC and ptxas printed: registers, shared memory and spills of every kernel
     ptx: str
 
 

@@ -18,24 +18,13 @@ _MAX_BLOCK_THREADS = 1024
 
 @dataclass(frozen=True)
 class Occupancy:
-    """How many blocks of a kernel a multiprocessor holds at a time.
+    """How many blocks of a kernel a multiprocessor holds at a time."""
 
-    Parameters
-    ----------
-    threads : int
-        Threads of a block.
-    blocks, warps : int
-        Blocks and warps resident on a multiprocessor.
-    share : float
-        Share of the warps that it could hold.
-    limits : tuple of str
-        What keeps it from holding more: ``"warps"``, ``"blocks"``, ``"registers"``, ``"shared memory"``.
-    """
-
-    threads: int
-    blocks: int
+    threads: int  # of a block
+    blocks: int  # resident on a multiprocessor, as are the warps
     warps: int
-    share: float
+    share: float  # of the warps that it could hold
+    # what keeps it from holding more: ``"warps"``, ``"blocks"``, ``"registers"``, ``"shared memory"``
     limits: tuple[str, ...]
 
 

@@ -32,29 +32,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KernelReport:
-    """All that is known of one kernel.
+    """All that is known of one kernel."""
 
-    Parameters
-    ----------
-    arch : str
-        The architecture: ``"sm_90"``.
-    resources : KernelResources
-        Registers and memory, from the ELF.
-    occupancy : Occupancy or None
-        Occupancy by blocks as large as the launch bounds; None without them, or for an architecture that
-        is not in :data:`ARCHITECTURES`.
-    dynamic_shared : bool
-        Whether a launch adds shared memory, of a size that the cubin does not hold: the occupancy is
-        then an upper bound.
-    counts : SassCounts or None
-        Instructions of its code; None where nothing was disassembled.
-    """
-
-    arch: str
-    resources: KernelResources
+    arch: str  # ``"sm_90"``
+    resources: KernelResources  # registers and memory, from the ELF
+    # occupancy by blocks as large as the launch bounds; None without them, or for an architecture that is not
+    # in :data:`ARCHITECTURES`
     occupancy: Occupancy | None
+    # whether a launch adds shared memory, of a size that the cubin does not hold: the occupancy is then an
+    # upper bound
     dynamic_shared: bool
-    counts: SassCounts | None
+    counts: SassCounts | None  # instructions of its code; None where nothing was disassembled
 
 
 class StaticReport(list[KernelReport]):

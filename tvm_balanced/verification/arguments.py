@@ -25,18 +25,11 @@ _CHOICES = 4096
 
 @dataclass(frozen=True)
 class KernelArguments:
-    """What a kernel is called with.
+    """What a kernel is called with."""
 
-    Parameters
-    ----------
-    arrays : list of ndarray or int or float
-        One per parameter of the function; numbers where a parameter is a scalar.
-    outputs : tuple of int
-        Positions of the arrays that the kernel writes.
-    """
-
+    # one per parameter of the function; numbers where a parameter is a scalar
     arrays: list[Array | float]
-    outputs: tuple[int, ...]
+    outputs: tuple[int, ...]  # positions of the arrays that the kernel writes
 
 
 def seeded_arguments(

@@ -34,18 +34,12 @@ ROUNDING = {
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far an output is, or may be, from its reference.
+    """How far an output is, or may be, from its reference."""
 
-    Parameters
-    ----------
-    largest : float
-        Largest error, as a share of the largest magnitude of the reference. Shows one wrong element.
-    rms : float
-        Root mean square of the error, as a share of that of the reference. Shows a small error in all
-        elements, which the rounding of a two-byte dtype would hide in any one of them.
-    """
-
+    # largest error, as a share of the largest magnitude of the reference. Shows one wrong element
     largest: float
+    # root mean square of the error, as a share of that of the reference. Shows a small error in all elements,
+    # which the rounding of a two-byte dtype would hide in any one of them
     rms: float
 
     def within(self, limit: Deviation) -> bool:

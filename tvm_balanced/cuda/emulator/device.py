@@ -58,34 +58,18 @@ _Compile = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_long, ctypes.c_char_p, ctypes
 
 @dataclass(frozen=True)
 class DeviceLaunch:
-    """One launch that the device ran.
+    """One launch that the device ran."""
 
-    Parameters
-    ----------
-    kernel : str
-        Name of the kernel, or of the cuBLAS function.
-    grid, block : tuple of int
-        Extents; of a cuBLAS function m, n and the batch, and ones.
-    dynamic_shared : int
-        Bytes of dynamic shared memory.
-    report : EmulatorReport or None
-        What an instrumented launch saw; None of a plain one and of cuBLAS.
-    error : str
-        Reason why it failed; empty when it did not.
-    seconds : float
-        Time that it took on this CPU.
-    graph : bool
-        Whether the replay of a CUDA graph launched it.
-    """
-
-    kernel: str
+    kernel: str  # or the cuBLAS function
+    # extents; of a cuBLAS function m, n and the batch, and ones
     grid: tuple[int, ...]
     block: tuple[int, ...]
-    dynamic_shared: int
+    dynamic_shared: int  # bytes
+    # what an instrumented launch saw; None of a plain one and of cuBLAS
     report: EmulatorReport | None
-    error: str
-    seconds: float
-    graph: bool = False
+    error: str  # reason why it failed; empty when it did not
+    seconds: float  # on this CPU
+    graph: bool = False  # whether the replay of a CUDA graph launched it
 
 
 class _Unit:

@@ -23,40 +23,21 @@ class EmulatorMeasurement:
     """What one balanced kernel moved and computed, beside the least that would do.
 
     Byte counts are of the whole grid, reads and writes together.
-
-    Parameters
-    ----------
-    report : EmulatorReport
-        The counts; of some blocks where only some were run.
-    fmt : PackedFormat
-        Format of the weight.
-    rows : int
-        Rows of activations, M.
-    weight_bytes, activation_bytes, output_bytes : int
-        Bytes that have to move at least: packed values and indices, ``(M, K)``, ``(M, N)``.
-    requested_bytes : float
-        Bytes asked for by all threads.
-    l2_bytes : float
-        Sectors moved if the L1 cache kept all that a thread block reads.
-    distinct_bytes : float
-        Distinct sectors: the least traffic with the memory itself. Epilogues read more than the minimum.
-    weight_requests : float
-        How often each byte of the packed weight is asked for.
-    weight_excess : float
-        Sectors of the loads of the packed weight over the ideal.
     """
 
-    report: EmulatorReport
-    fmt: PackedFormat
-    rows: int
+    report: EmulatorReport  # of some blocks where only some were run
+    fmt: PackedFormat  # of the weight
+    rows: int  # of activations, M
+    # bytes that have to move at least: packed values and indices, ``(M, K)``, ``(M, N)``
     weight_bytes: int
     activation_bytes: int
     output_bytes: int
-    requested_bytes: float
-    l2_bytes: float
+    requested_bytes: float  # bytes asked for by all threads
+    l2_bytes: float  # sectors moved if the L1 cache kept all that a thread block reads
+    # distinct sectors: the least traffic with the memory itself. Epilogues read more than the minimum
     distinct_bytes: float
-    weight_requests: float
-    weight_excess: float
+    weight_requests: float  # how often each byte of the packed weight is asked for
+    weight_excess: float  # sectors of the loads of the packed weight over the ideal
 
     @property
     def least_bytes(self) -> int:

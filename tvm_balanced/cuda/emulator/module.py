@@ -40,25 +40,13 @@ SCALARS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch.
-
-    Parameters
-    ----------
-    kernel : str
-        Name of the kernel.
-    grid, block : sequence of int
-        Up to three extents each.
-    args : sequence of ndarray or int or float
-        Arguments of the kernel; arrays are C-contiguous.
-    dynamic_shared : int
-        Bytes of dynamic shared memory.
-    """
+    """One kernel launch."""
 
     kernel: str
-    grid: Sequence[int]
+    grid: Sequence[int]  # up to three extents, as of a block
     block: Sequence[int]
-    args: Sequence[Array | float]
-    dynamic_shared: int = 0
+    args: Sequence[Array | float]  # arrays are C-contiguous
+    dynamic_shared: int = 0  # bytes
 
 
 class _Options(ctypes.Structure):
