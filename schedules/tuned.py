@@ -65,26 +65,14 @@ class Coverage:
 class ScheduleTuned:
     """Schedule every kernel that a tuning record is known for; others are left for the default.
 
-    Parameters
-    ----------
-    target : tvm.target.Target
-        Where the kernels run.
-    choices : mapping of str to Choice
-        From :func:`tvm_balanced.records.lookup.find`.
-
-    Attributes
-    ----------
-    coverage : list of Coverage
-        One entry for each kernel.
-    problems : list of str
-        Records that did not fit their kernel.
+    The ``choices`` are those of :func:`tvm_balanced.records.lookup.find`.
     """
 
     def __init__(self, target: tvm.target.Target, choices: Mapping[str, Choice]) -> None:
         self.target = target
         self.choices = choices
-        self.coverage: list[Coverage] = []
-        self.problems: list[str] = []
+        self.coverage: list[Coverage] = []  # one entry for each kernel
+        self.problems: list[str] = []  # of records that did not fit their kernel
 
     def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
         """Schedule the kernels of a module, and note how in ``coverage``."""

@@ -398,26 +398,13 @@ def choose(
 
     Of tiles within a tenth of the fastest it is the one that reads the sparse stream least often, and of
     these one without a second launch. Thread blocks share K where N is so small that multiprocessors would
-    stand idle, if that is worth the second kernel that adds their sums.
-
-    Parameters
-    ----------
-    fmt : PackedFormat
-        A format of layout ``r32vV``.
-    rows : int or None
-        Rows of activations, M; None when symbolic, which is taken for 8, with one thread block for all of
-        K, as the sums of several would need memory of unknown size.
-    dtype : str
-        Dtype of values and activations.
-    shared_bytes : int
-        Shared memory that a thread block may take.
-    gpu : MachineModel
-        Where the kernel is to run.
+    stand idle, if that is worth the second kernel that adds their sums. A symbolic M (``rows`` is None) is
+    taken for 8, with one thread block for all of K: the sums of several would need memory of unknown size.
 
     Raises
     ------
     InputError
-        When not even one block of the pattern fits the shared memory.
+        When not even one block of the pattern fits ``shared_bytes``, those of a thread block.
     """
     known = rows is not None
     return _choose(fmt, rows if known else _SYMBOLIC_ROWS, dtype, shared_bytes, gpu, known)

@@ -24,10 +24,7 @@ class Serial(ScheduleRule):  # type: ignore[misc]
     ) -> s_tir.Schedule | None:
         """Bind the outer spatial loops of every block.
 
-        Returns
-        -------
-        tvm.s_tir.Schedule or None
-            None where a block is no nest of loops of its own: TVM writes sorting with threads already.
+        None where a block is no nest of loops of its own: TVM writes sorting with threads already.
         """
         sch = s_tir.Schedule(func)
         blocks = sch.get_child_blocks(sch.get_sblock("root"))

@@ -91,20 +91,9 @@ def predicted(
     target: tvm.target.Target,
     launch_us: float | None = None,
 ) -> machine.Prediction:
-    """Predict a layer's time, with the kernel and the knobs that the compiler will choose.
+    """Predict a layer's time at M = ``rows``, with the kernel and the knobs that the compiler will choose.
 
-    Parameters
-    ----------
-    fmt : PackedFormat
-        A format of layout ``r32vV``.
-    rows : int
-        Rows of activations, M.
-    dtype : str
-        Dtype of values and activations.
-    target : tvm.target.Target
-        A CUDA target.
-    launch_us : float, optional
-        What a launch costs, in place of the model's own figure.
+    ``launch_us`` is what a launch costs, in place of the model's own figure.
     """
     for rule, model in ((sparse_mma, SPARSE_MMA), (expand, EXPAND)):
         chosen = rule.choose(fmt, rows, dtype, target)

@@ -80,10 +80,7 @@ def tile_sizes(
 ) -> tuple[int, int]:
     """Work out what ``knobs`` come to in a tile of ``width`` registers of activations.
 
-    Returns
-    -------
-    rows, chunk : int
-        Weight rows whose sums are held together, and steps of K (blocks, or pairs of them) in a chunk.
+    Weight rows whose sums are held together, and steps of K (blocks, or pairs of them) in a chunk.
     """
     unit, step = _unit(fmt), _step(fmt)
     rows = 1

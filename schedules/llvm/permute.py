@@ -75,10 +75,7 @@ def default_knobs(lanes: int, registers: int) -> PermuteKnobs:
 def tile_heights(rows: int, most: int) -> list[tuple[int, int]]:
     """Cut a batch into as few tiles as ``most`` rows a tile allow, of heights that differ by one at most.
 
-    Returns
-    -------
-    list of (height, tiles)
-        The higher ones first.
+    Pairs of a height and the number of such tiles, the higher ones first.
     """
     tiles = ceil_div(rows, most)
     height, more = divmod(rows, tiles)

@@ -73,12 +73,7 @@ class KernelResources:
 
 
 def kernel_resources(cubin: bytes) -> list[KernelResources]:
-    """Read the resources of every kernel out of a cubin, sorted by name.
-
-    Parameters
-    ----------
-    cubin : bytes
-        A CUDA ELF image, as NVRTC, ptxas or :func:`tvm_balanced.cuda.cubin.read_cubins` give it.
+    """Read the resources of every kernel out of a cubin, a CUDA ELF image, sorted by name.
 
     Raises
     ------

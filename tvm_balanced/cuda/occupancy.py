@@ -33,21 +33,12 @@ def occupancy(
 ) -> Occupancy:
     """Resident blocks and warps of a multiprocessor, when there are blocks enough; none if it cannot run.
 
-    Parameters
-    ----------
-    resources : KernelResources
-        The kernel.
-    arch : str
-        One of :data:`ARCHITECTURES`; a trailing ``a`` or ``f`` is ignored.
-    threads : int
-        Threads of a block.
-    dynamic_shared : int
-        Bytes of shared memory that a launch adds.
+    A launch adds ``dynamic_shared`` bytes of shared memory; a trailing ``a`` or ``f`` of ``arch`` is ignored.
 
     Raises
     ------
     InputError
-        For an architecture that is not in the table, or no possible number of threads.
+        For an architecture that is not in :data:`ARCHITECTURES`, or no possible number of threads.
     """
     limits = ARCHITECTURES.get(arch.rstrip("af"))
     if limits is None:

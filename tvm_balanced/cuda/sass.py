@@ -72,17 +72,11 @@ def find_nvdisasm() -> str:
 def sass_counts(cubin: bytes, nvdisasm: str | None = None) -> dict[str, SassCounts]:
     """Count the instructions of every function in a cubin; those that a kernel calls are part of its code.
 
-    Parameters
-    ----------
-    cubin : bytes
-        A CUDA ELF image.
-    nvdisasm : str, optional
-        The disassembler; :func:`find_nvdisasm` looks for it when left out.
-
     Raises
     ------
     ToolchainError
-        If there is no disassembler, or it does not know the cubin (an older one than its compiler).
+        If there is no disassembler (:func:`find_nvdisasm` looks for one that is not given), or it does not
+        know the cubin (an older one than its compiler).
     """
     program = find_nvdisasm() if nvdisasm is None else nvdisasm
     with tempfile.TemporaryDirectory(prefix="tvm-balanced-") as folder:

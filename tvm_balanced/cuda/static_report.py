@@ -48,10 +48,7 @@ class KernelReport:
 class StaticReport(list[KernelReport]):
     """Rows, one a kernel; ``str()`` is a table, :meth:`to_json` for machines.
 
-    Attributes
-    ----------
-    problem : str or None
-        Why instructions were not counted; None where they were.
+    ``problem`` says why instructions were not counted; None where they were.
     """
 
     def __init__(self, rows: Sequence[KernelReport], problem: str | None = None) -> None:

@@ -81,17 +81,9 @@ def tolerance(func: tirx.PrimFunc, symbols: Mapping[str, int] | int) -> dict[int
     are ``tanh`` of a GPU under ``--use_fast_math``, which is good to 2**-11 only, and float32 results of
     tensor cores, whose sums are cut off instead of rounded.
 
-    Parameters
-    ----------
-    func : tvm.tirx.PrimFunc
-        The kernel, unscheduled.
-    symbols : mapping of str to int, or int
-        Value of each symbol by its name, or one value for all.
-
-    Returns
-    -------
-    dict of int to Deviation
-        Limit of each output parameter, for :func:`difference`. 0 for integers and booleans.
+    The limits are by position of the output among the parameters of the unscheduled kernel, for
+    :func:`difference`; 0 for integers and booleans. ``symbols`` has the value of each symbol by its name, or
+    one for all.
 
     Raises
     ------
@@ -110,21 +102,11 @@ def tolerance(func: tirx.PrimFunc, symbols: Mapping[str, int] | int) -> dict[int
 
 
 def difference(got: Array, expected: Array) -> Deviation:
-    """How far a kernel's output is from its reference.
+    """How far a kernel's output is from its reference, an array of the same shape by :func:`evaluate`.
 
-    Parameters
-    ----------
-    got : ndarray
-        Output that a kernel wrote.
-    expected : ndarray, same shape
-        Value of the output by :func:`evaluate`.
-
-    Returns
-    -------
-    Deviation
-        0 where all agree; infinite where integers differ, or where only one of them is NaN or infinite.
-        Errors against a reference that is 0 everywhere are not divided. NaN in both agrees: whoever
-        fills outputs with NaN should see that the reference is finite.
+    0 where all agree; infinite where integers differ, or where only one of them is NaN or infinite. Errors
+    against a reference that is 0 everywhere are not divided. NaN in both agrees: whoever fills outputs with
+    NaN should see that the reference is finite.
     """
     infinite = Deviation(math.inf, math.inf)
     if got.shape != expected.shape:

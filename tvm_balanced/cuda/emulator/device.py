@@ -92,13 +92,7 @@ class _Unit:
 
 
 class Device:
-    """The emulated device of this process; :func:`install` makes it.
-
-    Attributes
-    ----------
-    arch : str
-        Architecture it stands for, ``"sm_90"``.
-    """
+    """The emulated device of this process; :func:`install` makes it."""
 
     def __init__(self, arch: str) -> None:
         self.arch = arch
@@ -153,7 +147,7 @@ class Device:
         threads: int | None = None,
         max_blocks: int = 0,
     ) -> None:
-        """How launches run from now on.
+        """Say how launches run from now on.
 
         Parameters
         ----------
@@ -161,9 +155,7 @@ class Device:
             Look for races, accesses out of bounds and reads of unwritten shared memory; count accesses. Both
             are an order of magnitude slower.
         order : str
-            Order of threads between barriers: ``"seq"``, ``"reverse"`` or ``"random"``.
-        seed : int
-            Seed of the random order.
+            Order of threads between barriers: ``"seq"``, ``"reverse"`` or ``"random"``, by ``seed``.
         threads : int, optional
             CPU threads of a plain launch; all where left out.
         max_blocks : int
@@ -357,10 +349,7 @@ _installing = threading.Lock()
 def install(arch: str = "sm_90") -> Device:
     """Make ``tvm.cuda(0)`` the emulated device, for the rest of this process.
 
-    Parameters
-    ----------
-    arch : str
-        Architecture it stands for; a later call, which gives the same device, may name another.
+    A later call gives the same device, which then stands for the architecture that it names.
 
     Raises
     ------

@@ -152,12 +152,10 @@ def measure_balanced(
         Format of its weight.
     rows : int
         Rows of activations, M: the product of all batch axes.
-    dtype : str
-        Dtype of activations and values.
+    dtype, out_dtype : str
+        Dtype of activations and values, and of the output where that is another one.
     arrays : sequence of NumPy arrays
         Arguments in the function's order; outputs are changed in place.
-    out_dtype : str, optional
-        Dtype of the output; ``dtype`` when left out.
     blocks : sequence of int, optional
         Thread blocks to run, for large weights; counts are scaled to the whole grid, as blocks of a
         balanced kernel do the same work.

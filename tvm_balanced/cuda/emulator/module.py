@@ -113,14 +113,7 @@ class _Arguments:
 
 
 class Module:
-    """The kernels of one CUDA source.
-
-    Parameters
-    ----------
-    source : str
-        CUDA C.
-    instrument : bool
-        Compile for checks and counts; an order of magnitude slower.
+    """The kernels of one CUDA source; ``instrument`` compiles for checks and counts, ten times slower.
 
     Raises
     ------
@@ -153,9 +146,7 @@ class Module:
         launch : Launch
             The kernel, its extents and its arguments.
         order : str
-            Order of threads between barriers: ``"seq"``, ``"reverse"`` or ``"random"``.
-        seed : int
-            Seed of the random order.
+            Order of threads between barriers: ``"seq"``, ``"reverse"`` or ``"random"``, by ``seed``.
         threads : int
             CPU threads.
         blocks : sequence of int, optional

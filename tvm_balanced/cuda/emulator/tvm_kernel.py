@@ -177,12 +177,8 @@ class _HostCode:
 class TVMKernel:
     """All kernels of one TVM function, launched in the order and with the extents of its host code.
 
-    Parameters
-    ----------
-    mod, target, pipeline
-        The kernels, as :func:`tvm_balanced.cuda.codegen.lower` takes them.
-    function : str, optional
-        Name of a function of the module; its only one when left out.
+    The module is one that :func:`tvm_balanced.cuda.codegen.lower` takes; ``function`` names one of its
+    functions, where there are several.
     """
 
     def __init__(
