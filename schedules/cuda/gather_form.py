@@ -468,10 +468,7 @@ class _Body(NamedTuple):
 
 
 def _in_loops(
-    name: str,
-    axes: Sequence[str],
-    extents: Sequence[Expr],
-    body: Callable[[list[tirx.Var]], _Body],
+    name: str, axes: Sequence[str], extents: Sequence[Expr], body: Callable[[list[tirx.Var]], _Body]
 ) -> Stmt:
     """Make a block in a loop for each of its axes."""
     zero = tirx.const(0, "int64")

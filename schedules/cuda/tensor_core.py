@@ -45,12 +45,7 @@ from tvm_balanced.schedules.cuda.tensor_core_model import (
     TensorCoreTile,
     windows_of,
 )
-from tvm_balanced.schedules.fused_kernel import (
-    FusedKernel,
-    take_apart,
-    unravel,
-    whole,
-)
+from tvm_balanced.schedules.fused_kernel import FusedKernel, take_apart, unravel, whole
 from tvm_balanced.schedules.space import Space
 from tvm_balanced.support.tvm_types import Buffer, Expr, Stmt
 from tvm_balanced.targets.gpus import gpu_of
@@ -516,9 +511,7 @@ class TensorCoreKernel:
         whole_rows = isinstance(self.rows, int) and self.rows % tile.rows == 0
         ragged = self.tiles % tile.columns or self.fmt.padded_rows != columns
         return guarded(
-            stmt,
-            None if whole_rows else row < self.rows,
-            column < columns if ragged else None,
+            stmt, None if whole_rows else row < self.rows, column < columns if ragged else None
         )
 
     def _output(self, row: Expr, column: Expr, held: Buffer) -> Stmt:

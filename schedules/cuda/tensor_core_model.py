@@ -16,12 +16,7 @@ from tvm_balanced.cuda.cubin import KernelResources
 from tvm_balanced.format.layout import ENCODINGS, PackedFormat, ceil_div
 from tvm_balanced.schedules.cuda import gather_model
 from tvm_balanced.schedules.cuda.gather_tile import LANES
-from tvm_balanced.schedules.cuda.machine import (
-    MachineModel,
-    Prediction,
-    adding_us,
-    resident_blocks,
-)
+from tvm_balanced.schedules.cuda.machine import MachineModel, Prediction, adding_us, resident_blocks
 from tvm_balanced.schedules.space import powers
 
 RUN = 8  # slots that a lane loads at once

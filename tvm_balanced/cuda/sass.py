@@ -160,9 +160,7 @@ def _phase(loop: Sequence[_Instruction]) -> SassCounts | None:
 
 
 def _count(
-    code: Sequence[_Instruction],
-    loop: SassCounts | None = None,
-    phase: SassCounts | None = None,
+    code: Sequence[_Instruction], loop: SassCounts | None = None, phase: SassCounts | None = None
 ) -> SassCounts:
     bases = Counter(one.base for one in code)
     return SassCounts(

@@ -24,12 +24,7 @@ from tvm_balanced.verification.tensorir import (
 )
 
 # largest relative error of one rounding to nearest
-ROUNDING = {
-    "float16": 2.0**-11,
-    "bfloat16": 2.0**-8,
-    "float32": 2.0**-24,
-    "float64": 2.0**-53,
-}
+ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 
 
 @dataclass(frozen=True)

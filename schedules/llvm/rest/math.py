@@ -152,12 +152,7 @@ def _pow(x: Expr, exponent: Expr) -> Expr | None:
     return None
 
 
-_UNARY = {
-    "tirx.exp": _exp,
-    "tirx.tanh": _tanh,
-    "tirx.sigmoid": _sigmoid,
-    "tirx.erf": _erf,
-}
+_UNARY = {"tirx.exp": _exp, "tirx.tanh": _tanh, "tirx.sigmoid": _sigmoid, "tirx.erf": _erf}
 
 
 def rewrite(func: tirx.PrimFunc) -> tirx.PrimFunc:
