@@ -24,14 +24,8 @@ from __future__ import annotations
 from tvm import tirx
 
 from tvm_balanced.schedules.cuda.expand_model import EXPAND
-from tvm_balanced.schedules.cuda.tensor_core import (
-    TensorCoreKernel,
-    TensorCoreRule,
-    at,
-    call,
-    local,
-    loop,
-)
+from tvm_balanced.schedules.cuda.statements import at, call, local, loop
+from tvm_balanced.schedules.cuda.tensor_core import TensorCoreKernel, TensorCoreRule
 from tvm_balanced.schedules.cuda.tensor_core_model import COLUMNS, ROWS, RUN, WINDOW
 from tvm_balanced.support.tvm_types import Buffer, Expr, Stmt
 

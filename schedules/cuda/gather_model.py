@@ -21,26 +21,9 @@ from typing import NamedTuple
 from tvm_balanced.cuda.cubin import KernelResources
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.layout import BITMAP, PackedFormat, ceil_div
-from tvm_balanced.schedules.cuda.gather_tile import (
-    LANES,
-    LOAD_BYTES,
-    MAX_UNROLL,
-    GatherTile,
-    candidates,
-    estimated_registers,
-    estimated_shared_bytes,
-    itemsize,
-    staged_at_once,
-    staged_itemsize,
-    whole_runs,
-)
-from tvm_balanced.schedules.cuda.machine import (
-    NEVER,
-    MachineModel,
-    Prediction,
-    adding_us,
-    resident_blocks,
-)
+from tvm_balanced.schedules.cuda import gather_tile, machine
+from tvm_balanced.schedules.cuda.gather_tile import LANES, LOAD_BYTES, GatherTile
+from tvm_balanced.schedules.cuda.machine import MachineModel, Prediction
 
 _WAVEFRONT_BYTES = 128  # of shared memory, in a clock
 _BANK_WORDS = 32
@@ -140,19 +123,19 @@ class GatherModel:
                 f"layout {fmt.layout} is not of the gather kernel, which takes 32 rows; give r32v8 or r32v4"
             )
         self.gpu, self.fmt, self.rows, self.dtype = gpu, fmt, rows, dtype
-        self.itemsize = itemsize(dtype)
+        self.itemsize = gather_tile.itemsize(dtype)
         count = gpu.instructions
         converts = {"float16": count.float16, "bfloat16": count.bfloat16}
         self._convert = converts.get(dtype, 0.0)
         self._vector = fmt.layout.vector
         nnz = fmt.pattern.nnz
         self._decode = count.bitmap if fmt.encoding == BITMAP else count.decode
-        if self._vector % nnz and nnz % self._vector and whole_runs(fmt) == 1:
+        if self._vector % nnz and nnz % self._vector and gather_tile.whole_runs(fmt) == 1:
             self._decode += count.straddle
         self._vector_bytes = self._vector * self.itemsize + self._vector * fmt.index_bits / 8
         self._row_bytes = fmt.slots / self._vector * self._vector_bytes
         self._index_loads = fmt.indices_shape[2] if fmt.index_planes else 1
-        self._width = staged_at_once(fmt, dtype)
+        self._width = gather_tile.staged_at_once(fmt, dtype)
 
     def predict(self, tile: GatherTile, compiled: KernelResources | None = None) -> Prediction:
         """Predict the time of a launch, with its parts.
@@ -163,7 +146,7 @@ class GatherModel:
         gpu, fmt = self.gpu, self.fmt
         launch = self._launch(tile, compiled)
         if launch is None:
-            return NEVER
+            return machine.NEVER
         loop, staging = self._loop(tile), self._staging(tile)
         # the stream is read once for each tile of rows: again from memory where the cache cannot hold it
         row_tiles = ceil_div(self.rows, tile.rows)
@@ -180,7 +163,7 @@ class GatherModel:
         total = gpu.launch_us + max(clocks / clock, memory_us)
         if tile.splits > 1:
             outputs = fmt.padded_rows * row_tiles * tile.rows
-            total += adding_us(gpu, tile.splits, outputs, outputs // (tile.rows * LANES))
+            total += machine.adding_us(gpu, tile.splits, outputs, outputs // (tile.rows * LANES))
 
         work, steps = launch.busiest / clock, tile.warps * loop.steps
         thread_blocks, warps = launch.thread_blocks, launch.resident * tile.warps
@@ -221,7 +204,7 @@ class GatherModel:
         slots = unroll * self._vector
         fma = slots * tile.rows
         integer = slots * (self._decode + (groups - 1) * count.group) + count.loop
-        size = staged_itemsize(self.dtype, tile.rows)
+        size = gather_tile.staged_itemsize(self.dtype, tile.rows)
         converts = slots * self._convert * (1 if size > self.itemsize else 1 + tile.rows)
         loads = unroll * (1 + self._index_loads) * count.load
         all_runs = fmt.slots // self._vector
@@ -231,7 +214,7 @@ class GatherModel:
         instructions = fma + integer + converts + loads + slots * groups
         # short loops are unrolled by the compiler, whole numbers of times
         passes = 1
-        while passes * unroll < MAX_UNROLL and per_chunk % (2 * passes) == 0:
+        while passes * unroll < gather_tile.MAX_UNROLL and per_chunk % (2 * passes) == 0:
             if 2 * passes * instructions > self.gpu.unrolled:
                 break
             passes *= 2
@@ -258,7 +241,7 @@ class GatherModel:
         """Count what is done once for a chunk, and once for a thread block."""
         fmt, count, width, vector = self.fmt, self.gpu.instructions, self._width, tile.vector
         chunks = ceil_div(ceil_div(fmt.blocks, tile.chunk), tile.splits)
-        size = staged_itemsize(self.dtype, tile.rows)
+        size = gather_tile.staged_itemsize(self.dtype, tile.rows)
         turns = tile.groups * ceil_div(tile.chunk * fmt.pattern.block, tile.warps * LANES * width)
         all_turns = float(chunks * turns * tile.warps)
         stores = width if vector > 1 or fmt.layout.skew > 1 else ceil_div(width * size, LOAD_BYTES)
@@ -282,11 +265,11 @@ class GatherModel:
         """Spread the thread blocks; None where not even one fits a multiprocessor."""
         gpu, fmt = self.gpu, self.fmt
         if compiled is None:
-            registers = estimated_registers(tile)
-            shared_bytes = estimated_shared_bytes(fmt, self.dtype, tile)
+            registers = gather_tile.estimated_registers(tile)
+            shared_bytes = gather_tile.estimated_shared_bytes(fmt, self.dtype, tile)
         else:
             registers, shared_bytes = compiled.registers, compiled.shared_bytes
-        fits = resident_blocks(gpu.arch, registers, shared_bytes, tile.warps * LANES)
+        fits = machine.resident_blocks(gpu.arch, registers, shared_bytes, tile.warps * LANES)
         if fits == 0:
             return None
         thread_blocks = ceil_div(self.rows, tile.rows) * (fmt.padded_rows // LANES) * tile.splits
@@ -417,7 +400,7 @@ def _choose(
     model = GatherModel(gpu, fmt, rows, dtype)
     timed = [
         (model.predict(tile), tile)
-        for tile in candidates(fmt, rows, dtype, shared_bytes, gpu.sm_count, split)
+        for tile in gather_tile.candidates(fmt, rows, dtype, shared_bytes, gpu.sm_count, split)
     ]
     best_us = min((prediction.total_us for prediction, _ in timed), default=math.inf)
     # of those that are nearly as fast, the one that reads least, from memory and then from any cache, in one

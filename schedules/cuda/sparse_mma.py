@@ -29,14 +29,8 @@ from tvm import tirx
 
 from tvm_balanced.schedules.cuda.gather_tile import LANES
 from tvm_balanced.schedules.cuda.sparse_mma_model import SPARSE_MMA, WINDOW_COLUMNS
-from tvm_balanced.schedules.cuda.tensor_core import (
-    TensorCoreKernel,
-    TensorCoreRule,
-    at,
-    call,
-    local,
-    loop,
-)
+from tvm_balanced.schedules.cuda.statements import at, call, local, loop
+from tvm_balanced.schedules.cuda.tensor_core import TensorCoreKernel, TensorCoreRule
 from tvm_balanced.schedules.cuda.tensor_core_model import COLUMNS, ROWS, WINDOW
 from tvm_balanced.support.tvm_types import Buffer, Expr, Stmt
 

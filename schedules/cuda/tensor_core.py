@@ -24,7 +24,7 @@ shapes, predicates and everything after the operator stay TensorIR.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import tvm
@@ -33,18 +33,10 @@ from tvm import s_tir, tirx
 from tvm_balanced.format.layout import ENCODINGS, PackedFormat, ceil_div
 from tvm_balanced.schedules.balanced_block import BalancedBlock, find
 from tvm_balanced.schedules.cuda import gather, machine
+from tvm_balanced.schedules.cuda import tensor_core_model as base
 from tvm_balanced.schedules.cuda.gather_tile import LANES
-from tvm_balanced.schedules.cuda.tensor_core_model import (
-    COLUMNS,
-    ROWS,
-    RUN,
-    SUM_STRIDE,
-    WINDOW,
-    SharedMemory,
-    TensorCoreModel,
-    TensorCoreTile,
-    windows_of,
-)
+from tvm_balanced.schedules.cuda.statements import as_int, at, barrier, call, guarded, local, loop
+from tvm_balanced.schedules.cuda.tensor_core_model import COLUMNS, ROWS, RUN, WINDOW, TensorCoreTile
 from tvm_balanced.schedules.fused_kernel import FusedKernel, take_apart, unravel, whole
 from tvm_balanced.schedules.space import Space
 from tvm_balanced.support.tvm_types import Buffer, Expr, Stmt
@@ -141,7 +133,7 @@ class TensorCoreRule:
     kernel: type[TensorCoreKernel]
 
     @property
-    def model(self) -> TensorCoreModel:
+    def model(self) -> base.TensorCoreModel:
         """Its tiles and times."""
         return self.kernel.model
 
@@ -201,48 +193,6 @@ class TensorCoreRule:
         return [Space(self.name, self.model.choices(fmt, rows, count), valid, build)]
 
 
-def as_int(value: Expr) -> Expr:
-    """Write a Python number as TensorIR's int32; expressions stay."""
-    return tirx.const(value, "int32") if isinstance(value, int) else value
-
-
-def call(name: str, *args: Expr, source: str = "") -> Stmt:
-    """Call a device function; ``source`` is printed once for each name that has some."""
-    from tvm.backend.cuda.op import cuda_func_call
-
-    return tirx.Evaluate(cuda_func_call(name, *args, source_code=source))
-
-
-def at(buffer: Buffer, *index: Expr) -> Expr:
-    """Address of an element."""
-    return tirx.address_of(tirx.BufferLoad(buffer, [as_int(one) for one in index]))
-
-
-def loop(
-    extent: Expr, body: Callable[[tirx.Var], Stmt], unroll: bool = False, name: str = "i"
-) -> Stmt:
-    """Loop over ``body(variable)``."""
-    var = tirx.Var(name, "int32")
-    kind = tirx.ForKind.UNROLLED if unroll else tirx.ForKind.SERIAL
-    return tirx.For(var, as_int(0), as_int(extent), kind, body(var))
-
-
-def guarded(stmt: Stmt, *conditions: Expr) -> Stmt:
-    """Run a statement where all conditions hold; those that are None always do."""
-    known = [condition for condition in conditions if condition is not None]
-    return tirx.IfThenElse(tirx.all(*known), stmt, None) if known else stmt
-
-
-def barrier() -> Stmt:
-    """Wait for the thread block."""
-    return tirx.Evaluate(tirx.call_intrin("", "tirx.tvm_storage_sync", "shared"))
-
-
-def local(extent: int, dtype: str, name: str) -> Buffer:
-    """Declare registers of a thread."""
-    return tirx.decl_buffer((extent,), dtype, name=name, scope="local")
-
-
 class TensorCoreKernel:
     """Writes the kernel for one tile; what multiplies is a subclass's."""
 
@@ -252,18 +202,18 @@ class TensorCoreKernel:
     source = ""
     #: Bytes of activations that are copied together.
     piece_bytes = 16
-    model: TensorCoreModel
+    model: base.TensorCoreModel
 
     def __init__(self, fused: FusedKernel, tile: TensorCoreTile) -> None:
         self.fused, self.tile, self.fmt = fused, tile, fused.operator.fmt
         fmt = self.fmt
-        self.memory: SharedMemory = self.model.shared_memory(fmt, tile)
+        self.memory: base.SharedMemory = self.model.shared_memory(fmt, tile)
         rows = fused.rows
         self.rows = rows if isinstance(rows, int) else tirx.Cast("int32", rows)
         self.bits = ENCODINGS[fmt.encoding]
         self.bfloat = "true" if fused.data.dtype == "bfloat16" else "false"
         self.runs = fmt.slots // RUN
-        self.windows = ceil_div(windows_of(fmt), tile.shares * tile.splits)
+        self.windows = ceil_div(base.windows_of(fmt), tile.shares * tile.splits)
         self.tiles = fmt.padded_rows // LANES
         # widest copy that keeps the rows of activations aligned
         self.width = next(
@@ -471,7 +421,7 @@ class TensorCoreKernel:
 
         def finish(group: Expr) -> Stmt:
             put = call(
-                f"balanced_put<{SUM_STRIDE}>",
+                f"balanced_put<{base.SUM_STRIDE}>",
                 at(self.shared, self.warp * memory.sums),
                 at(self.sums, group * 8),
                 self.lane,
@@ -482,7 +432,7 @@ class TensorCoreKernel:
                 return self._write(
                     self.by * tile.rows + group * COLUMNS + row,
                     (self.bx * tile.columns + self.column) * LANES + self.lane,
-                    self.column * memory.sums + (row * SUM_STRIDE + self.lane) * 4,
+                    self.column * memory.sums + (row * base.SUM_STRIDE + self.lane) * 4,
                 )
 
             return tirx.SeqStmt([barrier(), put, barrier(), loop(of_warp, write, unroll=True)])

@@ -15,17 +15,9 @@ from tvm import s_tir, tirx
 
 from tvm_balanced.format.layout import PackedFormat
 from tvm_balanced.ops import BLOCK_DATA
+from tvm_balanced.schedules import fused_kernel
 from tvm_balanced.schedules.balanced_block import BalancedBlock, find
-from tvm_balanced.schedules.fused_kernel import (
-    Epilogue,
-    loads,
-    product,
-    same,
-    substitute,
-    unravel,
-    whole,
-    with_root,
-)
+from tvm_balanced.schedules.fused_kernel import Epilogue
 from tvm_balanced.schedules.llvm.rest import math as cpu_math
 from tvm_balanced.schedules.llvm.rest.common import attempt
 from tvm_balanced.support.tvm_types import Block, Buffer, Expr, Stmt
@@ -57,11 +49,11 @@ class Parts:
     @property
     def rows(self) -> Expr:
         """M: an int where every batch axis is static, else an expression."""
-        return product(self.batch)
+        return fused_kernel.product(self.batch)
 
     def coordinates(self, row: Expr) -> list[Expr]:
         """Batch indices of the flat ``row``."""
-        return unravel(row, self.batch)
+        return fused_kernel.unravel(row, self.batch)
 
 
 def take_apart(func: tirx.PrimFunc) -> Parts | None:
@@ -105,7 +97,9 @@ def _data_at(block: Block) -> Callable[[Sequence[Expr], Expr, Expr], Expr]:
     axes = [v.var for v in block.iter_vars]
 
     def at(lead: Sequence[Expr], kb: Expr, e: Expr) -> Expr:
-        return substitute(block.body.value, dict(zip(axes, [*lead, kb, e], strict=True)))
+        return fused_kernel.substitute(
+            block.body.value, dict(zip(axes, [*lead, kb, e], strict=True))
+        )
 
     return at
 
@@ -117,7 +111,7 @@ def _direct_source(block: Block, func: tirx.PrimFunc, fmt: PackedFormat) -> Buff
         not isinstance(load, tvm.ir.TensorLoad)
         or str(load.source.dtype) != "float32"
         or not any(load.source.same_as(b) for b in func.params)
-        or not same(load.indices[:-1], axes[:-2])
+        or not fused_kernel.same(load.indices[:-1], axes[:-2])
     ):
         return None
     column = axes[-2] * fmt.pattern.block + axes[-1]
@@ -142,9 +136,9 @@ def _epilogue(main: Block, last: Block | None = None) -> Epilogue | None:
         one = isinstance(extent, tirx.IntImm) and int(extent) == 1
         return bool(index.same_as(axis) or (zero and one))
 
-    for place in [load.indices for load in loads(store.value) if load.source.same_as(total)] + [
-        store.indices
-    ]:
+    for place in [
+        load.indices for load in fused_kernel.loads(store.value) if load.source.same_as(total)
+    ] + [store.indices]:
         if len(place) != len(axes):
             return None
         if not all(own(i, a, e) for i, a, e in zip(place, axes, extents, strict=True)):
@@ -341,7 +335,7 @@ def assemble(parts: Parts, body: Stmt, name: str) -> s_tir.Schedule:
     """Put ``body``, in a block ``name``, in place of all blocks of the kernel."""
     output = parts.epilogue.output
     params = [p for p in parts.func.params if tirx.is_buffer_var(p)]
-    reads = [whole(b) for b in params if not b.same_as(output)]
-    inner = s_tir.SBlock([], reads, [whole(output)], name, body)
-    func = with_root(parts.func, s_tir.SBlockRealize([], True, inner))
+    reads = [fused_kernel.whole(b) for b in params if not b.same_as(output)]
+    inner = s_tir.SBlock([], reads, [fused_kernel.whole(output)], name, body)
+    func = fused_kernel.with_root(parts.func, s_tir.SBlockRealize([], True, inner))
     return s_tir.Schedule(tvm.IRModule({"main": func}))
