@@ -114,14 +114,9 @@ def schedule_rest(target: tvm.target.Target) -> tvm.transform.Pass:
 
     from tvm_balanced.schedules.cuda.serial import Serial
 
-    return dlight.ApplyDefaultSchedule(
-        dlight.gpu.Matmul(),
-        dlight.gpu.GEMV(),
-        dlight.gpu.Reduction(),
-        dlight.gpu.GeneralReduction(),
-        dlight.gpu.Fallback(),
-        Serial(),
-    )
+    gpu = dlight.gpu
+    rules = (gpu.Matmul, gpu.GEMV, gpu.Reduction, gpu.GeneralReduction, gpu.Fallback, Serial)
+    return dlight.ApplyDefaultSchedule(*(rule() for rule in rules))
 
 
 def spaces(func: tirx.PrimFunc, target: tvm.target.Target) -> list[Space]:

@@ -173,14 +173,10 @@ class ExpandKernel(TensorCoreKernel):
         return block * self.block + piece % of_block * 8, self._place(row, piece)
 
     def _multiply(self, window: Expr) -> list[Stmt]:
-        return [
-            loop(
-                self.blocks_of_run,
-                lambda part: tirx.SeqStmt(self._step(window, part)),
-                unroll=True,
-                name="part",
-            )
-        ]
+        def step(part: Expr) -> Stmt:
+            return tirx.SeqStmt(self._step(window, part))
+
+        return [loop(self.blocks_of_run, step, unroll=True, name="part")]
 
     def _step(self, window: Expr, part: Expr) -> list[Stmt]:
         step = window * self.blocks_of_run + part
@@ -190,13 +186,10 @@ class ExpandKernel(TensorCoreKernel):
         def expand(i: Expr) -> Stmt:
             own, kept = self._own(), at(indices, i * self.index_words)
             of_slots = f"<{self.bits}, {self.nnz}>"
-            return tirx.SeqStmt(
-                [
-                    call(f"balanced_scatter{of_slots}", own, at(values, i * 4), kept, first),
-                    call(f"balanced_read<{self.words}>", at(self.scratch, i * self.words), own),
-                    call(f"balanced_clear{of_slots}", own, kept, first),
-                ]
-            )
+            scatter = call(f"balanced_scatter{of_slots}", own, at(values, i * 4), kept, first)
+            read = call(f"balanced_read<{self.words}>", at(self.scratch, i * self.words), own)
+            clear = call(f"balanced_clear{of_slots}", own, kept, first)
+            return tirx.SeqStmt([scatter, read, clear])
 
         def multiply(group: Expr) -> Stmt:
             name = f"balanced_multiply<{self.bfloat}, {self.words}>"

@@ -223,19 +223,9 @@ class GatherModel:
         dense = fmt.pattern.nnz * 4 > fmt.pattern.block
         gathers = groups * max(1.0, element_words) * conflicts(window, dense, fmt.layout.skew)
         stream_bytes = unroll * self._vector_bytes * LANES
-        return _Loop(
-            chunks,
-            per_chunk,
-            slots,
-            fma,
-            integer,
-            converts,
-            instructions,
-            passes,
-            gathers,
-            stream_bytes,
-            wavefronts=slots * gathers + stream_bytes / _WAVEFRONT_BYTES,
-        )
+        counted = (integer, converts, instructions, passes, gathers, stream_bytes)
+        wavefronts = slots * gathers + stream_bytes / _WAVEFRONT_BYTES
+        return _Loop(chunks, per_chunk, slots, fma, *counted, wavefronts)
 
     def _staging(self, tile: GatherTile) -> _Staging:
         """Count what is done once for a chunk, and once for a thread block."""
@@ -251,15 +241,11 @@ class GatherModel:
         wavefronts += stores * max(1.0, width * vector * size / 4 / stores)
         elements = chunks * tile.chunk * fmt.pattern.block
         partial = 2 * tile.warps * tile.rows  # stored, and added row by row
-        return _Staging(
-            # a request of 32 lanes brings whole sectors
-            elements * tile.rows * self.itemsize,
-            turns,
-            instructions * all_turns,
-            wavefronts * all_turns,
-            partial + 4 * tile.rows + count.kernel * tile.warps,
-            partial,
-        )
+        # a request of 32 lanes brings whole sectors
+        l2_bytes = elements * tile.rows * self.itemsize
+        end = partial + 4 * tile.rows + count.kernel * tile.warps
+        wavefronts *= all_turns
+        return _Staging(l2_bytes, turns, instructions * all_turns, wavefronts, end, partial)
 
     def _launch(self, tile: GatherTile, compiled: KernelResources | None) -> _Launch | None:
         """Spread the thread blocks; None where not even one fits a multiprocessor."""
@@ -274,15 +260,8 @@ class GatherModel:
             return None
         thread_blocks = ceil_div(self.rows, tile.rows) * (fmt.padded_rows // LANES) * tile.splits
         busiest = ceil_div(thread_blocks, gpu.sm_count)
-        return _Launch(
-            registers,
-            shared_bytes,
-            thread_blocks,
-            fits,
-            busiest,
-            thread_blocks / busiest,
-            min(fits, busiest),
-        )
+        active, resident = thread_blocks / busiest, min(fits, busiest)
+        return _Launch(registers, shared_bytes, thread_blocks, fits, busiest, active, resident)
 
     def _rates(self, loop: _Loop, staging: _Staging, launch: _Launch, share: float) -> _Rates:
         """Clocks of one multiprocessor for a thread block, each resource by itself.
@@ -300,18 +279,10 @@ class GatherModel:
             loop.integer * LANES / gpu.int_lanes,
         )
         issue = loop.instructions / gpu.schedulers
-        return _Rates(
-            memory,
-            arithmetic,
-            max(memory, issue, arithmetic, loop.wavefronts),
-            max(
-                staging.l2_bytes / l2_rate,
-                staging.instructions / gpu.schedulers,
-                staging.wavefronts,
-            ),
-            max(staging.end_wavefronts, staging.end_instructions / gpu.schedulers),
-            l2_rate,
-        )
+        step = max(memory, issue, arithmetic, loop.wavefronts)
+        staged = staging.l2_bytes / l2_rate, staging.instructions / gpu.schedulers
+        end = max(staging.end_wavefronts, staging.end_instructions / gpu.schedulers)
+        return _Rates(memory, arithmetic, step, max(*staged, staging.wavefronts), end, l2_rate)
 
     def _chain(self, tile: GatherTile, loop: _Loop, staging: _Staging) -> _Chain:
         """Follow one warp when nothing is shared."""
@@ -343,9 +314,8 @@ class GatherModel:
         chain: _Chain,
     ) -> float:
         """Clocks of the busiest multiprocessor, whose thread blocks start together, round by round."""
-        later = (
-            loop.per_chunk * tile.unroll - chain.in_flight
-        )  # loads that find others on their way
+        # loads that find others on their way
+        later = loop.per_chunk * tile.unroll - chain.in_flight
 
         def together(blocks: int) -> float:
             """Clocks of so many thread blocks that start together on a multiprocessor."""
@@ -406,15 +376,9 @@ def _choose(
     # of those that are nearly as fast, the one that reads least, from memory and then from any cache, in one
     # launch: bytes are certain, the rest of the model less so. Instructions that are hidden count a little.
     near = [
-        (
-            prediction.memory_us,
-            prediction.stream_bytes,
-            tile.splits > 1,
-            prediction.total_us + _HIDDEN * prediction.issue_us,
-            i,
-        )
-        for i, (prediction, tile) in enumerate(timed)
-        if prediction.total_us <= best_us * _NEAR
+        (p.memory_us, p.stream_bytes, tile.splits > 1, p.total_us + _HIDDEN * p.issue_us, i)
+        for i, (p, tile) in enumerate(timed)
+        if p.total_us <= best_us * _NEAR
     ]
     if not near or best_us == math.inf:
         raise InputError(

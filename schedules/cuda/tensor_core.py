@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import tvm
 from tvm import s_tir, tirx
@@ -234,11 +235,9 @@ class TensorCoreKernel:
         self.sums = local(tile.rows // COLUMNS * 8, "float32", "sums")
         # those of a run of 2 bits fill half a word
         self.index_words = max(1, RUN * self.bits // 32)
+        words = {"values": ROWS * 4, "indices": ROWS * self.index_words}
         self.held = [
-            (
-                local(ROWS * 4, "uint32", f"values_{name}"),
-                local(ROWS * self.index_words, "uint32", f"indices_{name}"),
-            )
+            [local(size, "uint32", f"{kind}_{name}") for kind, size in words.items()]
             for name in ("now", "next")
         ]
         self.scratch = self._scratch()
@@ -286,15 +285,9 @@ class TensorCoreKernel:
     def build(self) -> tirx.PrimFunc:
         """Write the kernel: same parameters, same results."""
         arrays = (self.shared, self.sums, *self.held[0], *self.held[1], self.scratch)
-        known = [
-            call(
-                "balanced_whole",
-                at(array, 0),
-                at(array, int(array.shape[0]) - 1),
-                source=SOURCE + self.source,
-            )
-            for array in arrays
-        ]
+        source = SOURCE + self.source
+        ends = [(at(array, 0), at(array, int(array.shape[0]) - 1)) for array in arrays]
+        known = [call("balanced_whole", *both, source=source) for both in ends]
         body = tirx.SeqStmt(
             [
                 *(tirx.AllocBuffer(buffer) for buffer in (*arrays, self.total)),
@@ -325,23 +318,15 @@ class TensorCoreKernel:
         return self.fused.with_body(tirx.SeqStmt(both), [self.partial])
 
     def _begin(self) -> list[Stmt]:
-        zero = tirx.const(0.0, "float32")
-        return [
-            *self._prepare(),
-            loop(
-                int(self.sums.shape[0]),
-                lambda i: tirx.BufferStore(self.sums, zero, [i]),
-                unroll=True,
-            ),
-            *self._load(as_int(0), self.held[0]),
-            *(
-                stmt
-                for stage in range(self.tile.stages - 1)
-                for stmt in self._stage(as_int(stage), stage)
-            ),
-        ]
+        def clear(i: Expr) -> Stmt:
+            return tirx.BufferStore(self.sums, tirx.const(0.0, "float32"), [i])
 
-    def _load(self, window: Expr, held: tuple[Buffer, Buffer]) -> list[Stmt]:
+        cleared = loop(int(self.sums.shape[0]), clear, unroll=True)
+        staged = (self._stage(as_int(stage), stage) for stage in range(self.tile.stages - 1))
+        loaded = self._load(as_int(0), self.held[0])
+        return [*self._prepare(), cleared, *loaded, *chain.from_iterable(staged)]
+
+    def _load(self, window: Expr, held: list[Buffer]) -> list[Stmt]:
         """Load the slots of a window that a lane owns."""
         tile = self.bx * self.tile.columns + self.column
         run = (self.part * self.windows + window) * WINDOW + self.t
@@ -353,14 +338,11 @@ class TensorCoreKernel:
         def load(i: Expr) -> Stmt:
             row = i * 8 + self.g
             holds = self._holds(tile, row)
-            return call(
-                f"balanced_load<{self.bits}>",
-                at(held[0], i * 4),
-                at(held[1], i * self.index_words),
-                at(self.fused.operator.values, tile, run, row, 0),
-                at(self.fused.operator.indices, tile, run, row, 0),
-                valid if holds is None else tirx.all(valid, holds),
-            )
+            to = at(held[0], i * 4), at(held[1], i * self.index_words)
+            operator, place = self.fused.operator, (tile, run, row, 0)
+            source = at(operator.values, *place), at(operator.indices, *place)
+            there = valid if holds is None else tirx.all(valid, holds)
+            return call(f"balanced_load<{self.bits}>", *to, *source, there)
 
         return [loop(ROWS, load, unroll=True)]
 
@@ -377,12 +359,9 @@ class TensorCoreKernel:
             left = (self.fmt.in_features - start) * 2
             source = unravel(tirx.min(self.by * tile.rows + row, self.rows - 1), self.fused.lead)
             to = self.share * self.memory.share + slot * self.memory.stage + place
-            one = call(
-                f"balanced_stage<{self.piece_bytes}, {self.width}>",
-                at(self.shared, to),
-                at(self.fused.data, *source, tirx.Select(left > 0, start, as_int(0))),
-                left,
-            )
+            name = f"balanced_stage<{self.piece_bytes}, {self.width}>"
+            origin = at(self.fused.data, *source, tirx.Select(left > 0, start, as_int(0)))
+            one = call(name, at(self.shared, to), origin, left)
             return guarded(one, number < count if count % threads else None)
 
         copies = loop(ceil_div(count, threads), copy, unroll=True)
@@ -392,11 +371,8 @@ class TensorCoreKernel:
         """Wait for a step's activations, and start copying later ones."""
         stages = self.tile.stages
         ahead = step + (stages - 1)
-        return [
-            call(f"balanced_wait<{stages - 2}>"),
-            barrier(),
-            *self._stage(ahead, ahead % stages),
-        ]
+        wait = call(f"balanced_wait<{stages - 2}>")
+        return [wait, barrier(), *self._stage(ahead, ahead % stages)]
 
     def _staged(self, step: Expr) -> Expr:
         """Byte in shared memory where a step's activations begin."""
@@ -420,12 +396,8 @@ class TensorCoreKernel:
         of_warp = COLUMNS // tile.shares
 
         def finish(group: Expr) -> Stmt:
-            put = call(
-                f"balanced_put<{base.SUM_STRIDE}>",
-                at(self.shared, self.warp * memory.sums),
-                at(self.sums, group * 8),
-                self.lane,
-            )
+            to = at(self.shared, self.warp * memory.sums)
+            put = call(f"balanced_put<{base.SUM_STRIDE}>", to, at(self.sums, group * 8), self.lane)
 
             def write(i: Expr) -> Stmt:
                 row = self.share * of_warp + i
@@ -445,12 +417,8 @@ class TensorCoreKernel:
 
         tile, memory = self.tile, self.memory
         stride = tile.columns * memory.sums // 4
-        added = cuda_func_call(
-            f"balanced_total<{tile.shares}, {stride}>",
-            at(self.shared, byte),
-            source_code="",
-            return_type="float32",
-        )
+        name, sums = f"balanced_total<{tile.shares}, {stride}>", at(self.shared, byte)
+        added = cuda_func_call(name, sums, source_code="", return_type="float32")
         if self.partial is not None:
             stmt: Stmt = tirx.BufferStore(self.partial, added, [self.bz, row, column])
             columns = self.fmt.padded_rows
@@ -467,12 +435,8 @@ class TensorCoreKernel:
     def _output(self, row: Expr, column: Expr, held: Buffer) -> Stmt:
         """Write what follows the operator, of the sum in the register ``held``."""
         epilogue = self.fused.epilogue
-        place = [
-            tirx.Cast(str(axis.ty.dtype), index)
-            for axis, index in zip(
-                epilogue.axes, [*unravel(row, self.fused.lead), column], strict=True
-            )
-        ]
+        indices = zip(epilogue.axes, [*unravel(row, self.fused.lead), column], strict=True)
+        place = [tirx.Cast(str(axis.ty.dtype), index) for axis, index in indices]
         value = epilogue.value_at(place, tirx.BufferLoad(held, [as_int(0)]))
         return tirx.BufferStore(epilogue.output, value, place)
 
@@ -489,13 +453,9 @@ class TensorCoreKernel:
             partial = tirx.BufferLoad(self.partial, [split, row, column])
             return tirx.BufferStore(held, before + partial, [as_int(0)])
 
-        stmt = tirx.SeqStmt(
-            [
-                tirx.BufferStore(held, tirx.const(0.0, "float32"), [as_int(0)]),
-                loop(self.tile.splits, add, unroll=True, name="split"),
-                self._output(row, column, held),
-            ]
-        )
+        clear = tirx.BufferStore(held, tirx.const(0.0, "float32"), [as_int(0)])
+        added = loop(self.tile.splits, add, unroll=True, name="split")
+        stmt = tirx.SeqStmt([clear, added, self._output(row, column, held)])
         ragged = self.fmt.padded_rows != self.fmt.out_features
         stmt = guarded(
             stmt,

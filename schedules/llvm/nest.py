@@ -136,12 +136,11 @@ def _epilogue(main: Block, last: Block | None = None) -> Epilogue | None:
         one = isinstance(extent, tirx.IntImm) and int(extent) == 1
         return bool(index.same_as(axis) or (zero and one))
 
-    for place in [
+    places = [
         load.indices for load in fused_kernel.loads(store.value) if load.source.same_as(total)
-    ] + [store.indices]:
-        if len(place) != len(axes):
-            return None
-        if not all(own(i, a, e) for i, a, e in zip(place, axes, extents, strict=True)):
+    ]
+    for place in (*places, store.indices):
+        if len(place) != len(axes) or not all(map(own, place, axes, extents)):
             return None
     return Epilogue(store.buffer, axes, store.value, total)
 
@@ -283,25 +282,15 @@ def stage(parts: Parts, target: Buffer, pitch: int, parallel: bool) -> Stmt:
                 target, tirx.Cast("float32", value), [m * pitch + kb * block + e]
             )
 
-        pieces = []
-        if full:
-            pieces.append(
-                loop(
-                    full,
-                    lambda kb: loop(
-                        block, lambda e: element(kb, e), tirx.ForKind.VECTORIZED, name="e"
-                    ),
-                    name="kb",
-                )
-            )
+        def whole(kb: Expr) -> Stmt:
+            return loop(block, lambda e: element(kb, e), tirx.ForKind.VECTORIZED, name="e")
+
+        def ragged(c: Expr) -> Stmt:
+            return element(tirx.const(full, INDEX) + c // block, c % block)
+
+        pieces = [loop(full, whole, name="kb")] if full else []
         if full < fmt.blocks:
-            pieces.append(
-                loop(
-                    (fmt.blocks - full) * block,
-                    lambda c: element(tirx.const(full, INDEX) + c // block, c % block),
-                    name="c",
-                )
-            )
+            pieces.append(loop((fmt.blocks - full) * block, ragged, name="c"))
         return sequence(pieces)
 
     return loop(parts.rows, row, threads(parallel), name="m")

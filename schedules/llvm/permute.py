@@ -182,14 +182,8 @@ class PermuteKernel:
             over = self.window - fmt.pattern.block
             self.pitch = round_up(fmt.padded_features + over, self.lanes)
             self.data, allocate = nest.workspace(parts.rows * self.pitch, "balanced_stage")
-            statements += [
-                *allocate,
-                nest.by_work(
-                    parts.rows,
-                    self.pitch * 8,
-                    lambda parallel: nest.stage(parts, self.data, self.pitch, parallel),
-                ),
-            ]
+            stage = partial(nest.stage, parts, self.data, self.pitch)
+            statements += [*allocate, nest.by_work(parts.rows, self.pitch * 8, stage)]
         statements.append(nest.by_work(parts.rows, fmt.padded_rows * fmt.slots, self._groups))
         return nest.sequence(statements)
 
@@ -214,15 +208,13 @@ class PermuteKernel:
             return nest.tiles(rows, tile, lambda m, size: self._tiles(m, size, first, count))
         pieces, begin = [], 0
         for height, tiles in tile_heights(rows, tile):
-            pieces.append(self._equal_tiles(begin, height, tiles, first, count))
+
+            def equal(i: Expr, height: int = height, begin: int = begin) -> Stmt:
+                return self._tiles(i * height + begin, height, first, count)
+
+            pieces.append(nest.loop(tiles, equal, name="mo"))
             begin += height * tiles
         return nest.sequence(pieces)
-
-    def _equal_tiles(self, begin: int, height: int, tiles: int, first: Expr, count: int) -> Stmt:
-        """``tiles`` tiles of ``height`` rows of activations each, from row ``begin``."""
-        return nest.loop(
-            tiles, lambda i: self._tiles(i * height + begin, height, first, count), name="mo"
-        )
 
     def _tiles(self, m: Expr, rows: int, first: Expr, count: int) -> Stmt:
         width = self.knobs.rows_for(rows)

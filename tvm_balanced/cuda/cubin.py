@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
+from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from tvm_balanced.errors import ArtifactError
 from tvm_balanced.targets.gpus import RESERVED_SHARED
@@ -24,36 +24,15 @@ _MAX_THREADS, _REQUIRED_THREADS, _STACK_SIZE, _REGISTERS = 0x05, 0x10, 0x12, 0x2
 _SIZED = 4
 
 
-class _Header(NamedTuple):
-    ident: bytes
-    kind: int
-    machine: int
-    version: int
-    entry: int
-    program_offset: int
-    section_offset: int
-    flags: int
-    size: int
-    program_size: int
-    program_count: int
-    section_size: int
-    section_count: int
-    names: int
-
-
-class _Section(NamedTuple):
-    name: int
-    kind: int
-    flags: int
-    address: int
-    offset: int
-    size: int
-    link: int
-    info: int
-    alignment: int
-    entry_size: int
-
-
+# as elf.h declares them
+_Header = namedtuple(
+    "_Header",
+    "ident kind machine version entry program_offset section_offset flags size program_size "
+    "program_count section_size section_count names",
+)
+_Section = namedtuple(
+    "_Section", "name kind flags address offset size link info alignment entry_size"
+)
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 
@@ -112,10 +91,10 @@ class _Elf:
         end = section.offset + section.size
         if end > len(self._data):
             raise IndexError("a section ends behind the end of the image")
-        return self._data[section.offset : end]
+        return bytes(self._data[section.offset : end])
 
     def size(self, section: str) -> int:
-        return self.sections[section].size if section in self.sections else 0
+        return int(self.sections[section].size) if section in self.sections else 0
 
     def symbols(self) -> list[tuple[str, int, int]]:
         """Name, type and ``st_other``, in the order of the symbol table."""

@@ -312,33 +312,26 @@ def _attributes(arch: str) -> dict[int, int]:
     gpu, limits = representative(arch), ARCHITECTURES[arch]
     major, minor = divmod(int(arch.removeprefix("sm_")), 10)
     return {
-        1: 1024,  # MaxThreadsPerBlock
-        2: 1024,  # MaxBlockDimX
-        3: 1024,  # MaxBlockDimY
+        **dict.fromkeys((1, 2, 3), 1024),  # MaxThreadsPerBlock, MaxBlockDimX, MaxBlockDimY
         4: 64,  # MaxBlockDimZ
         5: 2**31 - 1,  # MaxGridDimX
-        6: 65535,  # MaxGridDimY
-        7: 65535,  # MaxGridDimZ
+        **dict.fromkeys((6, 7), 65535),  # MaxGridDimY, MaxGridDimZ
         8: 48 << 10,  # MaxSharedMemoryPerBlock
         9: 64 << 10,  # TotalConstantMemory
         10: 32,  # WarpSize
-        12: 65536,  # MaxRegistersPerBlock
+        **dict.fromkeys((12, 82), 65536),  # MaxRegistersPerBlock, MaxRegistersPerMultiprocessor
         13: int(gpu.clock_ghz * 1e6),  # ClockRate
         16: gpu.sm_count,  # MultiProcessorCount
-        31: 1,  # ConcurrentKernels
+        **dict.fromkeys((31, 40, 41), 1),  # ConcurrentKernels, AsyncEngineCount, UnifiedAddressing
         38: gpu.l2_bytes,  # L2CacheSize
         39: 32 * limits.warps,  # MaxThreadsPerMultiProcessor
-        40: 1,  # AsyncEngineCount
-        41: 1,  # UnifiedAddressing
         75: major,  # ComputeCapabilityMajor
         76: minor,  # ComputeCapabilityMinor
         81: limits.shared_bytes,  # MaxSharedMemoryPerMultiprocessor
-        82: 65536,  # MaxRegistersPerMultiprocessor
-        95: 0,  # CooperativeLaunch
+        **dict.fromkeys((95, 120), 0),  # CooperativeLaunch, ClusterLaunch
         97: gpu.shared_bytes,  # MaxSharedMemoryPerBlockOptin
         106: limits.blocks,  # MaxBlocksPerMultiprocessor
         111: 1 << 10,  # ReservedSharedMemoryPerBlock
-        120: 0,  # ClusterLaunch
     }
 
 
