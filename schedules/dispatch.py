@@ -17,7 +17,14 @@ from tvm_balanced.schedules.cuda import target as cuda
 from tvm_balanced.schedules.llvm import target as llvm
 from tvm_balanced.schedules.llvm.rest import math as cpu_math
 from tvm_balanced.schedules.llvm.rest.rules import ScheduleForCpu
-from tvm_balanced.schedules.rules import Rule, TunableRule, first_match, replaced, unscheduled
+from tvm_balanced.schedules.rules import (
+    Layer,
+    Rule,
+    TunableRule,
+    first_match,
+    replaced,
+    unscheduled,
+)
 from tvm_balanced.schedules.space import Space
 
 
@@ -26,7 +33,7 @@ class _Offer(Protocol):
 
     BALANCED_RULES: Sequence[Rule]
     TUNABLE_RULES: Sequence[TunableRule]
-    preferred_format: Callable[..., PackedFormat]
+    preferred_format: Callable[[Layer, tvm.target.Target], PackedFormat]
 
 
 _TARGETS: dict[str, _Offer] = {"cuda": cuda, "llvm": llvm}
@@ -60,8 +67,6 @@ def preferred_format(
         Rows of activations, M; None when symbolic.
     dtype : str
         Dtype of the values.
-    target : tvm.target.Target
-        Where the operator will run.
     encoding : str
         Encoding of the indices: ``"auto"``, ``"bitmap"`` or one of
         :data:`tvm_balanced.format.layout.ENCODINGS`.
@@ -71,7 +76,8 @@ def preferred_format(
     InputError
         For an encoding that is not known or does not hold the pattern's block.
     """
-    fmt = _offer(target).preferred_format(pattern, out_features, in_features, batch, dtype, target)
+    layer = Layer(pattern, out_features, in_features, batch, dtype)
+    fmt = _offer(target).preferred_format(layer, target)
     return fmt if encoding == "auto" else dataclasses.replace(fmt, encoding=encoding)
 
 

@@ -10,8 +10,8 @@ from tvm_balanced.schedules.cuda import by_rows as cuda_by_rows
 from tvm_balanced.schedules.cuda import expand as cuda_expand
 from tvm_balanced.schedules.cuda import expand_model, gather_model
 from tvm_balanced.schedules.cuda import machine as cuda_machine
-from tvm_balanced.schedules.cuda import target as cuda
 from tvm_balanced.schedules.cuda.expand_model import EXPAND
+from tvm_balanced.schedules.dispatch import preferred_format
 from tvm_balanced.targets import gpus
 from tvm_balanced.targets import resolve as targets
 
@@ -19,7 +19,7 @@ H100 = targets.resolve("h100")
 
 
 def layer(pattern="4:16", n=8192, k=8192, rows=32, dtype="float16"):
-    return cuda.preferred_format(BalancedPattern(pattern), n, k, rows, dtype, H100.target)
+    return preferred_format(BalancedPattern(pattern), n, k, rows, dtype, H100.target)
 
 
 def chosen(fmt, rows, dtype="float16", spec=H100):

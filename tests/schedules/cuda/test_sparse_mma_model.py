@@ -9,8 +9,8 @@ from tvm_balanced.planning import cost
 from tvm_balanced.schedules.cuda import gather_model
 from tvm_balanced.schedules.cuda import machine as cuda_machine
 from tvm_balanced.schedules.cuda import sparse_mma as cuda_sparse_mma
-from tvm_balanced.schedules.cuda import target as cuda
 from tvm_balanced.schedules.cuda.sparse_mma_model import SPARSE_MMA
+from tvm_balanced.schedules.dispatch import preferred_format
 from tvm_balanced.targets import gpus
 from tvm_balanced.targets import resolve as targets
 
@@ -18,7 +18,7 @@ H100 = targets.resolve("h100")
 
 
 def layer(pattern="2:4", n=8192, k=8192, rows=32, dtype="float16"):
-    return cuda.preferred_format(BalancedPattern(pattern), n, k, rows, dtype, H100.target)
+    return preferred_format(BalancedPattern(pattern), n, k, rows, dtype, H100.target)
 
 
 def chosen(fmt, rows, dtype="float16", spec=H100):
