@@ -66,10 +66,6 @@ class FusedKernel:
         """M: an int where every batch axis is static, else an expression."""
         return product(self.lead)
 
-    def with_body(self, body: Stmt, buffers: Sequence[Buffer]) -> tirx.PrimFunc:
-        """Put a body that uses ``buffers`` of its own into the kernel's signature."""
-        return with_root(self.func, body, buffers)
-
 
 def take_apart(func: tirx.PrimFunc, operator: BalancedBlock) -> FusedKernel | None:
     """Take a kernel apart; None when it holds anything but the operator on parameters and what follows it."""
@@ -189,6 +185,6 @@ def whole(buffer: Buffer, at: Sequence[Expr] = ()) -> Expr:
 
 
 def with_root(func: tirx.PrimFunc, body: Stmt, buffers: Sequence[Buffer] = ()) -> tirx.PrimFunc:
-    """Replace the body of a kernel, in a root block that allocates ``buffers``."""
+    """Put a body, in a root block that allocates ``buffers``, into a kernel's signature."""
     root = s_tir.SBlock([], [], [], "root", body, alloc_buffers=list(buffers))
     return func.with_body(s_tir.SBlockRealize([], True, root))

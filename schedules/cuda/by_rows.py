@@ -20,7 +20,7 @@ from tvm_balanced.format.layout import PackedFormat
 from tvm_balanced.schedules.balanced_block import BalancedBlock, find
 from tvm_balanced.schedules.cuda import expand, expand_model, gather, machine, tensor_core
 from tvm_balanced.schedules.cuda.tensor_core_model import TensorCoreTile
-from tvm_balanced.schedules.fused_kernel import FusedKernel, take_apart
+from tvm_balanced.schedules.fused_kernel import FusedKernel, take_apart, with_root
 from tvm_balanced.schedules.rules import ROWS_FROM
 from tvm_balanced.support.tvm_types import Expr
 from tvm_balanced.targets.gpus import gpu_of
@@ -107,5 +107,5 @@ def _together(
         buffers += list(root.alloc_buffers)
         var = tirx.Var(f"run_{i}", "int32")
         parts.append(tirx.For(var, no, runs, tirx.ForKind.SERIAL, root.body))
-    together = fused.with_body(tirx.SeqStmt(parts), buffers)
+    together = with_root(fused.func, tirx.SeqStmt(parts), buffers)
     return together.with_attr(ROWS_FROM, list(firsts[1:]))

@@ -26,8 +26,9 @@ from tvm import tirx
 from tvm_balanced.schedules.cuda.expand_model import EXPAND
 from tvm_balanced.schedules.cuda.statements import at, call, local, loop
 from tvm_balanced.schedules.cuda.tensor_core import TensorCoreKernel, TensorCoreRule
-from tvm_balanced.schedules.cuda.tensor_core_model import COLUMNS, ROWS, RUN, WINDOW
-from tvm_balanced.support.tvm_types import Buffer, Expr, Stmt
+from tvm_balanced.schedules.cuda.tensor_core_model import COLUMNS, ROWS, RUN, WINDOW, TensorCoreTile
+from tvm_balanced.schedules.fused_kernel import FusedKernel
+from tvm_balanced.support.tvm_types import Expr, Stmt
 
 NAME = "cuda_expand"
 
@@ -113,38 +114,15 @@ class ExpandKernel(TensorCoreKernel):
     source = _SOURCE
     model = EXPAND
 
-    def _scratch(self) -> Buffer:
-        return local(ROWS * self.words, "uint32", "dense")
-
-    @property
-    def block(self) -> int:
-        """Columns of a block."""
-        return self.fmt.pattern.block
-
-    @property
-    def nnz(self) -> int:
-        """Slots of a block."""
-        return self.fmt.pattern.nnz
-
-    @property
-    def words(self) -> int:
-        """Registers of an expanded block."""
-        return self.block // 2
-
-    @property
-    def blocks_of_run(self) -> int:
-        """Steps of a window: each expands one block of a run."""
-        return RUN // self.nnz
-
-    @property
-    def steps(self) -> Expr:
-        """Steps of a warp."""
-        return self.windows * self.blocks_of_run
-
-    @property
-    def pieces(self) -> int:
-        """Pieces of a row of activations in a step."""
-        return WINDOW * self.block // 8
+    def __init__(self, fused: FusedKernel, tile: TensorCoreTile) -> None:
+        super().__init__(fused, tile)
+        self.block, self.nnz = self.fmt.pattern.block, self.fmt.pattern.nnz
+        self.words = self.block // 2  # registers of an expanded block
+        # of a window, each of which expands one block of a run
+        self.blocks_of_run = RUN // self.nnz
+        self.steps = self.windows * self.blocks_of_run
+        self.pieces = WINDOW * self.block // 8
+        self.scratch = local(ROWS * self.words, "uint32", "dense")
 
     def _own(self) -> Expr:
         """Where a lane expands its blocks."""

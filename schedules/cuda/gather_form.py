@@ -32,7 +32,14 @@ from tvm_balanced.format.layout import BITMAP, ENCODINGS, PackedFormat, ceil_div
 from tvm_balanced.ops import BLOCK_DATA, BLOCK_MAIN, BLOCK_OUT, skewed
 from tvm_balanced.schedules.cuda import gather_tile
 from tvm_balanced.schedules.cuda.gather_tile import LANES, GatherTile
-from tvm_balanced.schedules.fused_kernel import FusedKernel, loads, substitute, unravel, whole
+from tvm_balanced.schedules.fused_kernel import (
+    FusedKernel,
+    loads,
+    substitute,
+    unravel,
+    whole,
+    with_root,
+)
 from tvm_balanced.support.tvm_types import Block, Buffer, Expr, Stmt
 
 BLOCK_ROWS = "balanced_rows"
@@ -198,7 +205,8 @@ class GatherForm:
     def build(self) -> tirx.PrimFunc:
         """Write the kernel in the form: same parameters, same results."""
         statements, buffers = self._core()
-        return self.fused.with_body(tirx.SeqStmt([*statements, self._output(buffers[-1])]), buffers)
+        body = tirx.SeqStmt([*statements, self._output(buffers[-1])])
+        return with_root(self.fused.func, body, buffers)
 
     def _core(self) -> tuple[list[Stmt], list[Buffer]]:
         """Write the statements up to the sums; and the buffers they use, the sums last."""

@@ -38,7 +38,7 @@ from tvm_balanced.schedules.cuda import tensor_core_model as base
 from tvm_balanced.schedules.cuda.gather_tile import LANES
 from tvm_balanced.schedules.cuda.statements import as_int, at, barrier, call, guarded, local, loop
 from tvm_balanced.schedules.cuda.tensor_core_model import COLUMNS, ROWS, RUN, WINDOW, TensorCoreTile
-from tvm_balanced.schedules.fused_kernel import FusedKernel, take_apart, unravel, whole
+from tvm_balanced.schedules.fused_kernel import FusedKernel, take_apart, unravel, whole, with_root
 from tvm_balanced.schedules.space import Space
 from tvm_balanced.support.tvm_types import Buffer, Expr, Stmt
 from tvm_balanced.targets.gpus import gpu_of
@@ -197,12 +197,12 @@ class TensorCoreRule:
 class TensorCoreKernel:
     """Writes the kernel for one tile; what multiplies is a subclass's."""
 
-    #: Of the block, and of buffers.
-    name = ""
-    #: Device functions of the subclass.
-    source = ""
-    #: Bytes of activations that are copied together.
-    piece_bytes = 16
+    name = ""  # of the block, and of buffers
+    source = ""  # device functions of the subclass
+    piece_bytes = 16  # of activations, that are copied together
+    steps: Expr  # of a warp: what activations are copied for, and waited for, at a time
+    pieces: int  # of a row of activations in a step
+    scratch: Buffer  # registers that a subclass multiplies from
     model: base.TensorCoreModel
 
     def __init__(self, fused: FusedKernel, tile: TensorCoreTile) -> None:
@@ -240,7 +240,6 @@ class TensorCoreKernel:
             [local(size, "uint32", f"{kind}_{name}") for kind, size in words.items()]
             for name in ("now", "next")
         ]
-        self.scratch = self._scratch()
         self.total = local(1, "float32", "total")
         self.partial: Buffer | None = None
         if tile.splits > 1:
@@ -249,20 +248,6 @@ class TensorCoreKernel:
             self.partial = tirx.decl_buffer(shape, "float32", name=f"{self.name}_partial")
 
     # --- what a subclass says
-
-    def _scratch(self) -> Buffer:
-        """Declare the registers that it multiplies from."""
-        raise NotImplementedError
-
-    @property
-    def steps(self) -> Expr:
-        """Steps of a warp: what activations are copied for, and waited for, at a time."""
-        raise NotImplementedError
-
-    @property
-    def pieces(self) -> int:
-        """Pieces of a row of activations in a step."""
-        raise NotImplementedError
 
     def _piece(self, step: Expr, row: Expr, piece: Expr) -> tuple[Expr, Expr]:
         """Find the column of K where a piece begins, and its byte from the start of a stage."""
@@ -313,9 +298,9 @@ class TensorCoreKernel:
         ]
         block = f"balanced_{self.name}"
         if self.partial is None:
-            return self.fused.with_body(_nest(block, body, reads, output, threads), [])
+            return with_root(self.fused.func, _nest(block, body, reads, output, threads))
         both = [_nest(block, body, reads, self.partial, threads), self._add(reads)]
-        return self.fused.with_body(tirx.SeqStmt(both), [self.partial])
+        return with_root(self.fused.func, tirx.SeqStmt(both), [self.partial])
 
     def _begin(self) -> list[Stmt]:
         def clear(i: Expr) -> Stmt:

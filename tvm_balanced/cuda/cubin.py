@@ -178,8 +178,3 @@ def read_cubins(path: Path | str) -> list[tuple[DeviceImage, bytes]]:
 def cubin_images(path: Path | str) -> list[DeviceImage]:
     """Describe the CUDA ELF images inside a file, in their order in it."""
     return [image for image, _ in read_cubins(path)]
-
-
-def cubin_architectures(path: Path | str) -> list[str]:
-    """Architectures that a library holds machine code for, such as ``["sm_90"]``, each once."""
-    return sorted({image.arch for image in cubin_images(path)})

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.helpers.cuda_kernels import (
+from tests.helpers.cuda_cases import (
     Case,
     arguments,
     fused_kernel,

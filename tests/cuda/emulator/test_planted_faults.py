@@ -13,7 +13,7 @@ import tvm
 from tvm import te
 from tvm.s_tir import dlight
 
-from tests.helpers.cuda_kernels import (
+from tests.helpers.cuda_cases import (
     Case,
     arguments,
     check_close,

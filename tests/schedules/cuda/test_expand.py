@@ -12,7 +12,7 @@ import tvm
 
 import tvm_balanced as tb
 from tests.helpers.cubins import compile_cubin
-from tests.helpers.cuda_kernels import (
+from tests.helpers.cuda_cases import (
     Case,
     arguments,
     check_close,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tvm
 
-from tests.helpers.cuda_kernels import (
+from tests.helpers.cuda_cases import (
     Case,
     arguments,
     check_close,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.covering import Chosen, all_pairs, pairs_of, possible_pairs
-from tests.helpers.cuda_kernels import (
+from tests.helpers.cuda_cases import (
     Case,
     arguments,
     check_close,
