@@ -24,19 +24,11 @@ from typing import TYPE_CHECKING
 import tvm
 from tvm import s_tir, tirx
 
+from tvm_balanced.schedules import workload as workloads
 from tvm_balanced.schedules.balanced_block import find, has_balanced_block
 from tvm_balanced.schedules.cuda import by_rows as cuda_by_rows
 from tvm_balanced.schedules.rules import RULE, marked, replaced, unscheduled
 from tvm_balanced.schedules.space import MismatchError
-from tvm_balanced.schedules.workload import (
-    DEFAULT,
-    attrs_of,
-    build_for,
-    knobs_of,
-    with_attrs,
-    workload,
-    workload_hash,
-)
 
 if TYPE_CHECKING:
     from tvm_balanced.records.lookup import Choice
@@ -63,10 +55,7 @@ class Coverage:
 
 @tvm.transform.module_pass(opt_level=0, name="ScheduleTuned")
 class ScheduleTuned:
-    """Schedule every kernel that a tuning record is known for; others are left for the default.
-
-    The ``choices`` are those of :func:`tvm_balanced.records.lookup.find`.
-    """
+    """Schedule the kernels that ``records.lookup.find`` has a choice for; others are left for the default."""
 
     def __init__(self, target: tvm.target.Target, choices: Mapping[str, Choice]) -> None:
         self.target = target
@@ -100,12 +89,12 @@ class ScheduleTuned:
         ]
 
     def _one(self, name: str, func: tirx.PrimFunc) -> tuple[str, str, tirx.PrimFunc | None]:
-        plain = workload(func, self.target)
+        plain = workloads.workload(func, self.target)
         if plain is None:
-            return DEFAULT, self._symbolic(func), None
-        choice = self.choices.get(workload_hash(plain)) if self.choices else None
+            return workloads.DEFAULT, self._symbolic(func), None
+        choice = self.choices.get(workloads.workload_hash(plain)) if self.choices else None
         if choice is None:
-            return DEFAULT, _NO_RECORD, None
+            return workloads.DEFAULT, _NO_RECORD, None
         try:
             scheduled, note = self._apply(func, plain, choice)
         # a damaged trace fails in TVM with errors of many classes; the default schedule always works
@@ -113,7 +102,7 @@ class ScheduleTuned:
             _LOG.debug("the record of %s in %s", name, choice.folder, exc_info=True)
             why = str(error) if isinstance(error, MismatchError) else "its trace cannot be replayed"
             self.problems.append(f"the record of {name} in {choice.folder} does not fit: {why}")
-            return DEFAULT, _NO_FIT, None
+            return workloads.DEFAULT, _NO_FIT, None
         return ("tuned" if choice.method == "measured" else "estimated"), note, scheduled
 
     def _symbolic(self, func: tirx.PrimFunc) -> str:
@@ -131,15 +120,15 @@ class ScheduleTuned:
             raise MismatchError("its arguments have other shapes")
         sch = s_tir.Schedule(plain)
         s_tir.schedule.Trace.apply_json_to_schedule(choice.trace, sch)
-        noted = knobs_of(sch.mod)
+        noted = workloads.knobs_of(sch.mod)
         if noted is None:
-            scheduled = with_attrs(sch.mod["main"], attrs_of(func))
+            scheduled = workloads.with_attrs(sch.mod["main"], workloads.attrs_of(func))
             return marked(scheduled, "meta_schedule"), "TVM's rules"
         kernel, knobs = noted
-        if kernel == DEFAULT:
+        if kernel == workloads.DEFAULT:
             return None, _DEFAULT_BEST
         values = ", ".join(f"{name} {value}" for name, value in knobs.items())
-        return build_for(func, self.target, kernel, knobs), f"{kernel}: {values}"
+        return workloads.build_for(func, self.target, kernel, knobs), f"{kernel}: {values}"
 
 
 def _args_info(func: tirx.PrimFunc) -> list[tuple[str, str, tuple[int, ...]]]:

@@ -23,8 +23,6 @@ _FEW_ROWS, _FEW_WORTH = 8, 1.1
 # number of every kernel's tiles, from which on times repeat themselves
 _HEIGHTS = (16, 32, 64)
 _COMPARED_ROWS = 512
-# whole blocks to a run of slots; 1:32 spills
-_PATTERNS = {(nnz, block) for nnz in (1, 2, 4, 8) for block in (16, 32)} - {(1, 32)}
 # of a thread block; two times eight warps leave 128 registers, which blocks of 32 spill
 _WARPS = {16: 8, 32: 4}
 # instructions of a warp: for a slot of one of a lane's four rows (store, clear), for reading a block back
@@ -43,14 +41,9 @@ class ExpandModel(base.TensorCoreModel):
     # padding, and what this model calls a gain of a few percent is less than it can tell
     least_rows = 5
     most_rows = 64  # 64 sums a lane
-
-    def takes_format(self, fmt: PackedFormat, dtype: str) -> bool:
-        """Whether a lane's slots are whole blocks of 16 or 32, of a type that tensor cores multiply."""
-        return (
-            base.reads_layout(fmt, dtype)
-            and fmt.encoding in ("u4", "u8")
-            and (fmt.pattern.nnz, fmt.pattern.block) in _PATTERNS
-        )
+    encodings = ("u4", "u8")
+    # whole blocks to a run of slots; 1:32 spills
+    patterns = frozenset((nnz, block) for nnz in (1, 2, 4, 8) for block in (16, 32)) - {(1, 32)}
 
     def shared_memory(self, fmt: PackedFormat, tile: TensorCoreTile) -> base.SharedMemory:
         """Activations of a step, and a block of each lane."""

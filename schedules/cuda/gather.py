@@ -93,10 +93,7 @@ def apply(
 
 
 def takes(operator: BalancedBlock) -> bool:
-    """Whether a lane's slots are one vector load: CUDA has vectors of 2, 4 and 8 up to 16 bytes.
-
-    Their indices have to be whole bytes.
-    """
+    """Whether a lane's slots are one load: a vector of 2, 4 or 8, up to 16 bytes; indices of whole bytes."""
     layout = operator.fmt.layout
     size = layout.vector * itemsize(operator.value_dtype)
     vectors = layout.vector in (2, 4, 8) and size <= LOAD_BYTES

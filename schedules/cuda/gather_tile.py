@@ -316,10 +316,7 @@ def _padding(runs: int, max_warps: int, unit: int) -> dict[tuple[int, int], floa
 
 @functools.lru_cache(maxsize=1024)
 def _shares(runs: int, max_warps: int, unit: int) -> tuple[tuple[int, int], ...]:
-    """Warps and loads in flight that share ``runs`` vectors of slots with little padding, most first.
-
-    Loads are in flight ``unit`` at a time.
-    """
+    """Warps and loads in flight (in units) that share ``runs`` with little padding, most first."""
     padding = _padding(runs, max_warps, unit)
     # shares that leave most lanes without work are the least of evils where there is little work
     least = max(_SPARE, min(padding.values()))

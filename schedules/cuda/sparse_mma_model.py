@@ -29,14 +29,8 @@ class SparseMmaModel(base.TensorCoreModel):
     # one row of activations is the gather's, which reads the same bytes and multiplies no padding
     least_rows = 2
     most_rows = 128  # 128 sums a lane
-
-    def takes_format(self, fmt: PackedFormat, dtype: str) -> bool:
-        """Whether the weight is 2:4 as the gather reads it, of a type that sparse tensor cores multiply."""
-        return (
-            base.reads_layout(fmt, dtype)
-            and fmt.encoding == "u2"
-            and (fmt.pattern.nnz, fmt.pattern.block) == (2, 4)
-        )
+    encodings = ("u2",)
+    patterns = frozenset({(2, 4)})
 
     def shared_memory(self, fmt: PackedFormat, tile: TensorCoreTile) -> base.SharedMemory:
         """Activations of a window."""

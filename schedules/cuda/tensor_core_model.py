@@ -89,12 +89,11 @@ class TensorCoreModel:
     #: Rows of activations from which on the kernel is asked about, and the most in a tile.
     least_rows = 1
     most_rows = 64
+    #: Of the formats that it takes: encodings, and slots and columns of a block.
+    encodings: tuple[str, ...]
+    patterns: frozenset[tuple[int, int]]
 
     # --- what a subclass says
-
-    def takes_format(self, fmt: PackedFormat, dtype: str) -> bool:
-        """Whether the kernel reads a weight of this format and dtype."""
-        raise NotImplementedError
 
     def shared_memory(self, fmt: PackedFormat, tile: TensorCoreTile) -> SharedMemory:
         """Lay out the shared memory of a thread block."""
@@ -117,6 +116,16 @@ class TensorCoreModel:
         return 1.0
 
     # --- tiles
+
+    def takes_format(self, fmt: PackedFormat, dtype: str) -> bool:
+        """Whether a weight has the layout ``r32v8``, a pattern of the kernel, and a type of tensor cores."""
+        layout, pattern = fmt.layout, fmt.pattern
+        return (
+            dtype in ("float16", "bfloat16")
+            and (layout.rows, layout.vector, layout.skew) == (LANES, RUN, 1)
+            and fmt.encoding in self.encodings
+            and (pattern.nnz, pattern.block) in self.patterns
+        )
 
     def shared_bytes(self, fmt: PackedFormat, tile: TensorCoreTile) -> int:
         """Bytes of shared memory that a thread block takes."""
@@ -198,10 +207,7 @@ class TensorCoreModel:
     def best(
         self, fmt: PackedFormat, rows: int, dtype: str, shared: int, gpu: MachineModel
     ) -> tuple[TensorCoreTile, Prediction] | None:
-        """Find the tile that is predicted fastest; None where none fits ``shared`` bytes.
-
-        Thread blocks share K where that is predicted a tenth faster.
-        """
+        """Find the tile predicted fastest (with splits by a tenth); None where none fits ``shared`` bytes."""
         tried = [
             (tile, self.predict(gpu, fmt, rows, dtype, tile))
             for tile in self.candidates(fmt, rows, shared, gpu.sm_count)
@@ -323,14 +329,6 @@ def _choose(
     tile = gather_model.choose(fmt, rows, dtype, static_shared, gpu)
     gather = gather_model.GatherModel(gpu, fmt, rows, dtype).predict(tile)
     return best if best[1].total_us * model.worth(rows) < gather.total_us else None
-
-
-def reads_layout(fmt: PackedFormat, dtype: str) -> bool:
-    """Whether a weight has the layout ``r32v8`` and a type that tensor cores multiply."""
-    layout = fmt.layout
-    return dtype in ("float16", "bfloat16") and (
-        (layout.rows, layout.vector, layout.skew) == (LANES, RUN, 1)
-    )
 
 
 def windows_of(fmt: PackedFormat) -> int:

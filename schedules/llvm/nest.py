@@ -184,10 +184,7 @@ def splat(value: Expr, lanes: int) -> Expr:
 
 
 def by_work(rows: Expr, per_row: int, build: Callable[[bool], Stmt]) -> Stmt:
-    """``build(parallel)``: threads or not, decided now where the batch is known, else at run time.
-
-    A row of activations takes ``per_row`` multiply-adds.
-    """
+    """``build(parallel)``, decided at run time for a symbolic batch, by ``per_row`` multiply-adds."""
     if per_row >= PARALLEL_WORK:
         return build(True)
     if isinstance(rows, int):
@@ -196,10 +193,7 @@ def by_work(rows: Expr, per_row: int, build: Callable[[bool], Stmt]) -> Stmt:
 
 
 def flat_view(buffer: Buffer) -> tuple[Buffer, Stmt]:
-    """Make a one-dimensional view of a buffer and the statement that declares it.
-
-    A view of bfloat16 holds its bits, uint16; :func:`load_float` knows.
-    """
+    """Make a flat view of a buffer (of bfloat16 its bits, see :func:`load_float`), and what declares it."""
     size: Expr = 1
     for extent in buffer.shape:
         size = size * extent

@@ -73,10 +73,7 @@ def default_knobs(lanes: int, registers: int) -> PermuteKnobs:
 
 
 def tile_heights(rows: int, most: int) -> list[tuple[int, int]]:
-    """Cut a batch into as few tiles as ``most`` rows a tile allow, of heights that differ by one at most.
-
-    Pairs of a height and the number of such tiles, the higher ones first.
-    """
+    """Cut a batch into the fewest tiles of up to ``most`` rows: heights one apart, with their number."""
     tiles = ceil_div(rows, most)
     height, more = divmod(rows, tiles)
     return [(height + 1, more)] * bool(more) + [(height, tiles - more)]

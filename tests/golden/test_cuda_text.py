@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.cuda_cases import Case, chosen_tile, fused_kernel, packed_format, target
+from tests.helpers.cuda import Case, chosen_tile, fused_kernel, packed_format, target
 from tvm_balanced.build.pipeline import TIR_PIPELINE
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.cuda.source import split_kernels
@@ -75,4 +75,4 @@ def test_text_does_not_depend_on_the_architecture(name: str) -> None:
 def test_files_are_few_and_small() -> None:
     files = list((HERE / "cuda").iterdir())
     assert {file.name for file in files} == {f"{name}.cu" for name in STORED}
-    assert sum(file.stat().st_size for file in files) < 8 << 10
+    assert sum(file.stat().st_size for file in files) < 12 << 10

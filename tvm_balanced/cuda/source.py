@@ -21,10 +21,7 @@ _MAX_STEM = 120
 
 
 def file_stem(kernel: str) -> str:
-    """Name of a kernel's file without its ending: the kernel's, a long one cut and with a digest.
-
-    A stem comes back as it is.
-    """
+    """Name a kernel's file without its ending: a long name is cut, with a digest; a stem stays as it is."""
     if len(kernel) <= _MAX_STEM:
         return kernel
     digest = hashlib.sha256(kernel.encode()).hexdigest()[:8]

@@ -44,10 +44,7 @@ class KernelReport:
 
 
 class StaticReport(Printable, list[KernelReport]):
-    """Rows, one a kernel.
-
-    ``problem`` says why instructions were not counted; None where they were.
-    """
+    """Rows, one a kernel; ``problem`` says why instructions were not counted, else it is None."""
 
     def __init__(self, rows: Sequence[KernelReport], problem: str | None = None) -> None:
         super().__init__(rows)

@@ -38,16 +38,13 @@ _BOUNDS = re.compile(r"__launch_bounds__\(\s*(\d+)")
 
 class _Record(ctypes.Structure):
     _fields_ = [
-        ("kernel", ctypes.c_char_p),
-        ("report", ctypes.c_char_p),
-        ("error", ctypes.c_char_p),
-        ("arrays", ctypes.c_char_p),
-        ("dims", ctypes.c_uint * 6),
-        ("dynamic_shared", ctypes.c_long),
-        ("module", ctypes.c_long),
-        ("instrumented", ctypes.c_int),
-        ("seconds", ctypes.c_double),
-        ("scale", ctypes.c_double),
+        *((name, ctypes.c_char_p) for name in ("kernel", "report", "error", "arrays")),
+        *(
+            ("dims", ctypes.c_uint * 6),
+            ("dynamic_shared", ctypes.c_long),
+            ("module", ctypes.c_long),
+        ),
+        *(("instrumented", ctypes.c_int), ("seconds", ctypes.c_double), ("scale", ctypes.c_double)),
         ("graph", ctypes.c_int),
     ]
 

@@ -22,19 +22,15 @@ ORDERS = {"seq": 0, "reverse": 1, "random": 2}
 _ALIGNMENT = 256  # of device allocations
 _GUARD = 8192  # bytes around a checked array; what goes further is stopped before it is done
 SCALARS: dict[str, Any] = {
-    "int": ctypes.c_int,
-    "int32_t": ctypes.c_int,
+    **dict.fromkeys(("int", "int32_t"), ctypes.c_int),
+    **dict.fromkeys(("unsigned", "unsigned int", "uint", "uint32_t"), ctypes.c_uint),
     "long": ctypes.c_long,
     "int64_t": ctypes.c_int64,
     "long long": ctypes.c_longlong,
-    "float": ctypes.c_float,
-    "double": ctypes.c_double,
-    "unsigned": ctypes.c_uint,
-    "unsigned int": ctypes.c_uint,
-    "uint": ctypes.c_uint,
-    "uint32_t": ctypes.c_uint,
     "uint64_t": ctypes.c_uint64,
     "bool": ctypes.c_bool,
+    "float": ctypes.c_float,
+    "double": ctypes.c_double,
 }
 
 
@@ -51,12 +47,8 @@ class Launch:
 
 class _Options(ctypes.Structure):
     _fields_ = [
-        ("check", ctypes.c_int),
-        ("prof", ctypes.c_int),
-        ("order", ctypes.c_int),
-        ("seed", ctypes.c_uint),
-        ("nthreads", ctypes.c_int),
-        ("nblocks", ctypes.c_long),
+        *((name, ctypes.c_int) for name in ("check", "prof", "order")),
+        *(("seed", ctypes.c_uint), ("nthreads", ctypes.c_int), ("nblocks", ctypes.c_long)),
         ("blocks", ctypes.POINTER(ctypes.c_long)),
     ]
 
