@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import tvm
 from tvm import tirx
@@ -17,29 +15,13 @@ from tvm_balanced.schedules.cuda import target as cuda
 from tvm_balanced.schedules.llvm import target as llvm
 from tvm_balanced.schedules.llvm.rest import math as cpu_math
 from tvm_balanced.schedules.llvm.rest.rules import ScheduleForCpu
-from tvm_balanced.schedules.rules import (
-    Layer,
-    Rule,
-    TunableRule,
-    first_match,
-    replaced,
-    unscheduled,
-)
+from tvm_balanced.schedules.rules import Layer, Offer, first_match, replaced, unscheduled
 from tvm_balanced.schedules.space import Space
 
-
-class _Offer(Protocol):
-    """What the module of a target offers: rules for the balanced operator, in order, and its formats."""
-
-    BALANCED_RULES: Sequence[Rule]
-    TUNABLE_RULES: Sequence[TunableRule]
-    preferred_format: Callable[[Layer, tvm.target.Target], PackedFormat]
+_TARGETS: dict[str, Offer] = {"cuda": cuda, "llvm": llvm}
 
 
-_TARGETS: dict[str, _Offer] = {"cuda": cuda, "llvm": llvm}
-
-
-def _offer(target: tvm.target.Target) -> _Offer:
+def _offer(target: tvm.target.Target) -> Offer:
     kind = str(target.kind.name)
     if kind not in _TARGETS:
         raise InputError(f'target kind "{kind}" is not supported; choose cuda or llvm')

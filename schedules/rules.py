@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import tvm
 from tvm import s_tir, tirx
 
+from tvm_balanced.format.layout import PackedFormat
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.schedules.space import Space
 
@@ -41,6 +42,16 @@ class TunableRule(Rule, Protocol):
 
     def spaces(self, func: tirx.PrimFunc, target: tvm.target.Target, /) -> list[Space]:
         """List the knobs of a kernel with static shapes; none when it is not of that form."""
+
+
+class Offer(Protocol):
+    """What the module of a target offers: rules for the balanced operator, in order, and its formats."""
+
+    BALANCED_RULES: Sequence[Rule]
+    TUNABLE_RULES: Sequence[TunableRule]
+
+    def preferred_format(self, layer: Layer, target: tvm.target.Target, /) -> PackedFormat:
+        """Choose the packed format that the schedules of the target like best for a layer."""
 
 
 def first_match(

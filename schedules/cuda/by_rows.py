@@ -65,13 +65,8 @@ def kernels(
     By ascending M, of which ``least`` is the smallest that can occur. Empty where the gather alone serves
     every M.
     """
-    tiles = expand_model.by_rows(
-        fmt,
-        dtype,
-        tensor_core.shared_limit(target),
-        gather.shared_limit(target),
-        machine.machine(gpu_of(target)),
-    )
+    limits = tensor_core.shared_limit(target), gather.shared_limit(target)
+    tiles = expand_model.by_rows(fmt, dtype, *limits, machine.machine(gpu_of(target)))
     if not tiles:
         return []
     every: list[tuple[int, TensorCoreTile | None]] = [(1, None), *tiles]

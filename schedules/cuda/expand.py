@@ -179,11 +179,8 @@ class ExpandKernel(TensorCoreKernel):
                 calls.append(call(name, sums, weights, activations))
             return tirx.SeqStmt(calls)
 
-        return [
-            *self._next(step),
-            loop(ROWS, expand, unroll=True),
-            loop(self.tile.rows // COLUMNS, multiply, unroll=True),
-        ]
+        products = loop(self.tile.rows // COLUMNS, multiply, unroll=True)
+        return [*self._next(step), loop(ROWS, expand, unroll=True), products]
 
 
 _RULE = TensorCoreRule(NAME, ExpandKernel)

@@ -332,12 +332,9 @@ class GatherModel:
             # later thread blocks start as others end, so that the phases of several overlap
             steps = tile.warps * loop.steps
             issued = steps * loop.instructions + staging.instructions + staging.end_instructions
-            each = max(
-                steps * rates.memory,
-                issued / self.gpu.schedulers,
-                steps * rates.arithmetic,
-                steps * loop.wavefronts + staging.wavefronts + staging.end_wavefronts,
-            )
+            wavefronts = steps * loop.wavefronts + staging.wavefronts + staging.end_wavefronts
+            stream = steps * max(rates.memory, rates.arithmetic)
+            each = max(stream, issued / self.gpu.schedulers, wavefronts)
             overlapped = together(launch.resident) + (launch.busiest - launch.resident) * each
             alone = rounds * chain.latency + (chain.latency if rest else 0.0)
             clocks = min(clocks, max(overlapped, alone))

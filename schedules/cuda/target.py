@@ -15,20 +15,12 @@ from tvm_balanced.format.layout import (
     Layout,
     PackedFormat,
     ceil_div,
-    round_up,
 )
 from tvm_balanced.format.pattern import BalancedPattern
-from tvm_balanced.schedules.cuda import (
-    by_rows,
-    expand,
-    fallback,
-    gather,
-    gather_model,
-    machine,
-    sparse_mma,
-)
+from tvm_balanced.schedules.cuda import by_rows, expand, fallback, gather, gather_model, sparse_mma
 from tvm_balanced.schedules.cuda.expand_model import EXPAND
 from tvm_balanced.schedules.cuda.gather_tile import LANES, LOAD_BYTES, itemsize
+from tvm_balanced.schedules.cuda.machine import Prediction, machine
 from tvm_balanced.schedules.cuda.sparse_mma_model import SPARSE_MMA
 from tvm_balanced.schedules.rules import Layer, Rule, TunableRule
 from tvm_balanced.targets.gpus import gpu_of
@@ -85,13 +77,13 @@ def predicted(
     target: tvm.target.Target,
     launch_us: float | None = None,
     symbolic: bool = False,
-) -> machine.Prediction:
+) -> Prediction:
     """Predict a layer's time at M = ``rows``, with the kernel and the knobs that the compiler will choose.
 
     ``launch_us`` is what a launch costs, in place of the model's own figure; ``symbolic`` says that the
     compiler does not know M.
     """
-    known = machine.machine(gpu_of(target))
+    known = machine(gpu_of(target))
     gpu = known if launch_us is None else dataclasses.replace(known, launch_us=launch_us)
     if symbolic:
         tiles = [tile for first, tile in by_rows.kernels(fmt, dtype, target) if first <= rows]
@@ -123,6 +115,6 @@ def _skew(pattern: BalancedPattern, in_features: int, size: int) -> int:
         room = _SKEWED_BYTES * (1 if not few else 2 if skew == 16 else 4)
         takes = block * skew * size <= room
         group = math.lcm(unit, skew)
-        if takes and round_up(blocks, group) <= _SPARE * blocks:
+        if takes and ceil_div(blocks, group) * group <= _SPARE * blocks:
             return skew
     return 1

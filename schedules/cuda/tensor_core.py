@@ -273,16 +273,10 @@ class TensorCoreKernel:
         source = SOURCE + self.source
         ends = [(at(array, 0), at(array, int(array.shape[0]) - 1)) for array in arrays]
         known = [call("balanced_whole", *both, source=source) for both in ends]
-        body = tirx.SeqStmt(
-            [
-                *(tirx.AllocBuffer(buffer) for buffer in (*arrays, self.total)),
-                *known,
-                *self._begin(),
-                loop(self.windows, self._window, name="window"),
-                call("balanced_wait<0>"),
-                *self._finish(),
-            ]
-        )
+        allocated = [tirx.AllocBuffer(buffer) for buffer in (*arrays, self.total)]
+        windows = loop(self.windows, self._window, name="window")
+        steps = [*self._begin(), windows, call("balanced_wait<0>"), *self._finish()]
+        body = tirx.SeqStmt([*allocated, *known, *steps])
         tile, output = self.tile, self.fused.epilogue.output
         threads = [
             (self.lane, LANES, "threadIdx.x"),

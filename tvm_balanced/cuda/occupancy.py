@@ -61,13 +61,8 @@ def occupancy(
         "shared memory": limits.shared_bytes // _round_up(shared, _SHARED_UNIT),
     }
     blocks = min(most.values())
-    return Occupancy(
-        threads,
-        blocks,
-        blocks * warps,
-        blocks * warps / limits.warps,
-        tuple(name for name, value in most.items() if value == blocks),
-    )
+    limited = tuple(name for name, value in most.items() if value == blocks)
+    return Occupancy(threads, blocks, blocks * warps, blocks * warps / limits.warps, limited)
 
 
 def _round_up(value: int, unit: int) -> int:

@@ -139,12 +139,8 @@ _CALLS: dict[str, Callable[..., Value]] = {
 _Affine = tuple[int, dict[int, int]]
 # start and end of every axis
 _Ranges = tuple[tuple[int, int], ...]
-_LOOPS_IN_ORDER = (
-    tirx.stmt.ForKind.SERIAL,
-    tirx.stmt.ForKind.PARALLEL,
-    tirx.stmt.ForKind.VECTORIZED,
-    tirx.stmt.ForKind.UNROLLED,
-)
+_KIND = tirx.stmt.ForKind
+_LOOPS_IN_ORDER = (_KIND.SERIAL, _KIND.PARALLEL, _KIND.VECTORIZED, _KIND.UNROLLED)
 
 
 def _is_flat(stmt: Stmt) -> bool:
@@ -317,12 +313,8 @@ class _Evaluation:
             nest.append(inner)
             inner = inner.body
         bound = {outer.loop_var for outer in nest}
-        rectangular = all(
-            var not in bound
-            for part in nest
-            for expr in (part.min, part.extent)
-            for var in ir.nodes(expr, tirx.Var)
-        )
+        limits = [expr for part in nest for expr in (part.min, part.extent)]
+        rectangular = not any(v in bound for expr in limits for v in ir.nodes(expr, tirx.Var))
         # statements without a block, as te.extern has them, run in their order
         if type(inner).__name__ == "SBlockRealize" and rectangular:
             self._block(inner, nest)
@@ -587,12 +579,8 @@ class _Evaluation:
 
         total = matrix(a, shared, only_a, summed) @ matrix(b, shared, summed, only_b)
         order = [*shared, *only_a, *only_b, *summed, *ones]
-        total = total.reshape(
-            *lengths(a, shared),
-            *lengths(a, only_a),
-            *lengths(b, only_b),
-            *[1] * (len(summed) + len(ones)),
-        )
+        kept = [*lengths(a, shared), *lengths(a, only_a), *lengths(b, only_b)]
+        total = total.reshape(*kept, *[1] * (len(summed) + len(ones)))
         return factor * total.transpose(np.argsort(order))
 
     # expressions

@@ -126,13 +126,9 @@ class Device:
         self.arch = plain
         attributes = _attributes(plain)
         n = len(attributes)
-        self._library.emu_device_configure(
-            self.name.encode(),
-            ctypes.c_long(MEMORY_BYTES),
-            n,
-            (ctypes.c_int * n)(*attributes),
-            (ctypes.c_int * n)(*attributes.values()),
-        )
+        arrays = [(ctypes.c_int * n)(*column) for column in (attributes, attributes.values())]
+        memory = ctypes.c_long(MEMORY_BYTES)
+        self._library.emu_device_configure(self.name.encode(), memory, n, *arrays)
 
     def mode(
         self,
@@ -221,16 +217,10 @@ class Device:
             module = self._units[record.module].module(kernel, True)
             names = [f"arg{at}" for at in record.arrays.decode().split(",") if at]
             report = module.report(record.report.decode(), names, record.scale)
-        return DeviceLaunch(
-            kernel,
-            tuple(record.dims[:3]),
-            tuple(record.dims[3:]),
-            int(record.dynamic_shared),
-            report,
-            record.error.decode(),
-            float(record.seconds),
-            bool(record.graph),
-        )
+        grid, block = tuple(record.dims[:3]), tuple(record.dims[3:])
+        shared, error = int(record.dynamic_shared), record.error.decode()
+        seconds, graph = float(record.seconds), bool(record.graph)
+        return DeviceLaunch(kernel, grid, block, shared, report, error, seconds, graph)
 
     # exceptions must not leave a callback: they become words in the error that TVM raises
 
@@ -245,13 +235,8 @@ class Device:
         try:
             name = kernel.decode()
             made = self._units[module].module(name, bool(instrumented))
-            self._library.emu_device_compiled(
-                ctypes.c_long(module),
-                kernel,
-                instrumented,
-                made.thunk(name),
-                made.static_shared(name),
-            )
+            code = made.thunk(name), made.static_shared(name)
+            self._library.emu_device_compiled(ctypes.c_long(module), kernel, instrumented, *code)
         except Exception as error:
             self._library.emu_device_detail(str(error).encode())
             return 1

@@ -99,8 +99,8 @@ class EmulatorMeasurement:
 
     def text(self) -> str:
         """Page for a person to read."""
-        fmt, least, barriers = self.fmt, self.least_bytes, self.report.barriers
-        adds, padding = self.report.multiply_adds, self.padding
+        fmt, least, padding = self.fmt, self.least_bytes, self.padding
+        barriers, adds = self.report.spreads()
 
         def line(name: str, value: float) -> str:
             return f"{name:40s} {value:14.0f}  {value / least:6.3f}x the least"
@@ -118,10 +118,8 @@ class EmulatorMeasurement:
                 f"{self.weight_excess:.3f}x the ideal sectors",
                 f"shared memory: loads {self.shared_load_excess:.3f}x the ideal wavefronts, "
                 f"stores {self.shared_store_excess:.3f}x",
-                f"barriers per block: {barriers.least} to {barriers.most}",
-                f"multiply-adds per thread: {adds.least} to {adds.most}, mean {adds.mean:.1f}; "
-                f"{self.multiply_adds:.0f} in all, "
-                f"{self.multiply_adds / self.needed_multiply_adds:.3f}x those needed",
+                barriers,
+                f"{adds}, {self.multiply_adds / self.needed_multiply_adds:.3f}x those needed",
                 f"padding: {padding['rows']} rows, {padding['slots_per_row']} slots of a row, "
                 f"{100 * padding['share']:.1f} % of the slots held",
             ]

@@ -158,17 +158,13 @@ class Module:
         engine.emu_set_ranges(*bound.ranges())
         extents = [*launch.grid, 1, 1][:3] + [*launch.block, 1, 1][:3]
         chosen = list(blocks or ())
-        options = _Options(
-            *(int(check), int(profile), ORDERS[order], seed, threads, len(chosen)),
-            (ctypes.c_long * len(chosen))(*chosen),
-        )
-        failed = engine.emu_launch(
-            self.thunk(launch.kernel),
-            bound.pointers,
-            (ctypes.c_uint * 6)(*(int(extent) for extent in extents)),
-            ctypes.c_long(self.static_shared(launch.kernel).value + int(launch.dynamic_shared)),
-            ctypes.byref(options),
-        )
+        indices = (ctypes.c_long * len(chosen))(*chosen)
+        how = int(check), int(profile), ORDERS[order], seed, threads
+        options = _Options(*how, len(chosen), indices)
+        thunk, dims = self.thunk(launch.kernel), (ctypes.c_uint * 6)(*map(int, extents))
+        shared = self.static_shared(launch.kernel).value + int(launch.dynamic_shared)
+        arguments = thunk, bound.pointers, dims, ctypes.c_long(shared)
+        failed = engine.emu_launch(*arguments, ctypes.byref(options))
         bound.copy_back()
         scale = math.prod(int(extent) for extent in extents[:3]) / len(chosen) if chosen else 1.0
         report = self.report(engine.emu_report().decode(), bound.names, scale)
@@ -215,12 +211,8 @@ class Module:
             return {}
         addresses = [hex(counter - base - 1) for counter in counters]
         # -i prints the chain of inlined frames; the frame in the kernel's own source is wanted
-        out = subprocess.run(
-            ["addr2line", "-a", "-i", "-e", str(self._library), *addresses],
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout
+        command = ["addr2line", "-a", "-i", "-e", str(self._library), *addresses]
+        out = subprocess.run(command, capture_output=True, text=True, check=False).stdout
         lines: dict[int, int] = {}
         at = -1
         for line in out.splitlines():

@@ -160,15 +160,16 @@ class EmulatorReport:
 
     def text(self, width: int = 70) -> str:
         """:meth:`table`, then the barriers of a block and the multiply-adds of a thread."""
+        return "\n".join([self.table(width), *self.spreads()])
+
+    def spreads(self) -> list[str]:
+        """Lines of what thread blocks and threads differ in."""
         barriers, adds = self.barriers, self.multiply_adds
-        return "\n".join(
-            [
-                self.table(width),
-                f"barriers per block: {barriers.least} to {barriers.most}",
-                f"multiply-adds per thread: {adds.least} to {adds.most}, mean {adds.mean:.1f}; "
-                f"{self.scale * adds.total:.0f} in all",
-            ]
-        )
+        return [
+            f"barriers per block: {barriers.least} to {barriers.most}",
+            f"multiply-adds per thread: {adds.least} to {adds.most}, mean {adds.mean:.1f}; "
+            f"{self.scale * adds.total:.0f} in all",
+        ]
 
     def table(self, width: int = 70) -> str:
         """List accesses by line, then issues; sectors (global) or wavefronts (shared) per request."""

@@ -262,12 +262,8 @@ def translate(source: str) -> tuple[str, dict[str, list[str]]]:
         body_end = _matching(source, end + brace.end() - 1, "{", "}")
         memory = _SharedMemory(name)
         body = memory.whole_elements(_SHARED.sub(memory.replace, source[end:body_end]))
-        out += [
-            source[position : match.start()],
-            memory.prelude(),
-            source[match.start() : end],
-            body,
-        ]
+        before, head = source[position : match.start()], source[match.start() : end]
+        out += [before, memory.prelude(), head, body]
         position = body_end
         parameters = [p.strip() for p in _split(source[match.end() : end - 1], ",") if p.strip()]
         kernels[name] = [

@@ -155,15 +155,12 @@ class _HostCode:
         count = len(values) - len(tags)
         extents = dict(zip(tags, values[count:], strict=True))
         shared = [value for tag, value in extents.items() if "shared" in tag or "dyn" in tag]
-        self.launches.append(
-            Launch(
-                str(name),
-                [int(extents.get(f"blockIdx.{axis}", 1)) for axis in "xyz"],
-                [int(extents.get(f"threadIdx.{axis}", 1)) for axis in "xyz"],
-                values[:count],
-                int(shared[0]) if shared else 0,
-            )
+        grid, block = (
+            [int(extents.get(f"{index}.{axis}", 1)) for axis in "xyz"]
+            for index in ("blockIdx", "threadIdx")
         )
+        dynamic = int(shared[0]) if shared else 0
+        self.launches.append(Launch(str(name), grid, block, values[:count], dynamic))
 
 
 class TVMKernel:
