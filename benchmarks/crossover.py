@@ -55,16 +55,16 @@ def predict(gpu: str, n: int, k: int, pattern: str, m: int) -> Row:
     from tvm_balanced.schedules.cuda import gather_model
     from tvm_balanced.schedules.cuda import machine as cuda_machine
     from tvm_balanced.schedules.cuda import sparse_mma as cuda_sparse_mma
-    from tvm_balanced.schedules.cuda import target as cuda
     from tvm_balanced.schedules.cuda import tensor_core as cuda_tensor_core
     from tvm_balanced.schedules.cuda.expand_model import EXPAND
     from tvm_balanced.schedules.cuda.sparse_mma_model import SPARSE_MMA
+    from tvm_balanced.schedules.dispatch import preferred_format
     from tvm_balanced.targets import gpus
     from tvm_balanced.targets import resolve as targets
 
     spec = targets.resolve(gpu)
     machine = cuda_machine.machine(gpus.gpu_of(spec.target))
-    fmt = cuda.preferred_format(BalancedPattern(pattern), n, k, m, "float16", spec.target)
+    fmt = preferred_format(BalancedPattern(pattern), n, k, m, "float16", spec.target)
     knobs = gather_model.choose(fmt, m, "float16", cuda_gather.shared_limit(spec.target), machine)
     gather = gather_model.GatherModel(machine, fmt, m, "float16").predict(knobs).total_us
     tensor, expand, splits, taken = "expand", None, None, False

@@ -71,14 +71,14 @@ def report(arch: str, n: int, k: int, pattern: str, m: int) -> Row | None:
     from tvm_balanced.format.pattern import BalancedPattern
     from tvm_balanced.schedules.cuda import expand as cuda_expand
     from tvm_balanced.schedules.cuda import sparse_mma as cuda_sparse_mma
-    from tvm_balanced.schedules.cuda import target as cuda
     from tvm_balanced.schedules.cuda import tensor_core_model
     from tvm_balanced.schedules.cuda.gather_tile import LANES
+    from tvm_balanced.schedules.dispatch import preferred_format
     from tvm_balanced.targets import resolve as targets
 
     target = targets.resolve(_GPUS[arch]).target
     form = BalancedPattern(pattern)
-    fmt = cuda.preferred_format(form, n, k, m, "float16", target)
+    fmt = preferred_format(form, n, k, m, "float16", target)
     rule = cuda_sparse_mma if pattern == "2:4" else cuda_expand
     chosen = rule.choose(fmt, m, "float16", target)
     if chosen is None:

@@ -132,10 +132,10 @@ def _kernel(fmt: Any, rows: int, dtype: str, target: Any, tile: Any) -> Any:
 def _format(problem: Any, target: Any, encoding: str | None, outputs: int | None = None) -> Any:
     from tvm_balanced.format.layout import PackedFormat
     from tvm_balanced.format.pattern import BalancedPattern
-    from tvm_balanced.schedules.cuda import target as cuda
+    from tvm_balanced.schedules.dispatch import preferred_format
 
     pattern, n = BalancedPattern(problem.pattern), outputs or problem.layer.n
-    fmt = cuda.preferred_format(pattern, n, problem.layer.k, problem.m, problem.dtype, target)
+    fmt = preferred_format(pattern, n, problem.layer.k, problem.m, problem.dtype, target)
     if encoding is None:
         return fmt
     return PackedFormat(n, problem.layer.k, pattern, fmt.layout, encoding)

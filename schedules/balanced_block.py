@@ -15,23 +15,13 @@ from tvm_balanced.support.tvm_types import Block, Buffer, Stmt
 
 @dataclass(frozen=True)
 class BalancedBlock:
-    """The operator inside one (fused) PrimFunc.
+    """The operator inside one (fused) PrimFunc."""
 
-    Parameters
-    ----------
-    name : str
-        Name of the block: spatial axes for the batch and the padded rows, one reduction axis over slots.
-    fmt : PackedFormat
-        The weight's format, read from the block's attribute.
-    batch : tuple of int or None
-        Extents of the batch axes; None where symbolic.
-    data, values, indices : Buffer
-        Activations cut into blocks, and the packed arrays, as the block reads them.
-    """
-
+    # of the block: spatial axes for the batch and the padded rows, one reduction axis over slots
     name: str
-    fmt: PackedFormat
-    batch: tuple[int | None, ...]
+    fmt: PackedFormat  # of the weight, from the block's attribute
+    batch: tuple[int | None, ...]  # extents of the batch axes; None where symbolic
+    # activations cut into blocks, and the packed arrays, as the block reads them
     data: Buffer
     values: Buffer
     indices: Buffer

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import tvm
 from tvm import tirx
@@ -17,22 +15,13 @@ from tvm_balanced.schedules.cuda import target as cuda
 from tvm_balanced.schedules.llvm import target as llvm
 from tvm_balanced.schedules.llvm.rest import math as cpu_math
 from tvm_balanced.schedules.llvm.rest.rules import ScheduleForCpu
-from tvm_balanced.schedules.rules import Rule, TunableRule, first_match, replaced, unscheduled
+from tvm_balanced.schedules.rules import Layer, Offer, first_match, replaced, unscheduled
 from tvm_balanced.schedules.space import Space
 
-
-class _Offer(Protocol):
-    """What the module of a target offers: rules for the balanced operator, in order, and its formats."""
-
-    BALANCED_RULES: Sequence[Rule]
-    TUNABLE_RULES: Sequence[TunableRule]
-    preferred_format: Callable[..., PackedFormat]
+_TARGETS: dict[str, Offer] = {"cuda": cuda, "llvm": llvm}
 
 
-_TARGETS: dict[str, _Offer] = {"cuda": cuda, "llvm": llvm}
-
-
-def _offer(target: tvm.target.Target) -> _Offer:
+def _offer(target: tvm.target.Target) -> Offer:
     kind = str(target.kind.name)
     if kind not in _TARGETS:
         raise InputError(f'target kind "{kind}" is not supported; choose cuda or llvm')
@@ -60,8 +49,6 @@ def preferred_format(
         Rows of activations, M; None when symbolic.
     dtype : str
         Dtype of the values.
-    target : tvm.target.Target
-        Where the operator will run.
     encoding : str
         Encoding of the indices: ``"auto"``, ``"bitmap"`` or one of
         :data:`tvm_balanced.format.layout.ENCODINGS`.
@@ -71,7 +58,8 @@ def preferred_format(
     InputError
         For an encoding that is not known or does not hold the pattern's block.
     """
-    fmt = _offer(target).preferred_format(pattern, out_features, in_features, batch, dtype, target)
+    layer = Layer(pattern, out_features, in_features, batch, dtype)
+    fmt = _offer(target).preferred_format(layer, target)
     return fmt if encoding == "auto" else dataclasses.replace(fmt, encoding=encoding)
 
 
@@ -114,14 +102,9 @@ def schedule_rest(target: tvm.target.Target) -> tvm.transform.Pass:
 
     from tvm_balanced.schedules.cuda.serial import Serial
 
-    return dlight.ApplyDefaultSchedule(
-        dlight.gpu.Matmul(),
-        dlight.gpu.GEMV(),
-        dlight.gpu.Reduction(),
-        dlight.gpu.GeneralReduction(),
-        dlight.gpu.Fallback(),
-        Serial(),
-    )
+    gpu = dlight.gpu
+    rules = (gpu.Matmul, gpu.GEMV, gpu.Reduction, gpu.GeneralReduction, gpu.Fallback, Serial)
+    return dlight.ApplyDefaultSchedule(*(rule() for rule in rules))
 
 
 def spaces(func: tirx.PrimFunc, target: tvm.target.Target) -> list[Space]:

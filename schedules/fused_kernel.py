@@ -49,23 +49,11 @@ class Epilogue:
 
 @dataclass(frozen=True)
 class FusedKernel:
-    """A kernel that is the operator on parameters, followed by element-wise work.
-
-    Parameters
-    ----------
-    func : tirx.PrimFunc
-        The kernel.
-    operator : BalancedBlock
-        The operator in it.
-    data : Buffer
-        Activations ``(..., K)``, a parameter, as are the operator's packed arrays.
-    epilogue : Epilogue
-        What becomes of the sums.
-    """
+    """A kernel that is the operator on parameters, followed by element-wise work."""
 
     func: tirx.PrimFunc
     operator: BalancedBlock
-    data: Buffer
+    data: Buffer  # activations ``(..., K)``, a parameter, as are the operator's packed arrays
     epilogue: Epilogue
 
     @property
@@ -77,10 +65,6 @@ class FusedKernel:
     def rows(self) -> Expr:
         """M: an int where every batch axis is static, else an expression."""
         return product(self.lead)
-
-    def with_body(self, body: Stmt, buffers: Sequence[Buffer]) -> tirx.PrimFunc:
-        """Put a body that uses ``buffers`` of its own into the kernel's signature."""
-        return with_root(self.func, body, buffers)
 
 
 def take_apart(func: tirx.PrimFunc, operator: BalancedBlock) -> FusedKernel | None:
@@ -201,6 +185,6 @@ def whole(buffer: Buffer, at: Sequence[Expr] = ()) -> Expr:
 
 
 def with_root(func: tirx.PrimFunc, body: Stmt, buffers: Sequence[Buffer] = ()) -> tirx.PrimFunc:
-    """Replace the body of a kernel, in a root block that allocates ``buffers``."""
+    """Put a body, in a root block that allocates ``buffers``, into a kernel's signature."""
     root = s_tir.SBlock([], [], [], "root", body, alloc_buffers=list(buffers))
     return func.with_body(s_tir.SBlockRealize([], True, root))

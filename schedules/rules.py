@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import tvm
 from tvm import s_tir, tirx
 
+from tvm_balanced.format.layout import PackedFormat
+from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.schedules.space import Space
 
 SCHEDULED = "tirx.is_scheduled"  # TVM's own mark: DLight leaves such kernels alone
 RULE = "tvm_balanced.schedule"  # NAME of the rule; manifests and records hold it, whatever its file is called
 # of a kernel of symbolic shapes with several launches: the M from which on each behind the first one runs
 ROWS_FROM = "tvm_balanced.rows_from"
+
+
+class Layer(NamedTuple):
+    """A layer for which a packed format is chosen."""
+
+    pattern: BalancedPattern
+    out_features: int
+    in_features: int
+    rows: int | None  # of activations, M; None when symbolic
+    dtype: str  # of the values
 
 
 class Rule(Protocol):
@@ -30,6 +42,16 @@ class TunableRule(Rule, Protocol):
 
     def spaces(self, func: tirx.PrimFunc, target: tvm.target.Target, /) -> list[Space]:
         """List the knobs of a kernel with static shapes; none when it is not of that form."""
+
+
+class Offer(Protocol):
+    """What the module of a target offers: rules for the balanced operator, in order, and its formats."""
+
+    BALANCED_RULES: Sequence[Rule]
+    TUNABLE_RULES: Sequence[TunableRule]
+
+    def preferred_format(self, layer: Layer, target: tvm.target.Target, /) -> PackedFormat:
+        """Choose the packed format that the schedules of the target like best for a layer."""
 
 
 def first_match(

@@ -14,22 +14,10 @@ class MismatchError(Exception):
 
 @dataclass(frozen=True)
 class Space:
-    """The knobs of one of our kernels for one workload.
+    """The knobs of one of our kernels for one workload."""
 
-    Parameters
-    ----------
-    kernel : str
-        Name of the schedule rule.
-    choices : mapping of str to tuple of int
-        Values of each knob.
-    valid : callable of (mapping of str to int) -> bool
-        Whether values go together.
-    build : callable of (mapping of str to int) -> tvm.s_tir.Schedule or None
-        Schedules the kernel.
-    """
-
-    kernel: str
-    choices: Mapping[str, tuple[int, ...]]
+    kernel: str  # the schedule rule's name
+    choices: Mapping[str, tuple[int, ...]]  # of each knob
     valid: Callable[[Mapping[str, int]], bool]
     build: Callable[[Mapping[str, int]], s_tir.Schedule | None]
 

@@ -24,19 +24,11 @@ from typing import TYPE_CHECKING
 import tvm
 from tvm import s_tir, tirx
 
+from tvm_balanced.schedules import workload as workloads
 from tvm_balanced.schedules.balanced_block import find, has_balanced_block
 from tvm_balanced.schedules.cuda import by_rows as cuda_by_rows
 from tvm_balanced.schedules.rules import RULE, marked, replaced, unscheduled
 from tvm_balanced.schedules.space import MismatchError
-from tvm_balanced.schedules.workload import (
-    DEFAULT,
-    attrs_of,
-    build_for,
-    knobs_of,
-    with_attrs,
-    workload,
-    workload_hash,
-)
 
 if TYPE_CHECKING:
     from tvm_balanced.records.lookup import Choice
@@ -52,50 +44,24 @@ _NO_KERNEL = (_NO_RECORD, _NO_FIT, _DEFAULT_BEST)
 
 @dataclass(frozen=True)
 class Coverage:
-    """How one kernel of a build was scheduled.
-
-    Parameters
-    ----------
-    kernel : str
-        Its name.
-    schedule : str
-        ``"tuned"`` (a measured record), ``"estimated"`` (a model's) or ``"default"``.
-    balanced : bool
-        Whether it holds the balanced operator.
-    note : str
-        What the record says (kernel and knobs), or which kernel is the default and why there is no record.
-    """
+    """How one kernel of a build was scheduled."""
 
     kernel: str
-    schedule: str
-    balanced: bool
+    schedule: str  # ``"tuned"`` (a measured record), ``"estimated"`` (a model's) or ``"default"``
+    balanced: bool  # holds the balanced operator
+    # what the record says (kernel and knobs), or which kernel is the default and why there is no record
     note: str
 
 
 @tvm.transform.module_pass(opt_level=0, name="ScheduleTuned")
 class ScheduleTuned:
-    """Schedule every kernel that a tuning record is known for; others are left for the default.
-
-    Parameters
-    ----------
-    target : tvm.target.Target
-        Where the kernels run.
-    choices : mapping of str to Choice
-        From :func:`tvm_balanced.records.lookup.find`.
-
-    Attributes
-    ----------
-    coverage : list of Coverage
-        One entry for each kernel.
-    problems : list of str
-        Records that did not fit their kernel.
-    """
+    """Schedule the kernels that ``records.lookup.find`` has a choice for; others are left for the default."""
 
     def __init__(self, target: tvm.target.Target, choices: Mapping[str, Choice]) -> None:
         self.target = target
         self.choices = choices
-        self.coverage: list[Coverage] = []
-        self.problems: list[str] = []
+        self.coverage: list[Coverage] = []  # one entry for each kernel
+        self.problems: list[str] = []  # of records that did not fit their kernel
 
     def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
         """Schedule the kernels of a module, and note how in ``coverage``."""
@@ -123,12 +89,12 @@ class ScheduleTuned:
         ]
 
     def _one(self, name: str, func: tirx.PrimFunc) -> tuple[str, str, tirx.PrimFunc | None]:
-        plain = workload(func, self.target)
+        plain = workloads.workload(func, self.target)
         if plain is None:
-            return DEFAULT, self._symbolic(func), None
-        choice = self.choices.get(workload_hash(plain)) if self.choices else None
+            return workloads.DEFAULT, self._symbolic(func), None
+        choice = self.choices.get(workloads.workload_hash(plain)) if self.choices else None
         if choice is None:
-            return DEFAULT, _NO_RECORD, None
+            return workloads.DEFAULT, _NO_RECORD, None
         try:
             scheduled, note = self._apply(func, plain, choice)
         # a damaged trace fails in TVM with errors of many classes; the default schedule always works
@@ -136,7 +102,7 @@ class ScheduleTuned:
             _LOG.debug("the record of %s in %s", name, choice.folder, exc_info=True)
             why = str(error) if isinstance(error, MismatchError) else "its trace cannot be replayed"
             self.problems.append(f"the record of {name} in {choice.folder} does not fit: {why}")
-            return DEFAULT, _NO_FIT, None
+            return workloads.DEFAULT, _NO_FIT, None
         return ("tuned" if choice.method == "measured" else "estimated"), note, scheduled
 
     def _symbolic(self, func: tirx.PrimFunc) -> str:
@@ -154,15 +120,15 @@ class ScheduleTuned:
             raise MismatchError("its arguments have other shapes")
         sch = s_tir.Schedule(plain)
         s_tir.schedule.Trace.apply_json_to_schedule(choice.trace, sch)
-        noted = knobs_of(sch.mod)
+        noted = workloads.knobs_of(sch.mod)
         if noted is None:
-            scheduled = with_attrs(sch.mod["main"], attrs_of(func))
+            scheduled = workloads.with_attrs(sch.mod["main"], workloads.attrs_of(func))
             return marked(scheduled, "meta_schedule"), "TVM's rules"
         kernel, knobs = noted
-        if kernel == DEFAULT:
+        if kernel == workloads.DEFAULT:
             return None, _DEFAULT_BEST
         values = ", ".join(f"{name} {value}" for name, value in knobs.items())
-        return build_for(func, self.target, kernel, knobs), f"{kernel}: {values}"
+        return workloads.build_for(func, self.target, kernel, knobs), f"{kernel}: {values}"
 
 
 def _args_info(func: tirx.PrimFunc) -> list[tuple[str, str, tuple[int, ...]]]:

@@ -97,14 +97,7 @@ def build_for(
 
 
 def realize(mod: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
-    """Make the kernel that a trace stands for: a module with one scheduled function ``main``.
-
-    Parameters
-    ----------
-    mod : tvm.IRModule
-        A :func:`workload` to which a trace was applied.
-    target : tvm.target.Target
-        Where it will run.
+    """Make the kernel that a trace, applied to a :func:`workload`, stands for: scheduled, as ``main``.
 
     Raises
     ------

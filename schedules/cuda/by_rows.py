@@ -20,7 +20,7 @@ from tvm_balanced.format.layout import PackedFormat
 from tvm_balanced.schedules.balanced_block import BalancedBlock, find
 from tvm_balanced.schedules.cuda import expand, expand_model, gather, machine, tensor_core
 from tvm_balanced.schedules.cuda.tensor_core_model import TensorCoreTile
-from tvm_balanced.schedules.fused_kernel import FusedKernel, take_apart
+from tvm_balanced.schedules.fused_kernel import FusedKernel, take_apart, with_root
 from tvm_balanced.schedules.rules import ROWS_FROM
 from tvm_balanced.support.tvm_types import Expr
 from tvm_balanced.targets.gpus import gpu_of
@@ -65,13 +65,8 @@ def kernels(
     By ascending M, of which ``least`` is the smallest that can occur. Empty where the gather alone serves
     every M.
     """
-    tiles = expand_model.by_rows(
-        fmt,
-        dtype,
-        tensor_core.shared_limit(target),
-        gather.shared_limit(target),
-        machine.machine(gpu_of(target)),
-    )
+    limits = tensor_core.shared_limit(target), gather.shared_limit(target)
+    tiles = expand_model.by_rows(fmt, dtype, *limits, machine.machine(gpu_of(target)))
     if not tiles:
         return []
     every: list[tuple[int, TensorCoreTile | None]] = [(1, None), *tiles]
@@ -107,5 +102,5 @@ def _together(
         buffers += list(root.alloc_buffers)
         var = tirx.Var(f"run_{i}", "int32")
         parts.append(tirx.For(var, no, runs, tirx.ForKind.SERIAL, root.body))
-    together = fused.with_body(tirx.SeqStmt(parts), buffers)
+    together = with_root(fused.func, tirx.SeqStmt(parts), buffers)
     return together.with_attr(ROWS_FROM, list(firsts[1:]))

@@ -24,16 +24,11 @@ from __future__ import annotations
 from tvm import tirx
 
 from tvm_balanced.schedules.cuda.expand_model import EXPAND
-from tvm_balanced.schedules.cuda.tensor_core import (
-    TensorCoreKernel,
-    TensorCoreRule,
-    at,
-    call,
-    local,
-    loop,
-)
-from tvm_balanced.schedules.cuda.tensor_core_model import COLUMNS, ROWS, RUN, WINDOW
-from tvm_balanced.support.tvm_types import Buffer, Expr, Stmt
+from tvm_balanced.schedules.cuda.statements import at, call, local, loop
+from tvm_balanced.schedules.cuda.tensor_core import TensorCoreKernel, TensorCoreRule
+from tvm_balanced.schedules.cuda.tensor_core_model import COLUMNS, ROWS, RUN, WINDOW, TensorCoreTile
+from tvm_balanced.schedules.fused_kernel import FusedKernel
+from tvm_balanced.support.tvm_types import Expr, Stmt
 
 NAME = "cuda_expand"
 
@@ -119,38 +114,15 @@ class ExpandKernel(TensorCoreKernel):
     source = _SOURCE
     model = EXPAND
 
-    def _scratch(self) -> Buffer:
-        return local(ROWS * self.words, "uint32", "dense")
-
-    @property
-    def block(self) -> int:
-        """Columns of a block."""
-        return self.fmt.pattern.block
-
-    @property
-    def nnz(self) -> int:
-        """Slots of a block."""
-        return self.fmt.pattern.nnz
-
-    @property
-    def words(self) -> int:
-        """Registers of an expanded block."""
-        return self.block // 2
-
-    @property
-    def blocks_of_run(self) -> int:
-        """Steps of a window: each expands one block of a run."""
-        return RUN // self.nnz
-
-    @property
-    def steps(self) -> Expr:
-        """Steps of a warp."""
-        return self.windows * self.blocks_of_run
-
-    @property
-    def pieces(self) -> int:
-        """Pieces of a row of activations in a step."""
-        return WINDOW * self.block // 8
+    def __init__(self, fused: FusedKernel, tile: TensorCoreTile) -> None:
+        super().__init__(fused, tile)
+        self.block, self.nnz = self.fmt.pattern.block, self.fmt.pattern.nnz
+        self.words = self.block // 2  # registers of an expanded block
+        # of a window, each of which expands one block of a run
+        self.blocks_of_run = RUN // self.nnz
+        self.steps = self.windows * self.blocks_of_run
+        self.pieces = WINDOW * self.block // 8
+        self.scratch = local(ROWS * self.words, "uint32", "dense")
 
     def _own(self) -> Expr:
         """Where a lane expands its blocks."""
@@ -179,14 +151,10 @@ class ExpandKernel(TensorCoreKernel):
         return block * self.block + piece % of_block * 8, self._place(row, piece)
 
     def _multiply(self, window: Expr) -> list[Stmt]:
-        return [
-            loop(
-                self.blocks_of_run,
-                lambda part: tirx.SeqStmt(self._step(window, part)),
-                unroll=True,
-                name="part",
-            )
-        ]
+        def step(part: Expr) -> Stmt:
+            return tirx.SeqStmt(self._step(window, part))
+
+        return [loop(self.blocks_of_run, step, unroll=True, name="part")]
 
     def _step(self, window: Expr, part: Expr) -> list[Stmt]:
         step = window * self.blocks_of_run + part
@@ -196,13 +164,10 @@ class ExpandKernel(TensorCoreKernel):
         def expand(i: Expr) -> Stmt:
             own, kept = self._own(), at(indices, i * self.index_words)
             of_slots = f"<{self.bits}, {self.nnz}>"
-            return tirx.SeqStmt(
-                [
-                    call(f"balanced_scatter{of_slots}", own, at(values, i * 4), kept, first),
-                    call(f"balanced_read<{self.words}>", at(self.scratch, i * self.words), own),
-                    call(f"balanced_clear{of_slots}", own, kept, first),
-                ]
-            )
+            scatter = call(f"balanced_scatter{of_slots}", own, at(values, i * 4), kept, first)
+            read = call(f"balanced_read<{self.words}>", at(self.scratch, i * self.words), own)
+            clear = call(f"balanced_clear{of_slots}", own, kept, first)
+            return tirx.SeqStmt([scatter, read, clear])
 
         def multiply(group: Expr) -> Stmt:
             name = f"balanced_multiply<{self.bfloat}, {self.words}>"
@@ -214,11 +179,8 @@ class ExpandKernel(TensorCoreKernel):
                 calls.append(call(name, sums, weights, activations))
             return tirx.SeqStmt(calls)
 
-        return [
-            *self._next(step),
-            loop(ROWS, expand, unroll=True),
-            loop(self.tile.rows // COLUMNS, multiply, unroll=True),
-        ]
+        products = loop(self.tile.rows // COLUMNS, multiply, unroll=True)
+        return [*self._next(step), loop(ROWS, expand, unroll=True), products]
 
 
 _RULE = TensorCoreRule(NAME, ExpandKernel)

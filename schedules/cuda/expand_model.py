@@ -11,22 +11,10 @@ import functools
 
 from tvm_balanced.format.layout import PackedFormat, ceil_div
 from tvm_balanced.schedules.cuda import gather_model
+from tvm_balanced.schedules.cuda import tensor_core_model as base
 from tvm_balanced.schedules.cuda.gather_tile import LANES
 from tvm_balanced.schedules.cuda.machine import MachineModel
-from tvm_balanced.schedules.cuda.tensor_core_model import (
-    COLUMNS,
-    ROWS,
-    RUN,
-    WINDOW,
-    SharedMemory,
-    TensorCoreModel,
-    TensorCoreTile,
-    Work,
-    idle_times,
-    reads_layout,
-    window_bytes,
-    windows_of,
-)
+from tvm_balanced.schedules.cuda.tensor_core_model import COLUMNS, ROWS, RUN, WINDOW, TensorCoreTile
 from tvm_balanced.schedules.space import powers
 
 # up to so many rows, one tile of the gather, it has to be predicted so much faster than that
@@ -35,8 +23,6 @@ _FEW_ROWS, _FEW_WORTH = 8, 1.1
 # number of every kernel's tiles, from which on times repeat themselves
 _HEIGHTS = (16, 32, 64)
 _COMPARED_ROWS = 512
-# whole blocks to a run of slots; 1:32 spills
-_PATTERNS = {(nnz, block) for nnz in (1, 2, 4, 8) for block in (16, 32)} - {(1, 32)}
 # of a thread block; two times eight warps leave 128 registers, which blocks of 32 spill
 _WARPS = {16: 8, 32: 4}
 # instructions of a warp: for a slot of one of a lane's four rows (store, clear), for reading a block back
@@ -48,26 +34,21 @@ _PRODUCT_INSTRUCTIONS = 1.3
 _COPY_INSTRUCTIONS = 3
 
 
-class ExpandModel(TensorCoreModel):
+class ExpandModel(base.TensorCoreModel):
     """Weights expanded in shared memory, dense products."""
 
     # fewer rows of activations are the gather's, which memory bounds there: half a product's columns would be
     # padding, and what this model calls a gain of a few percent is less than it can tell
     least_rows = 5
     most_rows = 64  # 64 sums a lane
+    encodings = ("u4", "u8")
+    # whole blocks to a run of slots; 1:32 spills
+    patterns = frozenset((nnz, block) for nnz in (1, 2, 4, 8) for block in (16, 32)) - {(1, 32)}
 
-    def takes_format(self, fmt: PackedFormat, dtype: str) -> bool:
-        """Whether a lane's slots are whole blocks of 16 or 32, of a type that tensor cores multiply."""
-        return (
-            reads_layout(fmt, dtype)
-            and fmt.encoding in ("u4", "u8")
-            and (fmt.pattern.nnz, fmt.pattern.block) in _PATTERNS
-        )
-
-    def shared_memory(self, fmt: PackedFormat, tile: TensorCoreTile) -> SharedMemory:
+    def shared_memory(self, fmt: PackedFormat, tile: TensorCoreTile) -> base.SharedMemory:
         """Activations of a step, and a block of each lane."""
         block = fmt.pattern.block
-        return SharedMemory(tile, row=WINDOW * block * 2, own=block // 2 * LANES * 4)
+        return base.SharedMemory(tile, row=WINDOW * block * 2, own=block // 2 * LANES * 4)
 
     def most_warps(self, fmt: PackedFormat) -> int:
         """As many as registers allow."""
@@ -78,7 +59,7 @@ class ExpandModel(TensorCoreModel):
         # ptxas holds such kernels to 128 registers: 4:32 on sm_80 spills 8 bytes
         if fmt.pattern.block == 32 and tile.columns == 4:
             return False
-        windows, parts = windows_of(fmt), tile.shares * tile.splits
+        windows, parts = base.windows_of(fmt), tile.shares * tile.splits
         return (parts - 1) * ceil_div(windows, parts) < windows
 
     def worth(self, rows: int) -> float:
@@ -91,10 +72,10 @@ class ExpandModel(TensorCoreModel):
         """List the values of each knob; thread blocks share K as long as multiprocessors are idle."""
         choices = super().choices(fmt, rows)
         smallest = TensorCoreTile(choices["rows"][-1], self.most_warps(fmt), 1, 2)
-        idle = idle_times(fmt, rows, smallest, multiprocessors)
+        idle = base.idle_times(fmt, rows, smallest, multiprocessors)
         return choices | {"splits": powers(idle)}
 
-    def work(self, fmt: PackedFormat, tile: TensorCoreTile) -> Work:
+    def work(self, fmt: PackedFormat, tile: TensorCoreTile) -> base.Work:
         """Count a step: 32 rows by four blocks, one a lane and row."""
         block, nnz = fmt.pattern.block, fmt.pattern.nnz
         groups = tile.rows // COLUMNS
@@ -102,9 +83,9 @@ class ExpandModel(TensorCoreModel):
         copies = tile.rows * WINDOW * block // COLUMNS / (tile.columns * LANES)
         instructions: float = ROWS * (_SLOT_INSTRUCTIONS * nnz + block // 2 + _ROW_INSTRUCTIONS)
         instructions += products * _PRODUCT_INSTRUCTIONS + copies * _COPY_INSTRUCTIONS
-        stream_bytes = window_bytes(fmt, nnz)
+        stream_bytes = base.window_bytes(fmt, nnz)
         expanding = ROWS * (2 * nnz + block // 2)
-        return Work(
+        return base.Work(
             window_steps=RUN // nnz,
             instructions=instructions,
             # a load of 16 bytes a lane is four wavefronts, and so is a copy

@@ -51,16 +51,8 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm_balanced.format.layout import BITMAP, PackedFormat
 from tvm_balanced.ops import BLOCK_DATA, BLOCK_MAIN, BLOCK_OUT
 from tvm_balanced.schedules.balanced_block import BalancedBlock, find
-from tvm_balanced.schedules.cuda import gather_model, gather_tile, machine
-from tvm_balanced.schedules.cuda.gather_form import (
-    BLOCK_INDICES,
-    BLOCK_PARTIAL,
-    BLOCK_POSITIONS,
-    BLOCK_ROWS,
-    BLOCK_SPLIT,
-    BLOCK_VALUES,
-    GatherForm,
-)
+from tvm_balanced.schedules.cuda import gather_form, gather_model, gather_tile, machine
+from tvm_balanced.schedules.cuda.gather_form import GatherForm
 from tvm_balanced.schedules.cuda.gather_tile import LANES, LOAD_BYTES, WINDOW, GatherTile, itemsize
 from tvm_balanced.schedules.fused_kernel import take_apart
 from tvm_balanced.schedules.space import Space
@@ -101,10 +93,7 @@ def apply(
 
 
 def takes(operator: BalancedBlock) -> bool:
-    """Whether a lane's slots are one vector load: CUDA has vectors of 2, 4 and 8 up to 16 bytes.
-
-    Their indices have to be whole bytes.
-    """
+    """Whether a lane's slots are one load: a vector of 2, 4 or 8, up to 16 bytes; indices of whole bytes."""
     layout = operator.fmt.layout
     size = layout.vector * itemsize(operator.value_dtype)
     vectors = layout.vector in (2, 4, 8) and size <= LOAD_BYTES
@@ -141,7 +130,7 @@ def spaces(func: tirx.PrimFunc, target: tvm.target.Target) -> list[Space]:
 
 def _schedule(func: tirx.PrimFunc, operator: BalancedBlock, tile: GatherTile) -> s_tir.Schedule:
     sch = s_tir.Schedule(tvm.IRModule({"main": func}))
-    partial, out = sch.get_sblock(BLOCK_PARTIAL), sch.get_sblock(BLOCK_OUT)
+    partial, out = sch.get_sblock(gather_form.BLOCK_PARTIAL), sch.get_sblock(BLOCK_OUT)
     shared = sch.cache_write(partial, 0, "local")
     sch.set_scope(shared, 0, "shared")
     w, *split, mo, mg, mv, no, lane, c, o, u, v = sch.get_loops(partial)
@@ -159,15 +148,15 @@ def _schedule(func: tirx.PrimFunc, operator: BalancedBlock, tile: GatherTile) ->
         sch.vectorize(mv)
 
     sch.reverse_compute_at(shared, lane, preserve_unit_loops=True)
-    bitmap = operator.fmt.encoding == BITMAP
+    positions = [gather_form.BLOCK_POSITIONS] if operator.fmt.encoding == BITMAP else []
     # what reads another's buffer is moved first
-    for name in (BLOCK_VALUES, *((BLOCK_POSITIONS,) if bitmap else ()), BLOCK_INDICES):
+    for name in (gather_form.BLOCK_VALUES, *positions, gather_form.BLOCK_INDICES):
         load = sch.get_sblock(name)
         sch.set_scope(load, 0, "local")
         sch.compute_at(load, o, preserve_unit_loops=True)
     _stage(sch, c, operator, tile)
 
-    sums = sch.get_sblock(BLOCK_SPLIT if split else BLOCK_MAIN)
+    sums = sch.get_sblock(gather_form.BLOCK_SPLIT if split else BLOCK_MAIN)
     sch.reverse_compute_at(sums, split[0] if split else mo, preserve_unit_loops=True)
     *_, mg, mv, _, lane, _ = sch.get_loops(sums)
     row = sch.fuse(mg, mv)
@@ -210,7 +199,7 @@ def _stage(sch: s_tir.Schedule, chunk: LoopRV, operator: BalancedBlock, tile: Ga
     sector = _SECTOR_BYTES // itemsize(dtype)
     width, pitch = gather_tile.staged_at_once(fmt, dtype), gather_tile.pitch(fmt, dtype, tile)
     together = gather_tile.stored_at_once(fmt, dtype, tile)
-    data, rows = sch.get_sblock(BLOCK_DATA), sch.get_sblock(BLOCK_ROWS)
+    data, rows = sch.get_sblock(BLOCK_DATA), sch.get_sblock(gather_form.BLOCK_ROWS)
     sch.set_scope(data, 0, "shared")
     sch.compute_at(data, chunk, preserve_unit_loops=True)
     *_, group, window, element, place, row = sch.get_loops(data)

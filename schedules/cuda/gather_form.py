@@ -30,6 +30,7 @@ from tvm import s_tir, te, tirx
 
 from tvm_balanced.format.layout import BITMAP, ENCODINGS, PackedFormat, ceil_div
 from tvm_balanced.ops import BLOCK_DATA, BLOCK_MAIN, BLOCK_OUT, skewed
+from tvm_balanced.schedules import fused_kernel
 from tvm_balanced.schedules.cuda import gather_tile
 from tvm_balanced.schedules.cuda.gather_tile import LANES, GatherTile
 from tvm_balanced.schedules.fused_kernel import FusedKernel, loads, substitute, unravel, whole
@@ -198,7 +199,8 @@ class GatherForm:
     def build(self) -> tirx.PrimFunc:
         """Write the kernel in the form: same parameters, same results."""
         statements, buffers = self._core()
-        return self.fused.with_body(tirx.SeqStmt([*statements, self._output(buffers[-1])]), buffers)
+        body = tirx.SeqStmt([*statements, self._output(buffers[-1])])
+        return fused_kernel.with_root(self.fused.func, body, buffers)
 
     def _core(self) -> tuple[list[Stmt], list[Buffer]]:
         """Write the statements up to the sums; and the buffers they use, the sums last."""
@@ -207,11 +209,9 @@ class GatherForm:
         staged = self._stage(activations)
         stream = [self.chunks, self.steps, tile.unroll, tile.warps, self.col_tiles, LANES]
         of_indices = [*stream[:2], tile.unroll // self.sharing, *stream[3:]]
-        values = te.placeholder(
-            _shape(*stream, self.vector // self.per_word),
-            "uint32" if self.per_word == 2 else self.value_dtype,
-            name=BLOCK_VALUES,
-        )
+        dtype = "uint32" if self.per_word == 2 else self.value_dtype
+        shape = _shape(*stream, self.vector // self.per_word)
+        values = te.placeholder(shape, dtype, name=BLOCK_VALUES)
         count, dtype = self.indices.stored
         indices = te.placeholder(_shape(*of_indices, count), dtype, name=self.indices.block)
         sums = self._sums(staged, values, indices)
@@ -254,11 +254,9 @@ class GatherForm:
                 loaded = tirx.if_then_else(inside, loaded, tirx.const(0, self.dtype))
             return _bits(loaded)
 
-        loaded_rows = te.compute(
-            _shape(*of_rows, tile.vector, windows, self.skew, self.length // width, width),
-            load_rows,
-            name=BLOCK_ROWS,
-        )
+        run = self.length // width, width
+        shape = _shape(*of_rows, tile.vector, windows, self.skew, *run)
+        loaded_rows = te.compute(shape, load_rows, name=BLOCK_ROWS)
 
         def stage(mo: Expr, mg: Expr, kw: Expr, e: Expr, s: Expr, mv: Expr) -> Expr:
             def row(at: Expr) -> Expr:
@@ -270,11 +268,8 @@ class GatherForm:
             wide = gather_tile.staged_itemsize(self.dtype, tile.rows) == 4
             return _widened(row(mv), self.dtype) if wide else row(mv)
 
-        return te.compute(
-            _shape(*of_rows, windows, self.length, self.skew, tile.vector // self.pairs),
-            stage,
-            name=BLOCK_DATA,
-        )
+        shape = _shape(*of_rows, windows, self.length, self.skew, tile.vector // self.pairs)
+        return te.compute(shape, stage, name=BLOCK_DATA)
 
     def _sums(self, staged: te.Tensor, values: te.Tensor, indices: te.Tensor) -> te.Tensor:
         """Multiply and add, by warps, then by thread blocks that share K."""
@@ -468,10 +463,7 @@ class _Body(NamedTuple):
 
 
 def _in_loops(
-    name: str,
-    axes: Sequence[str],
-    extents: Sequence[Expr],
-    body: Callable[[list[tirx.Var]], _Body],
+    name: str, axes: Sequence[str], extents: Sequence[Expr], body: Callable[[list[tirx.Var]], _Body]
 ) -> Stmt:
     """Make a block in a loop for each of its axes."""
     zero = tirx.const(0, "int64")

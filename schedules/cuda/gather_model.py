@@ -21,26 +21,9 @@ from typing import NamedTuple
 from tvm_balanced.cuda.cubin import KernelResources
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.layout import BITMAP, PackedFormat, ceil_div
-from tvm_balanced.schedules.cuda.gather_tile import (
-    LANES,
-    LOAD_BYTES,
-    MAX_UNROLL,
-    GatherTile,
-    candidates,
-    estimated_registers,
-    estimated_shared_bytes,
-    itemsize,
-    staged_at_once,
-    staged_itemsize,
-    whole_runs,
-)
-from tvm_balanced.schedules.cuda.machine import (
-    NEVER,
-    MachineModel,
-    Prediction,
-    adding_us,
-    resident_blocks,
-)
+from tvm_balanced.schedules.cuda import gather_tile, machine
+from tvm_balanced.schedules.cuda.gather_tile import LANES, LOAD_BYTES, GatherTile
+from tvm_balanced.schedules.cuda.machine import MachineModel, Prediction
 
 _WAVEFRONT_BYTES = 128  # of shared memory, in a clock
 _BANK_WORDS = 32
@@ -140,19 +123,19 @@ class GatherModel:
                 f"layout {fmt.layout} is not of the gather kernel, which takes 32 rows; give r32v8 or r32v4"
             )
         self.gpu, self.fmt, self.rows, self.dtype = gpu, fmt, rows, dtype
-        self.itemsize = itemsize(dtype)
+        self.itemsize = gather_tile.itemsize(dtype)
         count = gpu.instructions
         converts = {"float16": count.float16, "bfloat16": count.bfloat16}
         self._convert = converts.get(dtype, 0.0)
         self._vector = fmt.layout.vector
         nnz = fmt.pattern.nnz
         self._decode = count.bitmap if fmt.encoding == BITMAP else count.decode
-        if self._vector % nnz and nnz % self._vector and whole_runs(fmt) == 1:
+        if self._vector % nnz and nnz % self._vector and gather_tile.whole_runs(fmt) == 1:
             self._decode += count.straddle
         self._vector_bytes = self._vector * self.itemsize + self._vector * fmt.index_bits / 8
         self._row_bytes = fmt.slots / self._vector * self._vector_bytes
         self._index_loads = fmt.indices_shape[2] if fmt.index_planes else 1
-        self._width = staged_at_once(fmt, dtype)
+        self._width = gather_tile.staged_at_once(fmt, dtype)
 
     def predict(self, tile: GatherTile, compiled: KernelResources | None = None) -> Prediction:
         """Predict the time of a launch, with its parts.
@@ -163,7 +146,7 @@ class GatherModel:
         gpu, fmt = self.gpu, self.fmt
         launch = self._launch(tile, compiled)
         if launch is None:
-            return NEVER
+            return machine.NEVER
         loop, staging = self._loop(tile), self._staging(tile)
         # the stream is read once for each tile of rows: again from memory where the cache cannot hold it
         row_tiles = ceil_div(self.rows, tile.rows)
@@ -180,7 +163,7 @@ class GatherModel:
         total = gpu.launch_us + max(clocks / clock, memory_us)
         if tile.splits > 1:
             outputs = fmt.padded_rows * row_tiles * tile.rows
-            total += adding_us(gpu, tile.splits, outputs, outputs // (tile.rows * LANES))
+            total += machine.adding_us(gpu, tile.splits, outputs, outputs // (tile.rows * LANES))
 
         work, steps = launch.busiest / clock, tile.warps * loop.steps
         thread_blocks, warps = launch.thread_blocks, launch.resident * tile.warps
@@ -221,7 +204,7 @@ class GatherModel:
         slots = unroll * self._vector
         fma = slots * tile.rows
         integer = slots * (self._decode + (groups - 1) * count.group) + count.loop
-        size = staged_itemsize(self.dtype, tile.rows)
+        size = gather_tile.staged_itemsize(self.dtype, tile.rows)
         converts = slots * self._convert * (1 if size > self.itemsize else 1 + tile.rows)
         loads = unroll * (1 + self._index_loads) * count.load
         all_runs = fmt.slots // self._vector
@@ -231,7 +214,7 @@ class GatherModel:
         instructions = fma + integer + converts + loads + slots * groups
         # short loops are unrolled by the compiler, whole numbers of times
         passes = 1
-        while passes * unroll < MAX_UNROLL and per_chunk % (2 * passes) == 0:
+        while passes * unroll < gather_tile.MAX_UNROLL and per_chunk % (2 * passes) == 0:
             if 2 * passes * instructions > self.gpu.unrolled:
                 break
             passes *= 2
@@ -240,25 +223,15 @@ class GatherModel:
         dense = fmt.pattern.nnz * 4 > fmt.pattern.block
         gathers = groups * max(1.0, element_words) * conflicts(window, dense, fmt.layout.skew)
         stream_bytes = unroll * self._vector_bytes * LANES
-        return _Loop(
-            chunks,
-            per_chunk,
-            slots,
-            fma,
-            integer,
-            converts,
-            instructions,
-            passes,
-            gathers,
-            stream_bytes,
-            wavefronts=slots * gathers + stream_bytes / _WAVEFRONT_BYTES,
-        )
+        counted = (integer, converts, instructions, passes, gathers, stream_bytes)
+        wavefronts = slots * gathers + stream_bytes / _WAVEFRONT_BYTES
+        return _Loop(chunks, per_chunk, slots, fma, *counted, wavefronts)
 
     def _staging(self, tile: GatherTile) -> _Staging:
         """Count what is done once for a chunk, and once for a thread block."""
         fmt, count, width, vector = self.fmt, self.gpu.instructions, self._width, tile.vector
         chunks = ceil_div(ceil_div(fmt.blocks, tile.chunk), tile.splits)
-        size = staged_itemsize(self.dtype, tile.rows)
+        size = gather_tile.staged_itemsize(self.dtype, tile.rows)
         turns = tile.groups * ceil_div(tile.chunk * fmt.pattern.block, tile.warps * LANES * width)
         all_turns = float(chunks * turns * tile.warps)
         stores = width if vector > 1 or fmt.layout.skew > 1 else ceil_div(width * size, LOAD_BYTES)
@@ -268,38 +241,27 @@ class GatherModel:
         wavefronts += stores * max(1.0, width * vector * size / 4 / stores)
         elements = chunks * tile.chunk * fmt.pattern.block
         partial = 2 * tile.warps * tile.rows  # stored, and added row by row
-        return _Staging(
-            # a request of 32 lanes brings whole sectors
-            elements * tile.rows * self.itemsize,
-            turns,
-            instructions * all_turns,
-            wavefronts * all_turns,
-            partial + 4 * tile.rows + count.kernel * tile.warps,
-            partial,
-        )
+        # a request of 32 lanes brings whole sectors
+        l2_bytes = elements * tile.rows * self.itemsize
+        end = partial + 4 * tile.rows + count.kernel * tile.warps
+        wavefronts *= all_turns
+        return _Staging(l2_bytes, turns, instructions * all_turns, wavefronts, end, partial)
 
     def _launch(self, tile: GatherTile, compiled: KernelResources | None) -> _Launch | None:
         """Spread the thread blocks; None where not even one fits a multiprocessor."""
         gpu, fmt = self.gpu, self.fmt
         if compiled is None:
-            registers = estimated_registers(tile)
-            shared_bytes = estimated_shared_bytes(fmt, self.dtype, tile)
+            registers = gather_tile.estimated_registers(tile)
+            shared_bytes = gather_tile.estimated_shared_bytes(fmt, self.dtype, tile)
         else:
             registers, shared_bytes = compiled.registers, compiled.shared_bytes
-        fits = resident_blocks(gpu.arch, registers, shared_bytes, tile.warps * LANES)
+        fits = machine.resident_blocks(gpu.arch, registers, shared_bytes, tile.warps * LANES)
         if fits == 0:
             return None
         thread_blocks = ceil_div(self.rows, tile.rows) * (fmt.padded_rows // LANES) * tile.splits
         busiest = ceil_div(thread_blocks, gpu.sm_count)
-        return _Launch(
-            registers,
-            shared_bytes,
-            thread_blocks,
-            fits,
-            busiest,
-            thread_blocks / busiest,
-            min(fits, busiest),
-        )
+        active, resident = thread_blocks / busiest, min(fits, busiest)
+        return _Launch(registers, shared_bytes, thread_blocks, fits, busiest, active, resident)
 
     def _rates(self, loop: _Loop, staging: _Staging, launch: _Launch, share: float) -> _Rates:
         """Clocks of one multiprocessor for a thread block, each resource by itself.
@@ -317,18 +279,10 @@ class GatherModel:
             loop.integer * LANES / gpu.int_lanes,
         )
         issue = loop.instructions / gpu.schedulers
-        return _Rates(
-            memory,
-            arithmetic,
-            max(memory, issue, arithmetic, loop.wavefronts),
-            max(
-                staging.l2_bytes / l2_rate,
-                staging.instructions / gpu.schedulers,
-                staging.wavefronts,
-            ),
-            max(staging.end_wavefronts, staging.end_instructions / gpu.schedulers),
-            l2_rate,
-        )
+        step = max(memory, issue, arithmetic, loop.wavefronts)
+        staged = staging.l2_bytes / l2_rate, staging.instructions / gpu.schedulers
+        end = max(staging.end_wavefronts, staging.end_instructions / gpu.schedulers)
+        return _Rates(memory, arithmetic, step, max(*staged, staging.wavefronts), end, l2_rate)
 
     def _chain(self, tile: GatherTile, loop: _Loop, staging: _Staging) -> _Chain:
         """Follow one warp when nothing is shared."""
@@ -360,9 +314,8 @@ class GatherModel:
         chain: _Chain,
     ) -> float:
         """Clocks of the busiest multiprocessor, whose thread blocks start together, round by round."""
-        later = (
-            loop.per_chunk * tile.unroll - chain.in_flight
-        )  # loads that find others on their way
+        # loads that find others on their way
+        later = loop.per_chunk * tile.unroll - chain.in_flight
 
         def together(blocks: int) -> float:
             """Clocks of so many thread blocks that start together on a multiprocessor."""
@@ -379,12 +332,9 @@ class GatherModel:
             # later thread blocks start as others end, so that the phases of several overlap
             steps = tile.warps * loop.steps
             issued = steps * loop.instructions + staging.instructions + staging.end_instructions
-            each = max(
-                steps * rates.memory,
-                issued / self.gpu.schedulers,
-                steps * rates.arithmetic,
-                steps * loop.wavefronts + staging.wavefronts + staging.end_wavefronts,
-            )
+            wavefronts = steps * loop.wavefronts + staging.wavefronts + staging.end_wavefronts
+            stream = steps * max(rates.memory, rates.arithmetic)
+            each = max(stream, issued / self.gpu.schedulers, wavefronts)
             overlapped = together(launch.resident) + (launch.busiest - launch.resident) * each
             alone = rounds * chain.latency + (chain.latency if rest else 0.0)
             clocks = min(clocks, max(overlapped, alone))
@@ -398,26 +348,13 @@ def choose(
 
     Of tiles within a tenth of the fastest it is the one that reads the sparse stream least often, and of
     these one without a second launch. Thread blocks share K where N is so small that multiprocessors would
-    stand idle, if that is worth the second kernel that adds their sums.
-
-    Parameters
-    ----------
-    fmt : PackedFormat
-        A format of layout ``r32vV``.
-    rows : int or None
-        Rows of activations, M; None when symbolic, which is taken for 8, with one thread block for all of
-        K, as the sums of several would need memory of unknown size.
-    dtype : str
-        Dtype of values and activations.
-    shared_bytes : int
-        Shared memory that a thread block may take.
-    gpu : MachineModel
-        Where the kernel is to run.
+    stand idle, if that is worth the second kernel that adds their sums. A symbolic M (``rows`` is None) is
+    taken for 8, with one thread block for all of K: the sums of several would need memory of unknown size.
 
     Raises
     ------
     InputError
-        When not even one block of the pattern fits the shared memory.
+        When not even one block of the pattern fits ``shared_bytes``, those of a thread block.
     """
     known = rows is not None
     return _choose(fmt, rows if known else _SYMBOLIC_ROWS, dtype, shared_bytes, gpu, known)
@@ -430,21 +367,15 @@ def _choose(
     model = GatherModel(gpu, fmt, rows, dtype)
     timed = [
         (model.predict(tile), tile)
-        for tile in candidates(fmt, rows, dtype, shared_bytes, gpu.sm_count, split)
+        for tile in gather_tile.candidates(fmt, rows, dtype, shared_bytes, gpu.sm_count, split)
     ]
     best_us = min((prediction.total_us for prediction, _ in timed), default=math.inf)
     # of those that are nearly as fast, the one that reads least, from memory and then from any cache, in one
     # launch: bytes are certain, the rest of the model less so. Instructions that are hidden count a little.
     near = [
-        (
-            prediction.memory_us,
-            prediction.stream_bytes,
-            tile.splits > 1,
-            prediction.total_us + _HIDDEN * prediction.issue_us,
-            i,
-        )
-        for i, (prediction, tile) in enumerate(timed)
-        if prediction.total_us <= best_us * _NEAR
+        (p.memory_us, p.stream_bytes, tile.splits > 1, p.total_us + _HIDDEN * p.issue_us, i)
+        for i, (p, tile) in enumerate(timed)
+        if p.total_us <= best_us * _NEAR
     ]
     if not near or best_us == math.inf:
         raise InputError(

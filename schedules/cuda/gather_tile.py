@@ -12,29 +12,14 @@ from tvm_balanced.format.layout import BITMAP, PackedFormat, ceil_div
 
 @dataclass(frozen=True)
 class GatherTile:
-    """The knobs of the gather kernel.
+    """The knobs of the gather kernel."""
 
-    Parameters
-    ----------
-    vector : int
-        Rows of activations in one staged element, read by one shared-memory load.
-    groups : int
-        Such vectors in a tile.
-    warps : int
-        Warps of a thread block; each takes a share of K.
-    unroll : int
-        Vector loads of slots that a lane has in flight.
-    chunk : int
-        Blocks of the pattern staged at a time.
-    splits : int
-        Thread blocks that share K; with more than one a second kernel adds their sums.
-    """
-
-    vector: int
-    groups: int
-    warps: int
-    unroll: int
-    chunk: int
+    vector: int  # rows of activations in one staged element, read by one shared-memory load
+    groups: int  # such vectors in a tile
+    warps: int  # warps of a thread block; each takes a share of K
+    unroll: int  # vector loads of slots that a lane has in flight
+    chunk: int  # blocks of the pattern staged at a time
+    # thread blocks that share K; with more than one a second kernel adds their sums
     splits: int = 1
 
     @property
@@ -331,10 +316,7 @@ def _padding(runs: int, max_warps: int, unit: int) -> dict[tuple[int, int], floa
 
 @functools.lru_cache(maxsize=1024)
 def _shares(runs: int, max_warps: int, unit: int) -> tuple[tuple[int, int], ...]:
-    """Warps and loads in flight that share ``runs`` vectors of slots with little padding, most first.
-
-    Loads are in flight ``unit`` at a time.
-    """
+    """Warps and loads in flight (in units) that share ``runs`` with little padding, most first."""
     padding = _padding(runs, max_warps, unit)
     # shares that leave most lanes without work are the least of evils where there is little work
     least = max(_SPARE, min(padding.values()))

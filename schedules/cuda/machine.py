@@ -17,111 +17,61 @@ CALIBRATION = "uncalibrated"
 
 @dataclass(frozen=True)
 class Instructions:
-    """Instructions of a warp, counted in its code.
+    """Instructions of a warp, counted in its code."""
 
-    Parameters
-    ----------
-    decode : float
-        For each slot: take its index out of a word and make an address of it.
-    bitmap : float
-        The same where it is the next bit of a bitmap.
-    straddle : float
-        For each slot more, where a vector of slots does not hold whole blocks and no block whole vectors.
-    group : float
-        For each slot and staged element beyond the first, whose address has to be made again.
-    float16, bfloat16 : float
-        For each value or activation: the conversion to float32.
-    load : float
-        For each vector load of the sparse stream, addresses included.
-    guard : float
-        For each vector load, or each unit of them, that may lie past the end of a chunk or of K: whether it
-        does, an address that is there, zeros for values.
-    loop : float
-        For each pass through the loop.
-    stage : float
-        For each store of a staged element, addresses and bounds included.
-    kernel : float
-        Once: what does not depend on K.
-    """
-
-    decode: float = 2.6
-    bitmap: float = 5.5
+    decode: float = 2.6  # for each slot: take its index out of a word and make an address of it
+    bitmap: float = 5.5  # the same where it is the next bit of a bitmap
+    # for each slot more, where a vector of slots does not hold whole blocks and no block whole vectors
     straddle: float = 3.4
+    # for each slot and staged element beyond the first, whose address has to be made again
     group: float = 0.0
+    # for each value or activation: the conversion to float32
     float16: float = 1.0
     bfloat16: float = 1.0
-    load: float = 1.0
+    load: float = 1.0  # for each vector load of the sparse stream, addresses included
+    # for each vector load, or each unit of them, that may lie past the end of a chunk or of K: whether it
+    # does, an address that is there, zeros for values
     guard: float = 8.0
-    loop: float = 6.0
-    stage: float = 4.0
-    kernel: float = 60.0
+    loop: float = 6.0  # for each pass through the loop
+    stage: float = 4.0  # for each store of a staged element, addresses and bounds included
+    kernel: float = 60.0  # once: what does not depend on K
 
 
 @dataclass(frozen=True)
 class MachineModel:
-    """A GPU as the model sees it; rates are of one multiprocessor and clock.
+    """A GPU as the model sees it; rates are of one multiprocessor and clock."""
 
-    Parameters
-    ----------
-    arch : str
-        Key of :data:`tvm_balanced.targets.gpus.ARCHITECTURES`.
-    sm_count : int
-        Streaming multiprocessors.
-    clock_ghz : float
-        Their clock.
-    bandwidth_gbps : float
-        Of device memory, as it can be sustained.
-    l2_bytes : int
-        Level-2 cache.
-    l2_bytes_per_clock, port_bytes_per_clock : float
-        From the level-2 cache to all multiprocessors, and into one.
-    fma_lanes, int_lanes : float
-        Multiply-adds in float32, and integer operations.
-    tensor_flops_per_clock : float
-        Of dense 16-bit products on tensor cores by ``mma.sync``, a multiply-add counted as two.
-    schedulers : int
-        Warp-wide instructions issued.
-    memory_ns : float
-        Until a load from device memory is there, under load.
-    stage_ns : float
-        Until a load of activations is there, which the kernel before has left in the level-2 cache.
-    shared_clocks, issue_clocks, barrier_clocks : float
-        Until a load from shared memory is there; from one instruction of a warp to its next, as they
-        depend on each other; and of a barrier.
-    loads_in_flight, shared_in_flight : int
-        Vector loads of the sparse stream, and gathers, that the compiler lets a warp wait for at a time.
-    stage_words : int
-        Registers that loads of activations are gathered in before they are stored.
-    unrolled : int
-        Instructions up to which the compiler unrolls the loop by itself and moves the loads to the front.
-    launch_us : float
-        From the end of the kernel before to the first instruction of this one.
-    instructions : Instructions
-        What its compiler makes of the kernel.
-    """
-
-    arch: str
-    sm_count: int
-    clock_ghz: float
-    bandwidth_gbps: float
-    l2_bytes: int
+    arch: str  # key of :data:`tvm_balanced.targets.gpus.ARCHITECTURES`
+    sm_count: int  # streaming multiprocessors
+    clock_ghz: float  # their clock
+    bandwidth_gbps: float  # of device memory, as it can be sustained
+    l2_bytes: int  # level-2 cache
+    # from the level-2 cache to all multiprocessors, and into one
     l2_bytes_per_clock: float
     port_bytes_per_clock: float
+    # multiply-adds in float32, and integer operations
     fma_lanes: float
+    # of dense 16-bit products on tensor cores by ``mma.sync``, a multiply-add counted as two
     tensor_flops_per_clock: float
     int_lanes: float = 64
-    schedulers: int = 4
-    memory_ns: float = 700
+    schedulers: int = 4  # warp-wide instructions issued
+    memory_ns: float = 700  # until a load from device memory is there, under load
+    # until a load of activations is there, which the kernel before has left in the level-2 cache
     stage_ns: float = 270
+    # until a load from shared memory is there; from one instruction of a warp to its next, as they depend on
+    # each other; and of a barrier
     shared_clocks: float = 30
     issue_clocks: float = 2
     barrier_clocks: float = 30
+    # vector loads of the sparse stream, and gathers, that the compiler lets a warp wait for at a time
     loads_in_flight: int = 2
     shared_in_flight: int = 8
+    # registers that loads of activations are gathered in before they are stored
     stage_words: int = 16
+    # instructions up to which the compiler unrolls the loop by itself and moves the loads to the front
     unrolled: int = 128
-    launch_us: float = 2.5
-    instructions: Instructions = Instructions()
+    launch_us: float = 2.5  # from the end of the kernel before to the first instruction of this one
+    instructions: Instructions = Instructions()  # what its compiler makes of the kernel
 
     @property
     def needed_bytes_in_flight(self) -> float:
@@ -180,56 +130,36 @@ def _machine(gpu: Gpu) -> MachineModel:
 
 
 class Prediction(NamedTuple):
-    """What the model makes of one launch, or of two where thread blocks share K.
+    """What the model makes of one launch, or of two where thread blocks share K."""
 
-    Parameters
-    ----------
-    total_us : float
-        From the end of the kernel before to the end of this one.
-    memory_us, l2_us, issue_us, arithmetic_us, shared_us : float
-        What device memory, the level-2 cache, the issue slots, the multiply-add and integer pipes and
-        shared memory would take if each had only its own work to do, spread as the thread blocks are.
-    latency_us : float
-        What the longest chain of loads, barriers and dependent instructions takes if nothing is shared.
-    launch_us : float
-        Of that, what passes before the first instruction.
-    stream_bytes, staged_bytes : int
-        Of the sparse stream, as often as it is read, and of activations staged by all thread blocks.
-    instructions_per_slot : float
-        Warp instructions of the loop for each slot of a row, for all rows of a tile.
-    wavefronts_per_slot : float
-        Of shared memory, gathers alone.
-    registers, shared_bytes : int
-        Of a thread and of a thread block, estimated.
-    thread_blocks, resident : int
-        In all, and on one multiprocessor at a time.
-    waves : float
-        Thread blocks over what the GPU holds at a time.
-    idle_share : float
-        Of the multiprocessors' time, because thread blocks do not divide among them.
-    bytes_in_flight, needed_bytes_in_flight : float
-        Of the sparse stream, for one multiprocessor: what its warps ask for at a time, and what Little's
-        law asks for.
-    """
-
-    total_us: float
+    total_us: float  # from the end of the kernel before to the end of this one
+    # what device memory, the level-2 cache, the issue slots, the multiply-add and integer pipes and shared
+    # memory would take if each had only its own work to do, spread as the thread blocks are
     memory_us: float
     l2_us: float
     issue_us: float
     arithmetic_us: float
     shared_us: float
+    # what the longest chain of loads, barriers and dependent instructions takes if nothing is shared
     latency_us: float
-    launch_us: float
+    launch_us: float  # of that, what passes before the first instruction
+    # of the sparse stream, as often as it is read, and of activations staged by all thread blocks
     stream_bytes: int
     staged_bytes: int
+    # warp instructions of the loop for each slot of a row, for all rows of a tile
     instructions_per_slot: float
-    wavefronts_per_slot: float
+    wavefronts_per_slot: float  # of shared memory, gathers alone
+    # of a thread and of a thread block, estimated
     registers: int
     shared_bytes: int
+    # in all, and on one multiprocessor at a time
     thread_blocks: int
     resident: int
-    waves: float
+    waves: float  # thread blocks over what the GPU holds at a time
+    # of the multiprocessors' time, because thread blocks do not divide among them
     idle_share: float
+    # of the sparse stream, for one multiprocessor: what its warps ask for at a time, and what Little's law
+    # asks for
     bytes_in_flight: float
     needed_bytes_in_flight: float
 

@@ -22,13 +22,7 @@ class Serial(ScheduleRule):  # type: ignore[misc]
     def apply(
         self, func: tirx.PrimFunc, target: tvm.target.Target, _tunable: bool
     ) -> s_tir.Schedule | None:
-        """Bind the outer spatial loops of every block.
-
-        Returns
-        -------
-        tvm.s_tir.Schedule or None
-            None where a block is no nest of loops of its own: TVM writes sorting with threads already.
-        """
+        """Bind outer spatial loops; None where a block is no nest: sorting has its threads already."""
         sch = s_tir.Schedule(func)
         blocks = sch.get_child_blocks(sch.get_sblock("root"))
         if any(len(sch.get_loops(block)) != len(sch.get(block).iter_vars) for block in blocks):

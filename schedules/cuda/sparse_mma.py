@@ -29,16 +29,11 @@ from tvm import tirx
 
 from tvm_balanced.schedules.cuda.gather_tile import LANES
 from tvm_balanced.schedules.cuda.sparse_mma_model import SPARSE_MMA, WINDOW_COLUMNS
-from tvm_balanced.schedules.cuda.tensor_core import (
-    TensorCoreKernel,
-    TensorCoreRule,
-    at,
-    call,
-    local,
-    loop,
-)
-from tvm_balanced.schedules.cuda.tensor_core_model import COLUMNS, ROWS, WINDOW
-from tvm_balanced.support.tvm_types import Buffer, Expr, Stmt
+from tvm_balanced.schedules.cuda.statements import at, call, local, loop
+from tvm_balanced.schedules.cuda.tensor_core import TensorCoreKernel, TensorCoreRule
+from tvm_balanced.schedules.cuda.tensor_core_model import COLUMNS, ROWS, WINDOW, TensorCoreTile
+from tvm_balanced.schedules.fused_kernel import FusedKernel
+from tvm_balanced.support.tvm_types import Expr, Stmt
 
 NAME = "cuda_sparse_mma"
 _BLOCK_BYTES = 8  # of activations: four columns
@@ -97,18 +92,10 @@ class SparseMmaKernel(TensorCoreKernel):
     piece_bytes = _BLOCK_BYTES
     model = SPARSE_MMA
 
-    def _scratch(self) -> Buffer:
-        return local(ROWS // 2, "uint32", "metadata")
-
-    @property
-    def steps(self) -> Expr:
-        """Steps of a warp."""
-        return self.windows
-
-    @property
-    def pieces(self) -> int:
-        """Pieces of a row of activations in a step."""
-        return WINDOW_COLUMNS // 4
+    def __init__(self, fused: FusedKernel, tile: TensorCoreTile) -> None:
+        super().__init__(fused, tile)
+        self.steps, self.pieces = self.windows, WINDOW_COLUMNS // 4
+        self.scratch = local(ROWS // 2, "uint32", "metadata")
 
     def _holds(self, tile: Expr, row: Expr) -> Expr | None:
         if self.fmt.padded_rows == self.fmt.out_features:

@@ -7,19 +7,9 @@ the work. Nothing here was measured on a GPU: it ranks.
 from __future__ import annotations
 
 from tvm_balanced.format.layout import PackedFormat
+from tvm_balanced.schedules.cuda import tensor_core_model as base
 from tvm_balanced.schedules.cuda.gather_tile import LANES
-from tvm_balanced.schedules.cuda.tensor_core_model import (
-    COLUMNS,
-    ROWS,
-    RUN,
-    WINDOW,
-    SharedMemory,
-    TensorCoreModel,
-    TensorCoreTile,
-    Work,
-    reads_layout,
-    window_bytes,
-)
+from tvm_balanced.schedules.cuda.tensor_core_model import COLUMNS, ROWS, RUN, WINDOW, TensorCoreTile
 
 WINDOW_COLUMNS = WINDOW * RUN * 2  # of K: 32 slots of a row at 2:4
 _WARPS = 8
@@ -33,24 +23,18 @@ _COPY_INSTRUCTIONS = 3.5
 _SPARSE_RATE = 2
 
 
-class SparseMmaModel(TensorCoreModel):
+class SparseMmaModel(base.TensorCoreModel):
     """Weights at 2:4, multiplied as they are."""
 
     # one row of activations is the gather's, which reads the same bytes and multiplies no padding
     least_rows = 2
     most_rows = 128  # 128 sums a lane
+    encodings = ("u2",)
+    patterns = frozenset({(2, 4)})
 
-    def takes_format(self, fmt: PackedFormat, dtype: str) -> bool:
-        """Whether the weight is 2:4 as the gather reads it, of a type that sparse tensor cores multiply."""
-        return (
-            reads_layout(fmt, dtype)
-            and fmt.encoding == "u2"
-            and (fmt.pattern.nnz, fmt.pattern.block) == (2, 4)
-        )
-
-    def shared_memory(self, fmt: PackedFormat, tile: TensorCoreTile) -> SharedMemory:
+    def shared_memory(self, fmt: PackedFormat, tile: TensorCoreTile) -> base.SharedMemory:
         """Activations of a window."""
-        return SharedMemory(tile, row=WINDOW_COLUMNS * 2)
+        return base.SharedMemory(tile, row=WINDOW_COLUMNS * 2)
 
     def most_warps(self, fmt: PackedFormat) -> int:
         """Eight, of any format."""
@@ -60,16 +44,16 @@ class SparseMmaModel(TensorCoreModel):
         """Never: warps that share K are enough."""
         return False
 
-    def work(self, fmt: PackedFormat, tile: TensorCoreTile) -> Work:
+    def work(self, fmt: PackedFormat, tile: TensorCoreTile) -> base.Work:
         """Count a window: 32 rows by 64 columns."""
         groups = tile.rows // COLUMNS
         copies = tile.rows * WINDOW_COLUMNS // 4 / (tile.columns * LANES)
-        stream_bytes = window_bytes(fmt, RUN)
+        stream_bytes = base.window_bytes(fmt, RUN)
         instructions = _WINDOW_INSTRUCTIONS + 2 * groups * _PRODUCT_INSTRUCTIONS
         # ptxas, 12 kernels; it stays within 128 up to 64 rows of activations
         few = min(128, round(86 + 0.9 * tile.rows))
         many = min(255, round(128 + 1.85 * (tile.rows - 64)))
-        return Work(
+        return base.Work(
             window_steps=1,
             instructions=instructions + copies * _COPY_INSTRUCTIONS,
             # an ldmatrix is four wavefronts, a copy of 8 bytes a lane two, a shuffle one

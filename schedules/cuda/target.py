@@ -15,22 +15,14 @@ from tvm_balanced.format.layout import (
     Layout,
     PackedFormat,
     ceil_div,
-    round_up,
 )
 from tvm_balanced.format.pattern import BalancedPattern
-from tvm_balanced.schedules.cuda import (
-    by_rows,
-    expand,
-    fallback,
-    gather,
-    gather_model,
-    machine,
-    sparse_mma,
-)
+from tvm_balanced.schedules.cuda import by_rows, expand, fallback, gather, gather_model, sparse_mma
 from tvm_balanced.schedules.cuda.expand_model import EXPAND
 from tvm_balanced.schedules.cuda.gather_tile import LANES, LOAD_BYTES, itemsize
+from tvm_balanced.schedules.cuda.machine import Prediction, machine
 from tvm_balanced.schedules.cuda.sparse_mma_model import SPARSE_MMA
-from tvm_balanced.schedules.rules import Rule, TunableRule
+from tvm_balanced.schedules.rules import Layer, Rule, TunableRule
 from tvm_balanced.targets.gpus import gpu_of
 
 # a symbolic M is the first one's; the next two take different patterns, and only what they are predicted
@@ -46,14 +38,7 @@ _SPARE = 1.07  # share of blocks that may be padding
 _BUSY_ROWS = 8  # of activations, from which on instructions can take longer than bytes
 
 
-def preferred_format(
-    pattern: BalancedPattern,
-    out_features: int,
-    in_features: int,
-    batch: int | None,
-    dtype: str,
-    target: tvm.target.Target,
-) -> PackedFormat:
+def preferred_format(layer: Layer, target: tvm.target.Target) -> PackedFormat:
     """Choose the packed format that the CUDA schedules like best, the same for every GPU.
 
     The 32 lanes of a warp own 32 rows side by side and each loads 16 bytes of values at a time, so
@@ -63,6 +48,7 @@ def preferred_format(
     chosen only where it is smaller, and for 8 rows and more only where instructions are not predicted to be
     the limit and no kernel is predicted faster without.
     """
+    pattern, out_features, in_features, rows, dtype = layer
     vector = LOAD_BYTES // itemsize(dtype)
     layout = Layout(LANES, vector, _skew(pattern, in_features, itemsize(dtype)))
     # the three planes of u3 hold runs of eight slots
@@ -74,12 +60,12 @@ def preferred_format(
     bitmap = dataclasses.replace(fmt, encoding=BITMAP)
     if bitmap.index_bits >= fmt.index_bits or not gather.takes_indices(bitmap):
         return fmt
-    if batch is not None and batch >= _BUSY_ROWS:
-        prediction = predicted(bitmap, batch, dtype, target)
+    if rows is not None and rows >= _BUSY_ROWS:
+        prediction = predicted(bitmap, rows, dtype, target)
         # fewer bytes gain nothing where instructions are the limit
         if prediction.bound == "issue":
             return fmt
-        if predicted(fmt, batch, dtype, target).total_us < prediction.total_us:
+        if predicted(fmt, rows, dtype, target).total_us < prediction.total_us:
             return fmt
     return bitmap
 
@@ -90,59 +76,26 @@ def predicted(
     dtype: str,
     target: tvm.target.Target,
     launch_us: float | None = None,
-) -> machine.Prediction:
-    """Predict a layer's time, with the kernel and the knobs that the compiler will choose.
+    symbolic: bool = False,
+) -> Prediction:
+    """Predict a layer's time at M = ``rows``, with the kernel and the knobs that the compiler will choose.
 
-    Parameters
-    ----------
-    fmt : PackedFormat
-        A format of layout ``r32vV``.
-    rows : int
-        Rows of activations, M.
-    dtype : str
-        Dtype of values and activations.
-    target : tvm.target.Target
-        A CUDA target.
-    launch_us : float, optional
-        What a launch costs, in place of the model's own figure.
+    ``launch_us`` is what a launch costs, in place of the model's own figure; ``symbolic`` says that the
+    compiler does not know M.
     """
-    for rule, model in ((sparse_mma, SPARSE_MMA), (expand, EXPAND)):
+    known = machine(gpu_of(target))
+    gpu = known if launch_us is None else dataclasses.replace(known, launch_us=launch_us)
+    if symbolic:
+        tiles = [tile for first, tile in by_rows.kernels(fmt, dtype, target) if first <= rows]
+        if tiles and tiles[-1] is not None:
+            return EXPAND.predict(gpu, fmt, rows, dtype, tiles[-1])
+    for rule, model in () if symbolic else ((sparse_mma, SPARSE_MMA), (expand, EXPAND)):
         chosen = rule.choose(fmt, rows, dtype, target)
         if chosen is not None:
-            return model.predict(_gpu(target, launch_us), fmt, rows, dtype, chosen[0])
-    return _gathered(fmt, rows, rows, dtype, target, launch_us)
-
-
-def predicted_symbolic(
-    fmt: PackedFormat,
-    rows: int,
-    dtype: str,
-    target: tvm.target.Target,
-    launch_us: float | None = None,
-) -> machine.Prediction:
-    """Predict the time of a layer whose number of rows is symbolic, when it is called with ``rows``."""
-    tiles = [tile for first, tile in by_rows.kernels(fmt, dtype, target) if first <= rows]
-    if tiles and tiles[-1] is not None:
-        return EXPAND.predict(_gpu(target, launch_us), fmt, rows, dtype, tiles[-1])
-    return _gathered(fmt, None, rows, dtype, target, launch_us)
-
-
-def _gpu(target: tvm.target.Target, launch_us: float | None = None) -> machine.MachineModel:
-    gpu = machine.machine(gpu_of(target))
-    return gpu if launch_us is None else dataclasses.replace(gpu, launch_us=launch_us)
-
-
-def _gathered(
-    fmt: PackedFormat,
-    known: int | None,
-    rows: int,
-    dtype: str,
-    target: tvm.target.Target,
-    launch_us: float | None,
-) -> machine.Prediction:
-    """Predict the gather at ``rows``, with the tile for the ``known`` number of them."""
-    tile = gather_model.choose(fmt, known, dtype, gather.shared_limit(target), _gpu(target))
-    return gather_model.GatherModel(_gpu(target, launch_us), fmt, rows, dtype).predict(tile)
+            return model.predict(gpu, fmt, rows, dtype, chosen[0])
+    limit = gather.shared_limit(target)
+    gathered = gather_model.choose(fmt, None if symbolic else rows, dtype, limit, known)
+    return gather_model.GatherModel(gpu, fmt, rows, dtype).predict(gathered)
 
 
 def _skew(pattern: BalancedPattern, in_features: int, size: int) -> int:
@@ -162,6 +115,6 @@ def _skew(pattern: BalancedPattern, in_features: int, size: int) -> int:
         room = _SKEWED_BYTES * (1 if not few else 2 if skew == 16 else 4)
         takes = block * skew * size <= room
         group = math.lcm(unit, skew)
-        if takes and round_up(blocks, group) <= _SPARE * blocks:
+        if takes and ceil_div(blocks, group) * group <= _SPARE * blocks:
             return skew
     return 1

@@ -24,8 +24,9 @@ shapes, predicates and everything after the operator stay TensorIR.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import tvm
 from tvm import s_tir, tirx
@@ -33,24 +34,11 @@ from tvm import s_tir, tirx
 from tvm_balanced.format.layout import ENCODINGS, PackedFormat, ceil_div
 from tvm_balanced.schedules.balanced_block import BalancedBlock, find
 from tvm_balanced.schedules.cuda import gather, machine
+from tvm_balanced.schedules.cuda import tensor_core_model as base
 from tvm_balanced.schedules.cuda.gather_tile import LANES
-from tvm_balanced.schedules.cuda.tensor_core_model import (
-    COLUMNS,
-    ROWS,
-    RUN,
-    SUM_STRIDE,
-    WINDOW,
-    SharedMemory,
-    TensorCoreModel,
-    TensorCoreTile,
-    windows_of,
-)
-from tvm_balanced.schedules.fused_kernel import (
-    FusedKernel,
-    take_apart,
-    unravel,
-    whole,
-)
+from tvm_balanced.schedules.cuda.statements import as_int, at, barrier, call, guarded, local, loop
+from tvm_balanced.schedules.cuda.tensor_core_model import COLUMNS, ROWS, RUN, WINDOW, TensorCoreTile
+from tvm_balanced.schedules.fused_kernel import FusedKernel, take_apart, unravel, whole, with_root
 from tvm_balanced.schedules.space import Space
 from tvm_balanced.support.tvm_types import Buffer, Expr, Stmt
 from tvm_balanced.targets.gpus import gpu_of
@@ -146,7 +134,7 @@ class TensorCoreRule:
     kernel: type[TensorCoreKernel]
 
     @property
-    def model(self) -> TensorCoreModel:
+    def model(self) -> base.TensorCoreModel:
         """Its tiles and times."""
         return self.kernel.model
 
@@ -206,69 +194,27 @@ class TensorCoreRule:
         return [Space(self.name, self.model.choices(fmt, rows, count), valid, build)]
 
 
-def as_int(value: Expr) -> Expr:
-    """Write a Python number as TensorIR's int32; expressions stay."""
-    return tirx.const(value, "int32") if isinstance(value, int) else value
-
-
-def call(name: str, *args: Expr, source: str = "") -> Stmt:
-    """Call a device function; ``source`` is printed once for each name that has some."""
-    from tvm.backend.cuda.op import cuda_func_call
-
-    return tirx.Evaluate(cuda_func_call(name, *args, source_code=source))
-
-
-def at(buffer: Buffer, *index: Expr) -> Expr:
-    """Address of an element."""
-    return tirx.address_of(tirx.BufferLoad(buffer, [as_int(one) for one in index]))
-
-
-def loop(
-    extent: Expr, body: Callable[[tirx.Var], Stmt], unroll: bool = False, name: str = "i"
-) -> Stmt:
-    """Loop over ``body(variable)``."""
-    var = tirx.Var(name, "int32")
-    kind = tirx.ForKind.UNROLLED if unroll else tirx.ForKind.SERIAL
-    return tirx.For(var, as_int(0), as_int(extent), kind, body(var))
-
-
-def guarded(stmt: Stmt, *conditions: Expr) -> Stmt:
-    """Run a statement where all conditions hold; those that are None always do."""
-    known = [condition for condition in conditions if condition is not None]
-    return tirx.IfThenElse(tirx.all(*known), stmt, None) if known else stmt
-
-
-def barrier() -> Stmt:
-    """Wait for the thread block."""
-    return tirx.Evaluate(tirx.call_intrin("", "tirx.tvm_storage_sync", "shared"))
-
-
-def local(extent: int, dtype: str, name: str) -> Buffer:
-    """Declare registers of a thread."""
-    return tirx.decl_buffer((extent,), dtype, name=name, scope="local")
-
-
 class TensorCoreKernel:
     """Writes the kernel for one tile; what multiplies is a subclass's."""
 
-    #: Of the block, and of buffers.
-    name = ""
-    #: Device functions of the subclass.
-    source = ""
-    #: Bytes of activations that are copied together.
-    piece_bytes = 16
-    model: TensorCoreModel
+    name = ""  # of the block, and of buffers
+    source = ""  # device functions of the subclass
+    piece_bytes = 16  # of activations, that are copied together
+    steps: Expr  # of a warp: what activations are copied for, and waited for, at a time
+    pieces: int  # of a row of activations in a step
+    scratch: Buffer  # registers that a subclass multiplies from
+    model: base.TensorCoreModel
 
     def __init__(self, fused: FusedKernel, tile: TensorCoreTile) -> None:
         self.fused, self.tile, self.fmt = fused, tile, fused.operator.fmt
         fmt = self.fmt
-        self.memory: SharedMemory = self.model.shared_memory(fmt, tile)
+        self.memory: base.SharedMemory = self.model.shared_memory(fmt, tile)
         rows = fused.rows
         self.rows = rows if isinstance(rows, int) else tirx.Cast("int32", rows)
         self.bits = ENCODINGS[fmt.encoding]
         self.bfloat = "true" if fused.data.dtype == "bfloat16" else "false"
         self.runs = fmt.slots // RUN
-        self.windows = ceil_div(windows_of(fmt), tile.shares * tile.splits)
+        self.windows = ceil_div(base.windows_of(fmt), tile.shares * tile.splits)
         self.tiles = fmt.padded_rows // LANES
         # widest copy that keeps the rows of activations aligned
         self.width = next(
@@ -289,14 +235,11 @@ class TensorCoreKernel:
         self.sums = local(tile.rows // COLUMNS * 8, "float32", "sums")
         # those of a run of 2 bits fill half a word
         self.index_words = max(1, RUN * self.bits // 32)
+        words = {"values": ROWS * 4, "indices": ROWS * self.index_words}
         self.held = [
-            (
-                local(ROWS * 4, "uint32", f"values_{name}"),
-                local(ROWS * self.index_words, "uint32", f"indices_{name}"),
-            )
+            [local(size, "uint32", f"{kind}_{name}") for kind, size in words.items()]
             for name in ("now", "next")
         ]
-        self.scratch = self._scratch()
         self.total = local(1, "float32", "total")
         self.partial: Buffer | None = None
         if tile.splits > 1:
@@ -305,20 +248,6 @@ class TensorCoreKernel:
             self.partial = tirx.decl_buffer(shape, "float32", name=f"{self.name}_partial")
 
     # --- what a subclass says
-
-    def _scratch(self) -> Buffer:
-        """Declare the registers that it multiplies from."""
-        raise NotImplementedError
-
-    @property
-    def steps(self) -> Expr:
-        """Steps of a warp: what activations are copied for, and waited for, at a time."""
-        raise NotImplementedError
-
-    @property
-    def pieces(self) -> int:
-        """Pieces of a row of activations in a step."""
-        raise NotImplementedError
 
     def _piece(self, step: Expr, row: Expr, piece: Expr) -> tuple[Expr, Expr]:
         """Find the column of K where a piece begins, and its byte from the start of a stage."""
@@ -341,25 +270,13 @@ class TensorCoreKernel:
     def build(self) -> tirx.PrimFunc:
         """Write the kernel: same parameters, same results."""
         arrays = (self.shared, self.sums, *self.held[0], *self.held[1], self.scratch)
-        known = [
-            call(
-                "balanced_whole",
-                at(array, 0),
-                at(array, int(array.shape[0]) - 1),
-                source=SOURCE + self.source,
-            )
-            for array in arrays
-        ]
-        body = tirx.SeqStmt(
-            [
-                *(tirx.AllocBuffer(buffer) for buffer in (*arrays, self.total)),
-                *known,
-                *self._begin(),
-                loop(self.windows, self._window, name="window"),
-                call("balanced_wait<0>"),
-                *self._finish(),
-            ]
-        )
+        source = SOURCE + self.source
+        ends = [(at(array, 0), at(array, int(array.shape[0]) - 1)) for array in arrays]
+        known = [call("balanced_whole", *both, source=source) for both in ends]
+        allocated = [tirx.AllocBuffer(buffer) for buffer in (*arrays, self.total)]
+        windows = loop(self.windows, self._window, name="window")
+        steps = [*self._begin(), windows, call("balanced_wait<0>"), *self._finish()]
+        body = tirx.SeqStmt([*allocated, *known, *steps])
         tile, output = self.tile, self.fused.epilogue.output
         threads = [
             (self.lane, LANES, "threadIdx.x"),
@@ -375,28 +292,20 @@ class TensorCoreKernel:
         ]
         block = f"balanced_{self.name}"
         if self.partial is None:
-            return self.fused.with_body(_nest(block, body, reads, output, threads), [])
+            return with_root(self.fused.func, _nest(block, body, reads, output, threads))
         both = [_nest(block, body, reads, self.partial, threads), self._add(reads)]
-        return self.fused.with_body(tirx.SeqStmt(both), [self.partial])
+        return with_root(self.fused.func, tirx.SeqStmt(both), [self.partial])
 
     def _begin(self) -> list[Stmt]:
-        zero = tirx.const(0.0, "float32")
-        return [
-            *self._prepare(),
-            loop(
-                int(self.sums.shape[0]),
-                lambda i: tirx.BufferStore(self.sums, zero, [i]),
-                unroll=True,
-            ),
-            *self._load(as_int(0), self.held[0]),
-            *(
-                stmt
-                for stage in range(self.tile.stages - 1)
-                for stmt in self._stage(as_int(stage), stage)
-            ),
-        ]
+        def clear(i: Expr) -> Stmt:
+            return tirx.BufferStore(self.sums, tirx.const(0.0, "float32"), [i])
 
-    def _load(self, window: Expr, held: tuple[Buffer, Buffer]) -> list[Stmt]:
+        cleared = loop(int(self.sums.shape[0]), clear, unroll=True)
+        staged = (self._stage(as_int(stage), stage) for stage in range(self.tile.stages - 1))
+        loaded = self._load(as_int(0), self.held[0])
+        return [*self._prepare(), cleared, *loaded, *chain.from_iterable(staged)]
+
+    def _load(self, window: Expr, held: list[Buffer]) -> list[Stmt]:
         """Load the slots of a window that a lane owns."""
         tile = self.bx * self.tile.columns + self.column
         run = (self.part * self.windows + window) * WINDOW + self.t
@@ -408,14 +317,11 @@ class TensorCoreKernel:
         def load(i: Expr) -> Stmt:
             row = i * 8 + self.g
             holds = self._holds(tile, row)
-            return call(
-                f"balanced_load<{self.bits}>",
-                at(held[0], i * 4),
-                at(held[1], i * self.index_words),
-                at(self.fused.operator.values, tile, run, row, 0),
-                at(self.fused.operator.indices, tile, run, row, 0),
-                valid if holds is None else tirx.all(valid, holds),
-            )
+            to = at(held[0], i * 4), at(held[1], i * self.index_words)
+            operator, place = self.fused.operator, (tile, run, row, 0)
+            source = at(operator.values, *place), at(operator.indices, *place)
+            there = valid if holds is None else tirx.all(valid, holds)
+            return call(f"balanced_load<{self.bits}>", *to, *source, there)
 
         return [loop(ROWS, load, unroll=True)]
 
@@ -432,12 +338,9 @@ class TensorCoreKernel:
             left = (self.fmt.in_features - start) * 2
             source = unravel(tirx.min(self.by * tile.rows + row, self.rows - 1), self.fused.lead)
             to = self.share * self.memory.share + slot * self.memory.stage + place
-            one = call(
-                f"balanced_stage<{self.piece_bytes}, {self.width}>",
-                at(self.shared, to),
-                at(self.fused.data, *source, tirx.Select(left > 0, start, as_int(0))),
-                left,
-            )
+            name = f"balanced_stage<{self.piece_bytes}, {self.width}>"
+            origin = at(self.fused.data, *source, tirx.Select(left > 0, start, as_int(0)))
+            one = call(name, at(self.shared, to), origin, left)
             return guarded(one, number < count if count % threads else None)
 
         copies = loop(ceil_div(count, threads), copy, unroll=True)
@@ -447,11 +350,8 @@ class TensorCoreKernel:
         """Wait for a step's activations, and start copying later ones."""
         stages = self.tile.stages
         ahead = step + (stages - 1)
-        return [
-            call(f"balanced_wait<{stages - 2}>"),
-            barrier(),
-            *self._stage(ahead, ahead % stages),
-        ]
+        wait = call(f"balanced_wait<{stages - 2}>")
+        return [wait, barrier(), *self._stage(ahead, ahead % stages)]
 
     def _staged(self, step: Expr) -> Expr:
         """Byte in shared memory where a step's activations begin."""
@@ -475,19 +375,15 @@ class TensorCoreKernel:
         of_warp = COLUMNS // tile.shares
 
         def finish(group: Expr) -> Stmt:
-            put = call(
-                f"balanced_put<{SUM_STRIDE}>",
-                at(self.shared, self.warp * memory.sums),
-                at(self.sums, group * 8),
-                self.lane,
-            )
+            to = at(self.shared, self.warp * memory.sums)
+            put = call(f"balanced_put<{base.SUM_STRIDE}>", to, at(self.sums, group * 8), self.lane)
 
             def write(i: Expr) -> Stmt:
                 row = self.share * of_warp + i
                 return self._write(
                     self.by * tile.rows + group * COLUMNS + row,
                     (self.bx * tile.columns + self.column) * LANES + self.lane,
-                    self.column * memory.sums + (row * SUM_STRIDE + self.lane) * 4,
+                    self.column * memory.sums + (row * base.SUM_STRIDE + self.lane) * 4,
                 )
 
             return tirx.SeqStmt([barrier(), put, barrier(), loop(of_warp, write, unroll=True)])
@@ -500,12 +396,8 @@ class TensorCoreKernel:
 
         tile, memory = self.tile, self.memory
         stride = tile.columns * memory.sums // 4
-        added = cuda_func_call(
-            f"balanced_total<{tile.shares}, {stride}>",
-            at(self.shared, byte),
-            source_code="",
-            return_type="float32",
-        )
+        name, sums = f"balanced_total<{tile.shares}, {stride}>", at(self.shared, byte)
+        added = cuda_func_call(name, sums, source_code="", return_type="float32")
         if self.partial is not None:
             stmt: Stmt = tirx.BufferStore(self.partial, added, [self.bz, row, column])
             columns = self.fmt.padded_rows
@@ -516,20 +408,14 @@ class TensorCoreKernel:
         whole_rows = isinstance(self.rows, int) and self.rows % tile.rows == 0
         ragged = self.tiles % tile.columns or self.fmt.padded_rows != columns
         return guarded(
-            stmt,
-            None if whole_rows else row < self.rows,
-            column < columns if ragged else None,
+            stmt, None if whole_rows else row < self.rows, column < columns if ragged else None
         )
 
     def _output(self, row: Expr, column: Expr, held: Buffer) -> Stmt:
         """Write what follows the operator, of the sum in the register ``held``."""
         epilogue = self.fused.epilogue
-        place = [
-            tirx.Cast(str(axis.ty.dtype), index)
-            for axis, index in zip(
-                epilogue.axes, [*unravel(row, self.fused.lead), column], strict=True
-            )
-        ]
+        indices = zip(epilogue.axes, [*unravel(row, self.fused.lead), column], strict=True)
+        place = [tirx.Cast(str(axis.ty.dtype), index) for axis, index in indices]
         value = epilogue.value_at(place, tirx.BufferLoad(held, [as_int(0)]))
         return tirx.BufferStore(epilogue.output, value, place)
 
@@ -546,13 +432,9 @@ class TensorCoreKernel:
             partial = tirx.BufferLoad(self.partial, [split, row, column])
             return tirx.BufferStore(held, before + partial, [as_int(0)])
 
-        stmt = tirx.SeqStmt(
-            [
-                tirx.BufferStore(held, tirx.const(0.0, "float32"), [as_int(0)]),
-                loop(self.tile.splits, add, unroll=True, name="split"),
-                self._output(row, column, held),
-            ]
-        )
+        clear = tirx.BufferStore(held, tirx.const(0.0, "float32"), [as_int(0)])
+        added = loop(self.tile.splits, add, unroll=True, name="split")
+        stmt = tirx.SeqStmt([clear, added, self._output(row, column, held)])
         ragged = self.fmt.padded_rows != self.fmt.out_features
         stmt = guarded(
             stmt,

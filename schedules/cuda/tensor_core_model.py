@@ -16,12 +16,7 @@ from tvm_balanced.cuda.cubin import KernelResources
 from tvm_balanced.format.layout import ENCODINGS, PackedFormat, ceil_div
 from tvm_balanced.schedules.cuda import gather_model
 from tvm_balanced.schedules.cuda.gather_tile import LANES
-from tvm_balanced.schedules.cuda.machine import (
-    MachineModel,
-    Prediction,
-    adding_us,
-    resident_blocks,
-)
+from tvm_balanced.schedules.cuda.machine import MachineModel, Prediction, adding_us, resident_blocks
 from tvm_balanced.schedules.space import powers
 
 RUN = 8  # slots that a lane loads at once
@@ -43,26 +38,13 @@ _SPLIT_WORTH = 1.1
 
 @dataclass(frozen=True)
 class TensorCoreTile:
-    """The knobs of a schedule for tensor cores.
+    """The knobs of a schedule for tensor cores."""
 
-    Parameters
-    ----------
-    rows : int
-        Rows of activations in a tile, a multiple of 8.
-    columns : int
-        Warps side by side, 32 outputs each; they share staged activations.
-    shares : int
-        Warps that share K: 1, 2, 4 or 8.
-    stages : int
-        Steps of activations in shared memory at a time.
-    splits : int
-        Thread blocks that share K; with more than one a second kernel adds their sums.
-    """
-
-    rows: int
-    columns: int
-    shares: int
-    stages: int
+    rows: int  # rows of activations in a tile, a multiple of 8
+    columns: int  # warps side by side, 32 outputs each; they share staged activations
+    shares: int  # warps that share K: 1, 2, 4 or 8
+    stages: int  # steps of activations in shared memory at a time
+    # thread blocks that share K; with more than one a second kernel adds their sums
     splits: int = 1
 
     @property
@@ -73,27 +55,15 @@ class TensorCoreTile:
 
 @dataclass(frozen=True)
 class Work:
-    """What a warp does, counted, and what its thread block occupies.
+    """What a warp does, counted, and what its thread block occupies."""
 
-    Parameters
-    ----------
-    window_steps : int
-        Steps, with a barrier each, in a window of 32 slots of a row.
-    instructions, wavefronts : float
-        Instructions issued, and wavefronts of shared memory, in a step.
-    flops : float
-        Operations in a step, as the tensor cores' dense rate counts them.
-    stream_bytes : float
-        Bytes of the weight's stream in a step.
-    registers, shared_bytes : int
-        What a thread, and a thread block, occupies.
-    """
-
-    window_steps: int
+    window_steps: int  # steps, with a barrier each, in a window of 32 slots of a row
+    # instructions issued, and wavefronts of shared memory, in a step
     instructions: float
     wavefronts: float
-    flops: float
-    stream_bytes: float
+    flops: float  # operations in a step, as the tensor cores' dense rate counts them
+    stream_bytes: float  # bytes of the weight's stream in a step
+    # what a thread, and a thread block, occupies
     registers: int
     shared_bytes: int
 
@@ -119,12 +89,11 @@ class TensorCoreModel:
     #: Rows of activations from which on the kernel is asked about, and the most in a tile.
     least_rows = 1
     most_rows = 64
+    #: Of the formats that it takes: encodings, and slots and columns of a block.
+    encodings: tuple[str, ...]
+    patterns: frozenset[tuple[int, int]]
 
     # --- what a subclass says
-
-    def takes_format(self, fmt: PackedFormat, dtype: str) -> bool:
-        """Whether the kernel reads a weight of this format and dtype."""
-        raise NotImplementedError
 
     def shared_memory(self, fmt: PackedFormat, tile: TensorCoreTile) -> SharedMemory:
         """Lay out the shared memory of a thread block."""
@@ -147,6 +116,16 @@ class TensorCoreModel:
         return 1.0
 
     # --- tiles
+
+    def takes_format(self, fmt: PackedFormat, dtype: str) -> bool:
+        """Whether a weight has the layout ``r32v8``, a pattern of the kernel, and a type of tensor cores."""
+        layout, pattern = fmt.layout, fmt.pattern
+        return (
+            dtype in ("float16", "bfloat16")
+            and (layout.rows, layout.vector, layout.skew) == (LANES, RUN, 1)
+            and fmt.encoding in self.encodings
+            and (pattern.nnz, pattern.block) in self.patterns
+        )
 
     def shared_bytes(self, fmt: PackedFormat, tile: TensorCoreTile) -> int:
         """Bytes of shared memory that a thread block takes."""
@@ -228,10 +207,7 @@ class TensorCoreModel:
     def best(
         self, fmt: PackedFormat, rows: int, dtype: str, shared: int, gpu: MachineModel
     ) -> tuple[TensorCoreTile, Prediction] | None:
-        """Find the tile that is predicted fastest; None where none fits ``shared`` bytes.
-
-        Thread blocks share K where that is predicted a tenth faster.
-        """
+        """Find the tile predicted fastest (with splits by a tenth); None where none fits ``shared`` bytes."""
         tried = [
             (tile, self.predict(gpu, fmt, rows, dtype, tile))
             for tile in self.candidates(fmt, rows, shared, gpu.sm_count)
@@ -353,14 +329,6 @@ def _choose(
     tile = gather_model.choose(fmt, rows, dtype, static_shared, gpu)
     gather = gather_model.GatherModel(gpu, fmt, rows, dtype).predict(tile)
     return best if best[1].total_us * model.worth(rows) < gather.total_us else None
-
-
-def reads_layout(fmt: PackedFormat, dtype: str) -> bool:
-    """Whether a weight has the layout ``r32v8`` and a type that tensor cores multiply."""
-    layout = fmt.layout
-    return dtype in ("float16", "bfloat16") and (
-        (layout.rows, layout.vector, layout.skew) == (LANES, RUN, 1)
-    )
 
 
 def windows_of(fmt: PackedFormat) -> int:

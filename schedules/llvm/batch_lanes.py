@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import tvm
 from tvm import s_tir, tirx
@@ -42,24 +43,12 @@ _CHUNKS = (8192, 16384, 32768, 65536, 262144)
 
 @dataclass(frozen=True)
 class BatchLanesKnobs:
-    """What a tuner may sample.
+    """What a tuner may sample."""
 
-    Parameters
-    ----------
-    sums : int
-        Registers of sums in a tile: weight rows times registers of activations.
-    batch_tile : int
-        Most registers of activations in a tile, a power of two.
-    group : int
-        Most weight rows that one step of the parallel loop handles.
-    chunk : int
-        Bytes of activations that a group works on at a time.
-    """
-
-    sums: int = 8
-    batch_tile: int = 4
-    group: int = 64
-    chunk: int = 16384
+    sums: int = 8  # registers of sums in a tile: weight rows times registers of activations
+    batch_tile: int = 4  # most registers of activations in a tile, a power of two
+    group: int = 64  # most weight rows that one step of the parallel loop handles
+    chunk: int = 16384  # bytes of activations that a group works on at a time
 
 
 def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | None:
@@ -92,10 +81,7 @@ def tile_sizes(
 ) -> tuple[int, int]:
     """Work out what ``knobs`` come to in a tile of ``width`` registers of activations.
 
-    Returns
-    -------
-    rows, chunk : int
-        Weight rows whose sums are held together, and steps of K (blocks, or pairs of them) in a chunk.
+    Weight rows whose sums are held together, and steps of K (blocks, or pairs of them) in a chunk.
     """
     unit, step = _unit(fmt), _step(fmt)
     rows = 1
@@ -210,19 +196,11 @@ class BatchLanesKernel:
             self.source, before = nest.flat_view(parts.source)
         else:
             self.source = self.data
-            before = nest.by_work(
-                *work, lambda parallel: nest.stage(parts, self.source, self.columns, parallel)
-            )
-        return nest.sequence(
-            [
-                declare_values,
-                declare_indices,
-                *allocate,
-                before,
-                nest.by_work(*work, self._transpose),
-                nest.by_work(parts.rows, fmt.padded_rows * fmt.slots, self._groups),
-            ]
-        )
+            before = nest.by_work(*work, partial(nest.stage, parts, self.source, self.columns))
+        turn = nest.by_work(*work, self._transpose)
+        groups = nest.by_work(parts.rows, fmt.padded_rows * fmt.slots, self._groups)
+        declare = declare_values, declare_indices
+        return nest.sequence([*declare, *allocate, before, turn, groups])
 
     def _tiles(self, build: Callable[[Expr, int], Stmt]) -> Stmt:
         """``build(register, width)`` for tiles of the batch: full ones, then the rest."""
@@ -259,20 +237,17 @@ class BatchLanesKernel:
 
         def tile(line: Expr, register: Expr, width: int) -> Stmt:
             def squares(w: Expr) -> Stmt:
+                first = partial(square, register, width, w)
                 return nest.loop(
-                    _LINE // lanes,
-                    lambda i: square(register, width, w, line * _LINE + i * lanes),
-                    name="i",
+                    _LINE // lanes, lambda i: first(line * _LINE + i * lanes), name="i"
                 )
 
             return nest.loop(width, squares, name="w")
 
-        return nest.loop(
-            self.columns // _LINE,
-            lambda line: self._tiles(lambda register, width: tile(line, register, width)),
-            nest.threads(parallel),
-            name="line",
-        )
+        def tiles(line: Expr) -> Stmt:
+            return self._tiles(partial(tile, line))
+
+        return nest.loop(self.columns // _LINE, tiles, nest.threads(parallel), name="line")
 
     def _groups(self, parallel: bool) -> Stmt:
         rows = self.fmt.padded_rows
@@ -315,15 +290,10 @@ class BatchLanesKernel:
         def clear(i: Expr) -> Stmt:
             return tirx.BufferStore(sums, self.zero, [nest.ramp(i * lanes, lanes)])
 
-        return nest.sequence(
-            [
-                *allocate,
-                tirx.AllocBuffer(places),
-                *([] if whole else [nest.loop(count * width, clear, name="i")]),
-                nest.loop(ceil_div(steps, chunk), work, name="c"),
-                self._finish(tile),
-            ]
-        )
+        cleared = [] if whole else [nest.loop(count * width, clear, name="i")]
+        chunks = nest.loop(ceil_div(steps, chunk), work, name="c")
+        allocated = [*allocate, tirx.AllocBuffer(places)]
+        return nest.sequence([*allocated, *cleared, chunks, self._finish(tile)])
 
     def _unpack(self, tile: _Tile, n: Expr, start: Expr, extent: Expr) -> Stmt:
         """Write down where the slots of ``unit`` weight rows from ``n`` find their activations.
@@ -372,10 +342,7 @@ class BatchLanesKernel:
         base = self._place(tile.register, width, start * self.fmt.pattern.block, 0)
         # of each sum, in registers and where it waits
         cells = [
-            (
-                nest.ramp((r * width + w) * lanes, lanes),
-                nest.ramp(((row + r) * width + w) * lanes, lanes),
-            )
+            tuple(nest.ramp(((begin + r) * width + w) * lanes, lanes) for begin in (0, row))
             for r in range(rows)
             for w in range(width)
         ]
@@ -392,10 +359,8 @@ class BatchLanesKernel:
                 weight = tirx.Var(f"weight_{r}", "float32")
                 stored = tile.places[t * self.unit + sub + r]
                 value = nest.load_float(self.values, self._at(n + sub + r, start * nnz + t), 1)
-                statements += [
-                    tirx.Bind(place, base + tirx.Cast(nest.INDEX, stored)),
-                    tirx.Bind(weight, value),
-                ]
+                at = tirx.Bind(place, base + tirx.Cast(nest.INDEX, stored))
+                statements += [at, tirx.Bind(weight, value)]
                 for w in range(width):
                     cell, _ = cells[r * width + w]
                     x = self.data[nest.ramp(place + w * lanes, lanes)]
@@ -429,13 +394,9 @@ class BatchLanesKernel:
                     return stored
                 return tirx.IfThenElse(m < rows, stored, None)
 
-            return nest.sequence(
-                [
-                    tirx.AllocBuffer(turned),
-                    nest.loop(width, lambda w: square(i, w), name="w"),
-                    nest.loop(width * lanes, store, name="lane"),
-                ]
-            )
+            squares = nest.loop(width, lambda w: square(i, w), name="w")
+            stores = nest.loop(width * lanes, store, name="lane")
+            return nest.sequence([tirx.AllocBuffer(turned), squares, stores])
 
         return nest.loop((tile.count + lanes - 1) // lanes, block, name="i")
 

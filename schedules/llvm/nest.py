@@ -15,17 +15,9 @@ from tvm import s_tir, tirx
 
 from tvm_balanced.format.layout import PackedFormat
 from tvm_balanced.ops import BLOCK_DATA
+from tvm_balanced.schedules import fused_kernel
 from tvm_balanced.schedules.balanced_block import BalancedBlock, find
-from tvm_balanced.schedules.fused_kernel import (
-    Epilogue,
-    loads,
-    product,
-    same,
-    substitute,
-    unravel,
-    whole,
-    with_root,
-)
+from tvm_balanced.schedules.fused_kernel import Epilogue
 from tvm_balanced.schedules.llvm.rest import math as cpu_math
 from tvm_balanced.schedules.llvm.rest.common import attempt
 from tvm_balanced.support.tvm_types import Block, Buffer, Expr, Stmt
@@ -37,31 +29,17 @@ PARALLEL_WORK = 1 << 19
 
 @dataclass(frozen=True)
 class Parts:
-    """A kernel taken apart: everything around the operator's main block.
+    """A kernel taken apart: everything around the operator's main block."""
 
-    Parameters
-    ----------
-    func : tirx.PrimFunc
-        The kernel, its element-wise work inlined.
-    operator : BalancedBlock
-        The operator in it.
-    batch : tuple of Expr
-        Extents of the batch axes.
-    data_at : callable of (batch indices, block, element) -> Expr
-        The activation there; zero in the padding.
-    source : Buffer or None
-        Float32 activations of shape ``(..., K)`` to read where they lie; None where they have to be
-        converted, padded or computed first.
-    epilogue : Epilogue
-        What becomes of the operator's float32 sums.
-    """
-
-    func: tirx.PrimFunc
+    func: tirx.PrimFunc  # the kernel, its element-wise work inlined
     operator: BalancedBlock
-    batch: tuple[Expr, ...]
+    batch: tuple[Expr, ...]  # extents of its axes
+    # of batch indices, block and element: the activation there, zero in the padding
     data_at: Callable[[Sequence[Expr], Expr, Expr], Expr]
+    # float32 activations of shape ``(..., K)`` to read where they lie; None where they have to be converted,
+    # padded or computed first
     source: Buffer | None
-    epilogue: Epilogue
+    epilogue: Epilogue  # of the operator's float32 sums
 
     @property
     def fmt(self) -> PackedFormat:
@@ -71,11 +49,11 @@ class Parts:
     @property
     def rows(self) -> Expr:
         """M: an int where every batch axis is static, else an expression."""
-        return product(self.batch)
+        return fused_kernel.product(self.batch)
 
     def coordinates(self, row: Expr) -> list[Expr]:
         """Batch indices of the flat ``row``."""
-        return unravel(row, self.batch)
+        return fused_kernel.unravel(row, self.batch)
 
 
 def take_apart(func: tirx.PrimFunc) -> Parts | None:
@@ -119,7 +97,9 @@ def _data_at(block: Block) -> Callable[[Sequence[Expr], Expr, Expr], Expr]:
     axes = [v.var for v in block.iter_vars]
 
     def at(lead: Sequence[Expr], kb: Expr, e: Expr) -> Expr:
-        return substitute(block.body.value, dict(zip(axes, [*lead, kb, e], strict=True)))
+        return fused_kernel.substitute(
+            block.body.value, dict(zip(axes, [*lead, kb, e], strict=True))
+        )
 
     return at
 
@@ -131,7 +111,7 @@ def _direct_source(block: Block, func: tirx.PrimFunc, fmt: PackedFormat) -> Buff
         not isinstance(load, tvm.ir.TensorLoad)
         or str(load.source.dtype) != "float32"
         or not any(load.source.same_as(b) for b in func.params)
-        or not same(load.indices[:-1], axes[:-2])
+        or not fused_kernel.same(load.indices[:-1], axes[:-2])
     ):
         return None
     column = axes[-2] * fmt.pattern.block + axes[-1]
@@ -156,12 +136,11 @@ def _epilogue(main: Block, last: Block | None = None) -> Epilogue | None:
         one = isinstance(extent, tirx.IntImm) and int(extent) == 1
         return bool(index.same_as(axis) or (zero and one))
 
-    for place in [load.indices for load in loads(store.value) if load.source.same_as(total)] + [
-        store.indices
-    ]:
-        if len(place) != len(axes):
-            return None
-        if not all(own(i, a, e) for i, a, e in zip(place, axes, extents, strict=True)):
+    places = [
+        load.indices for load in fused_kernel.loads(store.value) if load.source.same_as(total)
+    ]
+    for place in (*places, store.indices):
+        if len(place) != len(axes) or not all(map(own, place, axes, extents)):
             return None
     return Epilogue(store.buffer, axes, store.value, total)
 
@@ -205,10 +184,7 @@ def splat(value: Expr, lanes: int) -> Expr:
 
 
 def by_work(rows: Expr, per_row: int, build: Callable[[bool], Stmt]) -> Stmt:
-    """``build(parallel)``: threads or not, decided now where the batch is known, else at run time.
-
-    A row of activations takes ``per_row`` multiply-adds.
-    """
+    """``build(parallel)``, decided at run time for a symbolic batch, by ``per_row`` multiply-adds."""
     if per_row >= PARALLEL_WORK:
         return build(True)
     if isinstance(rows, int):
@@ -217,10 +193,7 @@ def by_work(rows: Expr, per_row: int, build: Callable[[bool], Stmt]) -> Stmt:
 
 
 def flat_view(buffer: Buffer) -> tuple[Buffer, Stmt]:
-    """Make a one-dimensional view of a buffer and the statement that declares it.
-
-    A view of bfloat16 holds its bits, uint16; :func:`load_float` knows.
-    """
+    """Make a flat view of a buffer (of bfloat16 its bits, see :func:`load_float`), and what declares it."""
     size: Expr = 1
     for extent in buffer.shape:
         size = size * extent
@@ -303,25 +276,15 @@ def stage(parts: Parts, target: Buffer, pitch: int, parallel: bool) -> Stmt:
                 target, tirx.Cast("float32", value), [m * pitch + kb * block + e]
             )
 
-        pieces = []
-        if full:
-            pieces.append(
-                loop(
-                    full,
-                    lambda kb: loop(
-                        block, lambda e: element(kb, e), tirx.ForKind.VECTORIZED, name="e"
-                    ),
-                    name="kb",
-                )
-            )
+        def whole(kb: Expr) -> Stmt:
+            return loop(block, lambda e: element(kb, e), tirx.ForKind.VECTORIZED, name="e")
+
+        def ragged(c: Expr) -> Stmt:
+            return element(tirx.const(full, INDEX) + c // block, c % block)
+
+        pieces = [loop(full, whole, name="kb")] if full else []
         if full < fmt.blocks:
-            pieces.append(
-                loop(
-                    (fmt.blocks - full) * block,
-                    lambda c: element(tirx.const(full, INDEX) + c // block, c % block),
-                    name="c",
-                )
-            )
+            pieces.append(loop((fmt.blocks - full) * block, ragged, name="c"))
         return sequence(pieces)
 
     return loop(parts.rows, row, threads(parallel), name="m")
@@ -355,7 +318,7 @@ def assemble(parts: Parts, body: Stmt, name: str) -> s_tir.Schedule:
     """Put ``body``, in a block ``name``, in place of all blocks of the kernel."""
     output = parts.epilogue.output
     params = [p for p in parts.func.params if tirx.is_buffer_var(p)]
-    reads = [whole(b) for b in params if not b.same_as(output)]
-    inner = s_tir.SBlock([], reads, [whole(output)], name, body)
-    func = with_root(parts.func, s_tir.SBlockRealize([], True, inner))
+    reads = [fused_kernel.whole(b) for b in params if not b.same_as(output)]
+    inner = s_tir.SBlock([], reads, [fused_kernel.whole(output)], name, body)
+    func = fused_kernel.with_root(parts.func, s_tir.SBlockRealize([], True, inner))
     return s_tir.Schedule(tvm.IRModule({"main": func}))

@@ -38,22 +38,13 @@ _UNROLL = 128
 
 @dataclass(frozen=True)
 class PermuteKnobs:
-    """What a tuner may sample.
+    """What a tuner may sample."""
 
-    Parameters
-    ----------
-    batch_tile : int
-        Most rows of activations in a tile.
-    row_tile : tuple of int
-        Registers of weight rows in a tile, by rows of activations: entry ``i`` is for tiles of up to
-        ``2 ** i`` rows.
-    group : int
-        Registers of weight rows that one step of the parallel loop handles.
-    """
-
-    batch_tile: int = 4
+    batch_tile: int = 4  # most rows of activations in a tile
+    # registers of weight rows in a tile, by rows of activations: entry ``i`` is for tiles of up to ``2 ** i``
+    # rows
     row_tile: tuple[int, ...] = (4, 4, 4)
-    group: int = 4
+    group: int = 4  # registers of weight rows that one step of the parallel loop handles
 
     def rows_for(self, tile: int) -> int:
         """Count the registers of weight rows in a tile of ``tile`` rows of activations."""
@@ -82,13 +73,7 @@ def default_knobs(lanes: int, registers: int) -> PermuteKnobs:
 
 
 def tile_heights(rows: int, most: int) -> list[tuple[int, int]]:
-    """Cut a batch into as few tiles as ``most`` rows a tile allow, of heights that differ by one at most.
-
-    Returns
-    -------
-    list of (height, tiles)
-        The higher ones first.
-    """
+    """Cut a batch into the fewest tiles of up to ``most`` rows: heights one apart, with their number."""
     tiles = ceil_div(rows, most)
     height, more = divmod(rows, tiles)
     return [(height + 1, more)] * bool(more) + [(height, tiles - more)]
@@ -194,14 +179,8 @@ class PermuteKernel:
             over = self.window - fmt.pattern.block
             self.pitch = round_up(fmt.padded_features + over, self.lanes)
             self.data, allocate = nest.workspace(parts.rows * self.pitch, "balanced_stage")
-            statements += [
-                *allocate,
-                nest.by_work(
-                    parts.rows,
-                    self.pitch * 8,
-                    lambda parallel: nest.stage(parts, self.data, self.pitch, parallel),
-                ),
-            ]
+            stage = partial(nest.stage, parts, self.data, self.pitch)
+            statements += [*allocate, nest.by_work(parts.rows, self.pitch * 8, stage)]
         statements.append(nest.by_work(parts.rows, fmt.padded_rows * fmt.slots, self._groups))
         return nest.sequence(statements)
 
@@ -226,15 +205,13 @@ class PermuteKernel:
             return nest.tiles(rows, tile, lambda m, size: self._tiles(m, size, first, count))
         pieces, begin = [], 0
         for height, tiles in tile_heights(rows, tile):
-            pieces.append(self._equal_tiles(begin, height, tiles, first, count))
+
+            def equal(i: Expr, height: int = height, begin: int = begin) -> Stmt:
+                return self._tiles(i * height + begin, height, first, count)
+
+            pieces.append(nest.loop(tiles, equal, name="mo"))
             begin += height * tiles
         return nest.sequence(pieces)
-
-    def _equal_tiles(self, begin: int, height: int, tiles: int, first: Expr, count: int) -> Stmt:
-        """``tiles`` tiles of ``height`` rows of activations each, from row ``begin``."""
-        return nest.loop(
-            tiles, lambda i: self._tiles(i * height + begin, height, first, count), name="mo"
-        )
 
     def _tiles(self, m: Expr, rows: int, first: Expr, count: int) -> Stmt:
         width = self.knobs.rows_for(rows)

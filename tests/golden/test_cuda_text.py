@@ -1,4 +1,4 @@
-"""The CUDA text of each schedule, to see what a change of schedules or of TVM does to it.
+"""The CUDA text of two schedules, to read what a change does to it; the net holds hashes of all.
 
 ``pytest tests/golden --update-golden`` writes the files anew. One file serves all architectures, as the
 text does not depend on them.
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.cuda_kernels import Case, chosen_tile, fused_kernel, packed_format, target
+from tests.helpers.cuda import Case, chosen_tile, fused_kernel, packed_format, target
 from tvm_balanced.build.pipeline import TIR_PIPELINE
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.cuda.source import split_kernels
@@ -37,6 +37,7 @@ KERNELS = {
     "gather_symbolic_m": (cuda_gather, Case(("m",), 50, 70, "4:16", epilogue=()), "r32v2"),
     "fallback": (cuda_fallback, Case((3,), 50, 70, "3:16", epilogue=("bias", "gelu")), "r1v1"),
 }
+STORED = ("gather_m1", "fallback")
 
 
 def _text(rule: Any, case: Case, layout: str, arch: str) -> str:
@@ -60,7 +61,7 @@ def _text(rule: Any, case: Case, layout: str, arch: str) -> str:
     return kernel[kernel.index('extern "C" __global__') :]
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", STORED)
 def test_text_is_as_stored(name: str, check_golden: Callable[[str, str], None]) -> None:
     check_golden(f"cuda/{name}.cu", _text(*KERNELS[name], ARCHITECTURES[0]))
 
@@ -73,5 +74,5 @@ def test_text_does_not_depend_on_the_architecture(name: str) -> None:
 
 def test_files_are_few_and_small() -> None:
     files = list((HERE / "cuda").iterdir())
-    assert {file.name for file in files} == {f"{name}.cu" for name in KERNELS}
-    assert sum(file.stat().st_size for file in files) < 96 << 10
+    assert {file.name for file in files} == {f"{name}.cu" for name in STORED}
+    assert sum(file.stat().st_size for file in files) < 12 << 10

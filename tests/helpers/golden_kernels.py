@@ -9,14 +9,13 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from tests.helpers.cuda_kernels import Case, fused_kernel, packed_format
-from tests.helpers.cuda_kernels import target as cuda_target
+from tests.helpers.cuda import Case, fused_kernel, packed_format
+from tests.helpers.cuda import target as cuda_target
 from tvm_balanced.build.pipeline import TIR_PIPELINE, fuse_passes
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.format.layout import Layout, PackedFormat
 from tvm_balanced.format.pattern import BalancedPattern
-from tvm_balanced.schedules.dispatch import ScheduleBalanced, schedule_rest
-from tvm_balanced.schedules.llvm import target as llvm
+from tvm_balanced.schedules.dispatch import ScheduleBalanced, preferred_format, schedule_rest
 from tvm_balanced.schedules.rules import RULE
 
 ARCH = "sm_90"
@@ -114,9 +113,7 @@ def llvm_text(name: str, level: str) -> tuple[str, str]:
         config["mcpu"] = LLVM_TARGETS[level]
     target = tvm.target.Target(config)
     rows = case.lead[0] if isinstance(case.lead[0], int) else None
-    fmt = llvm.preferred_format(
-        BalancedPattern(case.pattern), case.n, case.k, rows, case.dtype, target
-    )
+    fmt = preferred_format(BalancedPattern(case.pattern), case.n, case.k, rows, case.dtype, target)
     mod = _scheduled(fused_kernel(case, fmt), target)
     with target:
         built = tvm.compile(mod, target, tir_pipeline=TIR_PIPELINE)

@@ -11,7 +11,7 @@ import torch
 import tvm_balanced as tb
 from tests.helpers.zoo import ZOO
 from tests.models.test_compile import check_kernels, eligible
-from tvm_balanced.cuda.cubin import cubin_architectures
+from tvm_balanced.cuda.cubin import cubin_images
 from tvm_balanced.frontend.checkpoint import write_onnx
 from tvm_balanced.frontend.torch_importer import to_numpy
 
@@ -39,7 +39,7 @@ def check_cuda(model, tmp_path):
         lib = tb.compile(model, f"cuda-{arch}", policy="always")
         assert {row.name for row in lib.report if row.decision == "sparse"} == eligible(model)
         path = lib.save(tmp_path / f"{arch}.tvmb")
-        assert cubin_architectures(path / "lib.so") == [arch]
+        assert {image.arch for image in cubin_images(path / "lib.so")} == {arch}
 
 
 @pytest.mark.parametrize(

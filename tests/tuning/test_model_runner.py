@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tvm_balanced as tb
-from tests.helpers.cuda_kernels import Case, fused_kernel, packed_format, target
+from tests.helpers.cuda import Case, fused_kernel, packed_format, target
 from tests.helpers.zoo import _bert
 from tvm_balanced.cuda import nvrtc
 from tvm_balanced.cuda.cubin import KernelResources

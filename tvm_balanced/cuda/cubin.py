@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
+from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from tvm_balanced.errors import ArtifactError
 from tvm_balanced.targets.gpus import RESERVED_SHARED
@@ -24,73 +24,35 @@ _MAX_THREADS, _REQUIRED_THREADS, _STACK_SIZE, _REGISTERS = 0x05, 0x10, 0x12, 0x2
 _SIZED = 4
 
 
-class _Header(NamedTuple):
-    ident: bytes
-    kind: int
-    machine: int
-    version: int
-    entry: int
-    program_offset: int
-    section_offset: int
-    flags: int
-    size: int
-    program_size: int
-    program_count: int
-    section_size: int
-    section_count: int
-    names: int
-
-
-class _Section(NamedTuple):
-    name: int
-    kind: int
-    flags: int
-    address: int
-    offset: int
-    size: int
-    link: int
-    info: int
-    alignment: int
-    entry_size: int
-
-
+# as elf.h declares them
+_Header = namedtuple(
+    "_Header",
+    "ident kind machine version entry program_offset section_offset flags size program_size "
+    "program_count section_size section_count names",
+)
+_Section = namedtuple(
+    "_Section", "name kind flags address offset size link info alignment entry_size"
+)
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 
 
 @dataclass(frozen=True)
 class KernelResources:
-    """What one thread, or one block, of a kernel occupies.
-
-    Parameters
-    ----------
-    name : str
-        The kernel.
-    registers : int
-        Registers of a thread.
-    stack_bytes : int or None
-        Local memory of a thread: spills, arrays that are indexed at run time, and the same of the
-        functions it calls. None where recursion leaves it open.
-    shared_bytes : int
-        Static shared memory of a block, without what the driver reserves.
-    max_threads : int or None
-        Threads of a block that the kernel was compiled for; None without launch bounds.
-    """
+    """What one thread, or one block, of a kernel occupies."""
 
     name: str
-    registers: int
+    registers: int  # of a thread
+    # local memory of a thread: spills, arrays that are indexed at run time, and the same of the functions it
+    # calls. None where recursion leaves it open
     stack_bytes: int | None
-    shared_bytes: int
+    shared_bytes: int  # static shared memory of a block, without what the driver reserves
+    # threads of a block that the kernel was compiled for; None without launch bounds
     max_threads: int | None
 
 
 def kernel_resources(cubin: bytes) -> list[KernelResources]:
-    """Read the resources of every kernel out of a cubin, sorted by name.
-
-    Parameters
-    ----------
-    cubin : bytes
-        A CUDA ELF image, as NVRTC, ptxas or :func:`tvm_balanced.cuda.cubin.read_cubins` give it.
+    """Read the resources of every kernel out of a cubin, a CUDA ELF image, sorted by name.
 
     Raises
     ------
@@ -129,10 +91,10 @@ class _Elf:
         end = section.offset + section.size
         if end > len(self._data):
             raise IndexError("a section ends behind the end of the image")
-        return self._data[section.offset : end]
+        return bytes(self._data[section.offset : end])
 
     def size(self, section: str) -> int:
-        return self.sections[section].size if section in self.sections else 0
+        return int(self.sections[section].size) if section in self.sections else 0
 
     def symbols(self) -> list[tuple[str, int, int]]:
         """Name, type and ``st_other``, in the order of the symbol table."""
@@ -184,21 +146,11 @@ def _resources(elf: _Elf) -> list[KernelResources]:
 
 @dataclass(frozen=True)
 class DeviceImage:
-    """A cubin inside a library.
+    """A cubin inside a library."""
 
-    Attributes
-    ----------
-    arch : str
-        ``"sm_90"``.
-    num_bytes : int
-        Size of the image in bytes.
-    sha256 : str
-        Its hash, in hex.
-    """
-
-    arch: str
+    arch: str  # ``"sm_90"``
     num_bytes: int
-    sha256: str
+    sha256: str  # of the image, in hex
 
 
 def read_cubins(path: Path | str) -> list[tuple[DeviceImage, bytes]]:
@@ -226,8 +178,3 @@ def read_cubins(path: Path | str) -> list[tuple[DeviceImage, bytes]]:
 def cubin_images(path: Path | str) -> list[DeviceImage]:
     """Describe the CUDA ELF images inside a file, in their order in it."""
     return [image for image, _ in read_cubins(path)]
-
-
-def cubin_architectures(path: Path | str) -> list[str]:
-    """Architectures that a library holds machine code for, such as ``["sm_90"]``, each once."""
-    return sorted({image.arch for image in cubin_images(path)})

@@ -45,20 +45,10 @@ _SIGNATURE = re.compile(rb"Cuda compilation tools, release [\d.]+, V([\d.]+)")
 
 @dataclass(frozen=True)
 class CompiledCubin:
-    """What NVRTC made of a translation unit.
+    """What NVRTC made of a translation unit."""
 
-    Attributes
-    ----------
-    cubin : bytes
-        The ELF image; the same for the same source, architecture and version of NVRTC.
-    log : str
-        What NVRTC and ptxas printed: registers, shared memory and spills of every kernel.
-    ptx : str
-        The intermediate code.
-    """
-
-    cubin: bytes
-    log: str
+    cubin: bytes  # the ELF image; the same for the same source, architecture and version of NVRTC
+    log: str  # what NVRTC and ptxas printed: registers, shared memory and spills of every kernel
     ptx: str
 
 
@@ -93,14 +83,7 @@ def _has_module(name: str) -> bool:
 
 
 def compile_cubin(source: str, arch: str) -> CompiledCubin:
-    """Compile a translation unit; needs neither a CUDA toolkit nor a driver.
-
-    Parameters
-    ----------
-    source : str
-        CUDA C++.
-    arch : str
-        The architecture: ``"sm_90"``, ``"sm_90a"``, ...
+    """Compile a translation unit for an architecture, such as ``"sm_90"``; needs no CUDA toolkit, no driver.
 
     Raises
     ------
@@ -160,12 +143,8 @@ def tvm_callbacks(compile_source: Callable[[str], bytes | str]) -> Iterator[None
     """Let TVM compile CUDA with ``compile_source``, and print it in the form that is kept.
 
     Every translation unit is first brought into :func:`tvm_balanced.cuda.source.normal_form`, so that
-    TVM's ``inspect_source`` shows what was compiled. What was registered before is so again afterwards.
-
-    Parameters
-    ----------
-    compile_source : callable
-        Function of the source, whose result is the module's binary.
+    TVM's ``inspect_source`` shows what was compiled; ``compile_source`` makes the module's binary of it. What
+    was registered before is so again afterwards.
 
     Raises
     ------

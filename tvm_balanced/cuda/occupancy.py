@@ -18,24 +18,13 @@ _MAX_BLOCK_THREADS = 1024
 
 @dataclass(frozen=True)
 class Occupancy:
-    """How many blocks of a kernel a multiprocessor holds at a time.
+    """How many blocks of a kernel a multiprocessor holds at a time."""
 
-    Parameters
-    ----------
-    threads : int
-        Threads of a block.
-    blocks, warps : int
-        Blocks and warps resident on a multiprocessor.
-    share : float
-        Share of the warps that it could hold.
-    limits : tuple of str
-        What keeps it from holding more: ``"warps"``, ``"blocks"``, ``"registers"``, ``"shared memory"``.
-    """
-
-    threads: int
-    blocks: int
+    threads: int  # of a block
+    blocks: int  # resident on a multiprocessor, as are the warps
     warps: int
-    share: float
+    share: float  # of the warps that it could hold
+    # what keeps it from holding more: ``"warps"``, ``"blocks"``, ``"registers"``, ``"shared memory"``
     limits: tuple[str, ...]
 
 
@@ -44,21 +33,12 @@ def occupancy(
 ) -> Occupancy:
     """Resident blocks and warps of a multiprocessor, when there are blocks enough; none if it cannot run.
 
-    Parameters
-    ----------
-    resources : KernelResources
-        The kernel.
-    arch : str
-        One of :data:`ARCHITECTURES`; a trailing ``a`` or ``f`` is ignored.
-    threads : int
-        Threads of a block.
-    dynamic_shared : int
-        Bytes of shared memory that a launch adds.
+    A launch adds ``dynamic_shared`` bytes of shared memory; a trailing ``a`` or ``f`` of ``arch`` is ignored.
 
     Raises
     ------
     InputError
-        For an architecture that is not in the table, or no possible number of threads.
+        For an architecture that is not in :data:`ARCHITECTURES`, or no possible number of threads.
     """
     limits = ARCHITECTURES.get(arch.rstrip("af"))
     if limits is None:
@@ -81,13 +61,8 @@ def occupancy(
         "shared memory": limits.shared_bytes // _round_up(shared, _SHARED_UNIT),
     }
     blocks = min(most.values())
-    return Occupancy(
-        threads,
-        blocks,
-        blocks * warps,
-        blocks * warps / limits.warps,
-        tuple(name for name, value in most.items() if value == blocks),
-    )
+    limited = tuple(name for name, value in most.items() if value == blocks)
+    return Occupancy(threads, blocks, blocks * warps, blocks * warps / limits.warps, limited)
 
 
 def _round_up(value: int, unit: int) -> int:

@@ -25,47 +25,29 @@ class SassCounts:
     """Instructions in the code of a kernel, of the kinds that tell how it runs.
 
     Counted is the code, not what a thread executes: an instruction in a loop counts once.
-
-    Parameters
-    ----------
-    instructions : int
-        All but the NOPs that pad the end.
-    global_loads, shared_loads : dict of int to int
-        Width in bits to the number of loads from global (LDG) and shared memory (LDS).
-    global_stores, shared_stores : int
-        STG and STS.
-    async_copies : int
-        From global to shared memory (LDGSTS).
-    local_accesses : int
-        Loads from and stores to local memory (LDL, STL): spills and arrays indexed at run time.
-    hmma, ffma, hfma2 : int
-        Tensor-core products of two-byte floats, multiply-adds in float32, and of two two-byte floats
-        at once (with which the compiler also sets constants).
-    sparse_hmma : int
-        How many of ``hmma`` are products of 2:4 (HMMA.SP).
-    shuffles, barriers : int
-        SHFL and BAR.
-    loop : SassCounts or None
-        The same of the longest innermost loop; None where there is no loop.
-    phase : SassCounts or None
-        Of a loop with barriers, the part between two of them that holds the most multiply-adds: the products
-        without the staging. Loads that the compiler moved over a barrier count where they stand now.
     """
 
-    instructions: int = 0
+    instructions: int = 0  # all but the NOPs that pad the end
+    # width in bits to the number of loads from global (LDG) and shared memory (LDS)
     global_loads: dict[int, int] = field(default_factory=dict)
     shared_loads: dict[int, int] = field(default_factory=dict)
-    global_stores: int = 0
-    shared_stores: int = 0
-    async_copies: int = 0
+    global_stores: int = 0  # STG
+    shared_stores: int = 0  # STS
+    async_copies: int = 0  # from global to shared memory (LDGSTS)
+    # loads from and stores to local memory (LDL, STL): spills and arrays indexed at run time
     local_accesses: int = 0
+    # tensor-core products of two-byte floats, multiply-adds in float32, and of two two-byte floats at once
+    # (with which the compiler also sets constants)
     hmma: int = 0
     ffma: int = 0
     hfma2: int = 0
-    sparse_hmma: int = 0
-    shuffles: int = 0
-    barriers: int = 0
+    sparse_hmma: int = 0  # how many of ``hmma`` are products of 2:4 (HMMA.SP)
+    shuffles: int = 0  # SHFL
+    barriers: int = 0  # BAR
+    # the same of the longest innermost loop; None where there is no loop
     loop: SassCounts | None = None
+    # of a loop with barriers, the part between two of them that holds the most multiply-adds: the products
+    # without the staging. Loads that the compiler moved over a barrier count where they stand now
     phase: SassCounts | None = None
 
 
@@ -90,17 +72,11 @@ def find_nvdisasm() -> str:
 def sass_counts(cubin: bytes, nvdisasm: str | None = None) -> dict[str, SassCounts]:
     """Count the instructions of every function in a cubin; those that a kernel calls are part of its code.
 
-    Parameters
-    ----------
-    cubin : bytes
-        A CUDA ELF image.
-    nvdisasm : str, optional
-        The disassembler; :func:`find_nvdisasm` looks for it when left out.
-
     Raises
     ------
     ToolchainError
-        If there is no disassembler, or it does not know the cubin (an older one than its compiler).
+        If there is no disassembler (:func:`find_nvdisasm` looks for one that is not given), or it does not
+        know the cubin (an older one than its compiler).
     """
     program = find_nvdisasm() if nvdisasm is None else nvdisasm
     with tempfile.TemporaryDirectory(prefix="tvm-balanced-") as folder:
@@ -184,9 +160,7 @@ def _phase(loop: Sequence[_Instruction]) -> SassCounts | None:
 
 
 def _count(
-    code: Sequence[_Instruction],
-    loop: SassCounts | None = None,
-    phase: SassCounts | None = None,
+    code: Sequence[_Instruction], loop: SassCounts | None = None, phase: SassCounts | None = None
 ) -> SassCounts:
     bases = Counter(one.base for one in code)
     return SassCounts(

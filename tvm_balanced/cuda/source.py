@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 
-from tvm_balanced.errors import InputError
-
 _KERNEL = re.compile(r'^extern "C" __global__ void (?:\w+\([\d, ]+\) )*(\w+)\(', re.MULTILINE)
 _DECLARATION = re.compile(r"[^;{]*;\n?")
 # TVM prints the left ones under tirx.enable_fast_math or when a schedule names them
@@ -23,10 +21,7 @@ _MAX_STEM = 120
 
 
 def file_stem(kernel: str) -> str:
-    """Name of a kernel's file without its ending: the kernel's, a long one cut and with a digest.
-
-    A stem comes back as it is.
-    """
+    """Name a kernel's file without its ending: a long name is cut, with a digest; a stem stays as it is."""
     if len(kernel) <= _MAX_STEM:
         return kernel
     digest = hashlib.sha256(kernel.encode()).hexdigest()[:8]
@@ -79,21 +74,3 @@ def join_kernels(kernels: dict[str, str]) -> str:
     first = _KERNEL.search(texts[0])
     head = first.start() if first else 0
     return texts[0][:head] + "\n".join(text[head:] for text in texts)
-
-
-def kernel_source(source: str, name: str | None) -> str:
-    """One kernel of a CUDA translation unit, or all of it.
-
-    Raises
-    ------
-    InputError
-        When there is no kernel of that name.
-    """
-    if name is None:
-        return source
-    kernels = split_kernels(source)
-    for known in (name, f"{name}_kernel"):
-        if known in kernels:
-            return kernels[known]
-    listed = ", ".join(kernels) or "none, as it was compiled for llvm"
-    raise InputError(f'the library has no kernel "{name}"; its kernels are: {listed}')

@@ -13,9 +13,7 @@ symbol table that carry the entry flag.
 
 from __future__ import annotations
 
-import io
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +21,7 @@ from tvm_balanced.cuda.cubin import KernelResources, kernel_resources
 from tvm_balanced.cuda.occupancy import Occupancy, occupancy
 from tvm_balanced.cuda.sass import SassCounts, sass_counts
 from tvm_balanced.errors import ToolchainError
-from tvm_balanced.report import WIDE
+from tvm_balanced.report import WIDE, Printable
 from tvm_balanced.targets.gpus import ARCHITECTURES
 
 if TYPE_CHECKING:
@@ -32,39 +30,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KernelReport:
-    """All that is known of one kernel.
+    """All that is known of one kernel."""
 
-    Parameters
-    ----------
-    arch : str
-        The architecture: ``"sm_90"``.
-    resources : KernelResources
-        Registers and memory, from the ELF.
-    occupancy : Occupancy or None
-        Occupancy by blocks as large as the launch bounds; None without them, or for an architecture that
-        is not in :data:`ARCHITECTURES`.
-    dynamic_shared : bool
-        Whether a launch adds shared memory, of a size that the cubin does not hold: the occupancy is
-        then an upper bound.
-    counts : SassCounts or None
-        Instructions of its code; None where nothing was disassembled.
-    """
-
-    arch: str
-    resources: KernelResources
+    arch: str  # ``"sm_90"``
+    resources: KernelResources  # registers and memory, from the ELF
+    # occupancy by blocks as large as the launch bounds; None without them, or for an architecture that is not
+    # in :data:`ARCHITECTURES`
     occupancy: Occupancy | None
+    # whether a launch adds shared memory, of a size that the cubin does not hold: the occupancy is then an
+    # upper bound
     dynamic_shared: bool
-    counts: SassCounts | None
+    counts: SassCounts | None  # instructions of its code; None where nothing was disassembled
 
 
-class StaticReport(list[KernelReport]):
-    """Rows, one a kernel; ``str()`` is a table, :meth:`to_json` for machines.
-
-    Attributes
-    ----------
-    problem : str or None
-        Why instructions were not counted; None where they were.
-    """
+class StaticReport(Printable, list[KernelReport]):
+    """Rows, one a kernel; ``problem`` says why instructions were not counted, else it is None."""
 
     def __init__(self, rows: Sequence[KernelReport], problem: str | None = None) -> None:
         super().__init__(rows)
@@ -128,7 +108,7 @@ class StaticReport(list[KernelReport]):
             "problem": self.problem,
         }
 
-    def tables(self) -> list[Table]:
+    def tables(self, width: int = WIDE) -> list[Table]:
         """Resources and, where instructions were counted, instructions as ``rich.table.Table``."""
         from rich.table import Table
 
@@ -151,22 +131,6 @@ class StaticReport(list[KernelReport]):
         for name, counts in counted:
             code.add_row(name, *_count_cells(counts))
         return [resources, code]
-
-    def text(self, width: int = WIDE) -> str:
-        """Table as text of at most ``width`` columns."""
-        from rich.console import Console
-
-        out = io.StringIO()
-        Console(file=out, width=width, color_system=None).print(
-            *self.tables(), markup=False, highlight=False
-        )
-        return out.getvalue()
-
-    def __rich_console__(self, console: object, options: object) -> Iterator[Table]:
-        yield from self.tables()
-
-    def __str__(self) -> str:
-        return self.text(shutil.get_terminal_size((WIDE, 24)).columns)
 
 
 def _counts_json(counts: SassCounts) -> dict[str, object]:

@@ -130,7 +130,7 @@ def symbolic_text(
     shape = fmt.out_features, fmt.in_features
     slower = 0
     for rows in _COMPARED_ROWS:
-        symbolic = cuda.predicted_symbolic(fmt, rows, dtype, spec.target, spec.launch_us)
+        symbolic = cuda.predicted(fmt, rows, dtype, spec.target, spec.launch_us, symbolic=True)
         if symbolic.total_us <= dense_us(spec, rows, *shape, dtype, dense):
             slower = 0
         else:

@@ -25,40 +25,25 @@ _CHOICES = 4096
 
 @dataclass(frozen=True)
 class KernelArguments:
-    """What a kernel is called with.
+    """What a kernel is called with."""
 
-    Parameters
-    ----------
-    arrays : list of ndarray or int or float
-        One per parameter of the function; numbers where a parameter is a scalar.
-    outputs : tuple of int
-        Positions of the arrays that the kernel writes.
-    """
-
+    # one per parameter of the function; numbers where a parameter is a scalar
     arrays: list[Array | float]
-    outputs: tuple[int, ...]
+    outputs: tuple[int, ...]  # positions of the arrays that the kernel writes
 
 
 def seeded_arguments(
     func: tirx.PrimFunc, seed: int, symbols: Mapping[str, int] | int
 ) -> KernelArguments:
-    """Make small inputs for a kernel.
+    """Make small inputs for an unscheduled kernel, the same for the same seed.
 
     Floating-point inputs are standard normal; a weight (the right factor of a sum of products) is
     divided by the root of the number of terms, so that results are about 1 in every dtype. What is
     divided by, or goes into a root or a logarithm, is at least 1/2. Packed weights are packed from a
     random balanced matrix. Integers that are used as an index run over the axis they index, other
     integers are 0 or 1, those that divide at least 1. Outputs, and what the function does not use (workspaces
-    of its scheduled form), hold NaN, the lowest integer, or True.
-
-    Parameters
-    ----------
-    func : tvm.tirx.PrimFunc
-        The kernel, unscheduled.
-    seed : int
-        The same seed gives the same arrays.
-    symbols : mapping of str to int, or int
-        Value of each symbol by its name, or one value for all.
+    of its scheduled form), hold NaN, the lowest integer, or True. ``symbols`` has the value of each symbol by
+    its name, or one for all.
 
     Raises
     ------

@@ -27,22 +27,8 @@ from tvm_balanced.format.packing import BalancedTensor
 from tvm_balanced.format.weights import Array
 from tvm_balanced.ops import FORMAT_ATTR, parse_format
 from tvm_balanced.support.tvm_types import Block, Buffer, Expr, Stmt
-from tvm_balanced.verification.tensorir import (
-    KernelReferenceError,
-    Update,
-    Value,
-    array_dtype,
-    balanced_operands,
-    call_name,
-    dtype_of,
-    factors_of,
-    is_float,
-    loads,
-    nodes,
-    output_positions,
-    reduction,
-    short,
-)
+from tvm_balanced.verification import tensorir as ir
+from tvm_balanced.verification.tensorir import KernelReferenceError, Update, Value
 
 # elements of one intermediate value; an expression holds a few of them, eight bytes an element
 _CHUNK_ELEMENTS = 1 << 23
@@ -82,7 +68,7 @@ def evaluate(func: tirx.PrimFunc, arrays: Sequence[Any]) -> dict[int, Array]:
     state = _Evaluation(func, arrays)
     with np.errstate(all="ignore"):
         state.run(func.body)
-    return {i: state.buffers[func.params[i]] for i in output_positions(func)}
+    return {i: state.buffers[func.params[i]] for i in ir.output_positions(func)}
 
 
 def _wide(array: Value) -> Value:
@@ -153,12 +139,8 @@ _CALLS: dict[str, Callable[..., Value]] = {
 _Affine = tuple[int, dict[int, int]]
 # start and end of every axis
 _Ranges = tuple[tuple[int, int], ...]
-_LOOPS_IN_ORDER = (
-    tirx.stmt.ForKind.SERIAL,
-    tirx.stmt.ForKind.PARALLEL,
-    tirx.stmt.ForKind.VECTORIZED,
-    tirx.stmt.ForKind.UNROLLED,
-)
+_KIND = tirx.stmt.ForKind
+_LOOPS_IN_ORDER = (_KIND.SERIAL, _KIND.PARALLEL, _KIND.VECTORIZED, _KIND.UNROLLED)
 
 
 def _is_flat(stmt: Stmt) -> bool:
@@ -173,11 +155,11 @@ def _is_flat(stmt: Stmt) -> bool:
 
 def _reads_elsewhere(block: Block) -> bool:
     """Whether an iteration may read what another one writes."""
-    stores = nodes(block.body, tirx.BufferStore)
+    stores = ir.nodes(block.body, tirx.BufferStore)
     return any(
         load.source.same_as(store.buffer)
         and not tvm_ffi.structural_equal(load.indices, store.indices)
-        for load in loads(block.body)
+        for load in ir.loads(block.body)
         for store in stores
     )
 
@@ -229,13 +211,13 @@ class _Evaluation:
             raise KernelReferenceError(
                 f"{len(arrays)} arguments were given for a kernel of {len(func.params)} parameters"
             )
-        written = set(output_positions(func))
+        written = set(ir.output_positions(func))
         extents = []
         for position, (param, given) in enumerate(zip(func.params, arrays, strict=True)):
             if not tirx.is_buffer_var(param):
                 self._set(param, given)
                 continue
-            dtype, shape = array_dtype(dtype_of(param)), param.ty.shape
+            dtype, shape = ir.array_dtype(ir.dtype_of(param)), param.ty.shape
             if not isinstance(given, np.ndarray) or given.dtype != dtype:
                 what = given.dtype.name if isinstance(given, np.ndarray) else type(given).__name__
                 raise KernelReferenceError(
@@ -261,15 +243,15 @@ class _Evaluation:
                 )
 
     def _set(self, var: Expr, number: float) -> None:
-        dtype = dtype_of(var)
+        dtype = ir.dtype_of(var)
         self.affine.pop(var, None)
         self.values[var] = (
-            np.float64(number) if is_float(dtype) else array_dtype(dtype).type(number)
+            np.float64(number) if ir.is_float(dtype) else ir.array_dtype(dtype).type(number)
         )
 
     def _solve(self, extent: Expr, number: int) -> None:
         """Give the one symbol that ``extent`` leaves open the value that makes it ``number``."""
-        unknown = [v for v in dict.fromkeys(nodes(extent, tirx.Var)) if v not in self.values]
+        unknown = [v for v in dict.fromkeys(ir.nodes(extent, tirx.Var)) if v not in self.values]
         if not unknown:
             return
         if len(unknown) == 1:
@@ -316,7 +298,7 @@ class _Evaluation:
         elif kind == "Evaluate" and isinstance(stmt.value, tirx.IntImm):
             pass  # an empty statement
         else:
-            raise KernelReferenceError(f"the reference has no {kind} statement: {short(stmt)}")
+            raise KernelReferenceError(f"the reference has no {kind} statement: {ir.short(stmt)}")
 
     def _run_where(self, condition: Value, stmt: Stmt) -> None:
         with self._where(condition) as some:
@@ -331,12 +313,8 @@ class _Evaluation:
             nest.append(inner)
             inner = inner.body
         bound = {outer.loop_var for outer in nest}
-        rectangular = all(
-            var not in bound
-            for part in nest
-            for expr in (part.min, part.extent)
-            for var in nodes(expr, tirx.Var)
-        )
+        limits = [expr for part in nest for expr in (part.min, part.extent)]
+        rectangular = not any(v in bound for expr in limits for v in ir.nodes(expr, tirx.Var))
         # statements without a block, as te.extern has them, run in their order
         if type(inner).__name__ == "SBlockRealize" and rectangular:
             self._block(inner, nest)
@@ -360,7 +338,7 @@ class _Evaluation:
         self.steps += 1
         if self.steps > _MAX_STEPS:
             raise KernelReferenceError(
-                f"more than {_MAX_STEPS} iterations depend on the ones before: {short(stmt)}; use "
+                f"more than {_MAX_STEPS} iterations depend on the ones before: {ir.short(stmt)}; use "
                 "smaller inputs"
             )
 
@@ -395,7 +373,7 @@ class _Evaluation:
             return
         ordered = self._ordered_axes(realize, loops)
         reduced = {a for a, kind in ordered.items() if kind == tirx.IterVar.CommReduce}
-        update = reduction(block) if reduced and set(ordered) == reduced else None
+        update = ir.reduction(block) if reduced and set(ordered) == reduced else None
         try:
             if block.init is not None:
                 self._vectorised(realize, loops, _first_of(ranges, reduced), block.init)
@@ -422,7 +400,12 @@ class _Evaluation:
             self._run_where(self.evaluate(realize.predicate), stmt)
 
     def _reduction(
-        self, realize: Stmt, loops: list[Stmt], ranges: _Ranges, update: Update, reduced: set[int]
+        self,
+        realize: Stmt,
+        loops: list[Stmt],
+        ranges: _Ranges,
+        update: Update,
+        reduced: set[int],
     ) -> None:
         """Run an associative update for all iterations in ``ranges``."""
         store = update.store
@@ -462,7 +445,7 @@ class _Evaluation:
         number = {loop.loop_var: a for a, loop in enumerate(loops)}
         spatial, ordered = set(), {}
         for axis, value in zip(realize.block.iter_vars, realize.iter_values, strict=True):
-            used = {number[v] for v in nodes(value, tirx.Var) if v in number}
+            used = {number[v] for v in ir.nodes(value, tirx.Var) if v in number}
             if axis.iter_type == tirx.IterVar.DataPar:
                 spatial |= used
             else:
@@ -477,7 +460,7 @@ class _Evaluation:
         for axis, (loop, (start, end)) in enumerate(zip(loops, ranges, strict=True)):
             shape = [1] * len(ranges)
             shape[axis] = end - start
-            dtype = array_dtype(dtype_of(loop.loop_var))
+            dtype = ir.array_dtype(ir.dtype_of(loop.loop_var))
             self.values[loop.loop_var] = np.arange(start, end, dtype=dtype).reshape(shape)
             self.affine[loop.loop_var] = (start, {axis: 1})
         for iter_var, value in zip(realize.block.iter_vars, realize.iter_values, strict=True):
@@ -490,16 +473,16 @@ class _Evaluation:
 
     def _allocate(self, buffer: Buffer) -> None:
         shape = [int(self.evaluate(extent)) for extent in buffer.ty.shape]
-        dtype = dtype_of(buffer)
+        dtype = ir.dtype_of(buffer)
         # what is read before it is written shows as NaN
         self.buffers[buffer] = (
-            np.full(shape, np.nan) if is_float(dtype) else np.zeros(shape, array_dtype(dtype))
+            np.full(shape, np.nan) if ir.is_float(dtype) else np.zeros(shape, ir.array_dtype(dtype))
         )
 
     def _balanced(self, block: Block) -> None:
         """Compute the project's operator by its definition."""
         fmt = parse_format(str(block.annotations[FORMAT_ATTR]))
-        data, values, indices = (self.buffers[b] for b in balanced_operands(block))
+        data, values, indices = (self.buffers[b] for b in ir.balanced_operands(block))
         for name, array, shape in (
             ("values", values, fmt.values_shape),
             ("indices", indices, fmt.indices_shape),
@@ -519,7 +502,7 @@ class _Evaluation:
     def _operand_axes(self, realize: Stmt, update: Update) -> Callable[[_Ranges], Sequence[int]]:
         """For :func:`_split`: the axes of the largest array that the reduction makes."""
         whole = isinstance(realize.predicate, tirx.IntImm)
-        product = factors_of(update.value) if update.is_sum and whole else None
+        product = ir.factors_of(update.value) if update.is_sum and whole else None
         groups = [self._axes(part) for part in (product or (update.value,))]
         if product is not None:  # the sum of products itself never exists
             groups.append(self._axes(update.store.indices))
@@ -531,7 +514,7 @@ class _Evaluation:
 
     def _axes(self, expr: Expr) -> list[int]:
         used: set[int] = set()
-        for var in nodes(expr, tirx.Var):
+        for var in ir.nodes(expr, tirx.Var):
             shape = np.shape(self.values.get(var, 0))
             used.update(axis for axis, extent in enumerate(shape) if extent > 1)
         return sorted(used)
@@ -539,7 +522,7 @@ class _Evaluation:
     def _reduce(self, update: Update, reduced: set[int]) -> Value:
         """Combine the new terms of a reduction; reduced axes have extent 1."""
         axes = tuple(sorted(reduced))
-        product = factors_of(update.value) if update.is_sum and self.guard is None else None
+        product = ir.factors_of(update.value) if update.is_sum and self.guard is None else None
         if product is not None:
             a, b = (self._full(self.evaluate(part)) for part in product)
             terms = math.prod(np.broadcast_shapes(a.shape, b.shape))
@@ -596,12 +579,8 @@ class _Evaluation:
 
         total = matrix(a, shared, only_a, summed) @ matrix(b, shared, summed, only_b)
         order = [*shared, *only_a, *only_b, *summed, *ones]
-        total = total.reshape(
-            *lengths(a, shared),
-            *lengths(a, only_a),
-            *lengths(b, only_b),
-            *[1] * (len(summed) + len(ones)),
-        )
+        kept = [*lengths(a, shared), *lengths(a, only_a), *lengths(b, only_b)]
+        total = total.reshape(*kept, *[1] * (len(summed) + len(ones)))
         return factor * total.transpose(np.argsort(order))
 
     # expressions
@@ -614,7 +593,7 @@ class _Evaluation:
                 raise KernelReferenceError(f"symbol {expr.name} has no value")
             return self.values[expr]
         if kind == "IntImm":
-            return array_dtype(dtype_of(expr)).type(int(expr.value))
+            return ir.array_dtype(ir.dtype_of(expr)).type(int(expr.value))
         if kind == "FloatImm":
             return np.float64(expr.value)
         if kind in _BINARY:
@@ -641,15 +620,17 @@ class _Evaluation:
             return self.evaluate(expr.body)
         if kind == "Call":
             return self._call(expr)
-        raise KernelReferenceError(f"the reference has no {kind} expression: {short(expr)}")
+        raise KernelReferenceError(f"the reference has no {kind} expression: {ir.short(expr)}")
 
     def _cast(self, expr: Expr) -> Value:
-        value, to = self.evaluate(expr.value), dtype_of(expr)
+        value, to = self.evaluate(expr.value), ir.dtype_of(expr)
         if to == "bool":
             return np.asarray(value) != 0
-        if not is_float(to):
-            return np.asarray(value).astype(array_dtype(to), copy=False)
-        return value if is_float(dtype_of(expr.value)) else np.asarray(value).astype(np.float64)
+        if not ir.is_float(to):
+            return np.asarray(value).astype(ir.array_dtype(to), copy=False)
+        return (
+            value if ir.is_float(ir.dtype_of(expr.value)) else np.asarray(value).astype(np.float64)
+        )
 
     def _choose(self, condition: Expr, if_true: Expr, if_false: Expr) -> Value:
         holds = self.evaluate(condition)
@@ -658,19 +639,19 @@ class _Evaluation:
         with self._where(np.logical_not(holds)) as some_false:
             second = self.evaluate(if_false) if some_false else None
         if first is None and second is None:  # nothing is asked for
-            return _wide(np.zeros((), array_dtype(dtype_of(if_true))))
+            return _wide(np.zeros((), ir.array_dtype(ir.dtype_of(if_true))))
         if first is None or second is None:
             return second if first is None else first
         return np.where(holds, first, second)
 
     def _call(self, call: Expr) -> Value:
-        full, name = str(getattr(call.op, "name", call.op)), call_name(call)
+        full, name = str(getattr(call.op, "name", call.op)), ir.call_name(call)
         if name == "if_then_else":
             return self._choose(*call.args)
         if name == "reinterpret":
-            source = array_dtype(dtype_of(call.args[0]))
+            source = ir.array_dtype(ir.dtype_of(call.args[0]))
             value = np.asarray(self.evaluate(call.args[0])).astype(source)
-            return _wide(value.view(array_dtype(dtype_of(call))))
+            return _wide(value.view(ir.array_dtype(ir.dtype_of(call))))
         args = list(call.args)
         if name == "call_pure_extern":
             # expf, fabsf, ...
@@ -678,7 +659,7 @@ class _Evaluation:
             name = str(args.pop(0).value)
             name = name[:-1] if name not in _CALLS and name.endswith("f") else name
         if full.startswith(("tirx.ptx.", "tirx.cuda.")) or name not in _CALLS:
-            raise KernelReferenceError(f"the reference has no {full}: {short(call)}")
+            raise KernelReferenceError(f"the reference has no {full}: {ir.short(call)}")
         return _CALLS[name](*(self.evaluate(arg) for arg in args))
 
     # memory
@@ -743,7 +724,7 @@ class _Evaluation:
             outside = (at < 0) | (at >= extent)
             if (outside if self.guard is None else outside & self.guard).any():
                 raise KernelReferenceError(
-                    f"{buffer.name} is accessed out of range: index {short(index)} reaches "
+                    f"{buffer.name} is accessed out of range: index {ir.short(index)} reaches "
                     f"{at[at < 0].min() if (at < 0).any() else at.max()}, the extent is {extent}"
                 )
             if outside.any():
@@ -761,7 +742,9 @@ class _Evaluation:
             value = self.values.get(expr)
             return (int(value), {}) if value is not None and np.ndim(value) == 0 else None
         if kind == "Cast":
-            wide = dtype_of(expr) in ("int32", "int64") and not is_float(dtype_of(expr.value))
+            wide = ir.dtype_of(expr) in ("int32", "int64") and not ir.is_float(
+                ir.dtype_of(expr.value)
+            )
             return self._as_affine(expr.value) if wide else None
         if kind not in ("Add", "Sub", "Mul", "FloorDiv", "FloorMod"):
             return None

@@ -55,82 +55,43 @@ BLOCKS = 6
 
 @dataclass(frozen=True)
 class PartCheck:
-    """One file, cubin or recompilation.
-
-    Parameters
-    ----------
-    part : str
-        Name of the part.
-    result : str
-        ``"pass"``, ``"fail"`` or ``"not checked"``.
-    detail : str
-        Hashes, sizes, or what is wrong.
-    """
+    """One file, cubin or recompilation."""
 
     part: str
-    result: str
-    detail: str
+    result: str  # ``"pass"``, ``"fail"`` or ``"not checked"``
+    detail: str  # hashes, sizes, or what is wrong
 
 
 @dataclass(frozen=True)
 class KernelCheck:
-    """One kernel function of the library, which may launch several CUDA kernels, or a call of cuBLAS.
+    """One kernel function of the library, which may launch several CUDA kernels, or a call of cuBLAS."""
 
-    Parameters
-    ----------
-    name : str
-        Name of the function, or of the layer that cuBLAS computes.
-    result : str
-        ``"pass"``, ``"fail"`` or ``"not checked"``.
-    detail : str
-        Reason why it failed or was not checked; else empty.
-    kernels : tuple of str
-        CUDA kernels that it launched; empty on llvm.
-    blocks, checked_blocks : int
-        Thread blocks launched, and how many of them were checked.
-    races, bounds, unwritten : int or None
-        Defects seen: races, accesses out of bounds or misaligned, reads of unwritten shared memory. None
-        where nothing is checked, on llvm.
-    error, limit : float or None
-        Largest difference from the reference as a share of the output's scale, and what rounding explains;
-        of the output that is nearest to its limit. None where the kernel did not come to an end.
-    """
-
-    name: str
-    result: str
-    detail: str
-    kernels: tuple[str, ...] = ()
+    name: str  # of the function, or of the layer that cuBLAS computes
+    result: str  # ``"pass"``, ``"fail"`` or ``"not checked"``
+    detail: str  # reason why it failed or was not checked; else empty
+    kernels: tuple[str, ...] = ()  # CUDA kernels that it launched; empty on llvm
+    # thread blocks launched, and how many of them were checked
     blocks: int = 0
     checked_blocks: int = 0
+    # defects seen: races, accesses out of bounds or misaligned, reads of unwritten shared memory. None where
+    # nothing is checked, on llvm
     races: int | None = None
     bounds: int | None = None
     unwritten: int | None = None
+    # largest difference from the reference as a share of the output's scale, and what rounding explains; of
+    # the output that is nearest to its limit. None where the kernel did not come to an end
     error: float | None = None
     limit: float | None = None
 
 
 @dataclass(frozen=True)
 class Verification(Printable):
-    """Result of :func:`verify`.
+    """Result of :func:`verify`."""
 
-    Parameters
-    ----------
-    library : str
-        Folder of the library.
-    target : str
-        Target that it was compiled for.
-    device : str
-        Device that its kernels ran on.
-    parts : tuple of PartCheck
-        Checks of files, cubins and the recompilation.
-    kernels : tuple of KernelCheck
-        Checks of the kernels.
-    """
-
-    library: str
+    library: str  # its folder
     target: str
-    device: str
-    parts: tuple[PartCheck, ...]
+    device: str  # that its kernels ran on
+    parts: tuple[PartCheck, ...]  # files, cubins and the recompilation
     kernels: tuple[KernelCheck, ...]
 
     @property

@@ -11,41 +11,22 @@ from tvm import tirx
 
 from tvm_balanced.format.weights import Array
 from tvm_balanced.support.tvm_types import Buffer, Expr, Stmt
+from tvm_balanced.verification import tensorir as ir
 from tvm_balanced.verification.arguments import Facts, symbol_value, symbols_of
-from tvm_balanced.verification.tensorir import (
-    KernelReferenceError,
-    array_dtype,
-    call_name,
-    dtype_of,
-    is_float,
-    nodes,
-    output_positions,
-    short,
-)
+from tvm_balanced.verification.tensorir import KernelReferenceError
 
 # largest relative error of one rounding to nearest
-ROUNDING = {
-    "float16": 2.0**-11,
-    "bfloat16": 2.0**-8,
-    "float32": 2.0**-24,
-    "float64": 2.0**-53,
-}
+ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far an output is, or may be, from its reference.
+    """How far an output is, or may be, from its reference."""
 
-    Parameters
-    ----------
-    largest : float
-        Largest error, as a share of the largest magnitude of the reference. Shows one wrong element.
-    rms : float
-        Root mean square of the error, as a share of that of the reference. Shows a small error in all
-        elements, which the rounding of a two-byte dtype would hide in any one of them.
-    """
-
+    # largest error, as a share of the largest magnitude of the reference. Shows one wrong element
     largest: float
+    # root mean square of the error, as a share of that of the reference. Shows a small error in all elements,
+    # which the rounding of a two-byte dtype would hide in any one of them
     rms: float
 
     def within(self, limit: Deviation) -> bool:
@@ -87,17 +68,9 @@ def tolerance(func: tirx.PrimFunc, symbols: Mapping[str, int] | int) -> dict[int
     are ``tanh`` of a GPU under ``--use_fast_math``, which is good to 2**-11 only, and float32 results of
     tensor cores, whose sums are cut off instead of rounded.
 
-    Parameters
-    ----------
-    func : tvm.tirx.PrimFunc
-        The kernel, unscheduled.
-    symbols : mapping of str to int, or int
-        Value of each symbol by its name, or one value for all.
-
-    Returns
-    -------
-    dict of int to Deviation
-        Limit of each output parameter, for :func:`difference`. 0 for integers and booleans.
+    The limits are by position of the output among the parameters of the unscheduled kernel, for
+    :func:`difference`; 0 for integers and booleans. ``symbols`` has the value of each symbol by its name, or
+    one for all.
 
     Raises
     ------
@@ -106,7 +79,7 @@ def tolerance(func: tirx.PrimFunc, symbols: Mapping[str, int] | int) -> dict[int
     """
     shares = _Shares(func, symbols)
     limits = {}
-    for position in output_positions(func):
+    for position in ir.output_positions(func):
         param = func.params[position]
         share = shares.of_buffer(param)
         elements = math.prod(shares.facts.number(extent) for extent in param.ty.shape)
@@ -116,21 +89,11 @@ def tolerance(func: tirx.PrimFunc, symbols: Mapping[str, int] | int) -> dict[int
 
 
 def difference(got: Array, expected: Array) -> Deviation:
-    """How far a kernel's output is from its reference.
+    """How far a kernel's output is from its reference, an array of the same shape by :func:`evaluate`.
 
-    Parameters
-    ----------
-    got : ndarray
-        Output that a kernel wrote.
-    expected : ndarray, same shape
-        Value of the output by :func:`evaluate`.
-
-    Returns
-    -------
-    Deviation
-        0 where all agree; infinite where integers differ, or where only one of them is NaN or infinite.
-        Errors against a reference that is 0 everywhere are not divided. NaN in both agrees: whoever
-        fills outputs with NaN should see that the reference is finite.
+    0 where all agree; infinite where integers differ, or where only one of them is NaN or infinite. Errors
+    against a reference that is 0 everywhere are not divided. NaN in both agrees: whoever fills outputs with
+    NaN should see that the reference is finite.
     """
     infinite = Deviation(math.inf, math.inf)
     if got.shape != expected.shape:
@@ -192,9 +155,9 @@ class _Shares:
             store.buffer: self.facts.terms(block)
             for block in self.facts.blocks
             if any(axis.iter_type == tirx.IterVar.CommReduce for axis in block.iter_vars)
-            for store in nodes(block.body, tirx.BufferStore)
+            for store in ir.nodes(block.body, tirx.BufferStore)
         }
-        self.named = {bind.var: bind.value for bind in nodes(func.body, tirx.stmt.Bind)}
+        self.named = {bind.var: bind.value for bind in ir.nodes(func.body, tirx.stmt.Bind)}
         self.known: dict[Buffer, _Share] = {}
 
     def of_buffer(self, buffer: Buffer) -> _Share:
@@ -206,8 +169,8 @@ class _Shares:
         return self.known[buffer]
 
     def _of_store(self, store: Stmt) -> _Share:
-        dtype = dtype_of(store.buffer)
-        if not is_float(dtype):
+        dtype = ir.dtype_of(store.buffer)
+        if not ir.is_float(dtype):
             return _Share()
         share, unit = self.of(store.value), _unit(dtype)
         terms, kind = self.terms.get(store.buffer, 1), type(store.value).__name__
@@ -218,21 +181,21 @@ class _Shares:
         return share
 
     def of(self, expr: Expr) -> _Share:
-        kind, dtype = type(expr).__name__, dtype_of(expr)
+        kind, dtype = type(expr).__name__, ir.dtype_of(expr)
         if kind == "Var":
             return self.of(self.named[expr]) if expr in self.named else _Share()
-        if not is_float(dtype):
+        if not ir.is_float(dtype):
             return _Share()
         unit = _unit(dtype)
         rounding = _Share(unit, unit**2 / 3)
         if kind == "FloatImm":
-            kept = float(np.float64(expr.value).astype(array_dtype(dtype)))
+            kept = float(np.float64(expr.value).astype(ir.array_dtype(dtype)))
             return _Share() if kept == expr.value else _Share(unit, unit**2)
         if kind == "TensorLoad":
             return self.of_buffer(expr.source)
         if kind == "Cast":
-            source = dtype_of(expr.value)
-            widens = is_float(source) and _unit(source) >= unit
+            source = ir.dtype_of(expr.value)
+            widens = ir.is_float(source) and _unit(source) >= unit
             return self.of(expr.value) + (_Share() if widens else rounding)
         if kind in ("Min", "Max"):
             return _worst(self.of(expr.a), self.of(expr.b))
@@ -249,10 +212,10 @@ class _Shares:
             return self.of(expr.body)
         if kind == "Call":
             return self._of_call(expr, unit)
-        raise KernelReferenceError(f"there is no tolerance for a {kind}: {short(expr)}")
+        raise KernelReferenceError(f"there is no tolerance for a {kind}: {ir.short(expr)}")
 
     def _of_call(self, call: Expr, unit: float) -> _Share:
-        name, args = call_name(call), list(call.args)
+        name, args = ir.call_name(call), list(call.args)
         if name == "if_then_else":
             return _worst(self.of(args[1]), self.of(args[2]))
         if name == "reinterpret":

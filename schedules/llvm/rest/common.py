@@ -101,15 +101,10 @@ def root_blocks(sch: s_tir.Schedule) -> list[RootBlock] | None:
 
 
 def attempt(primitive: Callable[..., object], *args: object) -> bool:
-    """Apply a schedule primitive where its own precondition holds.
+    """Apply a schedule primitive where its own precondition holds, and say whether it was applied.
 
     TensorIR tells whether inlining or moving a block is legal only by trying; a refused primitive leaves
     the schedule as it was.
-
-    Returns
-    -------
-    bool
-        Whether it was applied.
     """
     try:
         primitive(*args)

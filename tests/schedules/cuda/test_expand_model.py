@@ -1,17 +1,14 @@
 """What the expand kernel is predicted to take, and where it is chosen."""
 
-from dataclasses import replace
-
 import pytest
 
 from tvm_balanced.format.pattern import BalancedPattern
-from tvm_balanced.planning import cost
 from tvm_balanced.schedules.cuda import by_rows as cuda_by_rows
 from tvm_balanced.schedules.cuda import expand as cuda_expand
 from tvm_balanced.schedules.cuda import expand_model, gather_model
 from tvm_balanced.schedules.cuda import machine as cuda_machine
-from tvm_balanced.schedules.cuda import target as cuda
 from tvm_balanced.schedules.cuda.expand_model import EXPAND
+from tvm_balanced.schedules.dispatch import preferred_format
 from tvm_balanced.targets import gpus
 from tvm_balanced.targets import resolve as targets
 
@@ -19,29 +16,11 @@ H100 = targets.resolve("h100")
 
 
 def layer(pattern="4:16", n=8192, k=8192, rows=32, dtype="float16"):
-    return cuda.preferred_format(BalancedPattern(pattern), n, k, rows, dtype, H100.target)
+    return preferred_format(BalancedPattern(pattern), n, k, rows, dtype, H100.target)
 
 
 def chosen(fmt, rows, dtype="float16", spec=H100):
     return cuda_expand.choose(fmt, rows, dtype, spec.target)
-
-
-@pytest.mark.parametrize("gpu", ["h100", "a100", "rtx-4090"])
-def test_chosen_only_where_faster_than_the_gather(gpu):
-    spec = targets.resolve(gpu)
-    machine = cuda_machine.machine(gpus.gpu_of(spec.target))
-    taken = 0
-    for n, k in ((8192, 8192), (768, 3072), (50, 70)):
-        for pattern in ("8:16", "2:16", "4:32"):
-            for rows in (16, 33, 64, 256):
-                fmt = layer(pattern, n, k, rows)
-                knobs = gather_model.choose(fmt, rows, "float16", 48 << 10, machine)
-                gather = gather_model.GatherModel(machine, fmt, rows, "float16").predict(knobs)
-                got = chosen(fmt, rows, spec=spec)
-                if got is not None:
-                    taken += 1
-                    assert got[1].total_us < gather.total_us
-    assert taken
 
 
 def test_few_rows_have_to_gain_a_tenth():
@@ -60,25 +39,6 @@ def test_few_rows_have_to_gain_a_tenth():
     assert taken == {True, False}
 
 
-def test_plan_goes_by_the_kernel_that_is_chosen():
-    fmt = layer()
-    _, prediction = chosen(fmt, 32)
-    said = cost.predicted(H100, 32, fmt, "float16")
-    assert said.shared_bytes == prediction.shared_bytes
-    assert said.total_us - said.launch_us == pytest.approx(
-        prediction.total_us - prediction.launch_us
-    )
-
-
-@pytest.mark.parametrize(
-    ("pattern", "rows", "dtype"),
-    [("4:16", 4, "float16"), ("4:16", None, "float16"), ("4:16", 32, "float32"),
-     ("3:16", 32, "float16"), ("4:64", 32, "float16")],
-)  # fmt: skip
-def test_the_rest_is_the_gathers(pattern, rows, dtype):
-    assert chosen(layer(pattern, rows=rows, dtype=dtype), rows, dtype) is None
-
-
 def test_bitmaps_only_where_they_are_gathered():
     assert [layer("8:16", rows=rows).encoding for rows in (1, 16, 64, None)] == [
         "bitmap",
@@ -89,25 +49,6 @@ def test_bitmaps_only_where_they_are_gathered():
     # no pattern of the expand kernel: instructions are the limit at 8 rows, bytes below
     assert layer("5:16", 16384, 8192, rows=8).encoding == "u4"
     assert layer("5:16", 16384, 8192, rows=4).encoding == "bitmap"
-
-
-def test_prediction_follows_work():
-    """More activations, more weights and slower memory take longer; parts are bounds from below."""
-    fmt = layer()
-    machine = cuda_machine.machine(gpus.GPUS["h100"])
-
-    def predict(fmt, rows, machine=machine):
-        _, prediction = EXPAND.best(fmt, rows, "float16", 227 << 10, machine)
-        return prediction
-
-    base = predict(fmt, 32)
-    assert predict(fmt, 64).total_us > base.total_us
-    assert predict(layer(k=16384), 32).total_us > base.total_us
-    slow = predict(fmt, 32, replace(machine, bandwidth_gbps=machine.bandwidth_gbps / 4))
-    assert slow.bound == "memory"
-    assert slow.total_us > base.total_us
-    for part in ("memory", "l2", "issue", "arithmetic", "shared"):
-        assert getattr(base, f"{part}_us") + base.launch_us <= base.total_us
 
 
 @pytest.mark.parametrize(

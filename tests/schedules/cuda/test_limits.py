@@ -7,15 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers import cuda_kernels
+from tests.helpers import cuda as cuda_cases
 from tests.helpers.covering import all_pairs, pairs_of, possible_pairs
-from tests.helpers.cuda_kernels import (
-    Case,
-    arguments,
-    chosen_tile,
-    gather_kernel,
-    packed_format,
-)
+from tests.helpers.cuda import Case, arguments, chosen_tile, gather_kernel, packed_format
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.cuda.emulator.report import Access
 from tvm_balanced.format.layout import BITMAP, ENCODINGS, Layout, PackedFormat
@@ -165,7 +159,7 @@ def test_order_of_slots_saves_wavefronts(pattern: str, monkeypatch: pytest.Monke
     fmt = PackedFormat(case.n, case.k, BalancedPattern(pattern), Layout(32, 8), "u8")
     # elements of four rows, as a whole GPU is given; smaller ones conflict less
     monkeypatch.setattr(
-        cuda_kernels, "chosen_tile", lambda *layer, multiprocessors: chosen_tile(*layer)
+        cuda_cases, "chosen_tile", lambda *layer, multiprocessors: chosen_tile(*layer)
     )
     ordered = _measure(case, fmt, _BLOCKS)
     monkeypatch.setattr("tvm_balanced.format.packing._is_spread", lambda fmt: False)

@@ -19,11 +19,11 @@ from tvm_balanced.format import packing, reference, weights
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.pruning import magnitude as pruning
 from tvm_balanced.schedules import balanced_block
+from tvm_balanced.schedules.dispatch import preferred_format
 from tvm_balanced.schedules.llvm import batch_lanes as llvm_batch_lanes
 from tvm_balanced.schedules.llvm import fallback as llvm_fallback
 from tvm_balanced.schedules.llvm import nest as llvm_nest
 from tvm_balanced.schedules.llvm import permute as llvm_permute
-from tvm_balanced.schedules.llvm import target as llvm
 
 TARGETS = {
     "avx512": {"kind": "llvm", "mcpu": "x86-64-v4"},
@@ -157,7 +157,7 @@ def _format(
 )
 def test_preferred_format_of_every_pattern(pattern: str, name: str) -> None:
     target = _target(name)
-    fmt = llvm.preferred_format(BalancedPattern(pattern), 50, 300, None, "float32", target)
+    fmt = preferred_format(BalancedPattern(pattern), 50, 300, None, "float32", target)
     small_blocks = name == "avx512" or (name == "haswell" and fmt.pattern.block <= 64)
     _, func = _kernel(_module(Case(fmt, (2,))))
     assert (llvm_permute.apply(func, target) is not None) == small_blocks

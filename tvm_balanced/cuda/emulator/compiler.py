@@ -113,10 +113,7 @@ def _precompiled_headers(flags: tuple[str, ...]) -> Path:
 
 
 def compile_kernels(text: str, instrument: bool) -> tuple[Path, Path]:
-    """Compile translated kernels to a C++ file and a shared library.
-
-    Instrumented, every memory access calls into the runtime.
-    """
+    """Compile translated kernels to a C++ file and a library; instrumented, accesses call the runtime."""
     flags = _BASE + (_INSTRUMENTED if instrument else _FAST)
     headers = _precompiled_headers(flags)
 

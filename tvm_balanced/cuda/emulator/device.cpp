@@ -170,6 +170,18 @@ template <class... Args> int fail(int code, const char* format, Args... args) {
 int alive_or(int code) { return g_sticky ? fail(g_sticky) : code; }
 #define DEVICE_ALIVE()                                                                             \
   if (g_sticky) return fail(g_sticky)
+template <class F> auto locked(F f) {
+  Lock lock(g_mutex);
+  return f();
+}
+template <class T> int give(T* out, T value) {
+  *out = value;
+  return kOk;
+}
+template <class T> int destroy(T* object) {
+  delete object;
+  return kOk;
+}
 
 double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -362,8 +374,8 @@ void execute(const Launch& launch) {
   }
   double scale = launch.blocks.empty() ? 1.0 : grid / (double)launch.blocks.size();
   Record r = {f.name, instrumented ? emu_report() : "", failed ? emu_error() : "", arrays, {}};
-  r.figures = {{},         launch.dynamic_shared, f.module, instrumented, now() - begin, scale,
-               g_replaying};
+  double seconds = now() - begin;
+  r.figures = {{}, launch.dynamic_shared, f.module, instrumented, seconds, scale, g_replaying};
   memcpy(r.figures.dims, launch.dims, sizeof launch.dims);
   note("kernel " + f.name, std::move(r));
 }
@@ -436,16 +448,13 @@ API void emu_device_compiled(long module, const char* name, int instrumented, em
   f.static_shared = static_shared;
 }
 API void emu_device_detail(const char* text) {
-  Lock lock(g_mutex);
-  g_detail = text;
+  locked([text] { g_detail = text; });
 }
 API long emu_device_records() {
-  Lock lock(g_mutex);
-  return (long)g_records.size();
+  return locked([] { return (long)g_records.size(); });
 }
 API void emu_device_forget() {
-  Lock lock(g_mutex);
-  g_records.clear();
+  locked([] { g_records.clear(); });
 }
 struct RecordView { // device.py has it too
   const char *kernel, *report, *error, *arrays;
@@ -477,19 +486,14 @@ API void emu_device_reset() { // forgets a failed kernel and what was queued beh
   g_default->done = g_default->issued;
 }
 API long emu_device_used() {
-  Lock lock(g_mutex);
-  return (long)g_used;
+  return locked([] { return (long)g_used; });
 }
 
 // ------------------------------------------------------------------------------------ libcuda.so.1
 API int cuGetErrorName(int code, const char** out) {
-  *out = text_of(code, &ErrorText::driver);
-  return kOk;
+  return give(out, text_of(code, &ErrorText::driver));
 }
-API int cuGetErrorString(int code, const char** out) {
-  *out = explained(code);
-  return kOk;
-}
+API int cuGetErrorString(int code, const char** out) { return give(out, explained(code)); }
 API int cuDeviceGetName(char* name, int length, int device) {
   if (device) return fail(kInvalidDevice);
   snprintf(name, (size_t)length, "%s", g_name.c_str());
@@ -514,8 +518,7 @@ API int cuModuleLoadData(Module** out, const void* image) {
   long id = g_load(image, bytes);
   if (id <= 0) return fail(kNoBinary);
   Lock lock(g_mutex);
-  *out = g_modules.at(id).get();
-  return kOk;
+  return give(out, g_modules.at(id).get());
 }
 API int cuModuleUnload(Module* module) {
   Lock lock(g_mutex);
@@ -532,8 +535,7 @@ API int cuModuleGetFunction(Function** out, Module* module, const char* name) {
   auto entry = module->functions.find(name);
   if (entry == module->functions.end())
     return fail(kNotFound, std::string("there is no kernel ") + name);
-  *out = entry->second.get();
-  return kOk;
+  return give(out, entry->second.get());
 }
 API int cuFuncSetAttribute(Function* f, int attribute, int value) {
   Lock lock(g_mutex);
@@ -643,14 +645,8 @@ API int cudaGetLastError() {
   return code;
 }
 API int cudaPeekAtLastError() { return g_sticky ? g_sticky : t_last; }
-API int cudaGetDeviceCount(int* n) {
-  *n = 1;
-  return kOk;
-}
-API int cudaGetDevice(int* device) {
-  *device = 0;
-  return kOk;
-}
+API int cudaGetDeviceCount(int* n) { return give(n, 1); }
+API int cudaGetDevice(int* device) { return give(device, 0); }
 API int cudaSetDevice(int device) { return device ? fail(kInvalidDevice) : kOk; }
 API int cudaDeviceGetAttribute(int* value, int attribute, int device) {
   Lock lock(g_mutex);
@@ -659,8 +655,7 @@ API int cudaDeviceGetAttribute(int* value, int attribute, int device) {
   if (entry == g_attributes.end())
     return fail(kInvalidValue, "device attribute %d is not known to the emulated device",
                 attribute);
-  *value = entry->second;
-  return kOk;
+  return give(value, entry->second);
 }
 struct Properties { // the head of cudaDeviceProp of CUDA 13; what follows is left as it was
   char name[256];
@@ -711,8 +706,7 @@ API int cudaFree(void* p) {
   return alive_or(release(p, false));
 }
 API int cudaMallocHost(void** out, size_t bytes) {
-  Lock lock(g_mutex);
-  return allocate(out, bytes, true);
+  return locked([=] { return allocate(out, bytes, true); });
 }
 API int cudaFreeHost(void* p) {
   Lock lock(g_mutex);
@@ -818,13 +812,11 @@ API int cudaStreamEndCapture(void* handle, Graph** out) {
   if (!stream || !stream->capture) return fail(kInvalidValue, "the stream is not capturing");
   auto graph = std::move(stream->capture);
   if (stream->invalidated) return fail(kCaptureInvalidated);
-  *out = graph.release();
-  return kOk;
+  return give(out, graph.release());
 }
 API int cudaGraphInstantiate(Graph** exec, Graph* graph, unsigned long long) {
   if (!graph) return fail(kInvalidValue);
-  *exec = new Graph(*graph);
-  return kOk;
+  return give(exec, new Graph(*graph));
 }
 API int cudaGraphLaunch(Graph* exec, void* handle) {
   Mode mode;
@@ -850,23 +842,11 @@ API int cudaGraphLaunch(Graph* exec, void* handle) {
     g_replaying = 0;
   });
 }
-API int cudaGraphDestroy(Graph* graph) {
-  delete graph;
-  return kOk;
-}
-API int cudaGraphExecDestroy(Graph* exec) {
-  delete exec;
-  return kOk;
-}
+API int cudaGraphDestroy(Graph* graph) { return destroy(graph); }
+API int cudaGraphExecDestroy(Graph* exec) { return destroy(exec); }
 
-API int cudaEventCreate(Event** out) {
-  *out = new Event;
-  return kOk;
-}
-API int cudaEventDestroy(Event* event) {
-  delete event;
-  return kOk;
-}
+API int cudaEventCreate(Event** out) { return give(out, new Event); }
+API int cudaEventDestroy(Event* event) { return destroy(event); }
 API int cudaEventRecord(Event* event, void* handle) {
   Lock lock(g_mutex);
   DEVICE_ALIVE();
@@ -891,9 +871,8 @@ API int cudaEventElapsedTime(float* milliseconds, Event* begin, Event* end) {
   if (!begin || !end || !begin->stream || !end->stream) return fail(kInvalidHandle);
   if (begin->stream->done < begin->ticket || end->stream->done < end->ticket)
     return fail(kNotReady);
-  *milliseconds =
-      (float)((*end->seconds - *begin->seconds) * 1e3); // of this CPU: says nothing about a GPU
-  return kOk;
+  // of this CPU: says nothing about a GPU
+  return give(milliseconds, (float)((*end->seconds - *begin->seconds) * 1e3));
 }
 
 // --------------------------------------------------------------------------------- libcublas.so.13
@@ -1028,13 +1007,10 @@ void multiply(const Product& p) {
   for (const Matrix* x : {&p.a, &p.b})
     if (error.empty() && overlap(*x, p.c, p.batch)) error = std::string("C overlaps ") + x->name;
   for (int s = 0; s < p.batch && error.empty(); s++) multiply(p, s);
-  Figures figures = {{(unsigned)p.m, (unsigned)p.n, (unsigned)p.batch, 1, 1, 1},
-                     0,
-                     0,
-                     0,
-                     now() - begin,
-                     1.0,
-                     g_replaying};
+  Figures figures = {{(unsigned)p.m, (unsigned)p.n, (unsigned)p.batch, 1, 1, 1}};
+  figures.seconds = now() - begin;
+  figures.scale = 1;
+  figures.graph = g_replaying;
   note(p.function, {p.function, "", error, "", figures});
 }
 

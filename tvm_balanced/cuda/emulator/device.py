@@ -38,16 +38,13 @@ _BOUNDS = re.compile(r"__launch_bounds__\(\s*(\d+)")
 
 class _Record(ctypes.Structure):
     _fields_ = [
-        ("kernel", ctypes.c_char_p),
-        ("report", ctypes.c_char_p),
-        ("error", ctypes.c_char_p),
-        ("arrays", ctypes.c_char_p),
-        ("dims", ctypes.c_uint * 6),
-        ("dynamic_shared", ctypes.c_long),
-        ("module", ctypes.c_long),
-        ("instrumented", ctypes.c_int),
-        ("seconds", ctypes.c_double),
-        ("scale", ctypes.c_double),
+        *((name, ctypes.c_char_p) for name in ("kernel", "report", "error", "arrays")),
+        *(
+            ("dims", ctypes.c_uint * 6),
+            ("dynamic_shared", ctypes.c_long),
+            ("module", ctypes.c_long),
+        ),
+        *(("instrumented", ctypes.c_int), ("seconds", ctypes.c_double), ("scale", ctypes.c_double)),
         ("graph", ctypes.c_int),
     ]
 
@@ -58,34 +55,18 @@ _Compile = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_long, ctypes.c_char_p, ctypes
 
 @dataclass(frozen=True)
 class DeviceLaunch:
-    """One launch that the device ran.
+    """One launch that the device ran."""
 
-    Parameters
-    ----------
-    kernel : str
-        Name of the kernel, or of the cuBLAS function.
-    grid, block : tuple of int
-        Extents; of a cuBLAS function m, n and the batch, and ones.
-    dynamic_shared : int
-        Bytes of dynamic shared memory.
-    report : EmulatorReport or None
-        What an instrumented launch saw; None of a plain one and of cuBLAS.
-    error : str
-        Reason why it failed; empty when it did not.
-    seconds : float
-        Time that it took on this CPU.
-    graph : bool
-        Whether the replay of a CUDA graph launched it.
-    """
-
-    kernel: str
+    kernel: str  # or the cuBLAS function
+    # extents; of a cuBLAS function m, n and the batch, and ones
     grid: tuple[int, ...]
     block: tuple[int, ...]
-    dynamic_shared: int
+    dynamic_shared: int  # bytes
+    # what an instrumented launch saw; None of a plain one and of cuBLAS
     report: EmulatorReport | None
-    error: str
-    seconds: float
-    graph: bool = False
+    error: str  # reason why it failed; empty when it did not
+    seconds: float  # on this CPU
+    graph: bool = False  # whether the replay of a CUDA graph launched it
 
 
 class _Unit:
@@ -108,13 +89,7 @@ class _Unit:
 
 
 class Device:
-    """The emulated device of this process; :func:`install` makes it.
-
-    Attributes
-    ----------
-    arch : str
-        Architecture it stands for, ``"sm_90"``.
-    """
+    """The emulated device of this process; :func:`install` makes it."""
 
     def __init__(self, arch: str) -> None:
         self.arch = arch
@@ -151,13 +126,9 @@ class Device:
         self.arch = plain
         attributes = _attributes(plain)
         n = len(attributes)
-        self._library.emu_device_configure(
-            self.name.encode(),
-            ctypes.c_long(MEMORY_BYTES),
-            n,
-            (ctypes.c_int * n)(*attributes),
-            (ctypes.c_int * n)(*attributes.values()),
-        )
+        arrays = [(ctypes.c_int * n)(*column) for column in (attributes, attributes.values())]
+        memory = ctypes.c_long(MEMORY_BYTES)
+        self._library.emu_device_configure(self.name.encode(), memory, n, *arrays)
 
     def mode(
         self,
@@ -169,7 +140,7 @@ class Device:
         threads: int | None = None,
         max_blocks: int = 0,
     ) -> None:
-        """How launches run from now on.
+        """Say how launches run from now on.
 
         Parameters
         ----------
@@ -177,9 +148,7 @@ class Device:
             Look for races, accesses out of bounds and reads of unwritten shared memory; count accesses. Both
             are an order of magnitude slower.
         order : str
-            Order of threads between barriers: ``"seq"``, ``"reverse"`` or ``"random"``.
-        seed : int
-            Seed of the random order.
+            Order of threads between barriers: ``"seq"``, ``"reverse"`` or ``"random"``, by ``seed``.
         threads : int, optional
             CPU threads of a plain launch; all where left out.
         max_blocks : int
@@ -248,16 +217,10 @@ class Device:
             module = self._units[record.module].module(kernel, True)
             names = [f"arg{at}" for at in record.arrays.decode().split(",") if at]
             report = module.report(record.report.decode(), names, record.scale)
-        return DeviceLaunch(
-            kernel,
-            tuple(record.dims[:3]),
-            tuple(record.dims[3:]),
-            int(record.dynamic_shared),
-            report,
-            record.error.decode(),
-            float(record.seconds),
-            bool(record.graph),
-        )
+        grid, block = tuple(record.dims[:3]), tuple(record.dims[3:])
+        shared, error = int(record.dynamic_shared), record.error.decode()
+        seconds, graph = float(record.seconds), bool(record.graph)
+        return DeviceLaunch(kernel, grid, block, shared, report, error, seconds, graph)
 
     # exceptions must not leave a callback: they become words in the error that TVM raises
 
@@ -272,13 +235,8 @@ class Device:
         try:
             name = kernel.decode()
             made = self._units[module].module(name, bool(instrumented))
-            self._library.emu_device_compiled(
-                ctypes.c_long(module),
-                kernel,
-                instrumented,
-                made.thunk(name),
-                made.static_shared(name),
-            )
+            code = made.thunk(name), made.static_shared(name)
+            self._library.emu_device_compiled(ctypes.c_long(module), kernel, instrumented, *code)
         except Exception as error:
             self._library.emu_device_detail(str(error).encode())
             return 1
@@ -336,33 +294,26 @@ def _attributes(arch: str) -> dict[int, int]:
     gpu, limits = representative(arch), ARCHITECTURES[arch]
     major, minor = divmod(int(arch.removeprefix("sm_")), 10)
     return {
-        1: 1024,  # MaxThreadsPerBlock
-        2: 1024,  # MaxBlockDimX
-        3: 1024,  # MaxBlockDimY
+        **dict.fromkeys((1, 2, 3), 1024),  # MaxThreadsPerBlock, MaxBlockDimX, MaxBlockDimY
         4: 64,  # MaxBlockDimZ
         5: 2**31 - 1,  # MaxGridDimX
-        6: 65535,  # MaxGridDimY
-        7: 65535,  # MaxGridDimZ
+        **dict.fromkeys((6, 7), 65535),  # MaxGridDimY, MaxGridDimZ
         8: 48 << 10,  # MaxSharedMemoryPerBlock
         9: 64 << 10,  # TotalConstantMemory
         10: 32,  # WarpSize
-        12: 65536,  # MaxRegistersPerBlock
+        **dict.fromkeys((12, 82), 65536),  # MaxRegistersPerBlock, MaxRegistersPerMultiprocessor
         13: int(gpu.clock_ghz * 1e6),  # ClockRate
         16: gpu.sm_count,  # MultiProcessorCount
-        31: 1,  # ConcurrentKernels
+        **dict.fromkeys((31, 40, 41), 1),  # ConcurrentKernels, AsyncEngineCount, UnifiedAddressing
         38: gpu.l2_bytes,  # L2CacheSize
         39: 32 * limits.warps,  # MaxThreadsPerMultiProcessor
-        40: 1,  # AsyncEngineCount
-        41: 1,  # UnifiedAddressing
         75: major,  # ComputeCapabilityMajor
         76: minor,  # ComputeCapabilityMinor
         81: limits.shared_bytes,  # MaxSharedMemoryPerMultiprocessor
-        82: 65536,  # MaxRegistersPerMultiprocessor
-        95: 0,  # CooperativeLaunch
+        **dict.fromkeys((95, 120), 0),  # CooperativeLaunch, ClusterLaunch
         97: gpu.shared_bytes,  # MaxSharedMemoryPerBlockOptin
         106: limits.blocks,  # MaxBlocksPerMultiprocessor
         111: 1 << 10,  # ReservedSharedMemoryPerBlock
-        120: 0,  # ClusterLaunch
     }
 
 
@@ -373,10 +324,7 @@ _installing = threading.Lock()
 def install(arch: str = "sm_90") -> Device:
     """Make ``tvm.cuda(0)`` the emulated device, for the rest of this process.
 
-    Parameters
-    ----------
-    arch : str
-        Architecture it stands for; a later call, which gives the same device, may name another.
+    A later call gives the same device, which then stands for the architecture that it names.
 
     Raises
     ------

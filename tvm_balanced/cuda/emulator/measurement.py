@@ -23,40 +23,21 @@ class EmulatorMeasurement:
     """What one balanced kernel moved and computed, beside the least that would do.
 
     Byte counts are of the whole grid, reads and writes together.
-
-    Parameters
-    ----------
-    report : EmulatorReport
-        The counts; of some blocks where only some were run.
-    fmt : PackedFormat
-        Format of the weight.
-    rows : int
-        Rows of activations, M.
-    weight_bytes, activation_bytes, output_bytes : int
-        Bytes that have to move at least: packed values and indices, ``(M, K)``, ``(M, N)``.
-    requested_bytes : float
-        Bytes asked for by all threads.
-    l2_bytes : float
-        Sectors moved if the L1 cache kept all that a thread block reads.
-    distinct_bytes : float
-        Distinct sectors: the least traffic with the memory itself. Epilogues read more than the minimum.
-    weight_requests : float
-        How often each byte of the packed weight is asked for.
-    weight_excess : float
-        Sectors of the loads of the packed weight over the ideal.
     """
 
-    report: EmulatorReport
-    fmt: PackedFormat
-    rows: int
+    report: EmulatorReport  # of some blocks where only some were run
+    fmt: PackedFormat  # of the weight
+    rows: int  # of activations, M
+    # bytes that have to move at least: packed values and indices, ``(M, K)``, ``(M, N)``
     weight_bytes: int
     activation_bytes: int
     output_bytes: int
-    requested_bytes: float
-    l2_bytes: float
+    requested_bytes: float  # bytes asked for by all threads
+    l2_bytes: float  # sectors moved if the L1 cache kept all that a thread block reads
+    # distinct sectors: the least traffic with the memory itself. Epilogues read more than the minimum
     distinct_bytes: float
-    weight_requests: float
-    weight_excess: float
+    weight_requests: float  # how often each byte of the packed weight is asked for
+    weight_excess: float  # sectors of the loads of the packed weight over the ideal
 
     @property
     def least_bytes(self) -> int:
@@ -118,8 +99,8 @@ class EmulatorMeasurement:
 
     def text(self) -> str:
         """Page for a person to read."""
-        fmt, least, barriers = self.fmt, self.least_bytes, self.report.barriers
-        adds, padding = self.report.multiply_adds, self.padding
+        fmt, least, padding = self.fmt, self.least_bytes, self.padding
+        barriers, adds = self.report.spreads()
 
         def line(name: str, value: float) -> str:
             return f"{name:40s} {value:14.0f}  {value / least:6.3f}x the least"
@@ -137,10 +118,8 @@ class EmulatorMeasurement:
                 f"{self.weight_excess:.3f}x the ideal sectors",
                 f"shared memory: loads {self.shared_load_excess:.3f}x the ideal wavefronts, "
                 f"stores {self.shared_store_excess:.3f}x",
-                f"barriers per block: {barriers.least} to {barriers.most}",
-                f"multiply-adds per thread: {adds.least} to {adds.most}, mean {adds.mean:.1f}; "
-                f"{self.multiply_adds:.0f} in all, "
-                f"{self.multiply_adds / self.needed_multiply_adds:.3f}x those needed",
+                barriers,
+                f"{adds}, {self.multiply_adds / self.needed_multiply_adds:.3f}x those needed",
                 f"padding: {padding['rows']} rows, {padding['slots_per_row']} slots of a row, "
                 f"{100 * padding['share']:.1f} % of the slots held",
             ]
@@ -171,12 +150,10 @@ def measure_balanced(
         Format of its weight.
     rows : int
         Rows of activations, M: the product of all batch axes.
-    dtype : str
-        Dtype of activations and values.
+    dtype, out_dtype : str
+        Dtype of activations and values, and of the output where that is another one.
     arrays : sequence of NumPy arrays
         Arguments in the function's order; outputs are changed in place.
-    out_dtype : str, optional
-        Dtype of the output; ``dtype`` when left out.
     blocks : sequence of int, optional
         Thread blocks to run, for large weights; counts are scaled to the whole grid, as blocks of a
         balanced kernel do the same work.

@@ -22,53 +22,33 @@ ORDERS = {"seq": 0, "reverse": 1, "random": 2}
 _ALIGNMENT = 256  # of device allocations
 _GUARD = 8192  # bytes around a checked array; what goes further is stopped before it is done
 SCALARS: dict[str, Any] = {
-    "int": ctypes.c_int,
-    "int32_t": ctypes.c_int,
+    **dict.fromkeys(("int", "int32_t"), ctypes.c_int),
+    **dict.fromkeys(("unsigned", "unsigned int", "uint", "uint32_t"), ctypes.c_uint),
     "long": ctypes.c_long,
     "int64_t": ctypes.c_int64,
     "long long": ctypes.c_longlong,
-    "float": ctypes.c_float,
-    "double": ctypes.c_double,
-    "unsigned": ctypes.c_uint,
-    "unsigned int": ctypes.c_uint,
-    "uint": ctypes.c_uint,
-    "uint32_t": ctypes.c_uint,
     "uint64_t": ctypes.c_uint64,
     "bool": ctypes.c_bool,
+    "float": ctypes.c_float,
+    "double": ctypes.c_double,
 }
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch.
-
-    Parameters
-    ----------
-    kernel : str
-        Name of the kernel.
-    grid, block : sequence of int
-        Up to three extents each.
-    args : sequence of ndarray or int or float
-        Arguments of the kernel; arrays are C-contiguous.
-    dynamic_shared : int
-        Bytes of dynamic shared memory.
-    """
+    """One kernel launch."""
 
     kernel: str
-    grid: Sequence[int]
+    grid: Sequence[int]  # up to three extents, as of a block
     block: Sequence[int]
-    args: Sequence[Array | float]
-    dynamic_shared: int = 0
+    args: Sequence[Array | float]  # arrays are C-contiguous
+    dynamic_shared: int = 0  # bytes
 
 
 class _Options(ctypes.Structure):
     _fields_ = [
-        ("check", ctypes.c_int),
-        ("prof", ctypes.c_int),
-        ("order", ctypes.c_int),
-        ("seed", ctypes.c_uint),
-        ("nthreads", ctypes.c_int),
-        ("nblocks", ctypes.c_long),
+        *((name, ctypes.c_int) for name in ("check", "prof", "order")),
+        *(("seed", ctypes.c_uint), ("nthreads", ctypes.c_int), ("nblocks", ctypes.c_long)),
         ("blocks", ctypes.POINTER(ctypes.c_long)),
     ]
 
@@ -125,14 +105,7 @@ class _Arguments:
 
 
 class Module:
-    """The kernels of one CUDA source.
-
-    Parameters
-    ----------
-    source : str
-        CUDA C.
-    instrument : bool
-        Compile for checks and counts; an order of magnitude slower.
+    """The kernels of one CUDA source; ``instrument`` compiles for checks and counts, ten times slower.
 
     Raises
     ------
@@ -165,9 +138,7 @@ class Module:
         launch : Launch
             The kernel, its extents and its arguments.
         order : str
-            Order of threads between barriers: ``"seq"``, ``"reverse"`` or ``"random"``.
-        seed : int
-            Seed of the random order.
+            Order of threads between barriers: ``"seq"``, ``"reverse"`` or ``"random"``, by ``seed``.
         threads : int
             CPU threads.
         blocks : sequence of int, optional
@@ -187,17 +158,13 @@ class Module:
         engine.emu_set_ranges(*bound.ranges())
         extents = [*launch.grid, 1, 1][:3] + [*launch.block, 1, 1][:3]
         chosen = list(blocks or ())
-        options = _Options(
-            *(int(check), int(profile), ORDERS[order], seed, threads, len(chosen)),
-            (ctypes.c_long * len(chosen))(*chosen),
-        )
-        failed = engine.emu_launch(
-            self.thunk(launch.kernel),
-            bound.pointers,
-            (ctypes.c_uint * 6)(*(int(extent) for extent in extents)),
-            ctypes.c_long(self.static_shared(launch.kernel).value + int(launch.dynamic_shared)),
-            ctypes.byref(options),
-        )
+        indices = (ctypes.c_long * len(chosen))(*chosen)
+        how = int(check), int(profile), ORDERS[order], seed, threads
+        options = _Options(*how, len(chosen), indices)
+        thunk, dims = self.thunk(launch.kernel), (ctypes.c_uint * 6)(*map(int, extents))
+        shared = self.static_shared(launch.kernel).value + int(launch.dynamic_shared)
+        arguments = thunk, bound.pointers, dims, ctypes.c_long(shared)
+        failed = engine.emu_launch(*arguments, ctypes.byref(options))
         bound.copy_back()
         scale = math.prod(int(extent) for extent in extents[:3]) / len(chosen) if chosen else 1.0
         report = self.report(engine.emu_report().decode(), bound.names, scale)
@@ -244,12 +211,8 @@ class Module:
             return {}
         addresses = [hex(counter - base - 1) for counter in counters]
         # -i prints the chain of inlined frames; the frame in the kernel's own source is wanted
-        out = subprocess.run(
-            ["addr2line", "-a", "-i", "-e", str(self._library), *addresses],
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout
+        command = ["addr2line", "-a", "-i", "-e", str(self._library), *addresses]
+        out = subprocess.run(command, capture_output=True, text=True, check=False).stdout
         lines: dict[int, int] = {}
         at = -1
         for line in out.splitlines():

@@ -10,67 +10,35 @@ SECTOR = 32  # bytes
 
 @dataclass(frozen=True)
 class Issue:
-    """A defect found while running.
+    """A defect found while running."""
 
-    Parameters
-    ----------
-    kind : str
-        What is wrong: a race, a read of unwritten shared memory, an access out of bounds, ...
-    count : int
-        Times that it happened.
-    line : int
-        Line of the CUDA source; 0 where unknown.
-    source : str
-        Text of that line.
-    first : str
-        Block and thread where it first happened.
-    """
-
+    # what is wrong: a race, a read of unwritten shared memory, an access out of bounds, ...
     kind: str
     count: int
-    line: int
-    source: str
-    first: str
+    line: int  # of the CUDA source; 0 where unknown
+    source: str  # of that line
+    first: str  # block and thread where it first happened
 
 
 @dataclass(frozen=True)
 class Access:
-    """One load or store of the source, summed over all warps that ran it.
+    """One load or store of the source, summed over all warps that ran it."""
 
-    Parameters
-    ----------
-    shared, write : bool
-        Whether it is of shared memory, else global; whether it is a store, else a load.
-    bytes_per_lane : int
-        Width of the access.
-    array : str
-        Argument that it reaches, ``argN``, for global memory; empty for shared memory.
-    requests : int
-        Warp-wide requests.
-    lanes, bytes : int
-        Active lanes and bytes asked for, over all requests.
-    units, ideal : int
-        32-byte sectors (global) or wavefronts (shared) used, and the least that would do.
-    block_sectors : int
-        Distinct sectors within each thread block, summed.
-    line : int
-        Line of the CUDA source; 0 where unknown.
-    source : str
-        Text of that line.
-    """
-
+    # whether it is of shared memory, else global; whether it is a store, else a load
     shared: bool
     write: bool
-    bytes_per_lane: int
-    array: str
-    requests: int
+    bytes_per_lane: int  # width of the access
+    array: str  # argument that it reaches, ``argN``, for global memory; empty for shared memory
+    requests: int  # warp-wide requests
+    # active lanes and bytes asked for, over all requests
     lanes: int
     bytes: int
+    # 32-byte sectors (global) or wavefronts (shared) used, and the least that would do
     units: int
     ideal: int
-    block_sectors: int
-    line: int
-    source: str
+    block_sectors: int  # distinct sectors within each thread block, summed
+    line: int  # of the CUDA source; 0 where unknown
+    source: str  # of that line
 
     @property
     def excess(self) -> float:
@@ -80,18 +48,10 @@ class Access:
 
 @dataclass(frozen=True)
 class Spread:
-    """A count that threads or thread blocks differ in.
+    """A count that threads or thread blocks differ in."""
 
-    Parameters
-    ----------
-    members : int
-        Threads or blocks that ran.
-    total, least, most : int
-        Sum over them, smallest and largest.
-    """
-
-    members: int = 0
-    total: int = 0
+    members: int = 0  # threads or blocks that ran
+    total: int = 0  # their sum
     least: int = 0
     most: int = 0
 
@@ -200,15 +160,16 @@ class EmulatorReport:
 
     def text(self, width: int = 70) -> str:
         """:meth:`table`, then the barriers of a block and the multiply-adds of a thread."""
+        return "\n".join([self.table(width), *self.spreads()])
+
+    def spreads(self) -> list[str]:
+        """Lines of what thread blocks and threads differ in."""
         barriers, adds = self.barriers, self.multiply_adds
-        return "\n".join(
-            [
-                self.table(width),
-                f"barriers per block: {barriers.least} to {barriers.most}",
-                f"multiply-adds per thread: {adds.least} to {adds.most}, mean {adds.mean:.1f}; "
-                f"{self.scale * adds.total:.0f} in all",
-            ]
-        )
+        return [
+            f"barriers per block: {barriers.least} to {barriers.most}",
+            f"multiply-adds per thread: {adds.least} to {adds.most}, mean {adds.mean:.1f}; "
+            f"{self.scale * adds.total:.0f} in all",
+        ]
 
     def table(self, width: int = 70) -> str:
         """List accesses by line, then issues; sectors (global) or wavefronts (shared) per request."""

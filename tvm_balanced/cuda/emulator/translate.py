@@ -8,13 +8,7 @@ from collections.abc import Sequence
 from tvm_balanced.cuda.emulator.compiler import EmulatorError
 
 _MMA_TYPES = {
-    "f16": "EMU_F16",
-    "bf16": "EMU_BF16",
-    "tf32": "EMU_TF32",
-    "s8": "EMU_S8",
-    "u8": "EMU_U8",
-    "f32": "EMU_F32",
-    "s32": "EMU_S32",
+    name: f"EMU_{name.upper()}" for name in ["f16", "bf16", "tf32", "s8", "u8", "f32", "s32"]
 }
 _ASM = re.compile(r"\b(?:__asm__|asm)\s*(?:__volatile__|volatile)?\s*\(")
 _OPENING, _CLOSING = ("(", "[", "{"), (")", "]", "}")
@@ -268,12 +262,8 @@ def translate(source: str) -> tuple[str, dict[str, list[str]]]:
         body_end = _matching(source, end + brace.end() - 1, "{", "}")
         memory = _SharedMemory(name)
         body = memory.whole_elements(_SHARED.sub(memory.replace, source[end:body_end]))
-        out += [
-            source[position : match.start()],
-            memory.prelude(),
-            source[match.start() : end],
-            body,
-        ]
+        before, head = source[position : match.start()], source[match.start() : end]
+        out += [before, memory.prelude(), head, body]
         position = body_end
         parameters = [p.strip() for p in _split(source[match.end() : end - 1], ",") if p.strip()]
         kernels[name] = [

@@ -25,26 +25,18 @@ Value: TypeAlias = Any  # an array, a number, or a handle of the host code
 # kinds of tvm_struct_get, as tvm/tirx/builtin.h numbers them
 _FIELD_DATA, _FIELD_SHAPE, _FIELD_STRIDES = 1, 2, 3
 _FIELD_TYPE_INDEX, _FIELD_VALUE, _FIELD_ELEMENT = 13, 15, 17
+_NAMED_AS_IN_PYTHON = (
+    *("Add", "Sub", "Mul", "FloorDiv", "Mod", "LShift", "RShift"),
+    *("EQ", "NE", "LT", "LE", "GT", "GE"),
+)
 _BINARY: dict[str, Callable[[Value, Value], Value]] = {
+    **{name: getattr(operator, name.lower()) for name in _NAMED_AS_IN_PYTHON},
     "BitwiseAnd": operator.and_,
     "BitwiseOr": operator.or_,
-    "LShift": operator.lshift,
-    "RShift": operator.rshift,
-    "Add": operator.add,
-    "Sub": operator.sub,
-    "Mul": operator.mul,
-    "FloorDiv": operator.floordiv,
-    "Div": lambda a, b: int(a / b),
     "FloorMod": operator.mod,
-    "Mod": operator.mod,
     "Min": min,
     "Max": max,
-    "EQ": operator.eq,
-    "NE": operator.ne,
-    "LT": operator.lt,
-    "LE": operator.le,
-    "GT": operator.gt,
-    "GE": operator.ge,
+    "Div": lambda a, b: int(a / b),
     "And": lambda a, b: a and b,
     "Or": lambda a, b: a or b,
 }
@@ -163,26 +155,19 @@ class _HostCode:
         count = len(values) - len(tags)
         extents = dict(zip(tags, values[count:], strict=True))
         shared = [value for tag, value in extents.items() if "shared" in tag or "dyn" in tag]
-        self.launches.append(
-            Launch(
-                str(name),
-                [int(extents.get(f"blockIdx.{axis}", 1)) for axis in "xyz"],
-                [int(extents.get(f"threadIdx.{axis}", 1)) for axis in "xyz"],
-                values[:count],
-                int(shared[0]) if shared else 0,
-            )
+        grid, block = (
+            [int(extents.get(f"{index}.{axis}", 1)) for axis in "xyz"]
+            for index in ("blockIdx", "threadIdx")
         )
+        dynamic = int(shared[0]) if shared else 0
+        self.launches.append(Launch(str(name), grid, block, values[:count], dynamic))
 
 
 class TVMKernel:
     """All kernels of one TVM function, launched in the order and with the extents of its host code.
 
-    Parameters
-    ----------
-    mod, target, pipeline
-        The kernels, as :func:`tvm_balanced.cuda.codegen.lower` takes them.
-    function : str, optional
-        Name of a function of the module; its only one when left out.
+    The module is one that :func:`tvm_balanced.cuda.codegen.lower` takes; ``function`` names one of its
+    functions, where there are several.
     """
 
     def __init__(

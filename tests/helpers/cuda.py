@@ -20,8 +20,8 @@ from tvm_balanced.pruning import magnitude as pruning
 from tvm_balanced.schedules.balanced_block import find
 from tvm_balanced.schedules.cuda import gather as cuda_gather
 from tvm_balanced.schedules.cuda import gather_model, machine
-from tvm_balanced.schedules.cuda import target as cuda
 from tvm_balanced.schedules.cuda.gather_tile import GatherTile
+from tvm_balanced.schedules.dispatch import preferred_format
 from tvm_balanced.targets.gpus import GPUS
 
 # of the largest result: rounding of the result's dtype, and of float32 sums in another order
@@ -81,7 +81,7 @@ def target(arch: str = "sm_90") -> tvm.target.Target:
 
 
 def packed_format(case: Case, encoding: str | None = None) -> PackedFormat:
-    fmt = cuda.preferred_format(
+    fmt = preferred_format(
         BalancedPattern(case.pattern), case.n, case.k, None, case.dtype, target()
     )
     if encoding is None:
