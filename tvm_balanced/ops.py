@@ -73,7 +73,7 @@ def balanced_sparse_dense(
     indices : fmt.indices_shape, uint8
         Packed indices, local to their block.
     fmt : PackedFormat
-        Becomes the call's attributes.
+        What becomes the call's attributes.
     out_dtype : str
         Dtype of the result, ``(..., N)``.
     """

@@ -24,66 +24,35 @@ _REASON_MIN = 18
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One dense layer of a model.
+    """One dense layer of a model: what was decided for it, and why."""
 
-    Parameters
-    ----------
-    name : str
-        The weight's own name in the model.
-    shape : tuple of int
-        ``(N, K)``.
-    rows : str
-        Rows of activations M of its uses, symbolic ones by name.
-    uses : int
-        Dense operators that read the weight.
-    dtype : str
-        The weight's dtype.
-    pattern : str or None
-        ``nnz:block``, None when the weight follows none.
-    density : float
-        Share of weights kept.
-    bytes_dense, bytes_sparse : int
-        Size of the weight as it was and as it would be held packed (equal when it stays dense).
-    dense_us, sparse_us : float or None
-        Predicted microseconds of all uses together, None where nothing was predicted; the dense ones of
-        the dense kernel that would run.
-    decision : str
-        ``"sparse"`` or ``"dense"``.
-    reason : str
-        Why it was decided so.
-    cublas_us : float or None
-        What cuBLAS would take, predicted; None off CUDA.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    rows: str
-    uses: int
-    dtype: str
-    pattern: str | None
-    density: float
-    bytes_dense: int
-    bytes_sparse: int
+    name: str  # the weight's own name in the model
+    shape: tuple[int, int]  # (N, K)
+    rows: str  # rows of activations M of its uses, symbolic ones by name
+    uses: int  # dense operators that read the weight
+    dtype: str  # of the weight
+    pattern: str | None  # "nnz:block", None when the weight follows none
+    density: float  # share of weights kept
+    bytes_dense: int  # the weight as it was
+    bytes_sparse: int  # as it would be held packed; as it was when it stays dense
+    # predicted microseconds of all uses together, None where nothing was predicted: of the dense kernel that
+    # would run, and of the sparse one
     dense_us: float | None
     sparse_us: float | None
-    decision: str
+    decision: str  # "sparse" or "dense"
     reason: str
-    cublas_us: float | None = None
+    cublas_us: float | None = None  # of cuBLAS, None off CUDA
 
 
 @dataclass(frozen=True)
 class PrunedLayer:
-    """What pruning did to one layer.
-
-    ``kept_energy`` is the share of the weight's squared norm that is left, ``skipped`` the reason why
-    the layer was left as it was (None when it was pruned).
-    """
+    """What pruning did to one layer."""
 
     name: str
     shape: tuple[int, int]
     pattern: str | None
-    kept_energy: float
-    skipped: str | None
+    kept_energy: float  # share of the weight's squared norm that is left
+    skipped: str | None  # why the layer was left as it was; None when it was pruned
 
 
 Row = TypeVar("Row", bound=LayerRow | PrunedLayer)
@@ -153,13 +122,8 @@ class Report(_Rows[LayerRow]):
     def from_json(rows: Sequence[Mapping[str, Any]], title: str = "") -> Report:
         """Inverse of :meth:`to_json`."""
         names = [field.name for field in fields(LayerRow)]
-        return Report(
-            (
-                LayerRow(**{n: row[n] for n in names} | {"shape": tuple(row["shape"])})
-                for row in rows
-            ),
-            title,
-        )
+        made = (LayerRow(**{n: r[n] for n in names} | {"shape": tuple(r["shape"])}) for r in rows)
+        return Report(made, title)
 
     @property
     def sparse(self) -> list[LayerRow]:

@@ -80,23 +80,18 @@ def pack(
     layout: Layout | str = "r1v1",
     encoding: str = "u8",
 ) -> BalancedTensor:
-    """Pack a dense weight that already follows ``pattern``.
+    """Pack a dense weight that already follows ``pattern``, exactly: :func:`unpack` gives it back.
 
     Parameters
     ----------
     weight : (N, K) float32, float16 or bfloat16
-        Dense, with zeros. Not changed.
+        Dense weight, which is not changed.
     pattern : BalancedPattern
-        At most ``nnz`` non-zeros in each block; blocks with fewer are filled with explicit zeros.
+        What it follows; blocks with fewer than ``nnz`` non-zeros are filled with explicit zeros.
     layout : Layout or str
         Order in memory.
     encoding : str
         One of :data:`ENCODINGS`, or :data:`BITMAP`.
-
-    Returns
-    -------
-    BalancedTensor
-        Exact: :func:`unpack` gives ``weight`` back.
 
     Raises
     ------

@@ -104,12 +104,7 @@ def _quota(cgroup: Path) -> float | None:
 def core_count(topology: Path = _TOPOLOGY, cgroup: Path = _CGROUP) -> int:
     """CPU cores this process may use: hyper-threads of a core count once, a container's limit is kept.
 
-    Parameters
-    ----------
-    topology : Path
-        Where Linux tells which logical CPUs share a core.
-    cgroup : Path
-        Where it tells a container's limit.
+    ``topology`` is where Linux says which logical CPUs share a core, ``cgroup`` where a container's limit.
     """
     cores = {
         _text(topology / f"cpu{cpu}" / "topology" / "thread_siblings_list") or str(cpu)

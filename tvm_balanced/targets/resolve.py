@@ -38,7 +38,7 @@ class TargetSpec:
     name : str
         As it was given (``"h100"``, ``"llvm"``), or the TVM target as JSON.
     target : tvm.target.Target
-        What TVM compiles for.
+        The same for TVM.
     kind : str
         ``"cuda"`` or ``"llvm"``.
     arch : str
@@ -49,7 +49,7 @@ class TargetSpec:
         GB/s of memory and peak TFLOP/s, all cores together. On a CPU rough guesses from the number
         of cores and the vector width, and no tensor cores.
     cores : int
-        Streaming multiprocessors, or CPU cores this process may run on.
+        Number of streaming multiprocessors, or of CPU cores this process may run on.
     clock_ghz : float
         Boost clock.
     l2_bytes, shared_bytes : int
@@ -95,7 +95,7 @@ def names() -> list[str]:
 
 
 def resolve(target: str | tvm.target.Target | TargetSpec) -> TargetSpec:
-    """Find out what a target is.
+    """Find out what a target means.
 
     Parameters
     ----------
@@ -104,10 +104,6 @@ def resolve(target: str | tvm.target.Target | TargetSpec) -> TargetSpec:
         stands for the architecture), a GPU's name (``h100``), ``llvm`` (this CPU),
         ``llvm-x86-64-v4`` (any CPU of that level), a TVM target of kind cuda or llvm, or what this
         function returned before.
-
-    Returns
-    -------
-    TargetSpec
 
     Raises
     ------
