@@ -11,7 +11,7 @@ import click
 from rich.table import Table
 
 from tvm_balanced.cli.options import with_output
-from tvm_balanced.cli.output import Output, summary
+from tvm_balanced.cli.output import Output, summary, table_of
 from tvm_balanced.errors import OutputError
 
 
@@ -106,10 +106,9 @@ def _digits_table(good: dict[str, Any]) -> Table:
 
 
 def _minilm_table(real: dict[str, Any]) -> Table:
-    table = Table(title="MiniLM: a real model", title_justify="left")
     headings = ("weights", "ms on this CPU", "against PyTorch", "error against PyTorch", "cosine")
-    for heading in (*headings, "dense layers, MiB", "libraries, MiB"):
-        table.add_column(heading, justify="right")
+    headings += ("dense layers, MiB", "libraries, MiB")
+    table = table_of("MiniLM: a real model", headings, justify="right")
     pytorch = real["pytorch_ms"]
     table.add_row("PyTorch eager, dense", f"{pytorch:.1f}", "1.00x", "", "", "", "")
     for row in real["models"]:

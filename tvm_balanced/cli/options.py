@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
@@ -19,10 +19,11 @@ from tvm_balanced.options import DENSE_KERNELS, ENCODINGS, POLICIES, CompileOpti
 if TYPE_CHECKING:
     from tvm_balanced.model import Model
 
-F = TypeVar("F", bound=Callable[..., Any])
+Command: TypeAlias = Callable[..., None]
+Decorator: TypeAlias = Callable[[Command], Command]
 
 
-def with_output(function: Callable[..., None]) -> Callable[..., None]:
+def with_output(function: Command) -> Command:
     """Add ``--json``, ``-v`` and ``-q``; the command gets an :class:`Output` as first argument."""
 
     @click.option("--json", "as_json", is_flag=True, help="Results as JSON on stdout.")
@@ -44,6 +45,14 @@ def with_output(function: Callable[..., None]) -> Callable[..., None]:
 
     return wrapper
 
+
+def number_option(flag: str, default: int, least: int, text: str) -> Decorator:
+    """Return an option of a whole number."""
+    kind = click.IntRange(least)
+    return click.option(flag, default=default, show_default=True, type=kind, help=text)
+
+
+library_argument = click.argument("library", type=click.Path())
 
 shapes_option = click.option(
     "--input-shape",
@@ -164,7 +173,7 @@ def repeated(option: str, values: Sequence[str]) -> list[str]:
 class _Knob:
     """One field of :class:`CompileOptions` on the command line: click's option, and both directions."""
 
-    option: Callable[[Any], Any]
+    option: Decorator
     words: Callable[[Any], list[str]]
     parse: Callable[[Any], Any] = lambda given: given
 
@@ -250,26 +259,12 @@ def options_words(options: CompileOptions) -> list[str]:
 
 @dataclass(frozen=True)
 class Request:
-    """What a command is asked to compile, or to look at as if it were compiled.
+    """What a command is asked to compile, or to look at as if it were compiled."""
 
-    Parameters
-    ----------
-    model : str
-        The model's file.
-    input_shapes : tuple of str
-        ``--input-shape`` as given.
-    target : str
-        Name of the target.
-    pattern : str or None
-        Pattern to prune to, on the way or in thought.
-    options : CompileOptions
-        What it is compiled with.
-    """
-
-    model: str
-    input_shapes: tuple[str, ...]
+    model: str  # its file
+    input_shapes: tuple[str, ...]  # as given
     target: str
-    pattern: str | None
+    pattern: str | None  # to prune to, on the way or in thought
     options: CompileOptions
 
     def __post_init__(self) -> None:
@@ -298,8 +293,7 @@ class Request:
         model = self.load(tell, weights)
         if form is None:
             return model
-        ignore = self.options.ignore
-        return prune(model, form, ignore, progress=lambda name: tell(f"prune {name}"))
+        return prune(model, form, self.options.ignore, progress=lambda name: tell(f"prune {name}"))
 
     def command(self, verb: str, *more: str) -> str:
         """Return a command line that asks another command for the same."""
@@ -309,27 +303,21 @@ class Request:
         return shlex.join([*words, *options_words(self.options), *more])
 
 
-def requesting(pattern_help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def requesting(pattern_help: str) -> Decorator:
     """Add MODEL and all options of a compilation; the command gets them as ``request``."""
+    asked = ("model", "input_shapes", "target", "pattern")
 
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+    def decorate(function: Command) -> Command:
         @functools.wraps(function)
         def wrapper(*args: Any, **given: Any) -> None:
             values = {name: knob.parse(given.pop(name)) for name, knob in KNOBS.items()}
-            request = Request(
-                model=given.pop("model"),
-                input_shapes=given.pop("input_shapes"),
-                target=given.pop("target"),
-                pattern=given.pop("pattern"),
-                options=CompileOptions(**values),
-            )
-            function(*args, request=request, **given)
+            what = {name: given.pop(name) for name in asked}
+            function(*args, request=Request(**what, options=CompileOptions(**values)), **given)
 
-        decorated = wrapper
-        for knob in reversed(KNOBS.values()):
-            decorated = knob.option(decorated)
+        decorated: Command = wrapper
         pattern_option = click.option("--pattern", metavar="NNZ:BLOCK", help=pattern_help)
-        for option in (pattern_option, target_option, shapes_option):
+        knobs = [knob.option for knob in reversed(KNOBS.values())]
+        for option in (*knobs, pattern_option, target_option, shapes_option):
             decorated = option(decorated)
         return click.argument("model", type=click.Path())(decorated)
 

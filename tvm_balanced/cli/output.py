@@ -7,9 +7,9 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
 from rich.logging import RichHandler
@@ -33,18 +33,10 @@ TellRow = Callable[[str, int, int, str], None]
 
 @dataclass
 class Output:
-    """Consoles of one command.
+    """Consoles of one command."""
 
-    Parameters
-    ----------
-    as_json : bool
-        Results are one JSON document on stdout instead of tables.
-    verbosity : int
-        -1 errors only, 0 normal, 1 also what is done and, after an error, the traceback.
-    """
-
-    as_json: bool = False
-    verbosity: int = 0
+    as_json: bool = False  # results are one JSON document on stdout instead of tables
+    verbosity: int = 0  # -1 errors only; 1 also what is done and, after an error, the traceback
 
     def __post_init__(self) -> None:
         self.results = _console(sys.stdout)
@@ -86,17 +78,7 @@ class Output:
     def progress(self, title: str, total: int | None = None) -> Iterator[Tell]:
         """Show a bar on a terminal; lines with ``-v`` where there is none; else silence.
 
-        Parameters
-        ----------
-        title : str
-            What takes long.
-        total : int, optional
-            Steps, where their number is known.
-
-        Yields
-        ------
-        callable
-            It is called with a few words on each step when the step begins.
+        What it yields is called with a few words on each of the ``total`` steps when the step begins.
         """
         if self.verbosity < 0 or not self.notes.is_terminal:
             yield (lambda step: self._note(f"{title}: {step}")) if self.verbosity > 0 else _ignore
@@ -104,8 +86,8 @@ class Output:
         columns: list[ProgressColumn] = [
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
         ]
-        columns += [BarColumn(bar_width=24)]
         if total is not None:
             columns.append(MofNCompleteColumn())
         with Progress(*columns, TimeElapsedColumn(), console=self.notes, transient=True) as bar:
@@ -125,15 +107,7 @@ class Output:
     def progress_rows(self, title: str) -> Iterator[TellRow]:
         """As :meth:`progress`, with a bar for each of several things that go on by turns.
 
-        Parameters
-        ----------
-        title : str
-            What takes long.
-
-        Yields
-        ------
-        callable
-            It is called with the name of a row, steps done, all its steps, and a few words.
+        What it yields is called with the name of a row, steps done, all its steps, and a few words.
         """
         if self.verbosity < 0 or not self.notes.is_terminal:
 
@@ -162,6 +136,14 @@ class Output:
 
     def _note(self, text: str) -> None:
         self.notes.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def table_of(title: str, headings: Iterable[str], **columns: Any) -> Table:
+    """Make a table with its title at the left; ``columns`` are keywords of ``rich.Table.add_column``."""
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, **columns)
+    return table
 
 
 def summary(title: str, rows: Mapping[str, object]) -> Table:

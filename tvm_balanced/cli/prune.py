@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from tvm_balanced.cli.options import (
     target_option,
     with_output,
 )
-from tvm_balanced.cli.output import Output
+from tvm_balanced.cli.output import Output, table_of
 from tvm_balanced.errors import InputError
 
 if TYPE_CHECKING:
@@ -112,13 +111,18 @@ def command(
     )
     with output.progress("prune") as tell:
         done = job.run(tell)
-    report, selection = done.report, done.selection
+    report, selection, choice = done.report, done.selection, None
+    if selection is not None:
+        # with it TVM is imported, which plain pruning does not need
+        from tvm_balanced.pruning.sensitivity import selection_json
+
+        choice = selection_json(selection)
     output.document(
         {
             "command": "prune",
             "model": model,
             "pattern": None if goal else pattern,
-            "choice": None if selection is None else _choice_json(selection),
+            "choice": choice,
             "speedup": None if selection is None else selection.speedup,
             "output": None if job.dry_run else str(job.path),
             "layers": report.to_json(),
@@ -187,17 +191,10 @@ def _goal(
     return Goal(resolve(target), forms, speedup, bound)
 
 
-def _choice_json(selection: Selection) -> list[Mapping[str, Any]]:
-    # with it TVM is imported, which plain pruning does not need
-    from tvm_balanced.pruning.sensitivity import selection_json
-
-    return selection_json(selection)
-
-
 def _choice(selection: Selection, target: str) -> Table:
     """Return what each layer costs and gains, dense and under every candidate."""
-    table = Table(title=f"choice for {target}, times predicted", title_justify="left")
-    table.add_column("layer", overflow="fold", min_width=12)
+    title = f"choice for {target}, times predicted"
+    table = table_of(title, ("layer",), overflow="fold", min_width=12)
     for heading in ("chosen", "dense us", "us", "loss alone"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("could be (us, loss)", overflow="fold")

@@ -8,21 +8,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.table import Table
 
-from tvm_balanced.cli.options import overwrite_option, parse_shapes, with_output
-from tvm_balanced.cli.output import Output, summary
+from tvm_balanced.cli.options import (
+    library_argument,
+    number_option,
+    overwrite_option,
+    parse_shapes,
+    with_output,
+)
+from tvm_balanced.cli.output import Output, summary, table_of
 from tvm_balanced.errors import InputError
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
     from tvm_balanced.artifact.manifest import TensorEntry
     from tvm_balanced.runtime.inputs import Arrays
+    from tvm_balanced.support.tensors import Array
 
 
 @click.command(name="run")
-@click.argument("library", type=click.Path())
+@library_argument
 @click.option(
     "--input",
     "inputs",
@@ -33,9 +37,7 @@ if TYPE_CHECKING:
 @click.option(
     "--random", "use_random", is_flag=True, help="Random inputs: normal; integers 0 or 1."
 )
-@click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the random inputs."
-)
+@number_option("--seed", 0, 0, "Seed of the random inputs.")
 @click.option(
     "--input-shape",
     "input_shapes",
@@ -43,13 +45,7 @@ if TYPE_CHECKING:
     metavar="NAME=1,128",
     help="Shape of a random input whose extents are symbolic (else 1); repeatable.",
 )
-@click.option(
-    "--repeat",
-    default=20,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Timed calls, after 3 that are not.",
-)
+@number_option("--repeat", 20, 1, "Timed calls, after 3 that are not.")
 @click.option(
     "--device",
     type=click.Choice(["emulated"]),
@@ -105,9 +101,7 @@ def command(
             "output": None if path is None else str(path),
         }
     )
-    table = Table(title="tensors", title_justify="left")
-    for heading in ("", "name", "dtype", "shape"):
-        table.add_column(heading)
+    table = table_of("tensors", ("", "name", "dtype", "shape"))
     for kind, group in (("input", given), ("output", run.outputs)):
         for name, array in group.items():
             table.add_row(kind, name, array.dtype.name, str(list(array.shape)))
@@ -141,5 +135,5 @@ def _reader(
     return lambda entries: read_inputs(inputs, entries)
 
 
-def _describe(array: npt.NDArray[Any]) -> dict[str, Any]:
+def _describe(array: Array) -> dict[str, object]:
     return {"dtype": array.dtype.name, "shape": list(array.shape)}

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     help="Measure here, on the servers of a tracker, or predict for a GPU that is not here.",
 )
 @click.option("--tracker", metavar="HOST:PORT", help="TVM's RPC tracker, for --runner rpc.")
-@click.option("--key", metavar="KEY", help="Of the tracker's servers, for --runner rpc.")
-@click.option("--seed", default=0, show_default=True, help="Of the search.")
+@click.option("--key", metavar="KEY", help="Key of the tracker's servers, for --runner rpc.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the search.")
 @click.option("--resume", is_flag=True, help="Earlier records count as trials.")
 @click.option("--plot", metavar="FILE", help="Best time over trials, as .png, .svg or .pdf.")
 @click.option("--prune", metavar="N", type=int, help="Then keep the best N schedules of a kernel.")

@@ -6,13 +6,13 @@ import shlex
 
 import click
 
-from tvm_balanced.cli.options import with_output
+from tvm_balanced.cli.options import library_argument, number_option, with_output
 from tvm_balanced.cli.output import Output, summary
 from tvm_balanced.errors import TvmBalancedError
 
 
 @click.command(name="verify")
-@click.argument("library", type=click.Path())
+@library_argument
 @click.option(
     "--kernel",
     "kernels",
@@ -20,23 +20,14 @@ from tvm_balanced.errors import TvmBalancedError
     metavar="NAME",
     help="Run only this kernel function; repeatable. Default: all.",
 )
-@click.option(
+@number_option(
     "--blocks",
-    default=6,
-    show_default=True,
-    type=click.IntRange(0),
-    help="Thread blocks of a launch that are checked for races and bounds (all run); 0 for all.",
+    6,
+    0,
+    "Thread blocks of a launch that are checked for races and bounds (all run); 0 for all.",
 )
-@click.option(
-    "--symbol",
-    default=3,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Value of symbolic extents.",
-)
-@click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(0), help="Of inputs and threads."
-)
+@number_option("--symbol", 3, 1, "Value of symbolic extents.")
+@number_option("--seed", 0, 0, "Seed of inputs and threads.")
 @with_output
 def command(
     output: Output, library: str, kernels: tuple[str, ...], blocks: int, symbol: int, seed: int

@@ -7,18 +7,18 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from tvm_balanced.artifact.manifest import TensorEntry
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.layout import numpy_dtype
+from tvm_balanced.runtime.arguments import AnyTensor
 from tvm_balanced.runtime.library import Library
 from tvm_balanced.support.files import write_whole
+from tvm_balanced.support.tensors import Array
 
-Arrays = dict[str, npt.NDArray[Any]]
+Arrays = dict[str, Array]
 
 # calls before those that are timed
 _WARM_UP = 3
@@ -42,7 +42,7 @@ class Run:
         return min(self.seconds) * 1e3
 
 
-def run_library(library: Library, inputs: Mapping[str, Any], repeat: int) -> Run:
+def run_library(library: Library, inputs: Mapping[str, AnyTensor], repeat: int) -> Run:
     """Call a library, and then time ``repeat`` calls with the result waited for."""
     result = library(**inputs)
     for _ in range(_WARM_UP - 1):
@@ -59,7 +59,7 @@ def run_library(library: Library, inputs: Mapping[str, Any], repeat: int) -> Run
     return Run(outputs, tuple(seconds))
 
 
-def write_outputs(path: Path, arrays: Mapping[str, npt.NDArray[Any]], overwrite: bool) -> None:
+def write_outputs(path: Path, arrays: Mapping[str, Array], overwrite: bool) -> None:
     """Write arrays as ``.npz``, whole or not at all.
 
     Raises
@@ -68,9 +68,8 @@ def write_outputs(path: Path, arrays: Mapping[str, npt.NDArray[Any]], overwrite:
         When it cannot be written.
     """
     # .npz knows no bfloat16: its values are kept exactly in float32
-    plain: Arrays = {
-        name: a.astype(np.float32) if a.dtype.name == "bfloat16" else a
-        for name, a in arrays.items()
+    plain = {
+        n: a.astype(np.float32) if a.dtype.name == "bfloat16" else a for n, a in arrays.items()
     }
 
     def write(part: Path) -> None:
@@ -138,7 +137,7 @@ def read_inputs(files: Sequence[str], entries: Sequence[TensorEntry]) -> Arrays:
     return arrays
 
 
-def _read_array(file: str) -> npt.NDArray[Any]:
+def _read_array(file: str) -> Array:
     try:
         array = np.load(file, allow_pickle=False)
     except OSError as error:

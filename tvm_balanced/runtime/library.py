@@ -55,10 +55,6 @@ def load(path: str | os.PathLike[str], device: str | None = None) -> Library:
         ``"emulated"``: run CUDA code on the CPU, thread by thread, without a GPU
         (:mod:`tvm_balanced.cuda.emulator.device`); for tests, and slow. Else the device it was compiled for.
 
-    Returns
-    -------
-    Library
-
     Raises
     ------
     ArtifactError
@@ -293,9 +289,8 @@ class Library:
         check_host(self.path, self.manifest)
         if self.emulated:
             self._emulated_device()
-        else:
+        elif self.manifest.target.kind == "cuda":
             check_device(self.path, self.manifest)
-        if self.manifest.target.kind == "cuda" and not self.emulated:
             from tvm_balanced.cuda.libraries import load_cuda_runtime
 
             load_cuda_runtime()
