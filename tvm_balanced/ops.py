@@ -139,9 +139,7 @@ def balanced_sparse_dense_te(
     if fmt.padded_rows == fmt.out_features and out_dtype == "float32":
         return total
     return te.compute(
-        (*batch, fmt.out_features),
-        lambda *at: tirx.Cast(out_dtype, total(*at)),
-        name=BLOCK_OUT,
+        (*batch, fmt.out_features), lambda *at: tirx.Cast(out_dtype, total(*at)), name=BLOCK_OUT
     )
 
 

@@ -75,10 +75,7 @@ class BalancedTensor:
 
 
 def pack(
-    weight: Array,
-    pattern: BalancedPattern,
-    layout: Layout | str = "r1v1",
-    encoding: str = "u8",
+    weight: Array, pattern: BalancedPattern, layout: Layout | str = "r1v1", encoding: str = "u8"
 ) -> BalancedTensor:
     """Pack a dense weight that already follows ``pattern``, exactly: :func:`unpack` gives it back.
 
