@@ -58,6 +58,16 @@ class PrunedLayer:
 Row = TypeVar("Row", bound=LayerRow | PrunedLayer)
 
 
+def table_of(title: str | None, headings: Iterable[str], **columns: Any) -> Table:
+    """Make a table with its title at the left; ``columns`` are keywords of ``rich.Table.add_column``."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, **columns)
+    return table
+
+
 class Printable:
     """A result whose ``str()`` is tables."""
 
@@ -154,10 +164,7 @@ class Report(_Rows[LayerRow]):
         return [table]
 
     def _full_table(self, groups: Sequence[tuple[str, LayerRow]]) -> Table:
-        from rich.table import Table
-
-        table = Table(title=self.title or None, title_justify="left", expand=False)
-        table.add_column("layer", no_wrap=True)
+        table = table_of(self.title or None, ("layer",), no_wrap=True)
         headings = ("N x K", "M", "pattern", "KiB dense", "KiB sparse", "us dense", "us sparse")
         for heading in headings:
             table.add_column(heading, justify="right", no_wrap=True)
@@ -180,17 +187,10 @@ class Report(_Rows[LayerRow]):
 
     def _compact_table(self, groups: Sequence[tuple[str, LayerRow]]) -> Table:
         from rich import box
-        from rich.table import Table
 
-        table = Table(
-            title=self.title or None,
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-            pad_edge=False,
-            show_edge=False,
-        )
-        table.add_column("layer: reason", overflow="fold")
+        table = table_of(self.title or None, ("layer: reason",), overflow="fold")
+        table.box, table.padding = box.SIMPLE_HEAD, (0, 1, 0, 0)
+        table.pad_edge = table.show_edge = False
         # unlike columns that must not wrap, these are never cut: sizes of two go below each other
         for heading in ("N x K", "M", "KiB", "us"):
             table.add_column(heading, justify="right", overflow="fold")
@@ -223,10 +223,7 @@ class PruningReport(_Rows[PrunedLayer]):
 
     def tables(self, width: int = WIDE) -> list[Table]:
         """One table; layers are equal here only where nothing was done to them."""
-        from rich.table import Table
-
-        table = Table(title=self.title or "pruned layers", title_justify="left")
-        table.add_column("layer", no_wrap=True)
+        table = table_of(self.title or "pruned layers", ("layer",), no_wrap=True)
         for heading in ("N x K", "pattern", "energy kept"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("left alone because", overflow="fold")

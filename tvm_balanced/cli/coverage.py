@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from tvm_balanced.cli.output import table_of
+from tvm_balanced.report import table_of
 
 if TYPE_CHECKING:
     from tvm_balanced.artifact.manifest import KernelEntry

@@ -11,8 +11,9 @@ import click
 from rich.table import Table
 
 from tvm_balanced.cli.options import with_output
-from tvm_balanced.cli.output import Output, summary, table_of
+from tvm_balanced.cli.output import Output, summary
 from tvm_balanced.errors import OutputError
+from tvm_balanced.report import table_of
 
 
 @click.command(name="demo")
@@ -91,9 +92,9 @@ def command(output: Output, destination: str) -> None:
 
 
 def _digits_table(good: dict[str, Any]) -> Table:
-    table = Table(title="digits: a good model, compiled for this CPU", title_justify="left")
-    for heading in ("weights", "test accuracy", "sparse layers", "weights, KiB"):
-        table.add_column(heading, justify="right")
+    headings = ("weights", "test accuracy", "sparse layers", "weights, KiB")
+    title = "digits: a good model, compiled for this CPU"
+    table = table_of(title, headings, justify="right")
     for row in good["models"]:
         table.add_row(
             row["weights"],

@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from tvm_balanced.cli.options import with_output
-from tvm_balanced.cli.output import Output, summary, table_of
+from tvm_balanced.cli.output import Output, summary
+from tvm_balanced.report import table_of
 
 
 @click.command(name="doctor")

@@ -11,8 +11,9 @@ import click
 
 from tvm_balanced.cli.coverage import coverage_table, coverage_text
 from tvm_balanced.cli.options import options_words, parse_shapes, shapes_option, with_output
-from tvm_balanced.cli.output import Output, summary, table_of
+from tvm_balanced.cli.output import Output, summary
 from tvm_balanced.errors import InputError
+from tvm_balanced.report import table_of
 
 if TYPE_CHECKING:
     from tvm_balanced.artifact.manifest import Manifest, TensorEntry

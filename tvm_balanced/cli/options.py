@@ -46,20 +46,23 @@ def with_output(function: Command) -> Command:
     return wrapper
 
 
-def number_option(flag: str, default: int, least: int, text: str) -> Decorator:
-    """Return an option of a whole number."""
-    kind = click.IntRange(least)
+def with_default(flag: str, default: object, kind: click.ParamType, text: str) -> Decorator:
+    """Return an option with a default, which its help shows."""
     return click.option(flag, default=default, show_default=True, type=kind, help=text)
+
+
+def repeatable(flag: str, name: str, metavar: str, text: str) -> Decorator:
+    """Return an option that may be given several times."""
+    return click.option(flag, name, multiple=True, metavar=metavar, help=text)
 
 
 library_argument = click.argument("library", type=click.Path())
 
-shapes_option = click.option(
+shapes_option = repeatable(
     "--input-shape",
     "input_shapes",
-    multiple=True,
-    metavar="NAME=1,128",
-    help="Shape of an input of an ONNX model; repeatable. A word is a symbolic extent.",
+    "NAME=1,128",
+    "Shape of an input of an ONNX model; repeatable. A word is a symbolic extent.",
 )
 
 target_option = click.option(
@@ -70,11 +73,11 @@ target_option = click.option(
     help="llvm, cuda, cuda-sm_90, h100, ...; tvm-balanced doctor lists them.",
 )
 
-ignore_option = click.option(
+ignore_option = repeatable(
     "--ignore",
-    multiple=True,
-    metavar="LAYER",
-    help='Leave a layer dense: exact name or "re:" and a regular expression; repeatable.',
+    "ignore",
+    "LAYER",
+    'Leave a layer dense: exact name or "re:" and a regular expression; repeatable.',
 )
 
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what exists there.")
@@ -181,11 +184,11 @@ class _Knob:
 # by field; what is compiled can be asked for here and said again from here
 KNOBS = {
     "policy": _Knob(
-        click.option(
+        repeatable(
             "--policy",
-            multiple=True,
-            metavar="auto|always|never|LAYER=...",
-            help="Which layers run sparse; repeatable for single layers. Default: auto.",
+            "policy",
+            "auto|always|never|LAYER=...",
+            "Which layers run sparse; repeatable for single layers. Default: auto.",
         ),
         _policy_words,
         parse_policies,
@@ -202,32 +205,29 @@ KNOBS = {
         parse_buckets,
     ),
     "encoding": _Knob(
-        click.option(
+        with_default(
             "--encoding",
-            default="auto",
-            show_default=True,
-            type=click.Choice(ENCODINGS),
-            help="How indices are stored; auto takes the fewest bytes that the target likes.",
+            "auto",
+            click.Choice(ENCODINGS),
+            "How indices are stored; auto takes the fewest bytes that the target likes.",
         ),
         lambda encoding: ["--encoding", encoding],
     ),
     "dense": _Knob(
-        click.option(
+        with_default(
             "--dense",
-            type=click.Choice(DENSE_KERNELS),
-            default="dlight",
-            show_default=True,
-            help="What runs dense matrix products on a GPU; cublas must be installed where the library "
-            "runs.",
+            "dlight",
+            click.Choice(DENSE_KERNELS),
+            "What runs dense matrix products on a GPU; cublas must be installed where the library runs.",
         ),
         lambda dense: ["--dense", dense],
     ),
     "cuda_graph": _Knob(
-        click.option(
+        with_default(
             "--cuda-graph/--no-cuda-graph",
-            default=True,
-            show_default=True,
-            help="Replay kernels of static shapes as CUDA graphs.",
+            True,
+            click.BOOL,
+            "Replay kernels of static shapes as CUDA graphs.",
         ),
         lambda wanted: ["--cuda-graph" if wanted else "--no-cuda-graph"],
     ),

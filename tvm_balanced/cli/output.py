@@ -7,9 +7,9 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console, RenderableType
 from rich.logging import RichHandler
@@ -24,6 +24,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.table import Table
+
+from tvm_balanced.report import table_of
 
 # a table that a pipe or a file gets is not cut to the width of a terminal that is not there
 _PIPE_WIDTH = 160
@@ -138,19 +140,11 @@ class Output:
         self.notes.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def table_of(title: str, headings: Iterable[str], **columns: Any) -> Table:
-    """Make a table with its title at the left; ``columns`` are keywords of ``rich.Table.add_column``."""
-    table = Table(title=title, title_justify="left")
-    for heading in headings:
-        table.add_column(heading, **columns)
-    return table
-
-
 def summary(title: str, rows: Mapping[str, object]) -> Table:
     """Make a table of two columns without headings."""
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column(no_wrap=True)
+    table = table_of(title, ("",), no_wrap=True)
     table.add_column(overflow="fold")
+    table.show_header = False
     for name, value in rows.items():
         table.add_row(name, str(value))
     return table

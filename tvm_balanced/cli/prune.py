@@ -16,10 +16,12 @@ from tvm_balanced.cli.options import (
     repeated,
     shapes_option,
     target_option,
+    with_default,
     with_output,
 )
-from tvm_balanced.cli.output import Output, table_of
+from tvm_balanced.cli.output import Output
 from tvm_balanced.errors import InputError
+from tvm_balanced.report import table_of
 
 if TYPE_CHECKING:
     from tvm_balanced.pruning.files import FilePruning
@@ -54,12 +56,11 @@ METHODS = ("magnitude", "wanda", "sparsegpt")
 )
 @target_option
 @ignore_option
-@click.option(
+@with_default(
     "--method",
-    type=click.Choice(METHODS),
-    default="magnitude",
-    show_default=True,
-    help="How weights are chosen; wanda and sparsegpt need --calibration and a .pt2.",
+    "magnitude",
+    click.Choice(METHODS),
+    "How weights are chosen; wanda and sparsegpt need --calibration and a .pt2.",
 )
 @click.option(
     "--calibration",

@@ -11,13 +11,15 @@ import click
 
 from tvm_balanced.cli.options import (
     library_argument,
-    number_option,
     overwrite_option,
     parse_shapes,
+    repeatable,
+    with_default,
     with_output,
 )
-from tvm_balanced.cli.output import Output, summary, table_of
+from tvm_balanced.cli.output import Output, summary
 from tvm_balanced.errors import InputError
+from tvm_balanced.report import table_of
 
 if TYPE_CHECKING:
     from tvm_balanced.artifact.manifest import TensorEntry
@@ -27,25 +29,23 @@ if TYPE_CHECKING:
 
 @click.command(name="run")
 @library_argument
-@click.option(
+@repeatable(
     "--input",
     "inputs",
-    multiple=True,
-    metavar="[NAME=]X.npy",
-    help="An input, in the model's order or by name; repeatable.",
+    "[NAME=]X.npy",
+    "An input, in the model's order or by name; repeatable.",
 )
 @click.option(
     "--random", "use_random", is_flag=True, help="Random inputs: normal; integers 0 or 1."
 )
-@number_option("--seed", 0, 0, "Seed of the random inputs.")
-@click.option(
+@with_default("--seed", 0, click.IntRange(0), "Seed of the random inputs.")
+@repeatable(
     "--input-shape",
     "input_shapes",
-    multiple=True,
-    metavar="NAME=1,128",
-    help="Shape of a random input whose extents are symbolic (else 1); repeatable.",
+    "NAME=1,128",
+    "Shape of a random input whose extents are symbolic (else 1); repeatable.",
 )
-@number_option("--repeat", 20, 1, "Timed calls, after 3 that are not.")
+@with_default("--repeat", 20, click.IntRange(1), "Timed calls, after 3 that are not.")
 @click.option(
     "--device",
     type=click.Choice(["emulated"]),
@@ -106,7 +106,7 @@ def command(
         for name, array in group.items():
             table.add_row(kind, name, array.dtype.name, str(list(array.shape)))
     output.show(table)
-    rows: dict[str, Any] = {
+    rows: dict[str, object] = {
         "median": f"{run.median_ms:.3f} ms of {repeat} calls",
         "fastest": f"{run.min_ms:.3f} ms",
     }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tvm_balanced.cli.options import Request, requesting, with_output
+from tvm_balanced.cli.options import Request, requesting, with_default, with_output
 from tvm_balanced.cli.output import Output, TellRow, summary
 from tvm_balanced.errors import InputError
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.command(name="tune")
 @requesting("Tune the kernels that compile would build with this pattern.")
-@click.option("--trials", default=64, show_default=True, help="Schedules to measure of a kernel.")
+@with_default("--trials", 64, click.INT, "Schedules to measure of a kernel.")
 @click.option("--time", "budget", metavar="30m", help="When the search ends: 90s, 30m, 2h.")
 @click.option(
     "--cache",
@@ -27,23 +27,21 @@ if TYPE_CHECKING:
     help="Weights in the caches when a kernel begins: as a run of the model leaves them (the local runner "
     "if not given), none (the others), all.",
 )
-@click.option(
+@with_default(
     "--kernels",
-    type=click.Choice(("all", "balanced")),
-    default="all",
-    show_default=True,
-    help="Also those without sparse layers, by TVM's own rules.",
+    "all",
+    click.Choice(("all", "balanced")),
+    "Also those without sparse layers, by TVM's own rules.",
 )
-@click.option(
+@with_default(
     "--runner",
-    type=click.Choice(("local", "rpc", "model")),
-    default="local",
-    show_default=True,
-    help="Measure here, on the servers of a tracker, or predict for a GPU that is not here.",
+    "local",
+    click.Choice(("local", "rpc", "model")),
+    "Measure here, on the servers of a tracker, or predict for a GPU that is not here.",
 )
 @click.option("--tracker", metavar="HOST:PORT", help="TVM's RPC tracker, for --runner rpc.")
 @click.option("--key", metavar="KEY", help="Key of the tracker's servers, for --runner rpc.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the search.")
+@with_default("--seed", 0, click.INT, "Seed of the search.")
 @click.option("--resume", is_flag=True, help="Earlier records count as trials.")
 @click.option("--plot", metavar="FILE", help="Best time over trials, as .png, .svg or .pdf.")
 @click.option("--prune", metavar="N", type=int, help="Then keep the best N schedules of a kernel.")

@@ -6,28 +6,24 @@ import shlex
 
 import click
 
-from tvm_balanced.cli.options import library_argument, number_option, with_output
+from tvm_balanced.cli.options import library_argument, repeatable, with_default, with_output
 from tvm_balanced.cli.output import Output, summary
 from tvm_balanced.errors import TvmBalancedError
 
 
 @click.command(name="verify")
 @library_argument
-@click.option(
-    "--kernel",
-    "kernels",
-    multiple=True,
-    metavar="NAME",
-    help="Run only this kernel function; repeatable. Default: all.",
+@repeatable(
+    "--kernel", "kernels", "NAME", "Run only this kernel function; repeatable. Default: all."
 )
-@number_option(
+@with_default(
     "--blocks",
     6,
-    0,
+    click.IntRange(0),
     "Thread blocks of a launch that are checked for races and bounds (all run); 0 for all.",
 )
-@number_option("--symbol", 3, 1, "Value of symbolic extents.")
-@number_option("--seed", 0, 0, "Seed of inputs and threads.")
+@with_default("--symbol", 3, click.IntRange(1), "Value of symbolic extents.")
+@with_default("--seed", 0, click.IntRange(0), "Seed of inputs and threads.")
 @with_output
 def command(
     output: Output, library: str, kernels: tuple[str, ...], blocks: int, symbol: int, seed: int

@@ -315,13 +315,12 @@ class Library:
             stored: Mapping[str, AnyTensor] = {}
             if PARAMETERS in self.manifest.files:
                 stored = read_tensors(self.path / PARAMETERS)
-            for entry in self.manifest.functions:
-                for name in entry.params:
-                    if name not in stored:
-                        raise ArtifactError(
-                            f"{self.path / PARAMETERS} lacks {name}, which {entry.name} needs; "
-                            "copy or build it again"
-                        )
+            for name, entry in ((n, e) for e in self.manifest.functions for n in e.params):
+                if name not in stored:
+                    raise ArtifactError(
+                        f"{self.path / PARAMETERS} lacks {name}, which {entry.name} needs; "
+                        "copy or build it again"
+                    )
             with _CUDA_CALLS.shared():
                 self._params = {name: on_device(array, device) for name, array in stored.items()}
             try:
