@@ -8,12 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tvm_balanced._version import __version__
 from tvm_balanced.build import cxx
 from tvm_balanced.cuda import libraries, nvrtc
 from tvm_balanced.errors import ToolchainError, TvmBalancedError
+from tvm_balanced.report import JsonObject
 from tvm_balanced.support.provenance import package_version
 from tvm_balanced.targets import driver, gpus, host
 from tvm_balanced.targets import resolve as targets
@@ -60,22 +61,19 @@ else:
 """
 
 
-def collect() -> dict[str, Any]:
+def collect() -> JsonObject:
     """Everything ``tvm-balanced doctor`` prints, as JSON values.
 
-    Returns
-    -------
-    dict
-        ``tvm_balanced``, ``python``, ``platform``: versions; ``packages``: name to version or None;
-        ``cpu``: model, cores, vector features; ``cxx``, ``nvrtc``, ``cublas``, ``driver``, ``gpus``,
-        ``tvm``: what is there, each with a ``problem`` that is None when it is usable; ``targets``: one
-        entry a target name with ``compiles``, ``runs`` and, where one is False, ``reason``.
+    ``tvm_balanced``, ``python``, ``platform``: versions; ``packages``: name to version or None; ``cpu``:
+    model, cores, vector features; ``cxx``, ``nvrtc``, ``cublas``, ``driver``, ``gpus``, ``tvm``: what is
+    there, each with a ``problem`` that is None when it is usable; ``targets``: one entry a target name with
+    ``compiles``, ``runs`` and, where one is False, ``reason``.
     """
     detected, no_driver = _attempt(driver.detect_driver)
     here = detected or driver.Driver(None, (), no_driver)
     compiler, no_compiler = _attempt(cxx.find_cxx)
     cublas, no_cublas = _attempt(lambda: find_cublas(cublas_places()))
-    out: dict[str, Any] = {
+    out: JsonObject = {
         "tvm_balanced": __version__,
         "python": platform.python_version(),
         "executable": sys.executable,
@@ -128,13 +126,7 @@ def cublas_places() -> list[str]:
 
 
 def find_cublas(places: Sequence[str]) -> dict[str, str]:
-    """Return ``path`` and ``version`` of the first libcublas that the loader finds at one of ``places``.
-
-    Raises
-    ------
-    ToolchainError
-        When none does.
-    """
+    """Return ``path`` and ``version`` of the first of ``places`` that loads, else ToolchainError."""
     done = subprocess.run(
         [sys.executable, "-I", "-c", _CUBLAS_PROBE, *places], capture_output=True, text=True
     )
@@ -166,7 +158,7 @@ def _check_tvm() -> None:
         raise TvmBalancedError("TVM was built without LLVM: pip install apache-tvm")
 
 
-def _usable(name: str, machine: dict[str, Any]) -> dict[str, Any]:
+def _usable(name: str, machine: JsonObject) -> JsonObject:
     """Whether a target compiles and runs on ``machine``, and where not, why."""
     spec, unresolved = _attempt(lambda: targets.resolve(name))
     cuda = name in gpus.GPUS or name.startswith("cuda")
@@ -181,7 +173,7 @@ def _usable(name: str, machine: dict[str, Any]) -> dict[str, Any]:
     return {"compiles": blocked is None, "runs": reason is None, "reason": blocked or reason}
 
 
-def _why_not_here(spec: targets.TargetSpec, machine: dict[str, Any]) -> str | None:
+def _why_not_here(spec: targets.TargetSpec, machine: JsonObject) -> str | None:
     if spec.kind == "cuda":
         archs = sorted({gpu["arch"] for gpu in machine["gpus"]})
         if not archs:

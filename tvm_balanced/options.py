@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from tvm_balanced.errors import InputError
+from tvm_balanced.report import JsonObject
 from tvm_balanced.support.words import check_word
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class CompileOptions:
         """The folder of tuning records that was given."""
         return self.logs if isinstance(self.logs, str) else None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain values; the inverse is :meth:`from_json`."""
         return {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(self).items()}
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import itertools
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, overload
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
     from rich.table import Table
+
+JsonObject: TypeAlias = dict[str, Any]
 
 # columns of a table that goes into a file or a pipe
 WIDE = 160
@@ -112,7 +114,7 @@ class _Rows(Printable, Sequence[Row], Generic[Row]):
     def __iter__(self) -> Iterator[Row]:
         return iter(self._rows)
 
-    def to_json(self) -> list[dict[str, Any]]:
+    def to_json(self) -> list[JsonObject]:
         """Plain dictionaries, one a layer."""
         return [{**asdict(row), "shape": list(row.shape)} for row in self._rows]
 
@@ -129,7 +131,7 @@ class Report(_Rows[LayerRow]):
     """What was decided for every dense layer, and why."""
 
     @staticmethod
-    def from_json(rows: Sequence[Mapping[str, Any]], title: str = "") -> Report:
+    def from_json(rows: Sequence[JsonObject], title: str = "") -> Report:
         """Inverse of :meth:`to_json`."""
         names = [field.name for field in fields(LayerRow)]
         made = (LayerRow(**{n: r[n] for n in names} | {"shape": tuple(r["shape"])}) for r in rows)

@@ -104,10 +104,7 @@ class Contents:
     def write(self, path: Path | str, *, overwrite: bool = False) -> Path:
         """Write the folder whole or not at all; ``overwrite`` replaces a ``model.tvmb`` and nothing else.
 
-        Raises
-        ------
-        OutputError
-            If the path exists or cannot be written; nothing is left behind.
+        OutputError if the path exists or cannot be written; nothing is left behind.
         """
         return _whole(path, self._fill, overwrite)
 
@@ -181,11 +178,7 @@ def _whole(path: Path | str, fill: Callable[[Path], None], overwrite: bool) -> P
 def check_writable(path: Path, *, overwrite: bool = False) -> None:
     """Refuse a path that no library could be written to, before hours of work.
 
-    Raises
-    ------
-    OutputError
-        If the path exists and is no ``model.tvmb`` that may be replaced, or its parent is missing or
-        not writable.
+    OutputError if it exists and is no ``model.tvmb`` to overwrite, or its parent is missing or not writable.
     """
     if os.path.lexists(path):
         if not overwrite:
@@ -221,13 +214,7 @@ def sha256(path: Path) -> str:
 
 
 def verify_hashes(path: Path | str, manifest: Manifest | None = None) -> None:
-    """Check that every file of a ``model.tvmb`` is as it was written.
-
-    Raises
-    ------
-    ArtifactError
-        If a file is missing or changed.
-    """
+    """Check that every file of a ``model.tvmb`` is as it was written and there, else ArtifactError."""
     path = Path(path)
     manifest = read_manifest(path) if manifest is None else manifest
     for name, expected in manifest.files.items():

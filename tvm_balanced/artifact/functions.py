@@ -21,17 +21,8 @@ def describe_functions(
 ) -> tuple[FunctionEntry, ...]:
     """Describe the Relax functions of a module, the one with the most symbolic extents first.
 
-    Parameters
-    ----------
-    mod : tvm.IRModule
-        The module before its parameters are bound.
-    embedded, beside : sequence of str
-        Function parameters that become constants, and those that the library file does not hold.
-
-    Raises
-    ------
-    ArtifactError
-        If a parameter stored beside the library stands before an input.
+    ``mod`` is as before its parameters are bound; those ``embedded`` become constants, and those ``beside``
+    the library, which come after all inputs (else ArtifactError), are not in its file.
     """
     from tvm import relax
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 
@@ -14,7 +14,7 @@ from tvm_balanced._version import __version__
 from tvm_balanced.cuda.cubin import DeviceImage
 from tvm_balanced.errors import ArtifactError, InputError
 from tvm_balanced.options import CompileOptions
-from tvm_balanced.report import LayerRow
+from tvm_balanced.report import JsonObject, LayerRow
 
 FORMAT = "tvmb"
 
@@ -102,7 +102,7 @@ class Manifest:
     """The contents of ``manifest.json``."""
 
     model: str  # its name
-    options: Mapping[str, Any]  # the CompileOptions it was compiled with, as JSON
+    options: JsonObject  # the CompileOptions it was compiled with, as JSON
     target: TargetEntry
     device_code: Annotated[str, msgspec.Meta(pattern="^(cubin|none)$")]
     functions: tuple[FunctionEntry, ...]  # the first is the most general
@@ -115,7 +115,7 @@ class Manifest:
     cublas: tuple[CublasCall, ...]  # where there is any, running needs libcublas
     coverage: tuple[KernelEntry, ...]  # empty where the library does not say
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain values, as they stand in the file."""
         # TVM's strings are strings, but not to msgspec
         values = msgspec.to_builtins(self, enc_hook=str)
@@ -145,10 +145,7 @@ class Manifest:
 def read_manifest(path: Path | str) -> Manifest:
     """Read and check ``manifest.json`` of a ``model.tvmb`` folder.
 
-    Raises
-    ------
-    ArtifactError
-        If the folder is no ``.tvmb``, its manifest is damaged, or its format is another version.
+    ArtifactError if the folder is none, its manifest is damaged, or its format is another version.
     """
     path = Path(path)
     if not path.is_dir():

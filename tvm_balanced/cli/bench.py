@@ -124,12 +124,10 @@ def command(
     if plots is not None and path is not None:
         drawn = results.plot(results.read(path), Path(plots))
     output.document(
-        {
-            "command": "bench",
-            **result.to_json(),
-            "output": None if path is None else str(path),
-            "plots": [str(p) for p in drawn],
-        }
+        command="bench",
+        **result.to_json(),
+        output=None if path is None else str(path),
+        plots=[str(p) for p in drawn],
     )
     if result.rows:
         output.show(result)

@@ -22,7 +22,7 @@ def command(output: Output) -> None:
 
     with output.progress("looking at this machine"):
         machine = collect()
-    output.document(machine)
+    output.document(**machine)
     cpu, driver, cublas = machine["cpu"], machine["driver"], machine["cublas"]
     rows = {
         "tvm-balanced": f"{machine['tvm_balanced']}, Python {machine['python']}, {machine['platform']}",

@@ -5,15 +5,21 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from tvm_balanced.cli.coverage import coverage_table, coverage_text
-from tvm_balanced.cli.options import options_words, parse_shapes, shapes_option, with_output
+from tvm_balanced.cli.options import (
+    Shapes,
+    options_words,
+    parse_shapes,
+    shapes_option,
+    with_output,
+)
 from tvm_balanced.cli.output import Output, summary
 from tvm_balanced.errors import InputError
-from tvm_balanced.report import table_of
+from tvm_balanced.report import JsonObject, table_of
 
 if TYPE_CHECKING:
     from tvm_balanced.artifact.manifest import Manifest, TensorEntry
@@ -69,7 +75,11 @@ def _library(output: Output, path: Path, source: str | None, static: bool) -> No
     manifest = library.manifest
     if source is not None:
         text = library.source(source)
-        output.document({"command": "inspect", "kernel": source, "source": text})
+        output.document(
+            command="inspect",
+            kernel=source,
+            source=text,
+        )
         if not output.as_json:
             click.echo(text)
         return
@@ -78,14 +88,12 @@ def _library(output: Output, path: Path, source: str | None, static: bool) -> No
         return
     sizes = {name: (path / name).stat().st_size for name in ("manifest.json", *manifest.files)}
     output.document(
-        {
-            "command": "inspect",
-            "kind": "library",
-            "path": str(path),
-            **manifest.to_json(),
-            "kernels": library.kernels,
-            "bytes": sizes,
-        }
+        command="inspect",
+        kind="library",
+        path=str(path),
+        **manifest.to_json(),
+        kernels=library.kernels,
+        bytes=sizes,
     )
     target = manifest.target
     code = ", ".join(f"{c.arch} ({c.num_bytes / 1024:.0f} KiB)" for c in manifest.cubins)
@@ -155,7 +163,10 @@ def _static(output: Output, library: Library) -> None:
         tell("read the machine code")
         report = StaticReport.of_cubins(cubins, dynamic_shared=dynamic)
     output.document(
-        {"command": "inspect", "kind": "static", "path": str(library.path), **report.to_json()}
+        command="inspect",
+        kind="static",
+        path=str(library.path),
+        **report.to_json(),
     )
     output.show(report)
     quoted = shlex.quote(str(library.path))
@@ -202,7 +213,7 @@ def _checkpoint(output: Output, path: Path) -> None:
     output.next(f"tvm-balanced prune {shlex.quote(str(path))} --pattern 4:16 --dry-run")
 
 
-def _model(output: Output, path: Path, shapes: Mapping[str, Any] | None) -> None:
+def _model(output: Output, path: Path, shapes: Shapes | None) -> None:
     from tvm_balanced.frontend import load_model
     from tvm_balanced.relay_passes.pack_weights import dense_weight
 
@@ -223,7 +234,7 @@ def _model(output: Output, path: Path, shapes: Mapping[str, Any] | None) -> None
     output.next(f"tvm-balanced plan {shlex.quote(str(path))} --pattern 4:16")
 
 
-def _row(name: str, weight: Array, noted: BalancedPattern | None) -> dict[str, Any]:
+def _row(name: str, weight: Array, noted: BalancedPattern | None) -> JsonObject:
     import numpy as np
 
     from tvm_balanced.format.weights import detect_pattern, is_balanced
@@ -242,18 +253,16 @@ def _row(name: str, weight: Array, noted: BalancedPattern | None) -> dict[str, A
 
 
 def _show_layers(
-    output: Output, path: Path, kind: str, layers: list[dict[str, Any]], more: Mapping[str, Any]
+    output: Output, path: Path, kind: str, layers: list[JsonObject], more: Mapping[str, object]
 ) -> None:
     size = path.stat().st_size
     output.document(
-        {
-            "command": "inspect",
-            "kind": kind,
-            "path": str(path),
-            "bytes": size,
-            **more,
-            "layers": layers,
-        }
+        command="inspect",
+        kind=kind,
+        path=str(path),
+        bytes=size,
+        **more,
+        layers=layers,
     )
     first = "matrix" if kind == "checkpoint" else "layer"
     title = f"{path}, {size / 2**20:.1f} MiB"

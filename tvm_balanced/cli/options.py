@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Command: TypeAlias = Callable[..., None]
 Decorator: TypeAlias = Callable[[Command], Command]
+Shapes: TypeAlias = dict[str, tuple[int | str, ...]]
 
 
 def with_output(function: Command) -> Command:
@@ -46,7 +47,7 @@ def with_output(function: Command) -> Command:
     return wrapper
 
 
-def with_default(flag: str, default: object, kind: click.ParamType, text: str) -> Decorator:
+def with_default(flag: str, default: object, kind: click.ParamType[Any], text: str) -> Decorator:
     """Return an option with a default, which its help shows."""
     return click.option(flag, default=default, show_default=True, type=kind, help=text)
 
@@ -83,15 +84,9 @@ ignore_option = repeatable(
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what exists there.")
 
 
-def parse_shapes(given: Sequence[str]) -> dict[str, tuple[int | str, ...]] | None:
-    """``["x=1,128"]`` to ``{"x": (1, 128)}``; None when nothing was given.
-
-    Raises
-    ------
-    InputError
-        For text of another form.
-    """
-    shapes: dict[str, tuple[int | str, ...]] = {}
+def parse_shapes(given: Sequence[str]) -> Shapes | None:
+    """``["x=1,128"]`` to ``{"x": (1, 128)}``, else InputError; None when nothing was given."""
+    shapes: Shapes = {}
     for text in given:
         name, equals, extents = text.rpartition("=")
         words = [word.strip() for word in extents.split(",")]
@@ -109,13 +104,7 @@ def parse_shapes(given: Sequence[str]) -> dict[str, tuple[int | str, ...]] | Non
 
 
 def parse_buckets(given: str | None) -> list[int] | dict[str, list[int]] | None:
-    """``"1,8"`` to ``[1, 8]``, ``"batch=1,8"`` to ``{"batch": [1, 8]}``.
-
-    Raises
-    ------
-    InputError
-        For anything but whole numbers of at least 1.
-    """
+    """``"1,8"`` to ``[1, 8]``, ``"batch=1,8"`` to ``{"batch": [1, 8]}``, else InputError."""
     if given is None:
         return None
     name, _, numbers = given.rpartition("=")
@@ -129,13 +118,7 @@ def parse_buckets(given: str | None) -> list[int] | dict[str, list[int]] | None:
 
 
 def parse_policies(given: Sequence[str]) -> str | dict[str, str]:
-    """Turn ``["always"]`` to ``"always"``, ``["never", "fc1=always"]`` to a mapping.
-
-    Raises
-    ------
-    InputError
-        For a word that is no policy, or several policies for all layers.
-    """
+    """Turn ``["always"]`` to ``"always"``, ``["never", "fc1=always"]`` to a mapping, else InputError."""
     general: list[str] = []
     single: dict[str, str] = {}
     for text in given:
@@ -316,8 +299,8 @@ def requesting(pattern_help: str) -> Decorator:
 
         decorated: Command = wrapper
         pattern_option = click.option("--pattern", metavar="NNZ:BLOCK", help=pattern_help)
-        knobs = [knob.option for knob in reversed(KNOBS.values())]
-        for option in (*knobs, pattern_option, target_option, shapes_option):
+        added: list[Decorator] = [pattern_option, target_option, shapes_option]
+        for option in (*(knob.option for knob in reversed(KNOBS.values())), *added):
             decorated = option(decorated)
         return click.argument("model", type=click.Path())(decorated)
 

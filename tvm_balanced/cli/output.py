@@ -66,10 +66,10 @@ class Output:
             # names of layers and files hold brackets and numbers that are no markup
             self.results.print(table, markup=False, highlight=False)
 
-    def document(self, value: Mapping[str, object]) -> None:
+    def document(self, **values: object) -> None:
         """Write the one JSON document of a command run with ``--json``."""
         if self.as_json:
-            sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+            sys.stdout.write(json.dumps(values, indent=2, allow_nan=False) + "\n")
 
     def next(self, command: str) -> None:
         """Name the command that usually follows."""

@@ -21,7 +21,7 @@ from tvm_balanced.cli.options import (
 )
 from tvm_balanced.cli.output import Output
 from tvm_balanced.errors import InputError
-from tvm_balanced.report import table_of
+from tvm_balanced.report import JsonObject, table_of
 
 if TYPE_CHECKING:
     from tvm_balanced.pruning.files import FilePruning
@@ -119,18 +119,16 @@ def command(
 
         choice = selection_json(selection)
     output.document(
-        {
-            "command": "prune",
-            "model": model,
-            "pattern": None if goal else pattern,
-            "choice": choice,
-            "speedup": None if selection is None else selection.speedup,
-            "output": None if job.dry_run else str(job.path),
-            "layers": report.to_json(),
-            "method": job.method,
-            "cosine": done.cosine,
-            "pruned_layers": len(report.changed),
-        }
+        command="prune",
+        model=model,
+        pattern=None if goal else pattern,
+        choice=choice,
+        speedup=None if selection is None else selection.speedup,
+        output=None if job.dry_run else str(job.path),
+        layers=report.to_json(),
+        method=job.method,
+        cosine=done.cosine,
+        pruned_layers=len(report.changed),
     )
     output.show(report)
     output.show("nothing written (dry run)" if job.dry_run else f"written: {job.path}")
@@ -145,7 +143,7 @@ def command(
 
 
 def _next(
-    job: FilePruning, pattern: str | None, input_shapes: tuple[str, ...], goal: dict[str, Any]
+    job: FilePruning, pattern: str | None, input_shapes: tuple[str, ...], goal: JsonObject
 ) -> str:
     """Return the same without ``--dry-run``, or the compilation of what was written."""
     words = ["tvm-balanced"]

@@ -88,18 +88,16 @@ def command(
     if path is not None:
         write_outputs(path, run.outputs, overwrite)
     output.document(
-        {
-            "command": "run",
-            "library": library,
-            "target": loaded.manifest.target.name,
-            "emulated": loaded.emulated,
-            "inputs": {name: _describe(a) for name, a in given.items()},
-            "outputs": {name: _describe(a) for name, a in run.outputs.items()},
-            "median_ms": run.median_ms,
-            "min_ms": run.min_ms,
-            "repeat": repeat,
-            "output": None if path is None else str(path),
-        }
+        command="run",
+        library=library,
+        target=loaded.manifest.target.name,
+        emulated=loaded.emulated,
+        inputs={name: _describe(a) for name, a in given.items()},
+        outputs={name: _describe(a) for name, a in run.outputs.items()},
+        median_ms=run.median_ms,
+        min_ms=run.min_ms,
+        repeat=repeat,
+        output=None if path is None else str(path),
     )
     table = table_of("tensors", ("", "name", "dtype", "shape"))
     for kind, group in (("input", given), ("output", run.outputs)):

@@ -112,7 +112,10 @@ def command(
         before, after = records.prune(result.folder, prune)
         outcome["pruned"] = f"{before} records to {after}"
     output.document(
-        {"command": "tune", "model": request.model, "target": spec.name, **result.to_json()}
+        command="tune",
+        model=request.model,
+        target=spec.name,
+        **result.to_json(),
     )
     output.show(result)
     output.show(summary("tuned", outcome))
@@ -123,13 +126,7 @@ def command(
 
 
 def parse_time(given: str | None) -> float | None:
-    """``"30m"`` to 1800.0.
-
-    Raises
-    ------
-    InputError
-        For text of another form.
-    """
+    """``"30m"`` to 1800.0, else InputError."""
     if given is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", given.strip())

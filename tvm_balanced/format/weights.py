@@ -16,13 +16,7 @@ CHUNK_ELEMENTS = 1 << 23
 
 
 def check_weight(weight: Array, name: str = "the weight") -> None:
-    """Refuse what is not a finite float matrix.
-
-    Raises
-    ------
-    InputError
-        For what is no array, a wrong rank or dtype, or when it holds NaN or Inf.
-    """
+    """Refuse what is no finite float matrix, as an array of :data:`VALUE_DTYPES`, by InputError."""
     if not isinstance(weight, np.ndarray):
         raise InputError(f"{name} is a {type(weight).__name__}; give a NumPy array (N, K)")
     if weight.ndim != 2:

@@ -25,10 +25,7 @@ def choose_function(
 ) -> FunctionEntry:
     """Return the most specific function that takes inputs of these shapes.
 
-    Raises
-    ------
-    InputError
-        When none does; it speaks of the first, which is the most general.
+    InputError when none does; it speaks of the first, which is the most general.
     """
     fitting = [entry for entry in entries if _mismatch(entry, shapes) is None]
     if fitting:

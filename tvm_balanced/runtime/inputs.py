@@ -60,13 +60,7 @@ def run_library(library: Library, inputs: Mapping[str, AnyTensor], repeat: int) 
 
 
 def write_outputs(path: Path, arrays: Mapping[str, Array], overwrite: bool) -> None:
-    """Write arrays as ``.npz``, whole or not at all.
-
-    Raises
-    ------
-    OutputError
-        When it cannot be written.
-    """
+    """Write arrays as ``.npz``, whole or not at all: then OutputError."""
     # .npz knows no bfloat16: its values are kept exactly in float32
     plain = {
         n: a.astype(np.float32) if a.dtype.name == "bfloat16" else a for n, a in arrays.items()
@@ -85,10 +79,7 @@ def random_inputs(
 ) -> Arrays:
     """Seeded inputs: normal, integers 0 or 1; symbolic extents as in ``shapes``, else 1.
 
-    Raises
-    ------
-    InputError
-        For the shape of an input that there is not, or one that holds words.
+    InputError for the shape of an input that there is not, or one that holds words.
     """
     known = [entry.name for entry in entries]
     for name, extents in shapes.items():
@@ -113,10 +104,7 @@ def random_inputs(
 def read_inputs(files: Sequence[str], entries: Sequence[TensorEntry]) -> Arrays:
     """Return inputs of ``.npy`` files, ``NAME=FILE`` or in the model's order.
 
-    Raises
-    ------
-    InputError
-        For too many files, a name given twice, or a file that is no array of numbers.
+    InputError for too many files, a name given twice, or a file that is no array of numbers.
     """
     known = [entry.name for entry in entries]
     unnamed = [name for name in known if not any(text.startswith(f"{name}=") for text in files)]

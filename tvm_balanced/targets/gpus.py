@@ -143,10 +143,7 @@ def cuda_target(gpu: Gpu) -> tvm.target.Target:
 def gpu_of(target: tvm.target.Target) -> Gpu:
     """Find the GPU of a target of :func:`cuda_target`, or who stands for another one's architecture.
 
-    Raises
-    ------
-    InputError
-        For an architecture that is not supported.
+    InputError for an architecture that is not supported.
     """
     attrs = target.attrs
     model, arch = str(attrs.get("model", "")), str(attrs.get("arch", ""))
