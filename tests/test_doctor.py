@@ -20,8 +20,7 @@ A10 = DetectedGpu("NVIDIA A10", "sm_86", 24 << 30, 600.0, 72, 1.695, 6 << 20, 10
 
 
 def _with_driver(monkeypatch, driver):
-    for module in (targets_driver, targets):
-        monkeypatch.setattr(module, "detect_driver", lambda: driver)
+    monkeypatch.setattr(targets_driver, "detect_driver", lambda: driver)
     monkeypatch.setattr(nvrtc, "missing_cuda_packages", list)
 
 
@@ -111,9 +110,9 @@ def test_without_a_compiler_nothing_compiles(monkeypatch):
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        (targets, "detect_driver"),
+        (targets_driver, "detect_driver"),
         (targets, "resolve"),
-        (targets, "cpu_flags"),
+        (host, "cpu_flags"),
         (host, "core_count"),
         (cxx, "find_cxx"),
         (nvrtc, "missing_cuda_packages"),
