@@ -6,7 +6,7 @@ import io
 import itertools
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, overload
 
 if TYPE_CHECKING:
@@ -129,13 +129,6 @@ class _Rows(Printable, Sequence[Row], Generic[Row]):
 
 class Report(_Rows[LayerRow]):
     """What was decided for every dense layer, and why."""
-
-    @staticmethod
-    def from_json(rows: Sequence[JsonObject], title: str = "") -> Report:
-        """Inverse of :meth:`to_json`."""
-        names = [field.name for field in fields(LayerRow)]
-        made = (LayerRow(**{n: r[n] for n in names} | {"shape": tuple(r["shape"])}) for r in rows)
-        return Report(made, title)
 
     @property
     def sparse(self) -> list[LayerRow]:

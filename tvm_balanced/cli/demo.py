@@ -66,12 +66,7 @@ def command(output: Output, destination: str) -> None:
     output.show(real["caveat"])
     seconds = time.monotonic() - begin
     layers = {f"{w} {target}": report.to_json() for (w, target), report in reports.items()}
-    output.document(
-        command="demo",
-        digits=good,
-        minilm={**real, "layers": layers},
-        seconds=seconds,
-    )
+    output.document(command="demo", digits=good, minilm={**real, "layers": layers}, seconds=seconds)
     dense, fastest = real["models"][0], real["models"][-1]
     output.show(
         summary(

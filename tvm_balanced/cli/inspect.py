@@ -10,13 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tvm_balanced.cli.coverage import coverage_table, coverage_text
-from tvm_balanced.cli.options import (
-    Shapes,
-    options_words,
-    parse_shapes,
-    shapes_option,
-    with_output,
-)
+from tvm_balanced.cli.options import Shapes, options_words, parse_shapes, shapes_option, with_output
 from tvm_balanced.cli.output import Output, summary
 from tvm_balanced.errors import InputError
 from tvm_balanced.report import JsonObject, table_of
@@ -75,11 +69,7 @@ def _library(output: Output, path: Path, source: str | None, static: bool) -> No
     manifest = library.manifest
     if source is not None:
         text = library.source(source)
-        output.document(
-            command="inspect",
-            kernel=source,
-            source=text,
-        )
+        output.document(command="inspect", kernel=source, source=text)
         if not output.as_json:
             click.echo(text)
         return
@@ -162,12 +152,7 @@ def _static(output: Output, library: Library) -> None:
     with output.progress("inspect") as tell:
         tell("read the machine code")
         report = StaticReport.of_cubins(cubins, dynamic_shared=dynamic)
-    output.document(
-        command="inspect",
-        kind="static",
-        path=str(library.path),
-        **report.to_json(),
-    )
+    output.document(command="inspect", kind="static", path=str(library.path), **report.to_json())
     output.show(report)
     quoted = shlex.quote(str(library.path))
     output.next(f"tvm-balanced inspect {quoted} --source {library.kernels[0]}")
@@ -256,14 +241,7 @@ def _show_layers(
     output: Output, path: Path, kind: str, layers: list[JsonObject], more: Mapping[str, object]
 ) -> None:
     size = path.stat().st_size
-    output.document(
-        command="inspect",
-        kind=kind,
-        path=str(path),
-        bytes=size,
-        **more,
-        layers=layers,
-    )
+    output.document(command="inspect", kind=kind, path=str(path), bytes=size, **more, layers=layers)
     first = "matrix" if kind == "checkpoint" else "layer"
     title = f"{path}, {size / 2**20:.1f} MiB"
     table = table_of(title, (first,), overflow="fold", min_width=12)

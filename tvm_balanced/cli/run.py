@@ -30,10 +30,7 @@ if TYPE_CHECKING:
 @click.command(name="run")
 @library_argument
 @repeatable(
-    "--input",
-    "inputs",
-    "[NAME=]X.npy",
-    "An input, in the model's order or by name; repeatable.",
+    "--input", "inputs", "[NAME=]X.npy", "An input, in the model's order or by name; repeatable."
 )
 @click.option(
     "--random", "use_random", is_flag=True, help="Random inputs: normal; integers 0 or 1."

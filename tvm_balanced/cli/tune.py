@@ -111,12 +111,7 @@ def command(
     elif prune is not None:
         before, after = records.prune(result.folder, prune)
         outcome["pruned"] = f"{before} records to {after}"
-    output.document(
-        command="tune",
-        model=request.model,
-        target=spec.name,
-        **result.to_json(),
-    )
+    output.document(command="tune", model=request.model, target=spec.name, **result.to_json())
     output.show(result)
     output.show(summary("tuned", outcome))
     if result.interrupted:

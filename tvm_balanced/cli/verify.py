@@ -45,10 +45,7 @@ def command(
         checked = verify(
             library, seed=seed, symbol=symbol, blocks=blocks, kernels=kernels, progress=tell
         )
-    output.document(
-        command="verify",
-        **checked.to_json(),
-    )
+    output.document(command="verify", **checked.to_json())
     output.show(checked)
     checks = checked.checks
     counts = {what: sum(c.result == what for c in checks) for what in (PASS, FAIL, UNCHECKED)}

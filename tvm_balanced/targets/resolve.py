@@ -78,10 +78,6 @@ class TargetSpec:
     vector_bits: int = 0
     features: tuple[str, ...] = ()
 
-    def has(self, feature: str) -> bool:
-        """Whether generated code may use a CPU feature, by LLVM's name (``"avx512f"``)."""
-        return feature in self.features
-
 
 def names() -> list[str]:
     """Every target name :func:`resolve` knows."""
