@@ -126,10 +126,7 @@ def make_options(
 ) -> CompileOptions:
     """Return the options that a verb was called with: an object, or the plain keywords of one.
 
-    Raises
-    ------
-    InputError
-        For both, an unknown keyword, or a value that does not fit.
+    InputError for both, an unknown keyword, or a value that does not fit.
     """
     if options is None:
         known = [field.name for field in fields(CompileOptions)]

@@ -271,13 +271,7 @@ class Library:
             ) from error
 
     def check(self) -> None:
-        """Check that this machine can run it and that its files are as they were written.
-
-        Raises
-        ------
-        ArtifactError, ToolchainError
-            As :func:`load`.
-        """
+        """Check that this machine can run it and that its files are as written; see :func:`load` for the errors."""
         check_versions(self.path, self.manifest.versions)
         if not self._fresh:
             verify_hashes(self.path, self.manifest)
