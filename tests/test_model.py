@@ -1,5 +1,7 @@
 """``prune`` and ``plan`` on small modules."""
 
+import dataclasses
+import json
 import re
 
 import numpy as np
@@ -195,9 +197,8 @@ def test_plan_prints_as_a_table_and_goes_through_json():
     assert "a.weight" in str(plan)
     assert "64 x 64" in plan.text(160)
     assert "64x64" in plan.text(80)
-    from tvm_balanced.report import Report
-
-    assert list(Report.from_json(plan.to_json())) == list(plan)
+    (row,) = json.loads(json.dumps(plan.to_json()))
+    assert row == {**dataclasses.asdict(plan[0]), "shape": [64, 64]}
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_values_are_brought_into_one_form():
     ("keywords", "says"),
     [
         ({"policy": "maybe"}, 'policy "maybe" is not known; choose auto, always or never'),
-        ({"policy": {"fc": "maybe"}}, 'policy "maybe" for layer fc is not known'),
+        ({"policy": {"fc": "maybe"}}, 'policy for layer fc "maybe" is not known'),
         ({"policy": 3}, "policy is a int, expected a string or a mapping"),
         ({"ignore": [3]}, "ignore holds 3, expected names of layers"),
         ({"buckets": [0]}, "hold a size below 1"),

@@ -42,13 +42,7 @@ if TYPE_CHECKING:
 _HOME = {
     "bench.layers": ("benchmark",),
     "build.compiler": ("compile",),
-    "errors": (
-        "ArtifactError",
-        "InputError",
-        "OutputError",
-        "ToolchainError",
-        "TvmBalancedError",
-    ),
+    "errors": ("ArtifactError", "InputError", "OutputError", "ToolchainError", "TvmBalancedError"),
     "format.pattern": ("BalancedPattern",),
     "frontend": ("from_onnx", "from_relax", "from_torch", "load_model"),
     "model": ("Model",),

@@ -7,16 +7,19 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from tvm_balanced._version import __version__
 from tvm_balanced.build import cxx
 from tvm_balanced.cuda import libraries, nvrtc
 from tvm_balanced.errors import ToolchainError, TvmBalancedError
+from tvm_balanced.report import JsonObject
+from tvm_balanced.support.provenance import package_version
 from tvm_balanced.targets import driver, gpus, host
 from tvm_balanced.targets import resolve as targets
+
+T = TypeVar("T")
 
 PACKAGES = (
     "apache-tvm",
@@ -58,39 +61,33 @@ else:
 """
 
 
-def collect() -> dict[str, Any]:
+def collect() -> JsonObject:
     """Everything ``tvm-balanced doctor`` prints, as JSON values.
 
-    Returns
-    -------
-    dict
-        ``tvm_balanced``, ``python``, ``platform``: versions; ``packages``: name to version or None;
-        ``cpu``: model, cores, vector features; ``cxx``, ``nvrtc``, ``cublas``, ``driver``, ``gpus``,
-        ``tvm``: what is there, each with a ``problem`` that is None when it is usable; ``targets``: one
-        entry a target name with ``compiles``, ``runs`` and, where one is False, ``reason``.
+    ``tvm_balanced``, ``python``, ``platform``: versions; ``packages``: name to version or None; ``cpu``:
+    model, cores, vector features; ``cxx``, ``nvrtc``, ``cublas``, ``driver``, ``gpus``, ``tvm``: what is
+    there, each with a ``problem`` that is None when it is usable; ``targets``: one entry a target name with
+    ``compiles``, ``runs`` and, where one is False, ``reason``.
     """
-    detected = _attempt(driver.detect_driver)
-    here = detected["value"] or driver.Driver(None, (), detected["problem"])
-    compiler = _attempt(cxx.find_cxx)
-    cublas = _attempt(lambda: find_cublas(cublas_places()))
-    out: dict[str, Any] = {
+    detected, no_driver = _attempt(driver.detect_driver)
+    here = detected or driver.Driver(None, (), no_driver)
+    compiler, no_compiler = _attempt(cxx.find_cxx)
+    cublas, no_cublas = _attempt(lambda: find_cublas(cublas_places()))
+    out: JsonObject = {
         "tvm_balanced": __version__,
         "python": platform.python_version(),
         "executable": sys.executable,
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "cpu": {
             "model": host.cpu_model(),
-            "cores": _attempt(host.core_count)["value"],
-            "features": _attempt(lambda: sorted(host.cpu_flags()))["value"] or [],
+            "cores": _attempt(host.core_count)[0],
+            "features": _attempt(lambda: sorted(host.cpu_flags()))[0] or [],
         },
-        "tvm": {"problem": _attempt(_check_tvm)["problem"]},
-        "cxx": {"path": compiler["value"], "problem": compiler["problem"]},
+        "tvm": {"problem": _attempt(_check_tvm)[1]},
+        "cxx": {"path": compiler, "problem": no_compiler},
         "nvrtc": _nvrtc(),
-        "cublas": {
-            **(cublas["value"] or {"path": None, "version": None}),
-            "problem": cublas["problem"],
-        },
+        "cublas": {**(cublas or {"path": None, "version": None}), "problem": no_cublas},
         "driver": {"cuda_version": here.cuda_version, "problem": here.problem},
         "gpus": [
             {"name": gpu.name, "arch": gpu.arch, "memory_bytes": gpu.memory_bytes}
@@ -102,14 +99,15 @@ def collect() -> dict[str, Any]:
 
 
 def _nvrtc() -> dict[str, str | None]:
-    missing = _attempt(nvrtc.missing_cuda_packages)
-    problem = missing["problem"]
-    if missing["value"]:
-        problem = f"{', '.join(missing['value'])} not installed: pip install 'tvm-balanced[cuda]'"
-    # that they are installed does not say that they load
-    compiler = {"value": None, "problem": problem} if problem else _attempt(nvrtc.compiler)
-    version = (compiler["value"] or {}).get("version") or _version("nvidia-cuda-nvrtc")
-    return {"version": version, "problem": compiler["problem"]}
+    missing, problem = _attempt(nvrtc.missing_cuda_packages)
+    if missing:
+        problem = f"{', '.join(missing)} not installed: pip install 'tvm-balanced[cuda]'"
+    compiler = None
+    if problem is None:
+        # that they are installed does not say that they load
+        compiler, problem = _attempt(nvrtc.compiler)
+    version = (compiler or {}).get("version") or package_version("nvidia-cuda-nvrtc")
+    return {"version": version, "problem": problem}
 
 
 def cublas_places() -> list[str]:
@@ -128,23 +126,7 @@ def cublas_places() -> list[str]:
 
 
 def find_cublas(places: Sequence[str]) -> dict[str, str]:
-    """Return the first libcublas that loads.
-
-    Parameters
-    ----------
-    places : sequence of str
-        What to ask the loader for, in order.
-
-    Returns
-    -------
-    dict
-        ``path`` and ``version``.
-
-    Raises
-    ------
-    ToolchainError
-        When none does.
-    """
+    """Return ``path`` and ``version`` of the first of ``places`` that loads, else ToolchainError."""
     done = subprocess.run(
         [sys.executable, "-I", "-c", _CUBLAS_PROBE, *places], capture_output=True, text=True
     )
@@ -157,23 +139,16 @@ def find_cublas(places: Sequence[str]) -> dict[str, str]:
     )
 
 
-def _attempt(function: Callable[[], Any]) -> dict[str, Any]:
-    """Return the answer of ``function``, or in one line why there is none."""
+def _attempt(function: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Return the answer of ``function``, and in one line why there is none."""
     try:
-        return {"value": function(), "problem": None}
+        return function(), None
     except TvmBalancedError as error:
-        return {"value": None, "problem": str(error)}
+        return None, str(error)
     except Exception as error:
         # a report on a broken machine must not break on what is broken
         line = (str(error).strip().splitlines() or [""])[-1]
-        return {"value": None, "problem": f"{type(error).__name__}: {line}"}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+        return None, f"{type(error).__name__}: {line}"
 
 
 def _check_tvm() -> None:
@@ -183,13 +158,12 @@ def _check_tvm() -> None:
         raise TvmBalancedError("TVM was built without LLVM: pip install apache-tvm")
 
 
-def _usable(name: str, machine: dict[str, Any]) -> dict[str, Any]:
+def _usable(name: str, machine: JsonObject) -> JsonObject:
     """Whether a target compiles and runs on ``machine``, and where not, why."""
-    resolved = _attempt(lambda: targets.resolve(name))
-    spec: targets.TargetSpec | None = resolved["value"]
+    spec, unresolved = _attempt(lambda: targets.resolve(name))
     cuda = name in gpus.GPUS or name.startswith("cuda")
     needed = ("cxx", "nvrtc") if cuda else ("cxx",)
-    problems = [machine["tvm"]["problem"], resolved["problem"]]
+    problems = [machine["tvm"]["problem"], unresolved]
     problems += [machine[part]["problem"] for part in needed]
     blocked = next((problem for problem in problems if problem), None)
     if spec is None or machine["tvm"]["problem"]:
@@ -199,7 +173,7 @@ def _usable(name: str, machine: dict[str, Any]) -> dict[str, Any]:
     return {"compiles": blocked is None, "runs": reason is None, "reason": blocked or reason}
 
 
-def _why_not_here(spec: targets.TargetSpec, machine: dict[str, Any]) -> str | None:
+def _why_not_here(spec: targets.TargetSpec, machine: JsonObject) -> str | None:
     if spec.kind == "cuda":
         archs = sorted({gpu["arch"] for gpu in machine["gpus"]})
         if not archs:

@@ -6,19 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.report import PruningReport
+from tvm_balanced.support.tensors import Array as Array
 
 if TYPE_CHECKING:
     import tvm
 
     from tvm_balanced.relay_passes.find_dense import DenseLayer
-
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -34,9 +30,9 @@ class Model:
         Weights by the model's own names (``encoder.layer.0.attention.self.query.weight`` from PyTorch,
         initializer names from ONNX). Never changed in place.
     name : str
-        For messages and reports.
+        What messages and reports call it.
     patterns : Mapping[str, BalancedPattern]
-        Weight name to the pattern it was pruned to. A weight not named here may still follow one.
+        Patterns that weights were pruned to, by name of weight; others may still follow one.
     pruned : PruningReport
         What :func:`tvm_balanced.prune` did, layer by layer; empty before.
     """

@@ -73,7 +73,7 @@ def balanced_sparse_dense(
     indices : fmt.indices_shape, uint8
         Packed indices, local to their block.
     fmt : PackedFormat
-        Becomes the call's attributes.
+        What becomes the call's attributes.
     out_dtype : str
         Dtype of the result, ``(..., N)``.
     """
@@ -139,9 +139,7 @@ def balanced_sparse_dense_te(
     if fmt.padded_rows == fmt.out_features and out_dtype == "float32":
         return total
     return te.compute(
-        (*batch, fmt.out_features),
-        lambda *at: tirx.Cast(out_dtype, total(*at)),
-        name=BLOCK_OUT,
+        (*batch, fmt.out_features), lambda *at: tirx.Cast(out_dtype, total(*at)), name=BLOCK_OUT
     )
 
 
@@ -200,14 +198,13 @@ def skewed(block: Expr, row: Expr, skew: int) -> Expr:
 
 def _infer_type(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TensorType:
     fmt = format_of(call)
-    data, values, indices = (arg.ty for arg in call.args)
+    data, *packed = (arg.ty for arg in call.args)
     expected = {"values": fmt.values_shape, "indices": fmt.indices_shape}
-    for name, ty in (("values", values), ("indices", indices)):
-        shape = ty.shape
-        if shape is not None and tuple(int(d) for d in shape) != expected[name]:
+    for (name, wanted), ty in zip(expected.items(), packed, strict=True):
+        if ty.shape is not None and tuple(int(d) for d in ty.shape) != wanted:
             raise InputError(
-                f"{OP_NAME}: {name} has shape {tuple(shape)}, but the attributes "
-                f"({format_text(fmt)}) need {expected[name]}"
+                f"{OP_NAME}: {name} has shape {tuple(ty.shape)}, but the attributes "
+                f"({format_text(fmt)}) need {wanted}"
             )
     out_dtype = str(call.attrs["out_dtype"])
     if data.shape is None:

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from tvm_balanced.errors import InputError
+from tvm_balanced.report import JsonObject
+from tvm_balanced.support.words import check_word
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -82,8 +84,8 @@ class CompileOptions:
             "policy": _policy(self.policy),
             "ignore": _ignore(self.ignore),
             "buckets": _buckets(self.buckets),
-            "encoding": _choice("encoding", self.encoding, ENCODINGS),
-            "dense": _choice("dense", self.dense, DENSE_KERNELS),
+            "encoding": check_word("encoding", self.encoding, ENCODINGS),
+            "dense": check_word("dense", self.dense, DENSE_KERNELS),
             "logs": self.logs if self.logs is False else _path("logs", self.logs),
             "dump_ir": _path("dump_ir", self.dump_ir),
         }
@@ -109,22 +111,13 @@ class CompileOptions:
         """The folder of tuning records that was given."""
         return self.logs if isinstance(self.logs, str) else None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain values; the inverse is :meth:`from_json`."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(self).items()}
 
     @staticmethod
     def from_json(document: Mapping[str, Any]) -> CompileOptions:
-        """From what :meth:`to_json` made.
-
-        Raises
-        ------
-        InputError
-            For an unknown option, or a value that does not fit.
-        """
+        """From what :meth:`to_json` made; see :func:`make_options` for the errors."""
         return make_options(None, **document)
 
 
@@ -133,10 +126,7 @@ def make_options(
 ) -> CompileOptions:
     """Return the options that a verb was called with: an object, or the plain keywords of one.
 
-    Raises
-    ------
-    InputError
-        For both, an unknown keyword, or a value that does not fit.
+    InputError for both, an unknown keyword, or a value that does not fit.
     """
     if options is None:
         known = [field.name for field in fields(CompileOptions)]
@@ -160,24 +150,15 @@ def make_options(
     return options
 
 
-def _choice(name: str, value: str, known: Sequence[str], whose: str = "") -> str:
-    if value not in known:
-        listed = f"{', '.join(known[:-1])} or {known[-1]}"
-        raise InputError(f'{name} "{value}"{whose} is not known; choose {listed}')
-    return value
-
-
 def _policy(value: str | Mapping[str, str]) -> str | dict[str, str]:
     if isinstance(value, str):
-        return _choice("policy", value, POLICIES)
+        return check_word("policy", value, POLICIES)
     if not isinstance(value, Mapping):
         raise InputError(
             f"policy is a {type(value).__name__}, expected a string or a mapping from layer names to "
             "strings; write it as text"
         )
-    return {
-        str(name): _choice("policy", p, POLICIES, f" for layer {name}") for name, p in value.items()
-    }
+    return {str(n): check_word(f"policy for layer {n}", p, POLICIES) for n, p in value.items()}
 
 
 def _ignore(value: Iterable[str]) -> tuple[str, ...]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import itertools
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, overload
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
     from rich.table import Table
+
+JsonObject: TypeAlias = dict[str, Any]
 
 # columns of a table that goes into a file or a pipe
 WIDE = 160
@@ -24,69 +26,48 @@ _REASON_MIN = 18
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One dense layer of a model.
+    """One dense layer of a model: what was decided for it, and why."""
 
-    Parameters
-    ----------
-    name : str
-        The weight's own name in the model.
-    shape : tuple of int
-        ``(N, K)``.
-    rows : str
-        Rows of activations M of its uses, symbolic ones by name.
-    uses : int
-        Dense operators that read the weight.
-    dtype : str
-        The weight's dtype.
-    pattern : str or None
-        ``nnz:block``, None when the weight follows none.
-    density : float
-        Share of weights kept.
-    bytes_dense, bytes_sparse : int
-        Size of the weight as it was and as it would be held packed (equal when it stays dense).
-    dense_us, sparse_us : float or None
-        Predicted microseconds of all uses together, None where nothing was predicted; the dense ones of
-        the dense kernel that would run.
-    decision : str
-        ``"sparse"`` or ``"dense"``.
-    reason : str
-        Why it was decided so.
-    cublas_us : float or None
-        What cuBLAS would take, predicted; None off CUDA.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    rows: str
-    uses: int
-    dtype: str
-    pattern: str | None
-    density: float
-    bytes_dense: int
-    bytes_sparse: int
+    name: str  # the weight's own name in the model
+    shape: tuple[int, int]  # (N, K)
+    rows: str  # rows of activations M of its uses, symbolic ones by name
+    uses: int  # dense operators that read the weight
+    dtype: str  # of the weight
+    pattern: str | None  # "nnz:block", None when the weight follows none
+    density: float  # share of weights kept
+    bytes_dense: int  # the weight as it was
+    bytes_sparse: int  # as it would be held packed; as it was when it stays dense
+    # predicted microseconds of all uses together, None where nothing was predicted: of the dense kernel that
+    # would run, and of the sparse one
     dense_us: float | None
     sparse_us: float | None
-    decision: str
+    decision: str  # "sparse" or "dense"
     reason: str
-    cublas_us: float | None = None
+    cublas_us: float | None = None  # of cuBLAS, None off CUDA
 
 
 @dataclass(frozen=True)
 class PrunedLayer:
-    """What pruning did to one layer.
-
-    ``kept_energy`` is the share of the weight's squared norm that is left, ``skipped`` the reason why
-    the layer was left as it was (None when it was pruned).
-    """
+    """What pruning did to one layer."""
 
     name: str
     shape: tuple[int, int]
     pattern: str | None
-    kept_energy: float
-    skipped: str | None
+    kept_energy: float  # share of the weight's squared norm that is left
+    skipped: str | None  # why the layer was left as it was; None when it was pruned
 
 
 Row = TypeVar("Row", bound=LayerRow | PrunedLayer)
+
+
+def table_of(title: str | None, headings: Iterable[str], **columns: Any) -> Table:
+    """Make a table with its title at the left; ``columns`` are keywords of ``rich.Table.add_column``."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, **columns)
+    return table
 
 
 class Printable:
@@ -133,7 +114,7 @@ class _Rows(Printable, Sequence[Row], Generic[Row]):
     def __iter__(self) -> Iterator[Row]:
         return iter(self._rows)
 
-    def to_json(self) -> list[dict[str, Any]]:
+    def to_json(self) -> list[JsonObject]:
         """Plain dictionaries, one a layer."""
         return [{**asdict(row), "shape": list(row.shape)} for row in self._rows]
 
@@ -148,18 +129,6 @@ class _Rows(Printable, Sequence[Row], Generic[Row]):
 
 class Report(_Rows[LayerRow]):
     """What was decided for every dense layer, and why."""
-
-    @staticmethod
-    def from_json(rows: Sequence[Mapping[str, Any]], title: str = "") -> Report:
-        """Inverse of :meth:`to_json`."""
-        names = [field.name for field in fields(LayerRow)]
-        return Report(
-            (
-                LayerRow(**{n: row[n] for n in names} | {"shape": tuple(row["shape"])})
-                for row in rows
-            ),
-            title,
-        )
 
     @property
     def sparse(self) -> list[LayerRow]:
@@ -190,10 +159,7 @@ class Report(_Rows[LayerRow]):
         return [table]
 
     def _full_table(self, groups: Sequence[tuple[str, LayerRow]]) -> Table:
-        from rich.table import Table
-
-        table = Table(title=self.title or None, title_justify="left", expand=False)
-        table.add_column("layer", no_wrap=True)
+        table = table_of(self.title or None, ("layer",), no_wrap=True)
         headings = ("N x K", "M", "pattern", "KiB dense", "KiB sparse", "us dense", "us sparse")
         for heading in headings:
             table.add_column(heading, justify="right", no_wrap=True)
@@ -216,17 +182,10 @@ class Report(_Rows[LayerRow]):
 
     def _compact_table(self, groups: Sequence[tuple[str, LayerRow]]) -> Table:
         from rich import box
-        from rich.table import Table
 
-        table = Table(
-            title=self.title or None,
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-            pad_edge=False,
-            show_edge=False,
-        )
-        table.add_column("layer: reason", overflow="fold")
+        table = table_of(self.title or None, ("layer: reason",), overflow="fold")
+        table.box, table.padding = box.SIMPLE_HEAD, (0, 1, 0, 0)
+        table.pad_edge = table.show_edge = False
         # unlike columns that must not wrap, these are never cut: sizes of two go below each other
         for heading in ("N x K", "M", "KiB", "us"):
             table.add_column(heading, justify="right", overflow="fold")
@@ -259,10 +218,7 @@ class PruningReport(_Rows[PrunedLayer]):
 
     def tables(self, width: int = WIDE) -> list[Table]:
         """One table; layers are equal here only where nothing was done to them."""
-        from rich.table import Table
-
-        table = Table(title=self.title or "pruned layers", title_justify="left")
-        table.add_column("layer", no_wrap=True)
+        table = table_of(self.title or "pruned layers", ("layer",), no_wrap=True)
         for heading in ("N x K", "pattern", "energy kept"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("left alone because", overflow="fold")

@@ -14,13 +14,7 @@ def short_name(name: str) -> str:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` (a name, or ``re:`` and a regular expression) means weight ``name``.
-
-    Raises
-    ------
-    InputError
-        For a regular expression that does not compile.
-    """
+    """Whether a name, or ``re:`` and a regular expression (else InputError), means weight ``name``."""
     if not pattern.startswith("re:"):
         return pattern in (name, short_name(name))
     try:
@@ -34,13 +28,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def select(patterns: Iterable[str], names: Sequence[str], what: str = "ignore") -> set[str]:
-    """Names that any of ``patterns`` means.
-
-    Raises
-    ------
-    InputError
-        When a pattern means no layer at all, which is a typing mistake more often than not.
-    """
+    """Names that any of ``patterns`` means; InputError for one that means none, as by a typing mistake."""
     if isinstance(patterns, str):
         patterns = [patterns]
     chosen: set[str] = set()
@@ -61,12 +49,8 @@ def select(patterns: Iterable[str], names: Sequence[str], what: str = "ignore") 
 def per_layer(setting: str | Mapping[str, str], names: Sequence[str], what: str) -> dict[str, str]:
     """Spread one setting, or a mapping from names or ``re:`` patterns to settings, over layers.
 
-    Later entries of a mapping win; layers that none matches are absent from the result.
-
-    Raises
-    ------
-    InputError
-        For a setting of another kind, or a name that matches nothing.
+    Later entries of a mapping win; layers that none matches are absent from the result. InputError for a
+    setting of another kind, or a name that matches nothing.
     """
     if isinstance(setting, str):
         return dict.fromkeys(names, setting)

@@ -14,7 +14,7 @@ import pytest
 
 from tvm_balanced.artifact import folder as artifact
 from tvm_balanced.artifact import manifest as artifact_manifest
-from tvm_balanced.artifact.exported import ExportedLibrary
+from tvm_balanced.artifact.folder import ExportedLibrary
 from tvm_balanced.artifact.manifest import FunctionEntry, TensorEntry
 from tvm_balanced.cuda.cubin import DeviceImage
 from tvm_balanced.cuda.source import normal_form

@@ -8,7 +8,7 @@ from tvm import relax, tirx
 from tvm_balanced.artifact import folder as artifact
 from tvm_balanced.artifact import functions as artifact_functions
 from tvm_balanced.artifact import manifest
-from tvm_balanced.artifact.exported import ExportedLibrary
+from tvm_balanced.artifact.folder import ExportedLibrary
 from tvm_balanced.cuda.source import file_stem
 from tvm_balanced.errors import ArtifactError, OutputError
 from tvm_balanced.support import tensors as _tensors

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from tests.helpers.cubins import compile_cubin
-from tvm_balanced.artifact import exported as artifact_exported
 from tvm_balanced.artifact import folder as artifact
 from tvm_balanced.artifact.manifest import FunctionEntry, TensorEntry
 from tvm_balanced.build import cxx
@@ -487,7 +486,7 @@ def library(tmp_path: Path, cubins: Any) -> Path:
     (tmp_path / "lib.so").write_bytes(b"\x7fELF\x02\x01 host code" + cubins["sm_90"][0] + b"more")
     (image,) = cuda_cubin.cubin_images(tmp_path / "lib.so")
     compiler = {"name": "nvrtc", "version": "13.5.37", "options": []}
-    exported = artifact_exported.ExportedLibrary(tmp_path / "lib.so", SOURCE, (image,), compiler)
+    exported = artifact.ExportedLibrary(tmp_path / "lib.so", SOURCE, (image,), compiler)
     return artifact.Contents(exported, targets.resolve("h100"), (FUNCTION,)).write(
         tmp_path / "m.tvmb"
     )
@@ -532,7 +531,7 @@ def test_inspect_static_is_refused(
     tmp_path: Path, capsys: Any, more: list[str], message: str
 ) -> None:
     (tmp_path / "lib.so").write_bytes(b"\x7fELF host code")
-    exported = artifact_exported.ExportedLibrary(tmp_path / "lib.so", "", ())
+    exported = artifact.ExportedLibrary(tmp_path / "lib.so", "", ())
     path = artifact.Contents(exported, targets.resolve("llvm"), (FUNCTION,)).write(
         tmp_path / "m.tvmb"
     )

@@ -12,10 +12,8 @@ from tvm_balanced.errors import ArtifactError
 
 if TYPE_CHECKING:
     import tvm
-    from tvm import relax
 
-# a type of TVM's, of a tensor or a tuple of them
-RelaxType: TypeAlias = Any
+RelaxType: TypeAlias = Any  # of TVM: of a tensor or a tuple of them
 
 
 def describe_functions(
@@ -23,21 +21,8 @@ def describe_functions(
 ) -> tuple[FunctionEntry, ...]:
     """Describe the Relax functions of a module, the one with the most symbolic extents first.
 
-    Parameters
-    ----------
-    mod : tvm.IRModule
-        The module before its parameters are bound.
-    embedded, beside : sequence of str
-        Function parameters that become constants, and those that the library file does not hold.
-
-    Returns
-    -------
-    tuple of FunctionEntry
-
-    Raises
-    ------
-    ArtifactError
-        If a parameter stored beside the library stands before an input.
+    ``mod`` is as before its parameters are bound; those ``embedded`` become constants, and those ``beside``
+    the library, which come after all inputs (else ArtifactError), are not in its file.
     """
     from tvm import relax
 
@@ -53,19 +38,23 @@ def describe_functions(
         if stored and names[-len(stored) :] != stored:
             raise ArtifactError(
                 f"function {name} takes its parameters {', '.join(stored)} before an input: "
-                f"parameters stored beside the library come last"
+                "parameters stored beside the library come last"
             )
         inputs = tuple(
             _tensor_entry(str(param.name), param.ty) for param in params if param.name not in beside
         )
+        leaves = enumerate(_leaves(function.ret_ty))
+        outputs = [_tensor_entry(f"output_{i}", leaf) for i, leaf in leaves]
+        # by this attribute TVM's memory planner makes buffers of a fixed size for symbolic shapes
+        bounds = function.attrs.get("tir_var_upper_bound") or {}
         functions.append(
             FunctionEntry(
                 name,
                 inputs,
-                _output_entries(function.ret_ty),
+                tuple(outputs),
                 tuple(stored),
                 returns_tuple=isinstance(function.ret_ty, relax.TupleType),
-                limits=_limits(function),
+                limits={str(symbol): int(limit) for symbol, limit in bounds.items()},
             )
         )
     functions.sort(key=lambda entry: -_num_symbols(entry))
@@ -85,16 +74,6 @@ def _tensor_entry(name: str, ty: RelaxType) -> TensorEntry:
     return TensorEntry(name, str(ty.dtype), shape)
 
 
-def _output_entries(ty: RelaxType) -> tuple[TensorEntry, ...]:
-    return tuple(_tensor_entry(f"output_{i}", leaf) for i, leaf in enumerate(_leaves(ty)))
-
-
-def _limits(function: relax.Function) -> dict[str, int]:
-    # by this attribute TVM's memory planner makes buffers of a fixed size for symbolic shapes
-    bounds = function.attrs.get("tir_var_upper_bound") or {}
-    return {str(symbol): int(limit) for symbol, limit in bounds.items()}
-
-
 def _leaves(ty: RelaxType) -> list[RelaxType]:
     from tvm import relax
 
@@ -108,9 +87,10 @@ def _num_symbols(entry: FunctionEntry) -> int:
 
 
 def _with_bindings(entry: FunctionEntry, generic: FunctionEntry) -> FunctionEntry:
-    bindings: dict[str, int] = {}
-    for general, special in zip(generic.inputs, entry.inputs, strict=False):
-        for symbol, extent in zip(general.shape, special.shape, strict=False):
-            if isinstance(symbol, str) and isinstance(extent, int):
-                bindings[symbol] = extent
+    bindings = {
+        symbol: extent
+        for general, special in zip(generic.inputs, entry.inputs, strict=False)
+        for symbol, extent in zip(general.shape, special.shape, strict=False)
+        if isinstance(symbol, str) and isinstance(extent, int)
+    }
     return replace(entry, bindings=bindings)

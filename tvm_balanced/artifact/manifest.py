@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 
@@ -14,7 +14,7 @@ from tvm_balanced._version import __version__
 from tvm_balanced.cuda.cubin import DeviceImage
 from tvm_balanced.errors import ArtifactError, InputError
 from tvm_balanced.options import CompileOptions
-from tvm_balanced.report import LayerRow
+from tvm_balanced.report import JsonObject, LayerRow
 
 FORMAT = "tvmb"
 
@@ -30,71 +30,38 @@ KERNELS = "kernels"
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """An input or output.
+    """An input or output."""
 
-    Attributes
-    ----------
-    name : str
-        The model's own name.
-    dtype : str
-        ``"float32"``, ``"bfloat16"``, ...
-    shape : tuple of int or str
-        A string is a symbolic extent: a name, equal wherever it recurs, or an expression of names.
-    """
-
-    name: str
-    dtype: str
+    name: str  # the model's own
+    dtype: str  # "float32", "bfloat16", ...
+    # a string is a symbolic extent: a name, equal wherever it recurs, or an expression of names
     shape: tuple[Annotated[int, msgspec.Meta(ge=0)] | str, ...]
 
 
 @dataclass(frozen=True)
 class FunctionEntry:
-    """A function of the library: the generic one, or one for a bucket.
+    """A function of the library: the generic one, or one for a bucket."""
 
-    Attributes
-    ----------
-    name : str
-        ``"main"``, ``"main_b8"``.
-    inputs, outputs : tuple of TensorEntry
-        What the caller passes and gets, in order.
-    params : tuple of str
-        Arrays of ``params.safetensors`` that are passed after the inputs.
-    bindings : dict of str to int
-        Symbolic extents of the generic function that are fixed here.
-    returns_tuple : bool
-        Whether the model returned a tuple, be it of one; ``outputs`` are its leaves.
-    limits : dict of str to int
-        Largest values of symbolic extents: memory was planned for these and no more.
-    """
-
-    name: str
-    inputs: tuple[TensorEntry, ...]
-    outputs: tuple[TensorEntry, ...]
-    params: tuple[str, ...] = ()
+    name: str  # "main", "main_b8"
+    inputs: tuple[TensorEntry, ...]  # what the caller passes, in order
+    outputs: tuple[TensorEntry, ...]  # the leaves of what it gets
+    params: tuple[str, ...] = ()  # arrays of params.safetensors, passed after the inputs
+    # symbolic extents of the generic function that are fixed here
     bindings: Mapping[str, int] = field(default_factory=dict)
-    returns_tuple: bool = False
+    returns_tuple: bool = False  # also for a tuple of one
+    # largest values of symbolic extents: memory was planned for these and no more
     limits: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class TargetEntry:
-    """What the library was compiled for.
-
-    Attributes
-    ----------
-    name, kind, arch : str
-        As in :class:`tvm_balanced.targets.resolve.TargetSpec`.
-    features : tuple of str
-        CPU features, by LLVM's names, that the code may use.
-    machine : str
-        Instruction set of the host code, ``"x86_64"``.
-    """
+    """What the library was compiled for: fields of :class:`tvm_balanced.targets.resolve.TargetSpec`."""
 
     name: str
     kind: Annotated[str, msgspec.Meta(pattern="^(cuda|llvm)$")]
     arch: str
     features: tuple[str, ...]
-    machine: str
+    machine: str  # instruction set of the host code, "x86_64"
 
 
 @dataclass(frozen=True)
@@ -106,7 +73,7 @@ class CompilerEntry:
     options: tuple[str, ...]
 
     @staticmethod
-    def of(compiler: Mapping[str, Any]) -> CompilerEntry:
+    def of(compiler: Mapping[str, object]) -> CompilerEntry:
         """Return what :func:`tvm_balanced.cuda.nvrtc.compiler` says."""
         return msgspec.convert(compiler, CompilerEntry)
 
@@ -132,53 +99,23 @@ class KernelEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of ``manifest.json``.
+    """The contents of ``manifest.json``."""
 
-    Attributes
-    ----------
-    model : str
-        Name of the model.
-    options : dict
-        The :class:`tvm_balanced.CompileOptions` it was compiled with, as JSON.
-    target : TargetEntry
-        What the library was compiled for.
-    device_code : str
-        ``"cubin"`` or ``"none"``.
-    functions : tuple of FunctionEntry
-        The first is the most general.
-    versions : dict of str to str
-        Of this package and of those that built the library.
-    title : str
-        Title of the report.
-    layers : tuple of LayerRow
-        Rows of the report.
-    cubins : tuple of DeviceImage
-        Each cubin inside ``lib.so``.
-    compiler : CompilerEntry or None
-        What made the cubins; None where there are none.
-    files : dict of str to str
-        SHA-256 of every other file, by path relative to the folder.
-    cublas : tuple of CublasCall
-        Where there is any, libcublas must be there when the library runs.
-    coverage : tuple of KernelEntry
-        How each kernel was scheduled; empty where the library does not say.
-    """
-
-    model: str
-    options: Mapping[str, Any]
+    model: str  # its name
+    options: JsonObject  # the CompileOptions it was compiled with, as JSON
     target: TargetEntry
     device_code: Annotated[str, msgspec.Meta(pattern="^(cubin|none)$")]
-    functions: tuple[FunctionEntry, ...]
-    versions: Mapping[str, str]
-    title: str
+    functions: tuple[FunctionEntry, ...]  # the first is the most general
+    versions: Mapping[str, str]  # of this package and of those that built the library
+    title: str  # of the report
     layers: tuple[LayerRow, ...]
-    cubins: tuple[DeviceImage, ...]
-    compiler: CompilerEntry | None
-    files: Mapping[str, str]
-    cublas: tuple[CublasCall, ...]
-    coverage: tuple[KernelEntry, ...]
+    cubins: tuple[DeviceImage, ...]  # inside lib.so
+    compiler: CompilerEntry | None  # None where there are no cubins
+    files: Mapping[str, str]  # SHA-256 of every other file, by path relative to the folder
+    cublas: tuple[CublasCall, ...]  # where there is any, running needs libcublas
+    coverage: tuple[KernelEntry, ...]  # empty where the library does not say
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain values, as they stand in the file."""
         # TVM's strings are strings, but not to msgspec
         values = msgspec.to_builtins(self, enc_hook=str)
@@ -206,21 +143,9 @@ class Manifest:
 
 
 def read_manifest(path: Path | str) -> Manifest:
-    """Read and check ``manifest.json``.
+    """Read and check ``manifest.json`` of a ``model.tvmb`` folder.
 
-    Parameters
-    ----------
-    path : path-like
-        A ``model.tvmb`` folder.
-
-    Returns
-    -------
-    Manifest
-
-    Raises
-    ------
-    ArtifactError
-        If the folder is no ``.tvmb``, its manifest is damaged, or its format is another version.
+    ArtifactError if the folder is none, its manifest is damaged, or its format is another version.
     """
     path = Path(path)
     if not path.is_dir():

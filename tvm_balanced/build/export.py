@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tvm_balanced import errors
-from tvm_balanced.artifact.exported import ExportedLibrary
+from tvm_balanced.artifact.folder import ExportedLibrary
 from tvm_balanced.build.cxx import cxx_arguments, find_cxx
 from tvm_balanced.build.dump import device_sources
 from tvm_balanced.cuda import cubin, nvrtc

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tvm_balanced.bench.shapes import SETS
-from tvm_balanced.cli.options import with_output
+from tvm_balanced.cli.options import repeatable, with_default, with_output
 from tvm_balanced.cli.output import Output, summary
 from tvm_balanced.errors import InputError
 
@@ -32,10 +32,8 @@ PEERS = ("dense", "int4", "csr", "semi_structured", "triton", "tvm_dense")
     help="Shapes to time; repeatable. Default: llm. Not with LIBRARY.",
 )
 @click.option("--m", "rows", metavar="1,8", help="Rows of activations, in place of the set's.")
-@click.option(
-    "--pattern", "patterns", multiple=True, metavar="NNZ:BLOCK", help="In place of the set's."
-)
-@click.option("--layer", "layers", multiple=True, help="Only this layer of the sets; repeatable.")
+@repeatable("--pattern", "patterns", "NNZ:BLOCK", "In place of the set's.")
+@repeatable("--layer", "layers", "TEXT", "Only this layer of the sets; repeatable.")
 @click.option(
     "--dtype",
     "dtypes",
@@ -62,19 +60,17 @@ PEERS = ("dense", "int4", "csr", "semi_structured", "triton", "tvm_dense")
     metavar="dense,csr",
     help=f"Which of {', '.join(PEERS)} to compare with. Default: all.",
 )
-@click.option(
+@with_default(
     "--method",
-    type=click.Choice(["graph", "events"]),
-    default="graph",
-    show_default=True,
-    help="On a GPU: replay graphs of calls, or events around single calls.",
+    "graph",
+    click.Choice(["graph", "events"]),
+    "On a GPU: replay graphs of calls, or events around single calls.",
 )
-@click.option(
+@with_default(
     "--seconds",
-    default=0.3,
-    show_default=True,
-    type=click.FloatRange(0, min_open=True),
-    help="Measuring time of a contender in a state of the caches.",
+    0.3,
+    click.FloatRange(0, min_open=True),
+    "Measuring time of a contender in a state of the caches.",
 )
 @click.option(
     "--time-limit",
@@ -128,18 +124,16 @@ def command(
     if plots is not None and path is not None:
         drawn = results.plot(results.read(path), Path(plots))
     output.document(
-        {
-            "command": "bench",
-            **result.to_json(),
-            "output": None if path is None else str(path),
-            "plots": [str(p) for p in drawn],
-        }
+        command="bench",
+        **result.to_json(),
+        output=None if path is None else str(path),
+        plots=[str(p) for p in drawn],
     )
     if result.rows:
         output.show(result)
         for note in result.notes():
             output.note(note)
-    rows: dict[str, Any] = {"problems measured": result.problems}
+    rows: dict[str, object] = {"problems measured": result.problems}
     if result.left:
         rows["not begun"] = f"{result.left}: the time limit of {time_limit:g} s; --resume goes on"
     if path is not None:

@@ -51,20 +51,18 @@ def command(
         output.note("warning: no layer runs sparse; the table says why")
     seconds = time.monotonic() - begin
     output.document(
-        {
-            "command": "compile",
-            "model": request.model,
-            "target": spec.name,
-            "arch": spec.arch,
-            "options": request.options.to_json(),
-            "output": str(path),
-            "bytes": library.num_bytes,
-            "seconds": seconds,
-            "kernels": library.kernels,
-            "layers": report.to_json(),
-            "sparse_layers": len(report.sparse),
-            "coverage": [vars(kernel) for kernel in library.coverage],
-        }
+        command="compile",
+        model=request.model,
+        target=spec.name,
+        arch=spec.arch,
+        options=request.options.to_json(),
+        output=str(path),
+        bytes=library.num_bytes,
+        seconds=seconds,
+        kernels=library.kernels,
+        layers=report.to_json(),
+        sparse_layers=len(report.sparse),
+        coverage=[vars(kernel) for kernel in library.coverage],
     )
     output.show(report)
     if any(kernel.schedule != "default" for kernel in library.coverage):

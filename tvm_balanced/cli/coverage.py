@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from tvm_balanced.report import table_of
+
 if TYPE_CHECKING:
     from tvm_balanced.artifact.manifest import KernelEntry
 
@@ -25,8 +27,7 @@ def coverage_text(kernels: Sequence[KernelEntry]) -> str:
 
 def coverage_table(kernels: Sequence[KernelEntry]) -> Table:
     """One row a kernel: how it was scheduled, and what its record says or why there is none."""
-    table = Table(title="schedules", title_justify="left")
-    table.add_column("kernel", overflow="fold")
+    table = table_of("schedules", ("kernel",), overflow="fold")
     table.add_column("schedule", no_wrap=True)
     table.add_column("", overflow="fold")
     for kernel in kernels:

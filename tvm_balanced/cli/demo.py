@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import time
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.table import Table
@@ -13,6 +12,7 @@ from rich.table import Table
 from tvm_balanced.cli.options import with_output
 from tvm_balanced.cli.output import Output, summary
 from tvm_balanced.errors import OutputError
+from tvm_balanced.report import JsonObject, table_of
 
 
 @click.command(name="demo")
@@ -66,14 +66,7 @@ def command(output: Output, destination: str) -> None:
     output.show(real["caveat"])
     seconds = time.monotonic() - begin
     layers = {f"{w} {target}": report.to_json() for (w, target), report in reports.items()}
-    output.document(
-        {
-            "command": "demo",
-            "digits": good,
-            "minilm": {**real, "layers": layers},
-            "seconds": seconds,
-        }
-    )
+    output.document(command="demo", digits=good, minilm={**real, "layers": layers}, seconds=seconds)
     dense, fastest = real["models"][0], real["models"][-1]
     output.show(
         summary(
@@ -90,10 +83,10 @@ def command(output: Output, destination: str) -> None:
     output.next(f"tvm-balanced inspect {shlex.quote(fastest['libraries']['llvm']['path'])}")
 
 
-def _digits_table(good: dict[str, Any]) -> Table:
-    table = Table(title="digits: a good model, compiled for this CPU", title_justify="left")
-    for heading in ("weights", "test accuracy", "sparse layers", "weights, KiB"):
-        table.add_column(heading, justify="right")
+def _digits_table(good: JsonObject) -> Table:
+    headings = ("weights", "test accuracy", "sparse layers", "weights, KiB")
+    title = "digits: a good model, compiled for this CPU"
+    table = table_of(title, headings, justify="right")
     for row in good["models"]:
         table.add_row(
             row["weights"],
@@ -105,11 +98,10 @@ def _digits_table(good: dict[str, Any]) -> Table:
     return table
 
 
-def _minilm_table(real: dict[str, Any]) -> Table:
-    table = Table(title="MiniLM: a real model", title_justify="left")
-    headings = ("weights", "ms on this CPU", "against PyTorch", "error against PyTorch", "cosine")
-    for heading in (*headings, "dense layers, MiB", "libraries, MiB"):
-        table.add_column(heading, justify="right")
+def _minilm_table(real: JsonObject) -> Table:
+    headings = ["weights", "ms on this CPU", "against PyTorch", "error against PyTorch", "cosine"]
+    headings += ["dense layers, MiB", "libraries, MiB"]
+    table = table_of("MiniLM: a real model", headings, justify="right")
     pytorch = real["pytorch_ms"]
     table.add_row("PyTorch eager, dense", f"{pytorch:.1f}", "1.00x", "", "", "", "")
     for row in real["models"]:

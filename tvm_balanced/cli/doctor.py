@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import click
-from rich.table import Table
 
 from tvm_balanced.cli.options import with_output
 from tvm_balanced.cli.output import Output, summary
+from tvm_balanced.report import table_of
 
 
 @click.command(name="doctor")
@@ -22,7 +22,7 @@ def command(output: Output) -> None:
 
     with output.progress("looking at this machine"):
         machine = collect()
-    output.document(machine)
+    output.document(**machine)
     cpu, driver, cublas = machine["cpu"], machine["driver"], machine["cublas"]
     rows = {
         "tvm-balanced": f"{machine['tvm_balanced']}, Python {machine['python']}, {machine['platform']}",
@@ -36,19 +36,12 @@ def command(output: Output) -> None:
         "GPU": ", ".join(f"{gpu['name']} ({gpu['arch']})" for gpu in machine["gpus"]) or "none",
     }
     output.show(summary("this machine", rows))
-    packages = Table(title="packages", title_justify="left", show_header=False)
-    packages.add_column()
-    packages.add_column()
-    for name, version in machine["packages"].items():
-        packages.add_row(name, version or "not installed")
-    output.show(packages)
-    targets = Table(title="targets", title_justify="left")
-    for heading in ("target", "compiles", "runs here", "why not"):
-        targets.add_column(heading, overflow="fold")
+    packages = {name: number or "not installed" for name, number in machine["packages"].items()}
+    output.show(summary("packages", packages))
+    headings = ("target", "compiles", "runs here", "why not")
+    targets = table_of("targets", headings, overflow="fold")
     for name, use in machine["targets"].items():
-        targets.add_row(
-            name, _yes(use["compiles"]), _yes(use["runs"]), use["reason"] if use["reason"] else ""
-        )
+        targets.add_row(name, _yes(use["compiles"]), _yes(use["runs"]), use["reason"] or "")
     output.show(targets)
     output.next("tvm-balanced demo")
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
-from rich.table import Table
 
 from tvm_balanced.cli.coverage import coverage_table, coverage_text
-from tvm_balanced.cli.options import options_words, parse_shapes, shapes_option, with_output
+from tvm_balanced.cli.options import Shapes, options_words, parse_shapes, shapes_option, with_output
 from tvm_balanced.cli.output import Output, summary
 from tvm_balanced.errors import InputError
+from tvm_balanced.report import JsonObject, table_of
 
 if TYPE_CHECKING:
     from tvm_balanced.artifact.manifest import Manifest, TensorEntry
+    from tvm_balanced.format.pattern import BalancedPattern
     from tvm_balanced.runtime.library import Library
+    from tvm_balanced.support.tensors import Array
 
 
 @click.command(name="inspect")
@@ -45,10 +47,9 @@ def command(
     place = Path(path)
     if not place.exists():
         raise InputError(f"{path} does not exist; give a .tvmb, .onnx, .pt2 or .safetensors")
-    if source is not None and not place.is_dir():
-        raise InputError(f"--source goes with a .tvmb folder, but {path} is a file; leave it out")
-    if static and not place.is_dir():
-        raise InputError(f"--static goes with a .tvmb folder, but {path} is a file; leave it out")
+    for flag, given in (("--source", source is not None), ("--static", static)):
+        if given and not place.is_dir():
+            raise InputError(f"{flag} goes with a .tvmb folder, but {path} is a file; leave it out")
     if static and source is not None:
         raise InputError("--source and --static were given; give one of them")
     if place.is_dir():
@@ -68,7 +69,7 @@ def _library(output: Output, path: Path, source: str | None, static: bool) -> No
     manifest = library.manifest
     if source is not None:
         text = library.source(source)
-        output.document({"command": "inspect", "kernel": source, "source": text})
+        output.document(command="inspect", kernel=source, source=text)
         if not output.as_json:
             click.echo(text)
         return
@@ -77,14 +78,12 @@ def _library(output: Output, path: Path, source: str | None, static: bool) -> No
         return
     sizes = {name: (path / name).stat().st_size for name in ("manifest.json", *manifest.files)}
     output.document(
-        {
-            "command": "inspect",
-            "kind": "library",
-            "path": str(path),
-            **manifest.to_json(),
-            "kernels": library.kernels,
-            "bytes": sizes,
-        }
+        command="inspect",
+        kind="library",
+        path=str(path),
+        **manifest.to_json(),
+        kernels=library.kernels,
+        bytes=sizes,
     )
     target = manifest.target
     code = ", ".join(f"{c.arch} ({c.num_bytes / 1024:.0f} KiB)" for c in manifest.cubins)
@@ -102,9 +101,8 @@ def _library(output: Output, path: Path, source: str | None, static: bool) -> No
         "built with": ", ".join(f"{n} {v}" for n, v in manifest.versions.items()),
     }
     output.show(summary(str(path), rows))
-    table = Table(title="functions", title_justify="left")
-    for heading in ("function", "inputs", "outputs", "fixed"):
-        table.add_column(heading, overflow="fold")
+    headings = ("function", "inputs", "outputs", "fixed")
+    table = table_of("functions", headings, overflow="fold")
     for entry in manifest.functions:
         fixed = ", ".join(f"{name}={size}" for name, size in entry.bindings.items())
         table.add_row(entry.name, _tensors(entry.inputs), _tensors(entry.outputs), fixed)
@@ -154,9 +152,7 @@ def _static(output: Output, library: Library) -> None:
     with output.progress("inspect") as tell:
         tell("read the machine code")
         report = StaticReport.of_cubins(cubins, dynamic_shared=dynamic)
-    output.document(
-        {"command": "inspect", "kind": "static", "path": str(library.path), **report.to_json()}
-    )
+    output.document(command="inspect", kind="static", path=str(library.path), **report.to_json())
     output.show(report)
     quoted = shlex.quote(str(library.path))
     output.next(f"tvm-balanced inspect {quoted} --source {library.kernels[0]}")
@@ -167,11 +163,8 @@ def _files(sizes: Mapping[str, int]) -> str:
     from tvm_balanced.artifact.manifest import KERNELS
 
     sources = [size for name, size in sizes.items() if name.startswith(f"{KERNELS}/")]
-    listed = [
-        f"{name} {size / 1024:.0f} KiB"
-        for name, size in sizes.items()
-        if not name.startswith(f"{KERNELS}/")
-    ]
+    others = {n: size for n, size in sizes.items() if not n.startswith(f"{KERNELS}/")}
+    listed = [f"{name} {size / 1024:.0f} KiB" for name, size in others.items()]
     if sources:
         listed.append(f"{len(sources)} of {KERNELS}/*.cu {sum(sources) / 1024:.0f} KiB")
     return ", ".join(listed)
@@ -198,15 +191,14 @@ def _checkpoint(output: Output, path: Path) -> None:
         layers = []
         for name, weight in weights.items():
             tell(name)
-            known = str(noted[name]) if name in noted else None
-            layers.append(_row(name, weight, known))
+            layers.append(_row(name, weight, noted.get(name)))
     _show_layers(
         output, path, "checkpoint", layers, {"tensors": len(tensors), "metadata": dict(metadata)}
     )
     output.next(f"tvm-balanced prune {shlex.quote(str(path))} --pattern 4:16 --dry-run")
 
 
-def _model(output: Output, path: Path, shapes: Mapping[str, Any] | None) -> None:
+def _model(output: Output, path: Path, shapes: Shapes | None) -> None:
     from tvm_balanced.frontend import load_model
     from tvm_balanced.relay_passes.pack_weights import dense_weight
 
@@ -227,44 +219,32 @@ def _model(output: Output, path: Path, shapes: Mapping[str, Any] | None) -> None
     output.next(f"tvm-balanced plan {shlex.quote(str(path))} --pattern 4:16")
 
 
-def _row(name: str, weight: Any, noted: str | None) -> dict[str, Any]:
+def _row(name: str, weight: Array, noted: BalancedPattern | None) -> JsonObject:
     import numpy as np
 
-    from tvm_balanced.format.pattern import BalancedPattern
     from tvm_balanced.format.weights import detect_pattern, is_balanced
 
     # a note is believed only when the weight agrees with it
-    if noted is not None and is_balanced(weight, BalancedPattern(noted)):
-        pattern: str | None = noted
-    else:
-        detected = detect_pattern(weight)
-        pattern = None if detected is None else str(detected)
+    believed = noted is not None and is_balanced(weight, noted)
+    pattern = noted if believed else detect_pattern(weight)
     zeros = 1.0 - float(np.count_nonzero(weight)) / max(weight.size, 1)
     return {
         "name": name,
         "shape": list(weight.shape),
         "dtype": weight.dtype.name,
-        "pattern": pattern,
+        "pattern": None if pattern is None else str(pattern),
         "zeros": zeros,
     }
 
 
 def _show_layers(
-    output: Output, path: Path, kind: str, layers: list[dict[str, Any]], more: Mapping[str, Any]
+    output: Output, path: Path, kind: str, layers: list[JsonObject], more: Mapping[str, object]
 ) -> None:
     size = path.stat().st_size
-    output.document(
-        {
-            "command": "inspect",
-            "kind": kind,
-            "path": str(path),
-            "bytes": size,
-            **more,
-            "layers": layers,
-        }
-    )
-    table = Table(title=f"{path}, {size / 2**20:.1f} MiB", title_justify="left")
-    table.add_column("matrix" if kind == "checkpoint" else "layer", overflow="fold", min_width=12)
+    output.document(command="inspect", kind=kind, path=str(path), bytes=size, **more, layers=layers)
+    first = "matrix" if kind == "checkpoint" else "layer"
+    title = f"{path}, {size / 2**20:.1f} MiB"
+    table = table_of(title, (first,), overflow="fold", min_width=12)
     for heading in ("N x K", "dtype", "pattern", "zeros"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in layers:

@@ -64,18 +64,7 @@ def cli() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Parameters
-    ----------
-    argv : sequence of str, optional
-        Arguments, those of the process where not given.
-
-    Returns
-    -------
-    int
-        Exit code.
-    """
+    """Run the command line with ``argv``, or the arguments of the process; return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
@@ -19,10 +19,12 @@ from tvm_balanced.options import DENSE_KERNELS, ENCODINGS, POLICIES, CompileOpti
 if TYPE_CHECKING:
     from tvm_balanced.model import Model
 
-F = TypeVar("F", bound=Callable[..., Any])
+Command: TypeAlias = Callable[..., None]
+Decorator: TypeAlias = Callable[[Command], Command]
+Shapes: TypeAlias = dict[str, tuple[int | str, ...]]
 
 
-def with_output(function: Callable[..., None]) -> Callable[..., None]:
+def with_output(function: Command) -> Command:
     """Add ``--json``, ``-v`` and ``-q``; the command gets an :class:`Output` as first argument."""
 
     @click.option("--json", "as_json", is_flag=True, help="Results as JSON on stdout.")
@@ -45,12 +47,23 @@ def with_output(function: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-shapes_option = click.option(
+def with_default(flag: str, default: object, kind: click.ParamType[Any], text: str) -> Decorator:
+    """Return an option with a default, which its help shows."""
+    return click.option(flag, default=default, show_default=True, type=kind, help=text)
+
+
+def repeatable(flag: str, name: str, metavar: str, text: str) -> Decorator:
+    """Return an option that may be given several times."""
+    return click.option(flag, name, multiple=True, metavar=metavar, help=text)
+
+
+library_argument = click.argument("library", type=click.Path())
+
+shapes_option = repeatable(
     "--input-shape",
     "input_shapes",
-    multiple=True,
-    metavar="NAME=1,128",
-    help="Shape of an input of an ONNX model; repeatable. A word is a symbolic extent.",
+    "NAME=1,128",
+    "Shape of an input of an ONNX model; repeatable. A word is a symbolic extent.",
 )
 
 target_option = click.option(
@@ -61,25 +74,19 @@ target_option = click.option(
     help="llvm, cuda, cuda-sm_90, h100, ...; tvm-balanced doctor lists them.",
 )
 
-ignore_option = click.option(
+ignore_option = repeatable(
     "--ignore",
-    multiple=True,
-    metavar="LAYER",
-    help='Leave a layer dense: exact name or "re:" and a regular expression; repeatable.',
+    "ignore",
+    "LAYER",
+    'Leave a layer dense: exact name or "re:" and a regular expression; repeatable.',
 )
 
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what exists there.")
 
 
-def parse_shapes(given: Sequence[str]) -> dict[str, tuple[int | str, ...]] | None:
-    """``["x=1,128"]`` to ``{"x": (1, 128)}``; None when nothing was given.
-
-    Raises
-    ------
-    InputError
-        For text of another form.
-    """
-    shapes: dict[str, tuple[int | str, ...]] = {}
+def parse_shapes(given: Sequence[str]) -> Shapes | None:
+    """``["x=1,128"]`` to ``{"x": (1, 128)}``, else InputError; None when nothing was given."""
+    shapes: Shapes = {}
     for text in given:
         name, equals, extents = text.rpartition("=")
         words = [word.strip() for word in extents.split(",")]
@@ -97,13 +104,7 @@ def parse_shapes(given: Sequence[str]) -> dict[str, tuple[int | str, ...]] | Non
 
 
 def parse_buckets(given: str | None) -> list[int] | dict[str, list[int]] | None:
-    """``"1,8"`` to ``[1, 8]``, ``"batch=1,8"`` to ``{"batch": [1, 8]}``.
-
-    Raises
-    ------
-    InputError
-        For anything but whole numbers of at least 1.
-    """
+    """``"1,8"`` to ``[1, 8]``, ``"batch=1,8"`` to ``{"batch": [1, 8]}``, else InputError."""
     if given is None:
         return None
     name, _, numbers = given.rpartition("=")
@@ -117,13 +118,7 @@ def parse_buckets(given: str | None) -> list[int] | dict[str, list[int]] | None:
 
 
 def parse_policies(given: Sequence[str]) -> str | dict[str, str]:
-    """Turn ``["always"]`` to ``"always"``, ``["never", "fc1=always"]`` to a mapping.
-
-    Raises
-    ------
-    InputError
-        For a word that is no policy, or several policies for all layers.
-    """
+    """Turn ``["always"]`` to ``"always"``, ``["never", "fc1=always"]`` to a mapping, else InputError."""
     general: list[str] = []
     single: dict[str, str] = {}
     for text in given:
@@ -164,7 +159,7 @@ def repeated(option: str, values: Sequence[str]) -> list[str]:
 class _Knob:
     """One field of :class:`CompileOptions` on the command line: click's option, and both directions."""
 
-    option: Callable[[Any], Any]
+    option: Decorator
     words: Callable[[Any], list[str]]
     parse: Callable[[Any], Any] = lambda given: given
 
@@ -172,11 +167,11 @@ class _Knob:
 # by field; what is compiled can be asked for here and said again from here
 KNOBS = {
     "policy": _Knob(
-        click.option(
+        repeatable(
             "--policy",
-            multiple=True,
-            metavar="auto|always|never|LAYER=...",
-            help="Which layers run sparse; repeatable for single layers. Default: auto.",
+            "policy",
+            "auto|always|never|LAYER=...",
+            "Which layers run sparse; repeatable for single layers. Default: auto.",
         ),
         _policy_words,
         parse_policies,
@@ -193,32 +188,29 @@ KNOBS = {
         parse_buckets,
     ),
     "encoding": _Knob(
-        click.option(
+        with_default(
             "--encoding",
-            default="auto",
-            show_default=True,
-            type=click.Choice(ENCODINGS),
-            help="How indices are stored; auto takes the fewest bytes that the target likes.",
+            "auto",
+            click.Choice(ENCODINGS),
+            "How indices are stored; auto takes the fewest bytes that the target likes.",
         ),
         lambda encoding: ["--encoding", encoding],
     ),
     "dense": _Knob(
-        click.option(
+        with_default(
             "--dense",
-            type=click.Choice(DENSE_KERNELS),
-            default="dlight",
-            show_default=True,
-            help="What runs dense matrix products on a GPU; cublas must be installed where the library "
-            "runs.",
+            "dlight",
+            click.Choice(DENSE_KERNELS),
+            "What runs dense matrix products on a GPU; cublas must be installed where the library runs.",
         ),
         lambda dense: ["--dense", dense],
     ),
     "cuda_graph": _Knob(
-        click.option(
+        with_default(
             "--cuda-graph/--no-cuda-graph",
-            default=True,
-            show_default=True,
-            help="Replay kernels of static shapes as CUDA graphs.",
+            True,
+            click.BOOL,
+            "Replay kernels of static shapes as CUDA graphs.",
         ),
         lambda wanted: ["--cuda-graph" if wanted else "--no-cuda-graph"],
     ),
@@ -250,26 +242,12 @@ def options_words(options: CompileOptions) -> list[str]:
 
 @dataclass(frozen=True)
 class Request:
-    """What a command is asked to compile, or to look at as if it were compiled.
+    """What a command is asked to compile, or to look at as if it were compiled."""
 
-    Parameters
-    ----------
-    model : str
-        The model's file.
-    input_shapes : tuple of str
-        ``--input-shape`` as given.
-    target : str
-        Name of the target.
-    pattern : str or None
-        Pattern to prune to, on the way or in thought.
-    options : CompileOptions
-        What it is compiled with.
-    """
-
-    model: str
-    input_shapes: tuple[str, ...]
+    model: str  # its file
+    input_shapes: tuple[str, ...]  # as given
     target: str
-    pattern: str | None
+    pattern: str | None  # to prune to, on the way or in thought
     options: CompileOptions
 
     def __post_init__(self) -> None:
@@ -298,8 +276,7 @@ class Request:
         model = self.load(tell, weights)
         if form is None:
             return model
-        ignore = self.options.ignore
-        return prune(model, form, ignore, progress=lambda name: tell(f"prune {name}"))
+        return prune(model, form, self.options.ignore, progress=lambda name: tell(f"prune {name}"))
 
     def command(self, verb: str, *more: str) -> str:
         """Return a command line that asks another command for the same."""
@@ -309,27 +286,21 @@ class Request:
         return shlex.join([*words, *options_words(self.options), *more])
 
 
-def requesting(pattern_help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def requesting(pattern_help: str) -> Decorator:
     """Add MODEL and all options of a compilation; the command gets them as ``request``."""
+    asked = ("model", "input_shapes", "target", "pattern")
 
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+    def decorate(function: Command) -> Command:
         @functools.wraps(function)
         def wrapper(*args: Any, **given: Any) -> None:
             values = {name: knob.parse(given.pop(name)) for name, knob in KNOBS.items()}
-            request = Request(
-                model=given.pop("model"),
-                input_shapes=given.pop("input_shapes"),
-                target=given.pop("target"),
-                pattern=given.pop("pattern"),
-                options=CompileOptions(**values),
-            )
-            function(*args, request=request, **given)
+            what = {name: given.pop(name) for name in asked}
+            function(*args, request=Request(**what, options=CompileOptions(**values)), **given)
 
-        decorated = wrapper
-        for knob in reversed(KNOBS.values()):
-            decorated = knob.option(decorated)
+        decorated: Command = wrapper
         pattern_option = click.option("--pattern", metavar="NNZ:BLOCK", help=pattern_help)
-        for option in (pattern_option, target_option, shapes_option):
+        added: list[Decorator] = [pattern_option, target_option, shapes_option]
+        for option in (*(knob.option for knob in reversed(KNOBS.values())), *added):
             decorated = option(decorated)
         return click.argument("model", type=click.Path())(decorated)
 

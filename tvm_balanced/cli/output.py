@@ -25,6 +25,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from tvm_balanced.report import table_of
+
 # a table that a pipe or a file gets is not cut to the width of a terminal that is not there
 _PIPE_WIDTH = 160
 Tell = Callable[[str], None]
@@ -33,18 +35,10 @@ TellRow = Callable[[str, int, int, str], None]
 
 @dataclass
 class Output:
-    """Consoles of one command.
+    """Consoles of one command."""
 
-    Parameters
-    ----------
-    as_json : bool
-        Results are one JSON document on stdout instead of tables.
-    verbosity : int
-        -1 errors only, 0 normal, 1 also what is done and, after an error, the traceback.
-    """
-
-    as_json: bool = False
-    verbosity: int = 0
+    as_json: bool = False  # results are one JSON document on stdout instead of tables
+    verbosity: int = 0  # -1 errors only; 1 also what is done and, after an error, the traceback
 
     def __post_init__(self) -> None:
         self.results = _console(sys.stdout)
@@ -72,10 +66,10 @@ class Output:
             # names of layers and files hold brackets and numbers that are no markup
             self.results.print(table, markup=False, highlight=False)
 
-    def document(self, value: Mapping[str, object]) -> None:
+    def document(self, **values: object) -> None:
         """Write the one JSON document of a command run with ``--json``."""
         if self.as_json:
-            sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+            sys.stdout.write(json.dumps(values, indent=2, allow_nan=False) + "\n")
 
     def next(self, command: str) -> None:
         """Name the command that usually follows."""
@@ -86,17 +80,7 @@ class Output:
     def progress(self, title: str, total: int | None = None) -> Iterator[Tell]:
         """Show a bar on a terminal; lines with ``-v`` where there is none; else silence.
 
-        Parameters
-        ----------
-        title : str
-            What takes long.
-        total : int, optional
-            Steps, where their number is known.
-
-        Yields
-        ------
-        callable
-            It is called with a few words on each step when the step begins.
+        What it yields is called with a few words on each of the ``total`` steps when the step begins.
         """
         if self.verbosity < 0 or not self.notes.is_terminal:
             yield (lambda step: self._note(f"{title}: {step}")) if self.verbosity > 0 else _ignore
@@ -104,8 +88,8 @@ class Output:
         columns: list[ProgressColumn] = [
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
         ]
-        columns += [BarColumn(bar_width=24)]
         if total is not None:
             columns.append(MofNCompleteColumn())
         with Progress(*columns, TimeElapsedColumn(), console=self.notes, transient=True) as bar:
@@ -125,15 +109,7 @@ class Output:
     def progress_rows(self, title: str) -> Iterator[TellRow]:
         """As :meth:`progress`, with a bar for each of several things that go on by turns.
 
-        Parameters
-        ----------
-        title : str
-            What takes long.
-
-        Yields
-        ------
-        callable
-            It is called with the name of a row, steps done, all its steps, and a few words.
+        What it yields is called with the name of a row, steps done, all its steps, and a few words.
         """
         if self.verbosity < 0 or not self.notes.is_terminal:
 
@@ -166,9 +142,9 @@ class Output:
 
 def summary(title: str, rows: Mapping[str, object]) -> Table:
     """Make a table of two columns without headings."""
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column(no_wrap=True)
+    table = table_of(title, ("",), no_wrap=True)
     table.add_column(overflow="fold")
+    table.show_header = False
     for name, value in rows.items():
         table.add_row(name, str(value))
     return table

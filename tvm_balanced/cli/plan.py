@@ -31,17 +31,15 @@ def command(output: Output, request: Request) -> None:
         tell("decide layer by layer")
         report = plan(model, spec, form, options=request.options)
     output.document(
-        {
-            "command": "plan",
-            "model": request.model,
-            "target": spec.name,
-            "pattern": request.pattern,
-            "options": request.options.to_json(),
-            "layers": report.to_json(),
-            "sparse_layers": len(report.sparse),
-            "bytes_dense": sum(row.bytes_dense for row in report),
-            "bytes_sparse": sum(row.bytes_sparse for row in report),
-        }
+        command="plan",
+        model=request.model,
+        target=spec.name,
+        pattern=request.pattern,
+        options=request.options.to_json(),
+        layers=report.to_json(),
+        sparse_layers=len(report.sparse),
+        bytes_dense=sum(row.bytes_dense for row in report),
+        bytes_sparse=sum(row.bytes_sparse for row in report),
     )
     output.show(report)
     if request.pattern is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +16,12 @@ from tvm_balanced.cli.options import (
     repeated,
     shapes_option,
     target_option,
+    with_default,
     with_output,
 )
 from tvm_balanced.cli.output import Output
 from tvm_balanced.errors import InputError
+from tvm_balanced.report import JsonObject, table_of
 
 if TYPE_CHECKING:
     from tvm_balanced.pruning.files import FilePruning
@@ -55,12 +56,11 @@ METHODS = ("magnitude", "wanda", "sparsegpt")
 )
 @target_option
 @ignore_option
-@click.option(
+@with_default(
     "--method",
-    type=click.Choice(METHODS),
-    default="magnitude",
-    show_default=True,
-    help="How weights are chosen; wanda and sparsegpt need --calibration and a .pt2.",
+    "magnitude",
+    click.Choice(METHODS),
+    "How weights are chosen; wanda and sparsegpt need --calibration and a .pt2.",
 )
 @click.option(
     "--calibration",
@@ -112,20 +112,23 @@ def command(
     )
     with output.progress("prune") as tell:
         done = job.run(tell)
-    report, selection = done.report, done.selection
+    report, selection, choice = done.report, done.selection, None
+    if selection is not None:
+        # with it TVM is imported, which plain pruning does not need
+        from tvm_balanced.pruning.sensitivity import selection_json
+
+        choice = selection_json(selection)
     output.document(
-        {
-            "command": "prune",
-            "model": model,
-            "pattern": None if goal else pattern,
-            "choice": None if selection is None else _choice_json(selection),
-            "speedup": None if selection is None else selection.speedup,
-            "output": None if job.dry_run else str(job.path),
-            "layers": report.to_json(),
-            "method": job.method,
-            "cosine": done.cosine,
-            "pruned_layers": len(report.changed),
-        }
+        command="prune",
+        model=model,
+        pattern=None if goal else pattern,
+        choice=choice,
+        speedup=None if selection is None else selection.speedup,
+        output=None if job.dry_run else str(job.path),
+        layers=report.to_json(),
+        method=job.method,
+        cosine=done.cosine,
+        pruned_layers=len(report.changed),
     )
     output.show(report)
     output.show("nothing written (dry run)" if job.dry_run else f"written: {job.path}")
@@ -140,7 +143,7 @@ def command(
 
 
 def _next(
-    job: FilePruning, pattern: str | None, input_shapes: tuple[str, ...], goal: dict[str, Any]
+    job: FilePruning, pattern: str | None, input_shapes: tuple[str, ...], goal: JsonObject
 ) -> str:
     """Return the same without ``--dry-run``, or the compilation of what was written."""
     words = ["tvm-balanced"]
@@ -187,17 +190,10 @@ def _goal(
     return Goal(resolve(target), forms, speedup, bound)
 
 
-def _choice_json(selection: Selection) -> list[Mapping[str, Any]]:
-    # with it TVM is imported, which plain pruning does not need
-    from tvm_balanced.pruning.sensitivity import selection_json
-
-    return selection_json(selection)
-
-
 def _choice(selection: Selection, target: str) -> Table:
     """Return what each layer costs and gains, dense and under every candidate."""
-    table = Table(title=f"choice for {target}, times predicted", title_justify="left")
-    table.add_column("layer", overflow="fold", min_width=12)
+    title = f"choice for {target}, times predicted"
+    table = table_of(title, ("layer",), overflow="fold", min_width=12)
     for heading in ("chosen", "dense us", "us", "loss alone"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("could be (us, loss)", overflow="fold")

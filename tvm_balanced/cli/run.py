@@ -8,48 +8,41 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.table import Table
 
-from tvm_balanced.cli.options import overwrite_option, parse_shapes, with_output
+from tvm_balanced.cli.options import (
+    library_argument,
+    overwrite_option,
+    parse_shapes,
+    repeatable,
+    with_default,
+    with_output,
+)
 from tvm_balanced.cli.output import Output, summary
 from tvm_balanced.errors import InputError
+from tvm_balanced.report import table_of
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
     from tvm_balanced.artifact.manifest import TensorEntry
     from tvm_balanced.runtime.inputs import Arrays
+    from tvm_balanced.support.tensors import Array
 
 
 @click.command(name="run")
-@click.argument("library", type=click.Path())
-@click.option(
-    "--input",
-    "inputs",
-    multiple=True,
-    metavar="[NAME=]X.npy",
-    help="An input, in the model's order or by name; repeatable.",
+@library_argument
+@repeatable(
+    "--input", "inputs", "[NAME=]X.npy", "An input, in the model's order or by name; repeatable."
 )
 @click.option(
     "--random", "use_random", is_flag=True, help="Random inputs: normal; integers 0 or 1."
 )
-@click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the random inputs."
-)
-@click.option(
+@with_default("--seed", 0, click.IntRange(0), "Seed of the random inputs.")
+@repeatable(
     "--input-shape",
     "input_shapes",
-    multiple=True,
-    metavar="NAME=1,128",
-    help="Shape of a random input whose extents are symbolic (else 1); repeatable.",
+    "NAME=1,128",
+    "Shape of a random input whose extents are symbolic (else 1); repeatable.",
 )
-@click.option(
-    "--repeat",
-    default=20,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Timed calls, after 3 that are not.",
-)
+@with_default("--repeat", 20, click.IntRange(1), "Timed calls, after 3 that are not.")
 @click.option(
     "--device",
     type=click.Choice(["emulated"]),
@@ -92,27 +85,23 @@ def command(
     if path is not None:
         write_outputs(path, run.outputs, overwrite)
     output.document(
-        {
-            "command": "run",
-            "library": library,
-            "target": loaded.manifest.target.name,
-            "emulated": loaded.emulated,
-            "inputs": {name: _describe(a) for name, a in given.items()},
-            "outputs": {name: _describe(a) for name, a in run.outputs.items()},
-            "median_ms": run.median_ms,
-            "min_ms": run.min_ms,
-            "repeat": repeat,
-            "output": None if path is None else str(path),
-        }
+        command="run",
+        library=library,
+        target=loaded.manifest.target.name,
+        emulated=loaded.emulated,
+        inputs={name: _describe(a) for name, a in given.items()},
+        outputs={name: _describe(a) for name, a in run.outputs.items()},
+        median_ms=run.median_ms,
+        min_ms=run.min_ms,
+        repeat=repeat,
+        output=None if path is None else str(path),
     )
-    table = Table(title="tensors", title_justify="left")
-    for heading in ("", "name", "dtype", "shape"):
-        table.add_column(heading)
+    table = table_of("tensors", ("", "name", "dtype", "shape"))
     for kind, group in (("input", given), ("output", run.outputs)):
         for name, array in group.items():
             table.add_row(kind, name, array.dtype.name, str(list(array.shape)))
     output.show(table)
-    rows: dict[str, Any] = {
+    rows: dict[str, object] = {
         "median": f"{run.median_ms:.3f} ms of {repeat} calls",
         "fastest": f"{run.min_ms:.3f} ms",
     }
@@ -141,5 +130,5 @@ def _reader(
     return lambda entries: read_inputs(inputs, entries)
 
 
-def _describe(array: npt.NDArray[Any]) -> dict[str, Any]:
+def _describe(array: Array) -> dict[str, object]:
     return {"dtype": array.dtype.name, "shape": list(array.shape)}

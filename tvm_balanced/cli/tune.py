@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tvm_balanced.cli.options import Request, requesting, with_output
+from tvm_balanced.cli.options import Request, requesting, with_default, with_output
 from tvm_balanced.cli.output import Output, TellRow, summary
 from tvm_balanced.errors import InputError
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.command(name="tune")
 @requesting("Tune the kernels that compile would build with this pattern.")
-@click.option("--trials", default=64, show_default=True, help="Schedules to measure of a kernel.")
+@with_default("--trials", 64, click.INT, "Schedules to measure of a kernel.")
 @click.option("--time", "budget", metavar="30m", help="When the search ends: 90s, 30m, 2h.")
 @click.option(
     "--cache",
@@ -27,23 +27,21 @@ if TYPE_CHECKING:
     help="Weights in the caches when a kernel begins: as a run of the model leaves them (the local runner "
     "if not given), none (the others), all.",
 )
-@click.option(
+@with_default(
     "--kernels",
-    type=click.Choice(("all", "balanced")),
-    default="all",
-    show_default=True,
-    help="Also those without sparse layers, by TVM's own rules.",
+    "all",
+    click.Choice(("all", "balanced")),
+    "Also those without sparse layers, by TVM's own rules.",
 )
-@click.option(
+@with_default(
     "--runner",
-    type=click.Choice(("local", "rpc", "model")),
-    default="local",
-    show_default=True,
-    help="Measure here, on the servers of a tracker, or predict for a GPU that is not here.",
+    "local",
+    click.Choice(("local", "rpc", "model")),
+    "Measure here, on the servers of a tracker, or predict for a GPU that is not here.",
 )
 @click.option("--tracker", metavar="HOST:PORT", help="TVM's RPC tracker, for --runner rpc.")
-@click.option("--key", metavar="KEY", help="Of the tracker's servers, for --runner rpc.")
-@click.option("--seed", default=0, show_default=True, help="Of the search.")
+@click.option("--key", metavar="KEY", help="Key of the tracker's servers, for --runner rpc.")
+@with_default("--seed", 0, click.INT, "Seed of the search.")
 @click.option("--resume", is_flag=True, help="Earlier records count as trials.")
 @click.option("--plot", metavar="FILE", help="Best time over trials, as .png, .svg or .pdf.")
 @click.option("--prune", metavar="N", type=int, help="Then keep the best N schedules of a kernel.")
@@ -113,9 +111,7 @@ def command(
     elif prune is not None:
         before, after = records.prune(result.folder, prune)
         outcome["pruned"] = f"{before} records to {after}"
-    output.document(
-        {"command": "tune", "model": request.model, "target": spec.name, **result.to_json()}
-    )
+    output.document(command="tune", model=request.model, target=spec.name, **result.to_json())
     output.show(result)
     output.show(summary("tuned", outcome))
     if result.interrupted:
@@ -125,13 +121,7 @@ def command(
 
 
 def parse_time(given: str | None) -> float | None:
-    """``"30m"`` to 1800.0.
-
-    Raises
-    ------
-    InputError
-        For text of another form.
-    """
+    """``"30m"`` to 1800.0, else InputError."""
     if given is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", given.strip())

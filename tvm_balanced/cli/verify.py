@@ -6,37 +6,24 @@ import shlex
 
 import click
 
-from tvm_balanced.cli.options import with_output
+from tvm_balanced.cli.options import library_argument, repeatable, with_default, with_output
 from tvm_balanced.cli.output import Output, summary
 from tvm_balanced.errors import TvmBalancedError
 
 
 @click.command(name="verify")
-@click.argument("library", type=click.Path())
-@click.option(
-    "--kernel",
-    "kernels",
-    multiple=True,
-    metavar="NAME",
-    help="Run only this kernel function; repeatable. Default: all.",
+@library_argument
+@repeatable(
+    "--kernel", "kernels", "NAME", "Run only this kernel function; repeatable. Default: all."
 )
-@click.option(
+@with_default(
     "--blocks",
-    default=6,
-    show_default=True,
-    type=click.IntRange(0),
-    help="Thread blocks of a launch that are checked for races and bounds (all run); 0 for all.",
+    6,
+    click.IntRange(0),
+    "Thread blocks of a launch that are checked for races and bounds (all run); 0 for all.",
 )
-@click.option(
-    "--symbol",
-    default=3,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Value of symbolic extents.",
-)
-@click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(0), help="Of inputs and threads."
-)
+@with_default("--symbol", 3, click.IntRange(1), "Value of symbolic extents.")
+@with_default("--seed", 0, click.IntRange(0), "Seed of inputs and threads.")
 @with_output
 def command(
     output: Output, library: str, kernels: tuple[str, ...], blocks: int, symbol: int, seed: int
@@ -58,7 +45,7 @@ def command(
         checked = verify(
             library, seed=seed, symbol=symbol, blocks=blocks, kernels=kernels, progress=tell
         )
-    output.document({"command": "verify", **checked.to_json()})
+    output.document(command="verify", **checked.to_json())
     output.show(checked)
     checks = checked.checks
     counts = {what: sum(c.result == what for c in checks) for what in (PASS, FAIL, UNCHECKED)}

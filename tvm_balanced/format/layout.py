@@ -32,11 +32,8 @@ class Layout:
     def parse(name: str | Layout) -> Layout:
         """Read ``"r16v1"`` or ``"r32v8s16"``.
 
-        Raises
-        ------
-        InputError
-            When ``name`` is not ``rRvV`` or ``rRvVsS`` with positive R and V, and S a power of two that
-            divides R.
+        InputError when ``name`` is not ``rRvV`` or ``rRvVsS`` with positive R and V, and S a power of two
+        that divides R.
         """
         if isinstance(name, Layout):
             return name
@@ -67,27 +64,13 @@ def round_up(value: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class PackedFormat:
-    """Everything that fixes the arrays of a packed weight, apart from the values' dtype.
+    """Everything that fixes the arrays of a packed weight, apart from the values' dtype."""
 
-    Parameters
-    ----------
-    out_features : int
-        N, rows of the dense weight.
-    in_features : int
-        K, columns of the dense weight; need not be a multiple of the block.
-    pattern : BalancedPattern
-        The pattern the slots follow.
-    layout : Layout
-        Order in memory.
-    encoding : str
-        One of :data:`ENCODINGS`, or :data:`BITMAP`.
-    """
-
-    out_features: int
-    in_features: int
-    pattern: BalancedPattern
-    layout: Layout
-    encoding: str
+    out_features: int  # N, rows of the dense weight
+    in_features: int  # K, its columns; need not be a multiple of the block
+    pattern: BalancedPattern  # what the slots follow
+    layout: Layout  # order in memory
+    encoding: str  # one of ENCODINGS, or BITMAP
 
     def __post_init__(self) -> None:
         if self.encoding not in ENCODINGS and self.encoding != BITMAP:

@@ -75,28 +75,20 @@ class BalancedTensor:
 
 
 def pack(
-    weight: Array,
-    pattern: BalancedPattern,
-    layout: Layout | str = "r1v1",
-    encoding: str = "u8",
+    weight: Array, pattern: BalancedPattern, layout: Layout | str = "r1v1", encoding: str = "u8"
 ) -> BalancedTensor:
-    """Pack a dense weight that already follows ``pattern``.
+    """Pack a dense weight that already follows ``pattern``, exactly: :func:`unpack` gives it back.
 
     Parameters
     ----------
     weight : (N, K) float32, float16 or bfloat16
-        Dense, with zeros. Not changed.
+        Dense weight, which is not changed.
     pattern : BalancedPattern
-        At most ``nnz`` non-zeros in each block; blocks with fewer are filled with explicit zeros.
+        What it follows; blocks with fewer than ``nnz`` non-zeros are filled with explicit zeros.
     layout : Layout or str
         Order in memory.
     encoding : str
         One of :data:`ENCODINGS`, or :data:`BITMAP`.
-
-    Returns
-    -------
-    BalancedTensor
-        Exact: :func:`unpack` gives ``weight`` back.
 
     Raises
     ------
@@ -151,7 +143,7 @@ def _is_spread(fmt: PackedFormat) -> bool:
 
 
 def _spread_over_banks(values: Array, indices: Array, fmt: PackedFormat) -> None:
-    """Order the slots of each block of a row, in place, for gathers from shared memory.
+    """Order the slots ``(N', T')`` of each block of a row, in place, for gathers from shared memory.
 
     A warp gathers the same slot of 32 rows at once, from one window of ``block`` staged elements of
     eight bytes, 16 rows at a time. Such an access takes as many wavefronts as there are different
@@ -159,13 +151,6 @@ def _spread_over_banks(values: Array, indices: Array, fmt: PackedFormat) -> None
     row in the order of K: an element goes to the free slot that reads it already, else to the one that
     reads the fewest others from its pair of banks. Measured on random weights, the wavefronts of
     16:256 fall from 2.6 times the least to 1.5, of 8:128 from 2.4 to 1.7, of 4:64 from 2.2 to 1.8.
-
-    Parameters
-    ----------
-    values, indices : (N', T')
-        Slots of all rows, before tiling; N' is a multiple of 32.
-    fmt : PackedFormat
-        Their format.
     """
     groups = fmt.padded_rows // _SERVED_LANES
     step = max(1, CHUNK_ELEMENTS // (fmt.blocks * fmt.pattern.block * fmt.pattern.nnz))

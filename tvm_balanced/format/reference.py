@@ -11,18 +11,8 @@ from tvm_balanced.format.weights import Array
 def balanced_sparse_dense(data: Array, weight: BalancedTensor, bias: Array | None = None) -> Array:
     """Compute ``data @ unpack(weight).T + bias`` in float64.
 
-    Parameters
-    ----------
-    data : (..., K) any float dtype
-        Activations.
-    weight : BalancedTensor
-        Packed weight of shape ``(N, K)``.
-    bias : (N,) any float dtype, optional
-        Added to every row.
-
-    Returns
-    -------
-    (..., N) float64
+    ``data`` is ``(..., K)``, ``weight`` packed from ``(N, K)`` and ``bias`` ``(N,)``, of any float dtype;
+    the result is ``(..., N)``.
     """
     out = data.astype(np.float64) @ unpack(weight).astype(np.float64).T
     return out if bias is None else out + bias.astype(np.float64)

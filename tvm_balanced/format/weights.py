@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.layout import VALUE_DTYPES
 from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.support.tensors import Array as Array
 
-Array = np.ndarray[Any, np.dtype[Any]]
 # dense weights handled at a time, so that temporaries stay small beside a large weight
 CHUNK_ELEMENTS = 1 << 23
 
 
 def check_weight(weight: Array, name: str = "the weight") -> None:
-    """Refuse what is not a finite float matrix.
-
-    Raises
-    ------
-    InputError
-        For what is no array, a wrong rank or dtype, or when it holds NaN or Inf.
-    """
+    """Refuse what is no finite float matrix, as an array of :data:`VALUE_DTYPES`, by InputError."""
     if not isinstance(weight, np.ndarray):
         raise InputError(f"{name} is a {type(weight).__name__}; give a NumPy array (N, K)")
     if weight.ndim != 2:
@@ -73,18 +66,20 @@ def into_blocks(weight: Array, block: int, blocks: int | None = None) -> Array:
 
 def is_balanced(weight: Array, pattern: BalancedPattern) -> bool:
     """Whether no block of ``weight`` (N, K) holds more than ``pattern.nnz`` non-zeros."""
-    for rows in row_chunks(weight):
-        nonzero = magnitude_bits(into_blocks(weight[rows], pattern.block)) != 0
-        if int(nonzero.sum(axis=-1, dtype=np.uint16).max(initial=0)) > pattern.nnz:
-            return False
-    return True
+    chunks = (weight[rows] for rows in row_chunks(weight))
+    return all(_most_nonzeros(chunk, pattern.block) <= pattern.nnz for chunk in chunks)
+
+
+def _most_nonzeros(weight: Array, block: int) -> int:
+    kept = magnitude_bits(into_blocks(weight, block)) != 0
+    return int(kept.sum(axis=-1, dtype=np.uint16).max(initial=0))
 
 
 def detect_pattern(weight: Array) -> BalancedPattern | None:
-    """Find the balanced pattern a weight already follows, or None when it follows none worth using.
+    """Find the balanced pattern that a weight already follows, or None when it follows none worth using.
 
-    Blocks of 4 to 256 (powers of two) are tried; of the patterns that fit, the one of the lowest
-    density is returned, and of equally dense ones the one with the smallest block.
+    Blocks of 4 to 256 (powers of two) are tried; of the patterns that fit the sparsest is returned, and of
+    equally sparse ones the one with the smallest block.
     """
     best: BalancedPattern | None = None
     for block in (4, 8, 16, 32, 64, 128, 256):
@@ -92,8 +87,7 @@ def detect_pattern(weight: Array) -> BalancedPattern | None:
             break
         nnz = 0
         for rows in row_chunks(weight):
-            kept = magnitude_bits(into_blocks(weight[rows], block)) != 0
-            nnz = max(nnz, int(kept.sum(axis=-1, dtype=np.uint16).max(initial=0)))
+            nnz = max(nnz, _most_nonzeros(weight[rows], block))
             if 2 * nnz > block:
                 break
         if nnz > 0 and 2 * nnz <= block:

@@ -56,51 +56,44 @@ def dense_us(
     dtype: str,
     dense: str = "dlight",
 ) -> float:
-    """Microseconds of ``(rows, K) @ (K, N)`` with the dense kernel that would run on this target.
-
-    Parameters
-    ----------
-    spec : TargetSpec
-        Where it runs.
-    rows, out_features, in_features : int
-        M, N and K.
-    dtype : str
-        Of weight and activations.
-    dense : str
-        Whose kernel on CUDA: ``"dlight"`` or ``"cublas"``.
-    """
+    """Microseconds of ``(rows, K) @ (K, N)`` by a dense kernel, on CUDA DLight's or cuBLAS's."""
     itemsize = numpy_dtype(dtype).itemsize
     moved = itemsize * (out_features * in_features + rows * (out_features + in_features))
     flops = 2.0 * rows * out_features * in_features
-    if spec.kind == "cuda":
-        cublas = dense == "cublas"
-        # DLight's kernel for one row has no tensor cores
-        if dtype == "float32" or (rows == 1 and not cublas):
-            share = _CUBLAS_FP32 if cublas else _CUDA_DENSE_FP32
-            arithmetic = flops / (spec.fp32_tflops * 1e6 * share)
-        else:
-            share = _CUBLAS_TENSOR if cublas else _CUDA_DENSE_TENSOR
-            arithmetic = flops / (spec.tensor_tflops * 1e6 * share)
-        share = _CUBLAS_BANDWIDTH if cublas else _CUDA_DENSE_BANDWIDTH
-        memory = moved / (spec.bandwidth_gbps * 1e3 * share)
-        return spec.launch_us + _CUDA_DENSE_LATENCY_US + max(arithmetic, memory)
+    if spec.kind != "cuda":
+        share = _LLVM_DENSE_ARITHMETIC
+        return spec.launch_us + _roofline_us(
+            spec, flops, spec.fp32_tflops, share, moved, _LLVM_BANDWIDTH
+        )
+    cublas = dense == "cublas"
+    # DLight's kernel for one row has no tensor cores
+    if dtype == "float32" or (rows == 1 and not cublas):
+        peak, share = spec.fp32_tflops, _CUBLAS_FP32 if cublas else _CUDA_DENSE_FP32
     else:
-        arithmetic = flops / (spec.fp32_tflops * 1e6 * _LLVM_DENSE_ARITHMETIC)
-        memory = moved / (spec.bandwidth_gbps * 1e3 * _LLVM_BANDWIDTH)
-    return spec.launch_us + max(arithmetic, memory)
+        peak, share = spec.tensor_tflops, _CUBLAS_TENSOR if cublas else _CUDA_DENSE_TENSOR
+    bandwidth = _CUBLAS_BANDWIDTH if cublas else _CUDA_DENSE_BANDWIDTH
+    overhead = spec.launch_us + _CUDA_DENSE_LATENCY_US
+    return overhead + _roofline_us(spec, flops, peak, share, moved, bandwidth)
 
 
 def sparse_us(spec: TargetSpec, rows: int, fmt: PackedFormat, dtype: str) -> float:
     """Microseconds of the balanced-sparse operator on this target."""
     if spec.kind == "cuda":
-        return predicted(spec, rows, fmt, dtype).total_us
-    itemsize = numpy_dtype(dtype).itemsize
-    moved = fmt.nbytes(dtype) + itemsize * rows * (fmt.out_features + fmt.in_features)
-    slots = float(fmt.padded_rows) * fmt.slots
+        return cuda.predicted(fmt, rows, dtype, spec.target, spec.launch_us).total_us
+    moved = fmt.nbytes(dtype)
+    moved += numpy_dtype(dtype).itemsize * rows * (fmt.out_features + fmt.in_features)
+    flops = 2.0 * rows * fmt.padded_rows * fmt.slots
     share = _LLVM_SPARSE_ARITHMETIC if spec.vector_bits >= 512 else _AVX2_SPARSE_ARITHMETIC
-    arithmetic = 2.0 * rows * slots / (spec.fp32_tflops * 1e6 * share)
-    memory = moved / (spec.bandwidth_gbps * 1e3 * _LLVM_BANDWIDTH)
-    return spec.launch_us + max(arithmetic, memory)
+    return spec.launch_us + _roofline_us(
+        spec, flops, spec.fp32_tflops, share, moved, _LLVM_BANDWIDTH
+    )
+
+
+def _roofline_us(
+    spec: TargetSpec, flops: float, peak: float, share: float, moved: int, bandwidth: float
+) -> float:
+    """Longer of the times of arithmetic (``peak`` in TFLOP/s) and bytes, at shares of the peaks."""
+    return max(flops / (peak * 1e6 * share), moved / (spec.bandwidth_gbps * 1e3 * bandwidth))
 
 
 def symbolic_text(
@@ -108,21 +101,7 @@ def symbolic_text(
 ) -> str | None:
     """Which kernels serve a symbolic number of rows, from which M on each, and where dense would win.
 
-    Parameters
-    ----------
-    spec : TargetSpec
-        Where it runs.
-    fmt : PackedFormat
-        Of the weight.
-    dtype : str
-        Of values and activations.
-    dense : str
-        Whose dense kernel it is compared with, as for :func:`dense_us`.
-
-    Returns
-    -------
-    str or None
-        None where one kernel serves every M.
+    None where one kernel serves every M.
     """
     served = cuda_by_rows.kernels(fmt, dtype, spec.target) if spec.kind == "cuda" else []
     if not served:
@@ -137,20 +116,3 @@ def symbolic_text(
             slower = slower or rows
     until = f"; dense predicted faster at M = {slower} and above" if slower else ""
     return f"{cuda_by_rows.in_words(served)}{until}"
-
-
-def predicted(spec: TargetSpec, rows: int, fmt: PackedFormat, dtype: str) -> machine.Prediction:
-    """Return the prediction for a layer, with the kernel and the knobs that the compiler will choose.
-
-    Parameters
-    ----------
-    spec : TargetSpec
-        A CUDA target.
-    rows : int
-        M.
-    fmt : PackedFormat
-        Layout ``r32vV``.
-    dtype : str
-        Of values and activations.
-    """
-    return cuda.predicted(fmt, rows, dtype, spec.target, spec.launch_us)

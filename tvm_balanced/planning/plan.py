@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import tvm
 
@@ -100,13 +100,10 @@ def make_plan(
     names = [layer.name for layer in layers]
     ignored = select(options.ignore, names)
     policies = dict.fromkeys(names, "auto") | per_layer(options.policy, names, "policy")
-    if isinstance(pattern, BalancedPattern):
-        pattern = str(pattern)
-    asked = (
-        None
-        if pattern is None
-        else {n: BalancedPattern(p) for n, p in per_layer(pattern, names, "pattern").items()}
-    )
+    asked = None
+    if pattern is not None:
+        given = str(pattern) if isinstance(pattern, BalancedPattern) else pattern
+        asked = {n: BalancedPattern(p) for n, p in per_layer(given, names, "pattern").items()}
     decided: list[LayerRow] = []
     formats: dict[str, PackedFormat] = {}
     for layer in layers:
@@ -167,21 +164,20 @@ class _Case:
         """Return the report's row, and the format where the layer runs sparse."""
         layer = self.layer
         if layer.blocked is not None:
-            return self._row("dense", layer.blocked), None
+            return self._dense_row(layer.blocked), None
         if ignored:
-            return self._row("dense", "ignored by name"), None
+            return self._dense_row("ignored by name"), None
         if self.policy == "never":
-            return self._row("dense", 'policy is "never"'), None
+            return self._dense_row('policy is "never"'), None
         # also of a layer that stays dense: its results would be NaN, and nobody would say why
         check_weight(dense_weight(model.params, layer), f"the weight of layer {layer.name}")
         pattern = _layer_pattern(model, layer, asked)
         if pattern is None:
-            return self._row(
-                "dense", "its weight follows no balanced pattern; prune it first"
-            ), None
+            reason = "its weight follows no balanced pattern; prune it first"
+            return self._dense_row(reason), None
         if pattern.block > layer.in_features:
             reason = f"pattern {pattern} is wider than its K={layer.in_features}"
-            return self._row("dense", reason), None
+            return self._dense_row(reason), None
         batches, assumed = _batches(layer, self.options.sizes)
         fmt = preferred_format(
             pattern,
@@ -194,54 +190,59 @@ class _Case:
         )
         times = self._times(fmt, batches)
         decision, reason = self._compare(fmt, times, batches, assumed)
-        predicted: dict[str, Any] = {
-            "pattern": str(pattern),
-            "density": pattern.density,
-            **{name: None if us is None else round(us, 2) for name, us in times.items()},
-        }
+        dense, sparse, cublas = times
+        row = replace(
+            self._dense_row(reason),
+            pattern=str(pattern),
+            density=pattern.density,
+            dense_us=round(dense, 2),
+            sparse_us=round(sparse, 2),
+            cublas_us=None if cublas is None else round(cublas, 2),
+        )
         if decision == "dense":
-            return self._row(decision, reason, **predicted), None
-        return self._row(decision, reason, **predicted, bytes_sparse=fmt.nbytes(layer.dtype)), fmt
+            return row, None
+        return replace(row, decision=decision, bytes_sparse=fmt.nbytes(layer.dtype)), fmt
 
-    def _row(self, decision: str, reason: str, **predicted: Any) -> LayerRow:
+    def _dense_row(self, reason: str) -> LayerRow:
+        """Return the row of a layer that stays dense, without a prediction."""
         layer = self.layer
         num_bytes = layer.out_features * layer.in_features * numpy_dtype(layer.dtype).itemsize
-        unknown = {"pattern": None, "density": 1.0, "dense_us": None, "sparse_us": None}
         return LayerRow(
             name=layer.name,
             shape=(layer.out_features, layer.in_features),
             rows=layer.rows_text,
             uses=len(layer.uses),
             dtype=layer.dtype,
+            pattern=None,
+            density=1.0,
             bytes_dense=num_bytes,
-            decision=decision,
+            bytes_sparse=num_bytes,
+            dense_us=None,
+            sparse_us=None,
+            decision="dense",
             reason=reason,
-            **{**unknown, "bytes_sparse": num_bytes, **predicted},
         )
 
-    def _times(self, fmt: PackedFormat, batches: list[int]) -> dict[str, float | None]:
-        """Predicted microseconds of all uses together."""
+    def _times(self, fmt: PackedFormat, batches: list[int]) -> tuple[float, float, float | None]:
+        """Predicted microseconds of all uses together: dense, sparse, and by cuBLAS on CUDA."""
 
         def dense(kernel: str) -> float:
             n, k = self.layer.out_features, self.layer.in_features
             return sum(dense_us(self.spec, m, n, k, self.layer.dtype, kernel) for m in batches)
 
-        return {
-            "dense_us": dense(self.options.dense),
-            "sparse_us": sum(sparse_us(self.spec, m, fmt, self.layer.dtype) for m in batches),
-            "cublas_us": dense("cublas") if self.spec.kind == "cuda" else None,
-        }
+        sparse = sum(sparse_us(self.spec, m, fmt, self.layer.dtype) for m in batches)
+        cublas = dense("cublas") if self.spec.kind == "cuda" else None
+        return dense(self.options.dense), sparse, cublas
 
     def _compare(
         self,
         fmt: PackedFormat,
-        times: Mapping[str, float | None],
+        times: tuple[float, float, float | None],
         batches: list[int],
         assumed: bool,
     ) -> tuple[str, str]:
         """Decision and reason, by the predicted times."""
-        dense, sparse, cublas = times["dense_us"], times["sparse_us"], times["cublas_us"]
-        assert dense is not None and sparse is not None
+        dense, sparse, cublas = times
         gain = dense / sparse
         note = f"; M assumed {ASSUMED_ROWS}" if assumed else ""
         if cublas is not None and self.options.dense != "cublas":

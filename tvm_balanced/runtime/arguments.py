@@ -13,12 +13,8 @@ from tvm_balanced.errors import InputError
 
 # of NumPy, torch or TVM, as the caller likes; the last of these mypy cannot see into
 AnyTensor: TypeAlias = Any
-
-# a tensor, or tuples of them
-AnyResult: TypeAlias = Any
-
-# tvm.runtime.Device
-Device: TypeAlias = Any
+AnyResult: TypeAlias = Any  # a tensor, or tuples of them
+Device: TypeAlias = Any  # tvm.runtime.Device
 
 # generated code loads whole vector registers from the start of a tensor
 _ALIGNMENT = 64
@@ -29,21 +25,7 @@ def choose_function(
 ) -> FunctionEntry:
     """Return the most specific function that takes inputs of these shapes.
 
-    Parameters
-    ----------
-    entries : sequence of FunctionEntry
-        The first is the most general: errors speak of it.
-    shapes : sequence of tuple of int
-        One an input.
-
-    Returns
-    -------
-    FunctionEntry
-
-    Raises
-    ------
-    InputError
-        When none does.
+    InputError when none does; it speaks of the first, which is the most general.
     """
     fitting = [entry for entry in entries if _mismatch(entry, shapes) is None]
     if fitting:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tvm_balanced.artifact.manifest import Manifest
 from tvm_balanced.errors import ArtifactError, ToolchainError
+from tvm_balanced.support.provenance import package_version
 from tvm_balanced.targets.driver import detect_driver
 from tvm_balanced.targets.host import cpu_flags
 
@@ -18,14 +18,11 @@ _PINNED = ("apache-tvm", "apache-tvm-ffi")
 def check_versions(path: Path, versions: Mapping[str, str]) -> None:
     """Whether the TVM here is the one that the library was compiled with."""
     for package in _PINNED:
-        try:
-            here = version(package)
-        except PackageNotFoundError as error:
+        here, built = package_version(package), versions.get(package)
+        if here is None:
             raise ToolchainError(
-                f"{path} needs {package} {versions.get(package)}, which is not installed; "
-                "pip install tvm-balanced"
-            ) from error
-        built = versions.get(package)
+                f"{path} needs {package} {built}, which is not installed; pip install tvm-balanced"
+            )
         if built != here:
             raise ArtifactError(
                 f"{path} was compiled with {package} {built or 'of unknown version'}, but {here} is "
@@ -56,8 +53,6 @@ def check_host(path: Path, manifest: Manifest) -> None:
 def check_device(path: Path, manifest: Manifest) -> None:
     """Whether the GPU that the library was compiled for is here."""
     target = manifest.target
-    if target.kind != "cuda":
-        return
     driver = detect_driver()
     if not driver.gpus:
         raise ToolchainError(

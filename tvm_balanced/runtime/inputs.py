@@ -7,18 +7,18 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from tvm_balanced.artifact.manifest import TensorEntry
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.layout import numpy_dtype
+from tvm_balanced.runtime.arguments import AnyTensor
 from tvm_balanced.runtime.library import Library
 from tvm_balanced.support.files import write_whole
+from tvm_balanced.support.tensors import Array
 
-Arrays = dict[str, npt.NDArray[Any]]
+Arrays = dict[str, Array]
 
 # calls before those that are timed
 _WARM_UP = 3
@@ -42,7 +42,7 @@ class Run:
         return min(self.seconds) * 1e3
 
 
-def run_library(library: Library, inputs: Mapping[str, Any], repeat: int) -> Run:
+def run_library(library: Library, inputs: Mapping[str, AnyTensor], repeat: int) -> Run:
     """Call a library, and then time ``repeat`` calls with the result waited for."""
     result = library(**inputs)
     for _ in range(_WARM_UP - 1):
@@ -59,18 +59,11 @@ def run_library(library: Library, inputs: Mapping[str, Any], repeat: int) -> Run
     return Run(outputs, tuple(seconds))
 
 
-def write_outputs(path: Path, arrays: Mapping[str, npt.NDArray[Any]], overwrite: bool) -> None:
-    """Write arrays as ``.npz``, whole or not at all.
-
-    Raises
-    ------
-    OutputError
-        When it cannot be written.
-    """
+def write_outputs(path: Path, arrays: Mapping[str, Array], overwrite: bool) -> None:
+    """Write arrays as ``.npz``, whole or not at all: then OutputError."""
     # .npz knows no bfloat16: its values are kept exactly in float32
-    plain: Arrays = {
-        name: a.astype(np.float32) if a.dtype.name == "bfloat16" else a
-        for name, a in arrays.items()
+    plain = {
+        n: a.astype(np.float32) if a.dtype.name == "bfloat16" else a for n, a in arrays.items()
     }
 
     def write(part: Path) -> None:
@@ -86,10 +79,7 @@ def random_inputs(
 ) -> Arrays:
     """Seeded inputs: normal, integers 0 or 1; symbolic extents as in ``shapes``, else 1.
 
-    Raises
-    ------
-    InputError
-        For the shape of an input that there is not, or one that holds words.
+    InputError for the shape of an input that there is not, or one that holds words.
     """
     known = [entry.name for entry in entries]
     for name, extents in shapes.items():
@@ -114,10 +104,7 @@ def random_inputs(
 def read_inputs(files: Sequence[str], entries: Sequence[TensorEntry]) -> Arrays:
     """Return inputs of ``.npy`` files, ``NAME=FILE`` or in the model's order.
 
-    Raises
-    ------
-    InputError
-        For too many files, a name given twice, or a file that is no array of numbers.
+    InputError for too many files, a name given twice, or a file that is no array of numbers.
     """
     known = [entry.name for entry in entries]
     unnamed = [name for name in known if not any(text.startswith(f"{name}=") for text in files)]
@@ -138,7 +125,7 @@ def read_inputs(files: Sequence[str], entries: Sequence[TensorEntry]) -> Arrays:
     return arrays
 
 
-def _read_array(file: str) -> npt.NDArray[Any]:
+def _read_array(file: str) -> Array:
     try:
         array = np.load(file, allow_pickle=False)
     except OSError as error:

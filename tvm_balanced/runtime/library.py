@@ -55,10 +55,6 @@ def load(path: str | os.PathLike[str], device: str | None = None) -> Library:
         ``"emulated"``: run CUDA code on the CPU, thread by thread, without a GPU
         (:mod:`tvm_balanced.cuda.emulator.device`); for tests, and slow. Else the device it was compiled for.
 
-    Returns
-    -------
-    Library
-
     Raises
     ------
     ArtifactError
@@ -275,13 +271,7 @@ class Library:
             ) from error
 
     def check(self) -> None:
-        """Check that this machine can run it and that its files are as they were written.
-
-        Raises
-        ------
-        ArtifactError, ToolchainError
-            As :func:`load`.
-        """
+        """Check that this machine can run it and that its files are as written; see :func:`load` for the errors."""
         check_versions(self.path, self.manifest.versions)
         if not self._fresh:
             verify_hashes(self.path, self.manifest)
@@ -293,9 +283,8 @@ class Library:
         check_host(self.path, self.manifest)
         if self.emulated:
             self._emulated_device()
-        else:
+        elif self.manifest.target.kind == "cuda":
             check_device(self.path, self.manifest)
-        if self.manifest.target.kind == "cuda" and not self.emulated:
             from tvm_balanced.cuda.libraries import load_cuda_runtime
 
             load_cuda_runtime()
@@ -320,13 +309,12 @@ class Library:
             stored: Mapping[str, AnyTensor] = {}
             if PARAMETERS in self.manifest.files:
                 stored = read_tensors(self.path / PARAMETERS)
-            for entry in self.manifest.functions:
-                for name in entry.params:
-                    if name not in stored:
-                        raise ArtifactError(
-                            f"{self.path / PARAMETERS} lacks {name}, which {entry.name} needs; "
-                            "copy or build it again"
-                        )
+            for name, entry in ((n, e) for e in self.manifest.functions for n in e.params):
+                if name not in stored:
+                    raise ArtifactError(
+                        f"{self.path / PARAMETERS} lacks {name}, which {entry.name} needs; "
+                        "copy or build it again"
+                    )
             with _CUDA_CALLS.shared():
                 self._params = {name: on_device(array, device) for name, array in stored.items()}
             try:

@@ -54,7 +54,7 @@ def write_whole(path: Path, write: Callable[[Path], object], overwrite: bool) ->
         When it cannot be written; nothing is left behind.
     """
     check_output(path, overwrite)
-    with _said(path):
+    with as_output_error(path):
         replace_file(path, write)
 
 
@@ -82,7 +82,7 @@ def write_whole_folder(path: Path, fill: Callable[[Path], object]) -> None:
         When it cannot be written; nothing is left behind, and a folder that was there is as it was.
     """
     check_parent(path)
-    with _said(path):
+    with as_output_error(path):
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
             work.chmod(0o777 & ~_umask())
@@ -136,7 +136,7 @@ def _umask() -> int:
 
 
 @contextmanager
-def _said(path: Path) -> Iterator[None]:
+def as_output_error(path: Path) -> Iterator[None]:
     """Raise what the system says of a path that cannot be written as one of our errors."""
     try:
         yield

@@ -18,33 +18,17 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the multiprocessors of a compute capability have in common.
+    """What the multiprocessors of a compute capability have in common."""
 
-    Parameters
-    ----------
-    name : str
-        ``sm_90``: the plain architecture, whose code runs on every GPU of it (``sm_90a`` does not).
-    warps, blocks : int
-        The most that a multiprocessor holds at a time.
-    shared_bytes : int
-        Shared memory of a multiprocessor, where all that can be is taken from L1.
-    fp32_flops, tensor_flops : int
-        Operations of a multiprocessor in a clock: on CUDA cores in float32, and of fp16 tensor cores that
-        accumulate in float32, without sparsity.
-    l2_bytes : float
-        Bytes in a clock from the level-2 cache to all multiprocessors.
-    mma_share : float
-        Share of the tensor cores' rate that ``mma.sync`` reaches: all but overheads where it is their own
-        instruction; the full rate of later ones takes wgmma or tcgen05. Assumed, not measured.
-    """
-
-    name: str
-    warps: int
-    blocks: int
-    shared_bytes: int
-    fp32_flops: int
-    tensor_flops: int
-    l2_bytes: float
+    name: str  # sm_90: the plain architecture, whose code runs on every GPU of it (that of sm_90a does not)
+    warps: int  # the most that a multiprocessor holds at a time
+    blocks: int  # as many thread blocks
+    shared_bytes: int  # of a multiprocessor, where all that can be is taken from L1
+    fp32_flops: int  # of a multiprocessor in a clock, on CUDA cores
+    tensor_flops: int  # the same of fp16 tensor cores that accumulate in float32, without sparsity
+    l2_bytes: float  # in a clock from the level-2 cache to all multiprocessors
+    # share of the tensor cores' rate that mma.sync reaches: all but overheads where it is their own
+    # instruction; the full rate of later ones takes wgmma or tcgen05. Assumed, not measured
     mma_share: float
 
 
@@ -76,7 +60,7 @@ class Gpu:
     arch : str
         Its row in :data:`ARCHITECTURES`.
     bandwidth_gbps : float
-        Device memory, GB/s.
+        Bandwidth of device memory, GB/s.
     fp32_tflops, tensor_tflops : float
         Peak TFLOP/s of FMA in fp32 and of fp16 tensor cores accumulating in fp32, without sparsity.
     sm_count : int
@@ -84,7 +68,7 @@ class Gpu:
     clock_ghz : float
         Boost clock.
     l2_bytes : int
-        Level-2 cache.
+        Size of the level-2 cache.
     """
 
     name: str
@@ -157,18 +141,9 @@ def cuda_target(gpu: Gpu) -> tvm.target.Target:
 
 
 def gpu_of(target: tvm.target.Target) -> Gpu:
-    """Find the GPU of a CUDA target.
+    """Find the GPU of a target of :func:`cuda_target`, or who stands for another one's architecture.
 
-    Parameters
-    ----------
-    target : tvm.target.Target
-        Made by :func:`cuda_target`, or another of a supported architecture, which its representative
-        stands for.
-
-    Raises
-    ------
-    InputError
-        For an architecture that is not supported.
+    InputError for an architecture that is not supported.
     """
     attrs = target.attrs
     model, arch = str(attrs.get("model", "")), str(attrs.get("arch", ""))
@@ -187,13 +162,7 @@ def gpu_of(target: tvm.target.Target) -> Gpu:
 
 
 def known_gpu(gpu: DetectedGpu) -> Gpu:
-    """Find the figures of a GPU: the data sheet's where its name is known, else what its driver says.
-
-    Parameters
-    ----------
-    gpu : DetectedGpu
-        Of a supported architecture.
-    """
+    """Find the figures of a GPU: the data sheet's where its name is known, else what its driver says."""
     words = "".join(c if c.isalnum() else " " for c in gpu.name.lower()).split()
     for known in GPUS.values():
         parts = known.name.split("-")

@@ -20,39 +20,18 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+_ALIKE = ("avx", "avx2", "fma", "f16c", "bmi2", "movbe", "popcnt", "adx", "gfni", "vaes")
+_OTHER = {"sse4.2": "sse4_2", "bmi": "bmi1", "lzcnt": "abm", "avxvnni": "avx_vnni"}
+_AVX512_ALIKE = ("f", "bw", "cd", "dq", "vl", "ifma", "vbmi")
+_AVX512_OTHER = ("vbmi2", "vnni", "bitalg", "vpopcntdq", "bf16", "fp16")
+
 # LLVM's feature name -> the flag the Linux kernel prints for it, of what compilers emit code for
 CPU_FLAGS = {
-    "sse4.2": "sse4_2",
-    "avx": "avx",
-    "avx2": "avx2",
-    "fma": "fma",
-    "f16c": "f16c",
-    "bmi": "bmi1",
-    "bmi2": "bmi2",
-    "lzcnt": "abm",
-    "movbe": "movbe",
-    "popcnt": "popcnt",
-    "adx": "adx",
-    "gfni": "gfni",
-    "vaes": "vaes",
-    "vpclmulqdq": "vpclmulqdq",
-    "avxvnni": "avx_vnni",
-    "avx512f": "avx512f",
-    "avx512bw": "avx512bw",
-    "avx512cd": "avx512cd",
-    "avx512dq": "avx512dq",
-    "avx512vl": "avx512vl",
-    "avx512ifma": "avx512ifma",
-    "avx512vbmi": "avx512vbmi",
-    "avx512vbmi2": "avx512_vbmi2",
-    "avx512vnni": "avx512_vnni",
-    "avx512bitalg": "avx512_bitalg",
-    "avx512vpopcntdq": "avx512_vpopcntdq",
-    "avx512bf16": "avx512_bf16",
-    "avx512fp16": "avx512_fp16",
-    "amx-tile": "amx_tile",
-    "amx-int8": "amx_int8",
-    "amx-bf16": "amx_bf16",
+    **{name: name for name in (*_ALIKE, "vpclmulqdq")},
+    **_OTHER,
+    **{f"avx512{name}": f"avx512{name}" for name in _AVX512_ALIKE},
+    **{f"avx512{name}": f"avx512_{name}" for name in _AVX512_OTHER},
+    **{f"amx-{name}": f"amx_{name}" for name in ("tile", "int8", "bf16")},
 }
 
 
@@ -104,12 +83,7 @@ def _quota(cgroup: Path) -> float | None:
 def core_count(topology: Path = _TOPOLOGY, cgroup: Path = _CGROUP) -> int:
     """CPU cores this process may use: hyper-threads of a core count once, a container's limit is kept.
 
-    Parameters
-    ----------
-    topology : Path
-        Where Linux tells which logical CPUs share a core.
-    cgroup : Path
-        Where it tells a container's limit.
+    ``topology`` is where Linux says which logical CPUs share a core, ``cgroup`` where a container's limit.
     """
     cores = {
         _text(topology / f"cpu{cpu}" / "topology" / "thread_siblings_list") or str(cpu)

@@ -38,7 +38,7 @@ class TargetSpec:
     name : str
         As it was given (``"h100"``, ``"llvm"``), or the TVM target as JSON.
     target : tvm.target.Target
-        What TVM compiles for.
+        The same for TVM.
     kind : str
         ``"cuda"`` or ``"llvm"``.
     arch : str
@@ -49,7 +49,7 @@ class TargetSpec:
         GB/s of memory and peak TFLOP/s, all cores together. On a CPU rough guesses from the number
         of cores and the vector width, and no tensor cores.
     cores : int
-        Streaming multiprocessors, or CPU cores this process may run on.
+        Number of streaming multiprocessors, or of CPU cores this process may run on.
     clock_ghz : float
         Boost clock.
     l2_bytes, shared_bytes : int
@@ -78,10 +78,6 @@ class TargetSpec:
     vector_bits: int = 0
     features: tuple[str, ...] = ()
 
-    def has(self, feature: str) -> bool:
-        """Whether generated code may use a CPU feature, by LLVM's name (``"avx512f"``)."""
-        return feature in self.features
-
 
 def names() -> list[str]:
     """Every target name :func:`resolve` knows."""
@@ -95,7 +91,7 @@ def names() -> list[str]:
 
 
 def resolve(target: str | tvm.target.Target | TargetSpec) -> TargetSpec:
-    """Find out what a target is.
+    """Find out what a target means.
 
     Parameters
     ----------
@@ -104,10 +100,6 @@ def resolve(target: str | tvm.target.Target | TargetSpec) -> TargetSpec:
         stands for the architecture), a GPU's name (``h100``), ``llvm`` (this CPU),
         ``llvm-x86-64-v4`` (any CPU of that level), a TVM target of kind cuda or llvm, or what this
         function returned before.
-
-    Returns
-    -------
-    TargetSpec
 
     Raises
     ------

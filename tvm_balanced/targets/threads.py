@@ -15,7 +15,7 @@ from tvm_balanced.targets import host
 # TVM's own settings; the second one is of OpenMP, which TVM follows too
 _COUNTS = ("TVM_NUM_THREADS", "OMP_NUM_THREADS")
 _BIND = "TVM_BIND_THREADS"
-# of TVM's pool: threads run on any of the CPUs it is given
+# the pool's mode in which threads run on any of the CPUs it is given
 _SHARE_CPUS = -3
 _configured = threading.local()
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from tvm_balanced.format.pattern import BalancedPattern
-from tvm_balanced.planning import cost
 from tvm_balanced.schedules.cuda import expand as cuda_expand
 from tvm_balanced.schedules.cuda import gather_model
 from tvm_balanced.schedules.cuda import machine as cuda_machine
@@ -54,7 +53,7 @@ def test_plan_goes_by_the_kernel_that_is_chosen(kernel):
     rule, _, (pattern, *_), _ = KERNELS[kernel]
     fmt = layer(pattern)
     _, prediction = rule.choose(fmt, 32, "float16", H100.target)
-    said = cost.predicted(H100, 32, fmt, "float16")
+    said = cuda.predicted(fmt, 32, "float16", H100.target, H100.launch_us)
     assert said.shared_bytes == prediction.shared_bytes
     assert said.total_us - said.launch_us == pytest.approx(
         prediction.total_us - prediction.launch_us
