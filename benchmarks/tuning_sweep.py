@@ -87,14 +87,13 @@ class _Bench:
 
         from tvm_balanced.targets.host import core_count
         from tvm_balanced.tuning import measure
+        from tvm_balanced.tuning.tasks import feeds_of
 
         self.ms, self.measure = ms, measure
         self.task, self.spec = task, spec
         self.info = ms.arg_info.ArgInfo.from_prim_func(task.mod["main"])
-        signature = measure.signature([one.as_json() for one in self.info])
-        feeds = {signature: measure.Feed(task.index_bound, task.weights, task.between)}
         self.builder = measure.ProcessBuilder(core_count(), measure.make_library)
-        self.runner = measure.LocalRunner(feeds, cache)
+        self.runner = measure.LocalRunner(feeds_of([task]), cache)
 
     def build(self, points: Sequence[tuple[str, dict[str, int]]]) -> list[str]:
         """Paths of the libraries of ``points``."""

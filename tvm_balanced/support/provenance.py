@@ -1,12 +1,18 @@
-"""What made a result: the commit it was made at, and the versions of packages."""
+"""What made a result: when, the commit it was made at, and the versions of packages."""
 
 from __future__ import annotations
 
+import datetime
 import os
 import subprocess
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+
+def now() -> str:
+    """Return this moment in UTC to the second, as ISO 8601 writes it."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def commit(whole: bool = False) -> str:
