@@ -9,7 +9,6 @@ lie makes it up to 1.3 times as fast, as long as it is loaded; so it is loaded a
 
 from __future__ import annotations
 
-import datetime
 import inspect
 import json
 import os
@@ -152,6 +151,7 @@ def minilm(
 
     from tvm_balanced.bench import results
     from tvm_balanced.bench.operators import environment, make_machine
+    from tvm_balanced.support.provenance import now
 
     columns = (
         *("model", "pattern", "release", "ms", "p20_ms", "p80_ms", "turns"),
@@ -201,7 +201,7 @@ def minilm(
                 "step_low": step.low,
                 "step_high": step.high,
                 **environment(machine),
-                "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                "time": now(),
                 "load": f"{os.getloadavg()[0]:.2f}",
             }
         )

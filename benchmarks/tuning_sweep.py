@@ -5,7 +5,6 @@ What is compared was built beforehand and is measured by turns in one process.
 
 from __future__ import annotations
 
-import datetime
 import os
 import random
 import statistics
@@ -13,14 +12,26 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import click
 import numpy as np
 
 from tvm_balanced.bench import results
 from tvm_balanced.bench.clock import CpuClock, Load, Timing
+from tvm_balanced.bench.machine import Machine
 from tvm_balanced.bench.operators import environment, make_machine
+from tvm_balanced.bench.results import Row
+from tvm_balanced.support.provenance import now
+from tvm_balanced.targets.resolve import TargetSpec
+
+if TYPE_CHECKING:
+    import tvm
+
+    from tvm_balanced.tuning.tasks import Task
+
+# a kernel of ours and its knobs
+Point: TypeAlias = tuple[str, dict[str, int]]
 
 SWEEP_COLUMNS = (
     *("n", "k", "m", "pattern", "cache", "space", "trials", "stage", "contender"),
@@ -41,12 +52,11 @@ def _say(text: str) -> None:
     click.echo(text, err=True)
 
 
-def _stamp(machine: Any) -> dict[str, Any]:
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return {**environment(machine), "load": f"{os.getloadavg()[0]:.2f}", "time": now}
+def _stamp(machine: Machine) -> Row:
+    return {**environment(machine), "load": f"{os.getloadavg()[0]:.2f}", "time": now()}
 
 
-def _annotated(task: Any, kernel: str, knobs: dict[str, int]) -> Any:
+def _annotated(task: Task, kernel: str, knobs: dict[str, int]) -> tvm.IRModule:
     """Return the kernel with what a trace of the tuner would write onto it."""
     from tvm import s_tir
 
@@ -64,7 +74,7 @@ def _annotated(task: Any, kernel: str, knobs: dict[str, int]) -> Any:
     return sch.mod
 
 
-def _operator_task(n: int, k: int, m: int, pattern: str, spec: Any) -> Any:
+def _operator_task(n: int, k: int, m: int, pattern: str, spec: TargetSpec) -> Task:
     import torch
 
     import tvm_balanced as tb
@@ -82,7 +92,7 @@ def _operator_task(n: int, k: int, m: int, pattern: str, spec: Any) -> Any:
 class _Bench:
     """Builds and measures schedules of one kernel, as the tuner does."""
 
-    def __init__(self, task: Any, spec: Any, cache: str) -> None:
+    def __init__(self, task: Task, spec: TargetSpec, cache: str) -> None:
         from tvm.s_tir import meta_schedule as ms
 
         from tvm_balanced.targets.host import core_count
@@ -95,7 +105,7 @@ class _Bench:
         self.builder = measure.ProcessBuilder(core_count(), measure.make_library)
         self.runner = measure.LocalRunner(feeds_of([task]), cache)
 
-    def build(self, points: Sequence[tuple[str, dict[str, int]]]) -> list[str]:
+    def build(self, points: Sequence[Point]) -> list[str]:
         """Paths of the libraries of ``points``."""
         mods = [_annotated(self.task, kernel, knobs) for kernel, knobs in points]
         built = self.builder.build(mods, self.spec.target)
@@ -104,9 +114,7 @@ class _Bench:
                 raise SystemExit(f"{point} was not built: {one.error}")
         return [one.path for one in built]
 
-    def sweep(
-        self, points: Sequence[tuple[str, dict[str, int]]], tell: Callable[[int], None]
-    ) -> list[list[float]]:
+    def sweep(self, points: Sequence[Point], tell: Callable[[int], None]) -> list[list[float]]:
         """Seconds of the runs of each point, each point once."""
         got = []
         for i in range(0, len(points), _BATCH):
@@ -122,7 +130,7 @@ class _Bench:
             tell(len(got))
         return got
 
-    def by_turns(self, points: Sequence[tuple[str, dict[str, int]]]) -> list[list[float]]:
+    def by_turns(self, points: Sequence[Point]) -> list[list[float]]:
         """Seconds of each point in each of the rounds over all of them."""
         paths = self.build(points)
         inputs = [self.ms.runner.RunnerInput(path, "cpu", self.info) for path in paths]
@@ -134,7 +142,7 @@ class _Bench:
         return got
 
 
-def _chosen(folder: Path) -> tuple[str, dict[str, int]]:
+def _chosen(folder: Path) -> Point:
     """Return what ``compile`` would take of the records."""
     from tvm_balanced.records import ranking, traces
     from tvm_balanced.records import store as records
@@ -183,7 +191,7 @@ def operator(
             results.append(Path(destination), made, SWEEP_COLUMNS)
 
 
-def _compare(problem: dict[str, Any], machine: Any, seed: int) -> list[dict[str, Any]]:
+def _compare(problem: Row, machine: Machine, seed: int) -> list[Row]:
     """Rows of one operator: the sweep, best first, and what was measured by turns in the end."""
     from tvm_balanced.schedules import dispatch, workload
     from tvm_balanced.tuning.options import TuneOptions
@@ -214,7 +222,7 @@ def _compare(problem: dict[str, Any], machine: Any, seed: int) -> list[dict[str,
     again = bench.by_turns([point for _, point in final])
     stamp = _stamp(machine)
 
-    def row(stage: str, contender: str, point: Any, seconds: Sequence[float]) -> dict[str, Any]:
+    def row(stage: str, contender: str, point: Point, seconds: Sequence[float]) -> Row:
         timing = Timing.of([value * 1e6 for value in seconds], "tvm")
         kernel, knobs = point
         return {
@@ -224,9 +232,7 @@ def _compare(problem: dict[str, Any], machine: Any, seed: int) -> list[dict[str,
             "contender": contender,
             "kernel": kernel,
             "knobs": " ".join(f"{name}={value}" for name, value in knobs.items()),
-            "us": timing.median,
-            "p20_us": timing.p20,
-            "p80_us": timing.p80,
+            **timing.columns(),
             "samples": timing.samples,
             **stamp,
         }
@@ -306,8 +312,9 @@ def model(
                 raise SystemExit(str(timings))
             made = []
             for contender, library in libraries.items():
-                timing: Any = timings[contender]
-                one = {
+                timing = timings[contender]
+                assert isinstance(timing, Timing)
+                one: Row = {
                     "model": name,
                     "pattern": pattern,
                     "cache": cache,
@@ -316,9 +323,7 @@ def model(
                     "contender": contender,
                     "kernels": len(library.coverage),
                     "tuned": sum(one.schedule == "tuned" for one in library.coverage),
-                    "ms": timing.median / 1e3,
-                    "p20_ms": timing.p20 / 1e3,
-                    "p80_ms": timing.p80 / 1e3,
+                    **timing.columns(unit="ms"),
                     "samples": timing.samples,
                     "gain": made[0]["ms"] / (timing.median / 1e3) if made else 1.0,
                     "error": error,

@@ -97,7 +97,7 @@ def environment(machine: Machine, threads: int | None = None) -> Row:
     """Return the columns that say where and with what a row was measured, but for the time."""
     import torch
 
-    on_gpu = machine.kind == "cuda"
+    on_gpu = machine.on_gpu
     return {
         "kind": machine.kind,
         "device": detect_driver().gpus[0].name if on_gpu else cpu_model(),
@@ -128,7 +128,7 @@ def _driver_version() -> str:
 
 
 @dataclass(frozen=True)
-class _Ready:
+class _Checked:
     """A contender that gave a right result, and its first call."""
 
     contender: Contender
@@ -168,8 +168,7 @@ class Benchmark:
     ) -> None:
         if machine.kind == "emulated":
             raise InputError("the emulated device is not timed; run the benchmark on a GPU or llvm")
-        unknown = set(peers or ()) - set(peer_names())
-        if unknown:
+        if unknown := set(peers or ()) - set(peer_names()):
             raise InputError(
                 f"peer {min(unknown)} is not known; choose {', '.join(peer_names())}, or none"
             )
@@ -255,7 +254,7 @@ class Benchmark:
             data = torch.randn(
                 problem.m, problem.layer.k, generator=generator, device=self.machine.device
             ).to(getattr(torch, problem.dtype))
-            ready: dict[str, _Ready] = {}
+            ready: dict[str, _Checked] = {}
             common: Row = {}
             for peer in (OWN, *self.peers):
                 columns, passed = self._check(peer, problem, weights, data)
@@ -283,7 +282,7 @@ class Benchmark:
 
     def _check(
         self, peer: Peer, problem: Problem, weights: Weights, data: torch.Tensor
-    ) -> tuple[Row, _Ready | None]:
+    ) -> tuple[Row, _Checked | None]:
         """Make a peer ready and pass it through the gate; its error, or why it is not timed."""
         prefix = _prefix(peer.name)
         try:
@@ -305,9 +304,9 @@ class Benchmark:
         if not error <= limit:
             columns[f"{prefix}note"] = f"not timed: error {error:.1e} is above {limit:.0e}"
             return columns, None
-        return columns, _Ready(contender, call)
+        return columns, _Checked(contender, call)
 
-    def _time(self, ready: dict[str, _Ready], cache: str) -> Row:
+    def _time(self, ready: dict[str, _Checked], cache: str) -> Row:
         """Time by turns what is ready, and copying."""
         loads: dict[str, Load] = {}
         columns: Row = {}
@@ -335,7 +334,7 @@ class Benchmark:
         self._still_there("timing", None)
         return columns
 
-    def _load(self, ready: _Ready, cache: str) -> Load:
+    def _load(self, ready: _Checked, cache: str) -> Load:
         """Return one call for hot caches, else calls on so many copies that they overflow the last cache."""
         if cache == "hot":
             return Load([ready.call])

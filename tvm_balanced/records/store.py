@@ -148,10 +148,6 @@ class RecordFolder:
             raise OutputError(f"{self.folder} {difference}; {way_out}")
         return there
 
-    def read(self) -> tuple[list[Record], list[str]]:
-        """As :func:`read_folder`."""
-        return read_folder(self.folder)
-
     def append(self, records: Sequence[Record]) -> None:
         """Add records behind those that are there; all of them are on disk when this returns.
 

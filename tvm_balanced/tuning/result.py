@@ -84,18 +84,18 @@ class KernelResult:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {
-            "name": self.name,
-            "detail": self.detail,
-            "uses": self.uses,
-            "trials": self.trials,
-            "failures": self.failures,
-            "default_us": self.default_us,
-            "best_us": self.best_us,
-            "gain": self.gain,
-            "best": self.best,
-            "history_us": self.history,
-        }
+        names = (
+            "name",
+            "detail",
+            "uses",
+            "trials",
+            "failures",
+            "default_us",
+            "best_us",
+            "gain",
+            "best",
+        )
+        return {**{name: getattr(self, name) for name in names}, "history_us": self.history}
 
 
 def check_plot(path: Path) -> None:
@@ -192,11 +192,8 @@ class TuningResult(Printable):
         for k in self.kernels:
             table.add_row(
                 k.name + (f"\n  {k.detail}" if k.detail else ""),
-                str(k.uses),
-                str(k.trials),
-                str(k.failures),
-                _number(k.default_us),
-                _number(k.best_us),
+                *map(str, (k.uses, k.trials, k.failures)),
+                *map(_number, (k.default_us, k.best_us)),
                 "-" if k.gain is None else f"{k.gain:.2f}x",
                 k.best,
             )

@@ -22,7 +22,7 @@ from tvm_balanced.errors import InputError
 from tvm_balanced.options import CompileOptions, make_options
 from tvm_balanced.records import lookup
 from tvm_balanced.records.record import Environment, Method
-from tvm_balanced.records.store import SPELT_OUT, RecordFolder
+from tvm_balanced.records.store import SPELT_OUT, RecordFolder, read_folder
 from tvm_balanced.support.provenance import commit, now, tvm_version
 from tvm_balanced.targets.resolve import TargetSpec, resolve
 from tvm_balanced.tuning.options import AllKeywords, TuneKeywords, TuneOptions
@@ -136,7 +136,7 @@ def tune_tasks(
     _import_intrinsics()
     tuner = Tuner(tasks, spec, folder, devices, search, progress or (lambda _: None), begin)
     if search.resume:
-        known, problems = folder.read()
+        known, problems = read_folder(folder.folder)
         if problems:
             log.warning("records were passed over: %s", "; ".join(problems[:SPELT_OUT]))
         tuner.resume(known)

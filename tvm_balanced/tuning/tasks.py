@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import tvm
 import tvm_ffi
@@ -17,6 +19,7 @@ from tvm_balanced.ops import format_text
 from tvm_balanced.options import CompileOptions
 from tvm_balanced.schedules import workload
 from tvm_balanced.schedules.balanced_block import find
+from tvm_balanced.support.groups import grouped
 from tvm_balanced.support.tvm_types import Block, Expr
 from tvm_balanced.targets.resolve import TargetSpec
 from tvm_balanced.tuning.measure import Feed, Signature, signature
@@ -81,8 +84,9 @@ def find_tasks(mod: tvm.IRModule, target: tvm.target.Target, kernels: str = "all
     With ``kernels="balanced"`` only those that hold the operator; with ``"all"`` every kernel with static
     shapes that does more than a little work.
     """
-    sites = _call_sites(mod)
-    total = max((_weight_bytes(mod, func) for func in _functions(mod)), default=0)
+    functions = [_calls(f) for _, f in mod.functions_items() if isinstance(f, relax.Function)]
+    total = max((_weight_bytes(mod, calls) for calls in functions), default=0)
+    sites = grouped(itertools.chain.from_iterable(functions), lambda call: call.kernel)
     tasks: dict[str, Task] = {}
     for gvar, func in mod.functions_items():
         if not isinstance(func, tirx.PrimFunc):
@@ -96,7 +100,7 @@ def find_tasks(mod: tvm.IRModule, target: tvm.target.Target, kernels: str = "all
         key = workload.workload_hash(plain)
         name = str(gvar.name_hint)
         calls = sites.get(name, [])
-        weights = calls[0] if calls else ()
+        weights = tuple(calls[0].weights) if calls else ()
         detail, bound = "", 0
         if block is not None:
             detail = f"{format_text(block.fmt)} M={block.rows}"
@@ -132,13 +136,18 @@ def _work(func: tirx.PrimFunc) -> int | None:
     return work
 
 
-def _functions(mod: tvm.IRModule) -> list[relax.Function]:
-    return [func for _, func in mod.functions_items() if isinstance(func, relax.Function)]
+class _Call(NamedTuple):
+    """A call of a kernel, with those of its arguments that are weights, by position."""
+
+    kernel: str
+    weights: dict[int, Expr]
 
 
-def _calls(func: relax.Function) -> list[tuple[str, list[Expr]]]:
-    """Return the kernels that a function calls, each with what it is given."""
-    calls: list[tuple[str, list[Expr]]] = []
+def _calls(func: relax.Function) -> list[_Call]:
+    """Return the calls of kernels in a function; its parameters that follow its inputs are weights."""
+    inputs = func.attrs["num_input"] if func.attrs and "num_input" in func.attrs else None
+    parameters = set() if inputs is None else set(func.params[int(inputs) :])
+    calls: list[_Call] = []
 
     def visit(call: Expr) -> None:
         if not isinstance(call, relax.Call) or not call.args:
@@ -146,46 +155,28 @@ def _calls(func: relax.Function) -> list[tuple[str, list[Expr]]]:
         kernel, *given = call.args
         if isinstance(kernel, tvm.ir.GlobalVar):
             fields = getattr(given[0], "fields", ()) if given else ()
-            calls.append((str(kernel.name_hint), list(fields)))
+            weights = {
+                position: value
+                for position, value in enumerate(fields)
+                if isinstance(value, GenericConst) or value in parameters
+            }
+            calls.append(_Call(str(kernel.name_hint), weights))
 
     relax.analysis.post_order_visit(func, visit)
     return calls
 
 
-def _parameters(func: relax.Function) -> set[Expr]:
-    """Return a function's parameters that hold weights: those that follow its inputs."""
-    inputs = func.attrs["num_input"] if func.attrs and "num_input" in func.attrs else None
-    return set() if inputs is None else set(func.params[int(inputs) :])
-
-
-def _call_sites(mod: tvm.IRModule) -> dict[str, list[tuple[int, ...]]]:
-    """For every call of a kernel, which of its arguments are weights."""
-    sites: dict[str, list[tuple[int, ...]]] = {}
-    for func in _functions(mod):
-        parameters = _parameters(func)
-        for name, given in _calls(func):
-            weights = tuple(i for i, value in enumerate(given) if _is_weight(value, parameters))
-            sites.setdefault(name, []).append(weights)
-    return sites
-
-
-def _weight_bytes(mod: tvm.IRModule, func: relax.Function) -> int:
-    """Bytes of weights that one call of a function reads."""
-    parameters = _parameters(func)
+def _weight_bytes(mod: tvm.IRModule, calls: Iterable[_Call]) -> int:
+    """Bytes of weights that the calls of one function read."""
     read: dict[Expr, int] = {}
-    for name, given in _calls(func):
+    for name, weights in calls:
         # of a table that rows are taken from only these are read
         most = _work(mod[name]) if isinstance(mod[name], tirx.PrimFunc) else None
-        for value in given:
-            if _is_weight(value, parameters):
-                count = _elements(value)
-                count = count if most is None else min(count, most)
-                read[value] = max(read.get(value, 0), count * _width(value))
+        for value in weights.values():
+            count = _elements(value)
+            count = count if most is None else min(count, most)
+            read[value] = max(read.get(value, 0), count * _width(value))
     return sum(read.values())
-
-
-def _is_weight(value: Expr, parameters: set[Expr]) -> bool:
-    return isinstance(value, GenericConst) or value in parameters
 
 
 def _elements(value: Expr) -> int:
