@@ -59,7 +59,7 @@ def test_each_run_takes_the_next_weights() -> None:
             assert name == "main"
             return seen.append
 
-    times = measure.LocalTimer("model")(Module(), tvm.cpu(), None, [(i,) for i in range(4)])
+    times = measure.Timer("model", here=True)(Module(), tvm.cpu(), None, [(i,) for i in range(4)])
     assert seen[:8] == [0, 1, 2, 3, 0, 1, 2, 3]
     assert len(seen) >= 4 + measure._FEWEST_TURNS
     assert len(times) == measure._PARTS and min(times) > 0

@@ -383,12 +383,8 @@ def _derived(row: Row, problem: Problem, own: Contender) -> Row:
 def library_problems(library: Library) -> list[Problem]:
     """Return the sparse layers of a compiled library as problems, each shape once.
 
-    Layers whose rows of activations are symbolic are taken at M = 1 and 8.
-
-    Raises
-    ------
-    InputError
-        Where no layer runs sparse.
+    Layers whose rows of activations are symbolic are taken at M = 1 and 8. Where no layer runs sparse an
+    InputError says so.
     """
     problems: dict[tuple[int, int, int, str, str], Problem] = {}
     for row in library.report:

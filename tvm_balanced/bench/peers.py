@@ -210,7 +210,11 @@ def _balanced(
         "values": (packed.values.shape, dtype),
         "indices": (packed.indices.shape, "uint8"),
     }
-    run = _built(machine, params, lambda _, x, v, i: ops.balanced_sparse_dense(x, v, i, fmt, dtype))
+
+    def emit(_: object, x: Expr, values: Expr, indices: Expr) -> Expr:
+        return ops.balanced_sparse_dense(x, values, indices, fmt, dtype)
+
+    run = _built(machine, params, emit)
     given = machine.to_tvm(data)
 
     def make() -> Call:
@@ -284,20 +288,15 @@ def _csr(machine: Machine, problem: Problem, weights: Weights, data: torch.Tenso
         # PyTorch calls its CSR support beta
         warnings.simplefilter("ignore", UserWarning)
         sparse = weights.pruned.to_sparse_csr()
-    crow, columns = sparse.crow_indices().int(), sparse.col_indices().int()
-    kept, columns_of_x = sparse.values(), data.T.contiguous()
+    parts = (sparse.crow_indices().int(), sparse.col_indices().int(), sparse.values())
+    columns = data.T.contiguous()
 
     def make() -> Call:
-        csr = torch.sparse_csr_tensor(
-            crow.clone(),
-            columns.clone(),
-            kept.clone(),
-            size=sparse.shape,
-            check_invariants=False,
-        )
-        return lambda: csr @ columns_of_x
+        copies = (part.clone() for part in parts)
+        csr = torch.sparse_csr_tensor(*copies, size=sparse.shape, check_invariants=False)
+        return lambda: csr @ columns
 
-    num_bytes = sum(part.nbytes for part in (crow, columns, kept))
+    num_bytes = sum(part.nbytes for part in parts)
     return Contender(make, weights.pruned, num_bytes, data, lambda out: out.T)
 
 

@@ -66,13 +66,7 @@ def key(row: Row) -> tuple[str, ...]:
 
 
 def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:
-    """Rows of a CSV file that has these columns.
-
-    Raises
-    ------
-    InputError
-        Where it cannot be read or has other columns.
-    """
+    """Rows of a CSV file; InputError where it cannot be read or has other columns."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
@@ -179,7 +173,8 @@ def _by_m(rows: Sequence[Row]) -> list[tuple[int, list[Row]]]:
 def _draw_ratio(rows: Sequence[Row], axes: Axes) -> None:
     for m, at_m in _by_m(rows):
         points = _medians(at_m, "zeros", "dense_ratio")
-        axes.plot(*zip(*points, strict=True), marker="o", label=f"M = {m}") if points else None
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=f"M = {m}")
     ceiling = _medians(rows, "zeros", "ceiling")
     axes.plot(*zip(*ceiling, strict=True), color="black", linestyle=":", label="ceiling by bytes")
     axes.axhline(1, color="gray", linewidth=0.8)

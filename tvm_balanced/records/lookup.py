@@ -106,13 +106,7 @@ def shipped_logs() -> Path:
 
 
 def places(logs: str | Path | None = None) -> list[Path]:
-    """Where records are looked up, first match first: ``logs``, a folder of device folders, before all.
-
-    Raises
-    ------
-    InputError
-        When ``logs`` is no folder.
-    """
+    """Where records are looked up, first match first: ``logs``, a folder of device folders, before all."""
     folders = []
     if logs is not None:
         if not Path(logs).is_dir():

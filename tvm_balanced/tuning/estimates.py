@@ -48,13 +48,7 @@ class Candidate:
 
     @classmethod
     def of(cls, kernel: str, values: Mapping[str, int]) -> Candidate:
-        """Return the candidate of a tuner's knobs.
-
-        Raises
-        ------
-        MismatchError
-            When there is no model of the kernel.
-        """
+        """Return the candidate of a tuner's knobs; MismatchError where there is no model of the kernel."""
         if kernel not in KERNELS:
             raise space.MismatchError(f"no model knows {kernel}, only {', '.join(KERNELS)}")
         tile = GatherTile if kernel == _GATHER else TensorCoreTile
@@ -66,13 +60,7 @@ class Candidate:
 
 
 def operator_of(mod: tvm.IRModule) -> BalancedBlock:
-    """Return the balanced operator of a workload, with or without annotations of a trace.
-
-    Raises
-    ------
-    MismatchError
-        When it holds none with static shapes.
-    """
+    """Return the balanced operator of a workload; MismatchError where it has none with static shapes."""
     operator = find(mod["main"])
     if operator is None or operator.rows is None:
         raise space.MismatchError("the kernel holds no balanced operator with static shapes")
@@ -80,13 +68,7 @@ def operator_of(mod: tvm.IRModule) -> BalancedBlock:
 
 
 def candidate_of(mod: tvm.IRModule, target: tvm.target.Target) -> Candidate:
-    """Return the kernel that a module with a trace's annotations stands for.
-
-    Raises
-    ------
-    MismatchError
-        When no model knows it.
-    """
+    """Return what a module with a trace's annotations stands for; MismatchError where no model knows it."""
     noted = workload.knobs_of(mod)
     if noted is None:
         raise space.MismatchError("it stands for none of our kernels")

@@ -158,9 +158,12 @@ class Timer:
         ``"cold"``: everything but the activations is out of the caches when a run begins; ``"hot"``:
         everything may be in them; ``"model"``: each run takes the next set of weights, as a model goes from
         layer to layer.
+    here : bool
+        Whether kernels run on this machine: on the threads that a library has.
     """
 
     cache: str
+    here: bool = False
 
     def __call__(
         self,
@@ -170,6 +173,8 @@ class Timer:
         repeated_args: Sequence[Tensors],
     ) -> list[float]:
         """Seconds of each run, or of the mean of each few; warm-ups are left out."""
+        if self.here:
+            use_cores()
         if self.cache == "model":
             return _turns(module, repeated_args)
         cold = self.cache == "cold"
@@ -208,21 +213,6 @@ def _turns(module: tvm.runtime.Module, repeated_args: Sequence[Tensors]) -> list
     return [float(np.median(part)) for part in np.array_split(turns, _PARTS)]
 
 
-class LocalTimer(Timer):
-    """Times a kernel on the threads that a library has."""
-
-    def __call__(
-        self,
-        module: tvm.runtime.Module,
-        device: tvm.runtime.Device,
-        config: object,
-        repeated_args: Sequence[Tensors],
-    ) -> list[float]:
-        """As the base class."""
-        use_cores()
-        return super().__call__(module, device, config, repeated_args)
-
-
 class LocalRunner:
     """Runs candidates here, in a process that a crash or a hang only costs itself."""
 
@@ -230,7 +220,7 @@ class LocalRunner:
         from tvm.s_tir import meta_schedule as ms
         from tvm.support.popen_pool import PopenPoolExecutor
 
-        self._arguments, self._timer = Arguments(feeds, cache), LocalTimer(cache)
+        self._arguments, self._timer = Arguments(feeds, cache), Timer(cache, here=True)
         self._one = ms.runner.LocalRunner(
             timeout_sec=RUN_SECONDS,
             f_alloc_argument=self._arguments,
@@ -266,7 +256,7 @@ class LocalRunner:
 
 
 def _by_turns(
-    given: tuple[list[str], ArgsJson, Arguments, LocalTimer, int],
+    given: tuple[list[str], ArgsJson, Arguments, Timer, int],
 ) -> list[list[float]]:
     """Measure libraries by turns, in the process of the pool."""
     import tvm

@@ -61,13 +61,7 @@ class Tracker:
 
     @staticmethod
     def parse(address: str | None, key: str | None) -> Tracker:
-        """Return the tracker at ``"host:port"``.
-
-        Raises
-        ------
-        InputError
-            When one is missing or of another form.
-        """
+        """Return the tracker at ``"host:port"``; InputError where one is missing or of another form."""
         if not address or not key:
             raise InputError(
                 f"the rpc runner needs a tracker and a key, and was given tracker {address} and key {key}; "
@@ -88,13 +82,7 @@ class Tracker:
         return f"{self.host}:{self.port}"
 
     def servers(self) -> int:
-        """Servers of the key that are registered, busy ones too.
-
-        Raises
-        ------
-        ToolchainError
-            When no tracker answers.
-        """
+        """Servers of the key that are registered, busy ones too; ToolchainError where no tracker answers."""
         from tvm import rpc
 
         try:
@@ -133,13 +121,7 @@ def make_shared(mod: tvm.IRModule, target: tvm.target.Target) -> str:
 
 
 class RpcRunner:
-    """Measures candidates on the servers of a tracker.
-
-    Raises
-    ------
-    ToolchainError
-        When no tracker answers, or it has no server of the key.
-    """
+    """Measures candidates on the servers of a tracker; ToolchainError where none is left."""
 
     def __init__(self, tracker: Tracker, feeds: Mapping[Signature, Feed], cache: str) -> None:
         self.tracker = tracker
@@ -183,13 +165,7 @@ class RpcRunner:
         self._runner, self._workers = runner, workers
 
     def run(self, inputs: Sequence[RunnerInput]) -> list[Known]:
-        """One result for each of MetaSchedule's runner inputs, in order.
-
-        Raises
-        ------
-        ToolchainError
-            When all servers are gone.
-        """
+        """One result for each of MetaSchedule's runner inputs, in order."""
         if not self._look():
             raise self.tracker.no_server()
         before = self._servers

@@ -71,10 +71,6 @@ def tune(
         Fields of :class:`tvm_balanced.CompileOptions` and of :class:`TuneOptions`, in place of ``options``
         and ``search``.
 
-    Returns
-    -------
-    TuningResult
-
     Raises
     ------
     InputError
@@ -175,10 +171,7 @@ def open_folder(
 ) -> RecordFolder:
     """Return the folder of a target below ``place``; estimates have their own.
 
-    Raises
-    ------
-    OutputError
-        When it holds records of another device.
+    An OutputError says where it holds records of another device.
     """
     from tvm_balanced.targets.host import cpu_model
 

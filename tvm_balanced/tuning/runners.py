@@ -52,12 +52,9 @@ class Runner:
 
     @staticmethod
     def parse(name: str, tracker: str | None = None, key: str | None = None) -> Runner:
-        """Return the runner that a user named, with the tracker's ``"host:port"`` and the servers' key.
+        """Return one of :data:`RUNNERS`, with the tracker's ``"host:port"`` and the servers' key.
 
-        Raises
-        ------
-        InputError
-            For a name that is none of :data:`RUNNERS`, or a tracker that does not go with it.
+        An InputError says what does not go together.
         """
         if check_word("runner", name, RUNNERS) == "rpc":
             return Runner(name, Tracker.parse(tracker, key))
@@ -116,13 +113,7 @@ class Runner:
     def open(
         self, feeds: Mapping[measure.Signature, measure.Feed], cache: str
     ) -> tuple[measure.ProcessBuilder, Measurer]:
-        """Return a builder of candidates, and what measures what it built.
-
-        Raises
-        ------
-        ToolchainError
-            When there is no server.
-        """
+        """Return a builder of candidates, and what measures them; ToolchainError where no server is there."""
         make: measure.Make
         measurer: Measurer
         if self.tracker is not None:
