@@ -11,6 +11,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -26,8 +27,10 @@ from tvm_balanced.support.provenance import now
 from tvm_balanced.targets.resolve import TargetSpec
 
 if TYPE_CHECKING:
+    import torch
     import tvm
 
+    import tvm_balanced as tb
     from tvm_balanced.tuning.tasks import Task
 
 # a kernel of ours and its knobs
@@ -301,42 +304,48 @@ def model(
                 "default": tb.compile(sparse, machine.spec, logs=False),
                 "tuned": tb.compile(sparse, machine.spec, logs=place),
             }
-            outputs = [np.asarray(library(*inputs)) for library in libraries.values()]
-            error = float(np.abs(outputs[0] - outputs[1]).max() / np.abs(outputs[0]).max())
-            loads = {
-                contender: Load([lambda library=library: library(*inputs)])  # type: ignore[misc]
-                for contender, library in libraries.items()
+            about: Row = {
+                "model": name,
+                "pattern": pattern,
+                "cache": cache,
+                "trials": sum(kernel.trials for kernel in result.kernels),
+                "tuning_s": round(result.seconds),
             }
-            timings = CpuClock().measure(loads, measure)
-            if not all(isinstance(timing, Timing) for timing in timings.values()):
-                raise SystemExit(str(timings))
-            made = []
-            for contender, library in libraries.items():
-                timing = timings[contender]
-                assert isinstance(timing, Timing)
-                one: Row = {
-                    "model": name,
-                    "pattern": pattern,
-                    "cache": cache,
-                    "trials": sum(kernel.trials for kernel in result.kernels),
-                    "tuning_s": round(result.seconds),
-                    "contender": contender,
-                    "kernels": len(library.coverage),
-                    "tuned": sum(one.schedule == "tuned" for one in library.coverage),
-                    **timing.columns(unit="ms"),
-                    "samples": timing.samples,
-                    "gain": made[0]["ms"] / (timing.median / 1e3) if made else 1.0,
-                    "error": error,
-                    **_stamp(machine),
-                }
-                made.append(one)
+            made = [
+                {**about, **row, **_stamp(machine)} for row in _timed(libraries, inputs, measure)
+            ]
+            for one in made:
                 click.echo(
-                    f"{name} {pattern} {contender}: {one['ms']:.3f} ms ({one['p20_ms']:.3f} to "
+                    f"{name} {pattern} {one['contender']}: {one['ms']:.3f} ms ({one['p20_ms']:.3f} to "
                     f"{one['p80_ms']:.3f}), {one['gain']:.2f}x, {one['tuned']} of {one['kernels']} "
                     "kernels tuned"
                 )
             if destination is not None:
                 results.append(Path(destination), made, MODEL_COLUMNS)
+
+
+def _timed(
+    libraries: dict[str, tb.Library], inputs: tuple[torch.Tensor, ...], seconds: float
+) -> list[Row]:
+    """Rows of libraries of one model, called by turns; the first is what others gain on."""
+    outputs = [np.asarray(library(*inputs)) for library in libraries.values()]
+    error = float(np.abs(outputs[0] - outputs[1]).max() / np.abs(outputs[0]).max())
+    loads = {name: Load([partial(library, *inputs)]) for name, library in libraries.items()}
+    rows: list[Row] = []
+    for contender, timing in CpuClock().measure(loads, seconds).items():
+        if not isinstance(timing, Timing):
+            raise SystemExit(f"{contender}: {timing}")
+        coverage = libraries[contender].coverage
+        row: Row = {
+            "contender": contender,
+            "kernels": len(coverage),
+            "tuned": sum(kernel.schedule == "tuned" for kernel in coverage),
+            **timing.columns(unit="ms"),
+            "samples": timing.samples,
+            "error": error,
+        }
+        rows.append({**row, "gain": rows[0]["ms"] / row["ms"] if rows else 1.0})
+    return rows
 
 
 if __name__ == "__main__":
