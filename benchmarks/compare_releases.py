@@ -9,7 +9,6 @@ lie makes it up to 1.3 times as fast, as long as it is loaded; so it is loaded a
 
 from __future__ import annotations
 
-import datetime
 import inspect
 import json
 import os
@@ -18,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -152,11 +151,11 @@ def minilm(
 
     from tvm_balanced.bench import results
     from tvm_balanced.bench.operators import environment, make_machine
+    from tvm_balanced.support.provenance import now
 
-    columns = (
+    measured = (
         *("model", "pattern", "release", "ms", "p20_ms", "p80_ms", "turns"),
         *("gain", "gain_low", "gain_high", "step", "step_low", "step_high"),
-        *results.ENVIRONMENT,
     )
     built = build("minilm", "stated", "float32")
     inputs = tuple(built.inputs)
@@ -177,36 +176,21 @@ def minilm(
         for release in releases:
             release.close()
     machine, rows = make_machine("llvm"), []
-    for i, release in enumerate(releases):
+    for before, release in zip([releases[0], *releases], releases, strict=False):
         low, middle, high = np.percentile(release.seconds, [20, 50, 80]) * 1e3
-        gain = _Gain.of(releases[0], release)
-        step = _Gain.of(releases[max(0, i - 1)], release)
+        gain, step = _Gain.of(releases[0], release), _Gain.of(before, release)
         click.echo(
             f"{release.name}: {middle:.3f} ms ({low:.3f} to {high:.3f}), {gain}; "
             f"over the one before {step}; {len(release.turns)} turns"
         )
-        rows.append(
-            {
-                "model": "minilm",
-                "pattern": pattern,
-                "release": release.name,
-                "ms": middle,
-                "p20_ms": low,
-                "p80_ms": high,
-                "turns": len(release.turns),
-                "gain": gain.median,
-                "gain_low": gain.low,
-                "gain_high": gain.high,
-                "step": step.median,
-                "step_low": step.low,
-                "step_high": step.high,
-                **environment(machine),
-                "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                "load": f"{os.getloadavg()[0]:.2f}",
-            }
+        values = (
+            *("minilm", pattern, release.name, middle, low, high, len(release.turns)),
+            *(*astuple(gain), *astuple(step)),
         )
+        row = dict(zip(measured, values, strict=True)) | environment(machine)
+        rows.append({**row, "time": now(), "load": f"{os.getloadavg()[0]:.2f}"})
     if destination is not None:
-        results.append(Path(destination), rows, columns)
+        results.append(Path(destination), rows, (*measured, *results.ENVIRONMENT))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ The same models that ``plan`` decides by; nothing is timed and no GPU is needed.
 
 from __future__ import annotations
 
-import csv
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+from shape_report import write_rows
 
 _GPUS = ("h100", "a100", "rtx-4090")
 _SHAPES = ((8192, 8192), (4096, 4096), (28672, 8192), (4096, 14336), (1024, 8192))
@@ -133,12 +133,7 @@ def main(output: Path, picture: Path | None, gpu: str, patterns: tuple[str, ...]
         for pattern in patterns
         for m in _ROWS
     ]
-    with output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            cells = {n: f"{v:.5g}" if isinstance(v, float) else v for n, v in asdict(row).items()}
-            writer.writerow(cells)
+    write_rows(output, Row, rows, digits=5)
     if picture is not None:
         plot(rows, picture, gpu, patterns)
 

@@ -9,12 +9,11 @@ tile that would be compiled, in float16: of a large layer, and of one whose K th
 
 from __future__ import annotations
 
-import csv
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
-from shape_report import operator
+from shape_report import operator, write_rows
 
 _GPUS = {"sm_90": "h100", "sm_80": "a100"}
 _PATTERNS = ("8:16", "4:16", "2:16", "1:16", "8:32", "4:32", "2:32")
@@ -124,12 +123,7 @@ def main(archs: tuple[str, ...], patterns: tuple[str, ...], output: Path) -> Non
         for pattern in patterns
     ]
     rows = [row for row in got if row is not None]
-    with output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            cells = {n: f"{v:.4g}" if isinstance(v, float) else v for n, v in asdict(row).items()}
-            writer.writerow(cells)
+    write_rows(output, Row, rows, digits=4)
     shares = [row.loop / row.predicted_loop for row in rows]
     misses = [abs(row.registers - row.predicted_registers) for row in rows]
     click.echo(

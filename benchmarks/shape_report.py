@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import csv
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -228,8 +229,18 @@ def _count(row: Row, problem: Any, target: Any, tile: Any, encoding: str | None)
     )
 
 
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+def _cell(value: object, digits: int = 6) -> str:
+    if value is None:
+        return ""
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def write_rows(path: Path, kind: type[Any], rows: Sequence[Any], digits: int) -> None:
+    """Write dataclasses of a kind as CSV."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(field.name for field in fields(kind))
+        writer.writerows([_cell(value, digits) for value in astuple(row)] for row in rows)
 
 
 @click.command()

@@ -12,8 +12,9 @@ from pathlib import Path
 import click
 
 from tvm_balanced.records import ranking, traces
-from tvm_balanced.records import record as records_record
 from tvm_balanced.records import store as records
+from tvm_balanced.records.record import Environment
+from tvm_balanced.support.groups import grouped
 
 
 @click.command()
@@ -27,9 +28,7 @@ def main(folders: tuple[Path, ...], output: Path) -> None:
         got, problems = records.read_folder(folder)
         if problems:
             raise SystemExit(f"{folder}: {problems[0]}; give records that can be read")
-        kernels: dict[str, list[records_record.Record]] = {}
-        for record in got:
-            kernels.setdefault(record.workload[0], []).append(record)
+        kernels = grouped(got, lambda record: record.workload[0])
         chosen = []
         for group in kernels.values():
             best = ranking.rank(group)[0]
@@ -37,7 +36,7 @@ def main(folders: tuple[Path, ...], output: Path) -> None:
             if best.times > 1 and not traces.is_default(best.record.trace):
                 text = best.record.trace_text
                 chosen.append([record for record in group if record.trace_text == text][-1])
-        environment = records_record.Environment.read(folder / records.ENVIRONMENT)
+        environment = Environment.read(folder / records.ENVIRONMENT)
         place = records.RecordFolder(output / folder.name, environment)
         place.append(chosen)
         click.echo(f"{folder.name}: {len(chosen)} of {len(kernels)} kernels are faster tuned")

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from shape_report import operator
 
 # what the simulated GPU is: the file of its configuration in the simulator's tree
 CONFIG = "SM86_RTX3070"
@@ -110,10 +111,7 @@ def split_of(shape: tuple[int, int, int, str]) -> str:
 def kernel_and_data(one: Configuration) -> tuple[Any, list[Any], Any]:
     """Make the kernel, its arguments with the output last, and the float64 result."""
     import numpy as np
-    import tvm
-    from tvm import relax, tirx
 
-    from tvm_balanced import ops
     from tvm_balanced.cuda import emulator as cudaemu
     from tvm_balanced.format import packing, reference
     from tvm_balanced.pruning import magnitude as pruning
@@ -122,23 +120,9 @@ def kernel_and_data(one: Configuration) -> tuple[Any, list[Any], Any]:
     from tvm_balanced.targets import resolve as targets
 
     fmt = _format(one.n, one.k, one.pattern)
-    shapes = {"x": (one.m, one.k), "values": fmt.values_shape, "indices": fmt.indices_shape}
-    params = [
-        relax.Var(name, relax.TensorType(shape, "uint8" if name == "indices" else "float32"))
-        for name, shape in shapes.items()
-    ]
-    builder = relax.BlockBuilder()
-    with builder.function("main", params):
-        with builder.dataflow():
-            out = builder.emit_output(ops.balanced_sparse_dense(*params, fmt, "float32"))
-        builder.emit_func_output(out)
-    mod = tvm.transform.Sequential([relax.transform.LegalizeOps(), relax.transform.FuseTIR()])(
-        builder.get()
-    )
-    (func,) = (f for _, f in mod.functions_items() if isinstance(f, tirx.PrimFunc))
     target = targets.resolve("cuda-sm_86").target
     tile = gather_tile.GatherTile(one.vector, one.groups, one.warps, one.unroll, one.chunk)
-    schedule = cuda_gather.apply(func.with_attr("global_symbol", "main"), target, tile)
+    schedule = cuda_gather.apply(operator(fmt, one.m, "float32"), target, tile)
     assert schedule is not None
     rng = np.random.default_rng(0)
     dense = rng.standard_normal((one.n, one.k)).astype("f4")

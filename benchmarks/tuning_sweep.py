@@ -5,22 +5,36 @@ What is compared was built beforehand and is measured by turns in one process.
 
 from __future__ import annotations
 
-import datetime
 import os
 import random
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import click
 import numpy as np
 
 from tvm_balanced.bench import results
 from tvm_balanced.bench.clock import CpuClock, Load, Timing
+from tvm_balanced.bench.machine import Machine
 from tvm_balanced.bench.operators import environment, make_machine
+from tvm_balanced.bench.results import Row
+from tvm_balanced.support.provenance import now
+from tvm_balanced.targets.resolve import TargetSpec
+
+if TYPE_CHECKING:
+    import torch
+    import tvm
+
+    import tvm_balanced as tb
+    from tvm_balanced.tuning.tasks import Task
+
+# a kernel of ours and its knobs
+Point: TypeAlias = tuple[str, dict[str, int]]
 
 SWEEP_COLUMNS = (
     *("n", "k", "m", "pattern", "cache", "space", "trials", "stage", "contender"),
@@ -41,12 +55,11 @@ def _say(text: str) -> None:
     click.echo(text, err=True)
 
 
-def _stamp(machine: Any) -> dict[str, Any]:
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return {**environment(machine), "load": f"{os.getloadavg()[0]:.2f}", "time": now}
+def _stamp(machine: Machine) -> Row:
+    return {**environment(machine), "load": f"{os.getloadavg()[0]:.2f}", "time": now()}
 
 
-def _annotated(task: Any, kernel: str, knobs: dict[str, int]) -> Any:
+def _annotated(task: Task, kernel: str, knobs: dict[str, int]) -> tvm.IRModule:
     """Return the kernel with what a trace of the tuner would write onto it."""
     from tvm import s_tir
 
@@ -64,7 +77,7 @@ def _annotated(task: Any, kernel: str, knobs: dict[str, int]) -> Any:
     return sch.mod
 
 
-def _operator_task(n: int, k: int, m: int, pattern: str, spec: Any) -> Any:
+def _operator_task(n: int, k: int, m: int, pattern: str, spec: TargetSpec) -> Task:
     import torch
 
     import tvm_balanced as tb
@@ -82,21 +95,20 @@ def _operator_task(n: int, k: int, m: int, pattern: str, spec: Any) -> Any:
 class _Bench:
     """Builds and measures schedules of one kernel, as the tuner does."""
 
-    def __init__(self, task: Any, spec: Any, cache: str) -> None:
+    def __init__(self, task: Task, spec: TargetSpec, cache: str) -> None:
         from tvm.s_tir import meta_schedule as ms
 
         from tvm_balanced.targets.host import core_count
         from tvm_balanced.tuning import measure
+        from tvm_balanced.tuning.tasks import feeds_of
 
         self.ms, self.measure = ms, measure
         self.task, self.spec = task, spec
         self.info = ms.arg_info.ArgInfo.from_prim_func(task.mod["main"])
-        signature = measure.signature([one.as_json() for one in self.info])
-        feeds = {signature: measure.Feed(task.index_bound, task.weights, task.between)}
         self.builder = measure.ProcessBuilder(core_count(), measure.make_library)
-        self.runner = measure.LocalRunner(feeds, cache)
+        self.runner = measure.LocalRunner(feeds_of([task]), cache)
 
-    def build(self, points: Sequence[tuple[str, dict[str, int]]]) -> list[str]:
+    def build(self, points: Sequence[Point]) -> list[str]:
         """Paths of the libraries of ``points``."""
         mods = [_annotated(self.task, kernel, knobs) for kernel, knobs in points]
         built = self.builder.build(mods, self.spec.target)
@@ -105,9 +117,7 @@ class _Bench:
                 raise SystemExit(f"{point} was not built: {one.error}")
         return [one.path for one in built]
 
-    def sweep(
-        self, points: Sequence[tuple[str, dict[str, int]]], tell: Callable[[int], None]
-    ) -> list[list[float]]:
+    def sweep(self, points: Sequence[Point], tell: Callable[[int], None]) -> list[list[float]]:
         """Seconds of the runs of each point, each point once."""
         got = []
         for i in range(0, len(points), _BATCH):
@@ -123,7 +133,7 @@ class _Bench:
             tell(len(got))
         return got
 
-    def by_turns(self, points: Sequence[tuple[str, dict[str, int]]]) -> list[list[float]]:
+    def by_turns(self, points: Sequence[Point]) -> list[list[float]]:
         """Seconds of each point in each of the rounds over all of them."""
         paths = self.build(points)
         inputs = [self.ms.runner.RunnerInput(path, "cpu", self.info) for path in paths]
@@ -135,7 +145,7 @@ class _Bench:
         return got
 
 
-def _chosen(folder: Path) -> tuple[str, dict[str, int]]:
+def _chosen(folder: Path) -> Point:
     """Return what ``compile`` would take of the records."""
     from tvm_balanced.records import ranking, traces
     from tvm_balanced.records import store as records
@@ -184,7 +194,7 @@ def operator(
             results.append(Path(destination), made, SWEEP_COLUMNS)
 
 
-def _compare(problem: dict[str, Any], machine: Any, seed: int) -> list[dict[str, Any]]:
+def _compare(problem: Row, machine: Machine, seed: int) -> list[Row]:
     """Rows of one operator: the sweep, best first, and what was measured by turns in the end."""
     from tvm_balanced.schedules import dispatch, workload
     from tvm_balanced.tuning.options import TuneOptions
@@ -215,7 +225,7 @@ def _compare(problem: dict[str, Any], machine: Any, seed: int) -> list[dict[str,
     again = bench.by_turns([point for _, point in final])
     stamp = _stamp(machine)
 
-    def row(stage: str, contender: str, point: Any, seconds: Sequence[float]) -> dict[str, Any]:
+    def row(stage: str, contender: str, point: Point, seconds: Sequence[float]) -> Row:
         timing = Timing.of([value * 1e6 for value in seconds], "tvm")
         kernel, knobs = point
         return {
@@ -225,9 +235,7 @@ def _compare(problem: dict[str, Any], machine: Any, seed: int) -> list[dict[str,
             "contender": contender,
             "kernel": kernel,
             "knobs": " ".join(f"{name}={value}" for name, value in knobs.items()),
-            "us": timing.median,
-            "p20_us": timing.p20,
-            "p80_us": timing.p80,
+            **timing.columns(),
             "samples": timing.samples,
             **stamp,
         }
@@ -296,43 +304,48 @@ def model(
                 "default": tb.compile(sparse, machine.spec, logs=False),
                 "tuned": tb.compile(sparse, machine.spec, logs=place),
             }
-            outputs = [np.asarray(library(*inputs)) for library in libraries.values()]
-            error = float(np.abs(outputs[0] - outputs[1]).max() / np.abs(outputs[0]).max())
-            loads = {
-                contender: Load([lambda library=library: library(*inputs)])  # type: ignore[misc]
-                for contender, library in libraries.items()
+            about: Row = {
+                "model": name,
+                "pattern": pattern,
+                "cache": cache,
+                "trials": sum(kernel.trials for kernel in result.kernels),
+                "tuning_s": round(result.seconds),
             }
-            timings = CpuClock().measure(loads, measure)
-            if not all(isinstance(timing, Timing) for timing in timings.values()):
-                raise SystemExit(str(timings))
-            made = []
-            for contender, library in libraries.items():
-                timing: Any = timings[contender]
-                one = {
-                    "model": name,
-                    "pattern": pattern,
-                    "cache": cache,
-                    "trials": sum(kernel.trials for kernel in result.kernels),
-                    "tuning_s": round(result.seconds),
-                    "contender": contender,
-                    "kernels": len(library.coverage),
-                    "tuned": sum(one.schedule == "tuned" for one in library.coverage),
-                    "ms": timing.median / 1e3,
-                    "p20_ms": timing.p20 / 1e3,
-                    "p80_ms": timing.p80 / 1e3,
-                    "samples": timing.samples,
-                    "gain": made[0]["ms"] / (timing.median / 1e3) if made else 1.0,
-                    "error": error,
-                    **_stamp(machine),
-                }
-                made.append(one)
+            made = [
+                {**about, **row, **_stamp(machine)} for row in _timed(libraries, inputs, measure)
+            ]
+            for one in made:
                 click.echo(
-                    f"{name} {pattern} {contender}: {one['ms']:.3f} ms ({one['p20_ms']:.3f} to "
+                    f"{name} {pattern} {one['contender']}: {one['ms']:.3f} ms ({one['p20_ms']:.3f} to "
                     f"{one['p80_ms']:.3f}), {one['gain']:.2f}x, {one['tuned']} of {one['kernels']} "
                     "kernels tuned"
                 )
             if destination is not None:
                 results.append(Path(destination), made, MODEL_COLUMNS)
+
+
+def _timed(
+    libraries: dict[str, tb.Library], inputs: tuple[torch.Tensor, ...], seconds: float
+) -> list[Row]:
+    """Rows of libraries of one model, called by turns; the first is what others gain on."""
+    outputs = [np.asarray(library(*inputs)) for library in libraries.values()]
+    error = float(np.abs(outputs[0] - outputs[1]).max() / np.abs(outputs[0]).max())
+    loads = {name: Load([partial(library, *inputs)]) for name, library in libraries.items()}
+    rows: list[Row] = []
+    for contender, timing in CpuClock().measure(loads, seconds).items():
+        if not isinstance(timing, Timing):
+            raise SystemExit(f"{contender}: {timing}")
+        coverage = libraries[contender].coverage
+        row: Row = {
+            "contender": contender,
+            "kernels": len(coverage),
+            "tuned": sum(kernel.schedule == "tuned" for kernel in coverage),
+            **timing.columns(unit="ms"),
+            "samples": timing.samples,
+            "error": error,
+        }
+        rows.append({**row, "gain": rows[0]["ms"] / row["ms"] if rows else 1.0})
+    return rows
 
 
 if __name__ == "__main__":

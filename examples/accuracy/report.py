@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ AGAINST = "unstructured"
 SHARED = {"MLP": 1 / 4, "CNN": 1 / 4}
 
 Rows = Sequence[dict[str, Any]]
+# of a plot: its label, its pattern, and its points
+Line = tuple[str, str, list[tuple[float, float]]]
 
 
 def differences(rows: Rows, against: str = AGAINST) -> list[dict[str, Any]]:
@@ -161,44 +163,50 @@ def plot(got: Rows, path: Path, times: Rows = ()) -> None:
     """
     import matplotlib.pyplot as plt
 
-    speeds: dict[tuple[str, float], float] = {}
-    runners: dict[str, str] = {}
-    if times:
-        rows = times[0]["rows"]
-        mine = [row for row in times if row["rows"] == rows]
-        (dense,) = (row["us"] for row in mine if row["pattern"] == "dense")
-        for row in mine:
-            speeds[row["pattern"], row["sparsity"]] = dense / row["us"]
-            runners[row["pattern"]] = row["runner"]
     names = sorted({row["task"] for row in got})
     patterns = sorted({row["pattern"] for row in got})
-    colours = {pattern: f"C{number}" for number, pattern in enumerate(patterns)}
     # ten colours in turns: the styles tell those apart that share one
-    styles = {pattern: "-" if number < 10 else "--" for number, pattern in enumerate(patterns)}
+    looks = {
+        pattern: {"color": f"C{number}", "linestyle": "-" if number < 10 else "--"}
+        for number, pattern in enumerate(patterns)
+    }
     figure, panels = plt.subplots(1, len(names), figsize=(5 * len(names), 4.5), squeeze=False)
     for panel, task in zip(panels[0], names, strict=True):
-        rows_of = [row for row in got if row["task"] == task]
-        for pattern in dict.fromkeys(row["pattern"] for row in rows_of if row["sparsity"] > 0):
-            points = [
-                (speeds.get((pattern, r["sparsity"])) if times else 100 * r["sparsity"], r["score"])
-                for r in rows_of
-                if r["pattern"] == pattern
-            ]
-            points = [point for point in points if point[0] is not None]
-            if points:
-                label = f"{pattern} ({runners[pattern]})" if times else pattern
-                panel.plot(
-                    *zip(*points, strict=True), styles[pattern], color=colours[pattern],
-                    marker="o", markersize=4, label=label,
-                )  # fmt: skip
-        for row in rows_of:
+        rows = [row for row in got if row["task"] == task]
+        for label, pattern, points in _speed_lines(rows, times) if times else _lines(rows):
+            xs, scores = zip(*points, strict=True)
+            panel.plot(xs, scores, marker="o", markersize=4, label=label, **looks[pattern])
+        for row in rows:
             if row["pattern"] == "dense":
                 panel.axhline(row["score"], color="black", linewidth=0.8, label="dense")
         panel.set(title=task, xlabel="zeros, %")
         if times:
-            panel.set(xlabel=f"speed of a 1024 x 1024 layer at M = {rows}, dense = 1", xscale="log")
+            m = times[0]["rows"]
+            panel.set(xlabel=f"speed of a 1024 x 1024 layer at M = {m}, dense = 1", xscale="log")
         panel.set_ylabel("perplexity" if task == "LSTM" else "accuracy, %")
         panel.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)
+
+
+def _lines(rows: Rows) -> Iterator[Line]:
+    """Scores over per cent of zeros, of the patterns of one task."""
+    for pattern in dict.fromkeys(row["pattern"] for row in rows if row["sparsity"] > 0):
+        points = [
+            (100 * row["sparsity"], row["score"]) for row in rows if row["pattern"] == pattern
+        ]
+        yield pattern, pattern, points
+
+
+def _speed_lines(rows: Rows, times: Rows) -> Iterator[Line]:
+    """Scores over speed, of the patterns of one task that were timed."""
+    mine = [row for row in times if row["rows"] == times[0]["rows"]]
+    (dense,) = (row["us"] for row in mine if row["pattern"] == "dense")
+    speeds = {(row["pattern"], row["sparsity"]): dense / row["us"] for row in mine}
+    runners = {row["pattern"]: row["runner"] for row in mine}
+    scores = {(row["pattern"], row["sparsity"]): row["score"] for row in rows}
+    for pattern in dict.fromkeys(row["pattern"] for row in rows if row["sparsity"] > 0):
+        points = [(speeds[k], scores[k]) for k in scores if k[0] == pattern and k in speeds]
+        if points:
+            yield f"{pattern} ({runners[pattern]})", pattern, points

@@ -19,6 +19,7 @@ import tvm_balanced as tb
 from tvm_balanced.records import lookup as records_lookup
 from tvm_balanced.records import record as records_record
 from tvm_balanced.records import store as records
+from tvm_balanced.support import provenance
 
 # rows enough for the tuner to take the small kernels for worth it
 ROWS, FEATURES = 32, 32
@@ -290,7 +291,7 @@ def _make_records(folder: Path) -> None:
             "a CPU",
             spec.kind,
             spec.arch,
-            records_record.tvm_version(),
+            provenance.tvm_version(),
             method,
             ({"seed": 0, "caches": "hot"},),
         )

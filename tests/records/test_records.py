@@ -13,10 +13,10 @@ import pytest
 from tvm_balanced.errors import InputError, OutputError
 from tvm_balanced.records import lookup as records_lookup
 from tvm_balanced.records import ranking, traces
-from tvm_balanced.records import record as records_record
 from tvm_balanced.records import store as records
 from tvm_balanced.records.record import Environment, Record
 from tvm_balanced.records.store import RecordFolder
+from tvm_balanced.support import provenance
 from tvm_balanced.targets.resolve import TargetSpec, resolve
 
 WRITERS = Path(__file__).parents[1] / "helpers" / "writers.py"
@@ -51,7 +51,7 @@ def _environment(spec: TargetSpec, **other: str) -> Environment:
         "model": "a CPU",
         "kind": spec.kind,
         "arch": spec.arch,
-        "tvm": records_record.tvm_version(),
+        "tvm": provenance.tvm_version(),
         "method": "measured",
     }
     return Environment(**{**fields, **other}, runs=({"seed": 0},))

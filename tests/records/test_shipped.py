@@ -13,6 +13,7 @@ from tvm_balanced.records import record as records_record
 from tvm_balanced.records import store as records
 from tvm_balanced.records import traces
 from tvm_balanced.schedules import workload as schedules_workload
+from tvm_balanced.support import provenance
 
 SHIPPED = Path(__file__).resolve().parents[2] / "tuning_logs"
 FOLDERS = sorted(path.parent for path in SHIPPED.glob(f"*/{records.ENVIRONMENT}"))
@@ -28,7 +29,7 @@ def test_shipped_records_serve_their_kernels(folder: Path) -> None:
     assert got and not problems
     environment = records_record.Environment.read(folder / records.ENVIRONMENT)
     assert environment.method == "measured" and environment.device == folder.name
-    assert environment.tvm == records_record.tvm_version()
+    assert environment.tvm == provenance.tvm_version()
     for record in got:
         workload = ms.database.Workload.from_json(list(record.workload))
         assert schedules_workload.workload_hash(workload.mod) == record.workload[0]

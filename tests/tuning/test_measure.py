@@ -18,7 +18,7 @@ from tvm_balanced.tuning import measure
 from tvm_balanced.tuning.options import TuneOptions
 from tvm_balanced.tuning.run import open_folder, tune
 from tvm_balanced.tuning.space import default_schedule
-from tvm_balanced.tuning.tasks import find_tasks, fused_module
+from tvm_balanced.tuning.tasks import feeds_of, find_tasks, fused_module
 
 # a weight, activations and an output
 INFO = [
@@ -36,7 +36,7 @@ OWN = 64 + 4 * 64
 )
 def test_sets_of_weights_are_as_large_as_what_a_model_reads(between: int, copies: int) -> None:
     feed = measure.Feed(16, WEIGHTS, between)
-    arguments = measure.LocalArguments({measure.signature(INFO): feed}, "model")
+    arguments = measure.Arguments({measure.signature(INFO): feed}, "model")
     lists = arguments(tvm.cpu(), INFO, 1)
     assert len(lists) == copies
     assert all(one[0].same_as(lists[0][0]) and one[3].same_as(lists[0][3]) for one in lists)
@@ -59,7 +59,7 @@ def test_each_run_takes_the_next_weights() -> None:
             assert name == "main"
             return seen.append
 
-    times = measure.LocalTimer("model")(Module(), tvm.cpu(), None, [(i,) for i in range(4)])
+    times = measure.Timer("model", here=True)(Module(), tvm.cpu(), None, [(i,) for i in range(4)])
     assert seen[:8] == [0, 1, 2, 3, 0, 1, 2, 3]
     assert len(seen) >= 4 + measure._FEWEST_TURNS
     assert len(times) == measure._PARTS and min(times) > 0
@@ -75,12 +75,12 @@ def test_tasks_know_their_weights() -> None:
     spec = resolve("llvm")
     tasks = find_tasks(fused_module(model, spec, tb.CompileOptions(policy="always")), spec.target)
     sparse = [task for task in tasks if task.balanced]
-    others = [task for task in tasks if not task.balanced and not task.weights]
-    assert [task.weights for task in sparse] == [(1, 2)]
+    others = [task for task in tasks if not task.balanced and not task.feed.weights]
+    assert [task.feed.weights for task in sparse] == [(1, 2)]
     # a quarter of the values and half a byte for the index of each; 64 rows of the table
     stream = 256 * 256 // 4
-    assert sparse[0].between == pytest.approx(4.5 * stream + 4 * 64 * 256, rel=0.01)
-    assert others and all(task.between == 0 for task in others)
+    assert sparse[0].feed.between == pytest.approx(4.5 * stream + 4 * 64 * 256, rel=0.01)
+    assert others and all(task.feed.between == 0 for task in others)
 
 
 def test_times_with_other_caches_are_kept_apart(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_times_with_other_caches_are_kept_apart(tmp_path: Path) -> None:
 
 
 def test_indices_of_a_kernel_without_packed_ones_are_zero() -> None:
-    (one,) = measure.LocalArguments({}, "hot")(tvm.cpu(), [["TENSOR", "int32", [8]]], 1)
+    (one,) = measure.Arguments({}, "hot")(tvm.cpu(), [["TENSOR", "int32", [8]]], 1)
     np.testing.assert_array_equal(one[0].numpy(), np.zeros(8, np.int32))
 
 
@@ -107,8 +107,7 @@ def built() -> tuple[list[str], Any, dict[measure.Signature, measure.Feed]]:
     model = tb.prune(tb.from_torch(torch.nn.Linear(64, 64).eval(), (torch.randn(3, 64),)), "4:16")
     (task,) = find_tasks(fused_module(model, spec, tb.CompileOptions(policy="always")), spec.target)
     info = ms.arg_info.ArgInfo.from_prim_func(task.mod["main"])
-    signature = measure.signature([one.as_json() for one in info])
-    feeds = {signature: measure.Feed(task.index_bound, task.weights, task.between)}
+    feeds = feeds_of([task])
     paths = [measure.make_library(default_schedule(task.mod).mod, spec.target) for _ in range(2)]
     return paths, info, feeds
 

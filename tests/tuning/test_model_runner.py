@@ -25,6 +25,7 @@ from tvm_balanced.records.store import RecordFolder
 from tvm_balanced.schedules import dispatch
 from tvm_balanced.schedules import workload as schedules_workload
 from tvm_balanced.schedules.cuda import gather_model, gather_tile, machine
+from tvm_balanced.support import provenance
 from tvm_balanced.targets.gpus import GPUS
 from tvm_balanced.targets.resolve import resolve
 from tvm_balanced.tuning import estimates as kernel_models
@@ -188,7 +189,7 @@ def test_a_small_model_is_tuned_by_estimates(
         environment.model,
         "cuda",
         "sm_80",
-        records_record.tvm_version(),
+        provenance.tvm_version(),
         "measured",
     )
     slow = records_record.Record(default.workload, default.trace, (1.0,), default.target, [])

@@ -133,7 +133,7 @@ def test_what_a_dying_server_had_goes_to_another(
     (task,) = find_tasks(fused_module(model, spec, tb.CompileOptions(policy="always")), spec.target)
     path = make_shared(default_schedule(task.mod).mod, spec.target)
     arguments = ms.arg_info.ArgInfo.from_prim_func(task.mod["main"])
-    feeds = {signature([info.as_json() for info in arguments]): Feed(task.index_bound)}
+    feeds = {signature([info.as_json() for info in arguments]): Feed(task.feed.bound)}
     inputs = [ms.runner.RunnerInput(path, "cpu", arguments)] * 6
     runner = RpcRunner(tracker, feeds, "cold")
     killed = _kill_in_session(pids[0])

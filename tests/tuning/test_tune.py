@@ -18,6 +18,7 @@ from tvm_balanced.records import lookup, traces
 from tvm_balanced.records import record as records_record
 from tvm_balanced.records import store as records
 from tvm_balanced.schedules import dispatch, tuned, workload
+from tvm_balanced.support import provenance
 from tvm_balanced.targets.resolve import resolve
 from tvm_balanced.tuning.options import TuneOptions
 from tvm_balanced.tuning.run import open_folder, tune
@@ -107,7 +108,7 @@ def _no_json(folder: Path) -> None:
 
 def _another_tvm(folder: Path) -> None:
     path = folder / records.ENVIRONMENT
-    path.write_text(path.read_text().replace(records_record.tvm_version(), "0.1.0"))
+    path.write_text(path.read_text().replace(provenance.tvm_version(), "0.1.0"))
 
 
 def _another_gpu(folder: Path) -> None:

@@ -22,7 +22,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 Call = Callable[[], Any]
 GRAPH_CALLS = 20
@@ -76,6 +79,15 @@ class Timing:
 
         return Timing(at(0.5), at(0.2), at(0.8), len(ordered), method, note)
 
+    def columns(self, prefix: str = "", unit: str = "us") -> dict[str, float]:
+        """Return median and percentiles as columns of a row, in ``"us"`` or ``"ms"``."""
+        scale = {"us": 1.0, "ms": 1e3}[unit]
+        return {
+            f"{prefix}{unit}": self.median / scale,
+            f"{prefix}p20_{unit}": self.p20 / scale,
+            f"{prefix}p80_{unit}": self.p80 / scale,
+        }
+
     def __str__(self) -> str:
         digits = 1 if self.median < 100 else 0
         return f"{self.median:.{digits}f} ({self.p20:.{digits}f}-{self.p80:.{digits}f})"
@@ -83,14 +95,10 @@ class Timing:
 
 @dataclass
 class Load:
-    """What one contender is to run.
+    """What one contender is to run: the same work on copies of its weight, one call after the other.
 
-    Parameters
-    ----------
-    calls : sequence of callable
-        The same work on copies of its weight, to be called around; one call for hot caches.
-    flush : bool
-        Write the caches full before each call, where the copies are too few to do it.
+    There is one call for hot caches. With ``flush`` the caches are written full before each call, where the
+    copies are too few to do it.
     """
 
     calls: Sequence[Call]
@@ -103,72 +111,77 @@ class Load:
         return self.calls[self._place]
 
 
-class Clock(Protocol):
-    """Measures on one kind of device; :func:`make_clock` chooses.
+@dataclass(frozen=True)
+class _Ready:
+    """A load that was warmed up; with a graph of so many calls, or with a note why there is none."""
 
-    Attributes
-    ----------
-    cache_bytes : int
-        The last cache before memory.
-    """
+    load: Load
+    method: str
+    replay: Call | None = None
+    calls: int = 0
+    note: str = ""
+
+
+class Clock:
+    """Measures on one kind of device, whose last cache has ``cache_bytes``; :func:`make_clock` chooses."""
 
     cache_bytes: int
+    device: torch.device | str
 
     def measure(self, loads: Mapping[str, Load], seconds: float) -> dict[str, Timing | str]:
-        """Time ``loads`` in turns.
+        """Time each contender's load for some seconds, warm-up apart, in turns.
 
-        Parameters
-        ----------
-        loads : mapping
-            By the contenders' names.
-        seconds : float
-            Of each contender, warm-up apart.
-
-        Returns
-        -------
-        dict
-            Timings by the same names; in place of one, why there is none.
+        Returns timings by the contenders' names; in place of one, why there is none.
         """
+        ready: dict[str, _Ready] = {}
+        problems: dict[str, str] = {}
+        for name, load in loads.items():
+            try:
+                ready[name] = self._ready(name, load)
+            except Exception as error:
+                problems[name] = short(error)
+        samples: dict[str, list[float]] = {name: [] for name in ready}
+        for _, (name, one) in itertools.product(range(_TURNS), ready.items()):
+            if name in problems:
+                continue
+            try:
+                samples[name] += self._turn(one, seconds / _TURNS)
+            except Exception as error:
+                problems[name] = short(error)
+        return {
+            name: problems[name]
+            if name in problems
+            else Timing.of(samples[name], ready[name].method, ready[name].note)
+            for name in loads
+        }
 
     def copying(self) -> tuple[Load, int]:
         """Prepare copying a buffer much larger than the caches, and the bytes read and written."""
+        import torch
+
+        size = _COPY_BYTES[torch.device(self.device).type]
+        source = torch.ones(size, dtype=torch.uint8, device=self.device)
+        target = torch.zeros_like(source)
+        return Load([lambda: target.copy_(source)]), 2 * size
+
+    def _ready(self, name: str, load: Load) -> _Ready:
+        raise NotImplementedError
+
+    def _turn(self, ready: _Ready, seconds: float) -> list[float]:
+        """Microseconds of calls, for a turn of some seconds."""
+        raise NotImplementedError
 
 
-def make_clock(
-    device: Any, method: str = "graph", threads: int | None = None
-) -> CudaClock | CpuClock:
-    """Return the clock of a torch device.
-
-    Parameters
-    ----------
-    device : torch.device
-        Of type ``cuda`` or ``cpu``.
-    method : str
-        One of :data:`METHODS`, on a GPU.
-    threads : int, optional
-        That calls use, on a CPU.
-    """
+def make_clock(device: torch.device, method: str = "graph", threads: int | None = None) -> Clock:
+    """Return the clock of a GPU, with one of :data:`METHODS`, or of a CPU, where calls use some threads."""
     return CudaClock(device, method) if device.type == "cuda" else CpuClock(threads)
 
 
 def copies_for(num_bytes: int, cache_bytes: int, device: str) -> tuple[int, bool]:
-    """How many copies of a working set overflow a cache twice.
+    """How many copies of ``num_bytes`` overflow a cache twice, on ``"cuda"`` or ``"cpu"``.
 
-    Parameters
-    ----------
-    num_bytes : int
-        Of one copy.
-    cache_bytes : int
-        Of the cache.
-    device : str
-        ``"cuda"`` or ``"cpu"``.
-
-    Returns
-    -------
-    copies : int
-        At least 2 where one copy alone does not overflow the cache so far that its own call evicts it.
-    flush : bool
-        Whether they are too many, so that 1 copy and a flush before each call must do.
+    At least 2 where one copy alone does not overflow the cache so far that its own call evicts it; with them
+    whether they are too many, so that 1 copy and a flush before each call must do.
     """
     needed = math.ceil(_TWICE * cache_bytes / max(1, num_bytes)) + 1
     return (1, True) if needed > _MOST_COPIES[device] else (needed, False)
@@ -186,39 +199,21 @@ def last_cache_bytes(folder: str = "/sys/devices/system/cpu/cpu0/cache") -> int:
     return max(sizes, default=32 << 20)
 
 
-class CpuClock:
-    """Wall time of calls on a CPU, or CPU time where they use one thread.
-
-    Parameters
-    ----------
-    threads : int, optional
-        That calls use, the calling one among them.
-    """
+class CpuClock(Clock):
+    """Wall time of calls on a CPU, or CPU time where they use one thread, the calling one."""
 
     def __init__(self, threads: int | None = None) -> None:
         self.cache_bytes = last_cache_bytes()
+        self.device = "cpu"
         self.method = "thread" if threads == 1 else "wall"
         self._now = time.thread_time if threads == 1 else time.perf_counter
-        self._buffer: Any = None
+        self._buffer: torch.Tensor | None = None
 
-    def measure(self, loads: Mapping[str, Load], seconds: float) -> dict[str, Timing | str]:
-        """See :class:`Clock`."""
-        samples: dict[str, list[float]] = {name: [] for name in loads}
-        problems: dict[str, str] = {}
-        for _ in range(_TURNS):
-            for name, load in loads.items():
-                if name in problems:
-                    continue
-                try:
-                    samples[name] += self._turn(load, seconds / _TURNS)
-                except Exception as error:
-                    problems[name] = short(error)
-        return {
-            name: problems[name] if name in problems else Timing.of(times, self.method)
-            for name, times in samples.items()
-        }
+    def _ready(self, name: str, load: Load) -> _Ready:
+        return _Ready(load, self.method)
 
-    def _turn(self, load: Load, seconds: float) -> list[float]:
+    def _turn(self, ready: _Ready, seconds: float) -> list[float]:
+        load = ready.load
         time.sleep(_REST_S)
         begin = time.perf_counter()
         for _ in range(_WARM_UP):
@@ -246,23 +241,11 @@ class CpuClock:
         self._buffer.add_(1)
         time.sleep(_REST_S / 10)
 
-    def copying(self) -> tuple[Load, int]:
-        """See :class:`Clock`."""
-        return _copying("cpu")
 
+class CudaClock(Clock):
+    """Device time of calls on a GPU, through PyTorch's events and graphs."""
 
-class CudaClock:
-    """Device time of calls on a GPU, through PyTorch's events and graphs.
-
-    Parameters
-    ----------
-    device : torch.device
-        The GPU.
-    method : str
-        ``"graph"`` or ``"events"``.
-    """
-
-    def __init__(self, device: Any, method: str = "graph") -> None:
+    def __init__(self, device: torch.device, method: str = "graph") -> None:
         import torch
 
         if method not in METHODS:
@@ -276,44 +259,23 @@ class CudaClock:
         # a capture that fails can leave PyTorch's allocator in its middle: it is not tried twice
         self._uncaptured: dict[str, str] = {}
 
-    def measure(self, loads: Mapping[str, Load], seconds: float) -> dict[str, Timing | str]:
-        """See :class:`Clock`."""
-        ready: dict[str, tuple[Call, int, Load, str]] = {}
-        results: dict[str, Timing | str] = {}
-        for name, load in loads.items():
+    def _ready(self, name: str, load: Load) -> _Ready:
+        """Warm a load up, and capture it where it can be."""
+        self._warm(load.calls)
+        if self.method == "events" or load.flush:
+            return _Ready(load, "events")
+        if name not in self._uncaptured:
             try:
-                self._warm(load.calls)
+                return _Ready(load, "graph", *self._capture(load))
             except Exception as error:
-                results[name] = short(error)
-                continue
-            if self.method == "events" or load.flush:
-                ready[name] = (_nothing, 0, load, "")
-                continue
-            if name not in self._uncaptured:
-                try:
-                    ready[name] = (*self._capture(load), load, "")
-                    continue
-                except Exception as error:
-                    self._uncaptured[name] = short(error)
-            # what cannot be captured can still be timed call by call
-            ready[name] = (_nothing, 0, load, f"no graph: {self._uncaptured[name]}")
-        samples: dict[str, list[float]] = {name: [] for name in ready}
-        for _ in range(_TURNS):
-            for name, (replay, calls, load, _) in ready.items():
-                if name in results:
-                    continue
-                try:
-                    if calls:
-                        samples[name] += self._replays(replay, calls, seconds / _TURNS)
-                    else:
-                        samples[name] += self._events(load, seconds / _TURNS)
-                except Exception as error:
-                    results[name] = short(error)
-        for name, (_, calls, _, note) in ready.items():
-            if name not in results:
-                method = "graph" if calls else "events"
-                results[name] = Timing.of(samples[name], method, note)
-        return {name: results[name] for name in loads}
+                self._uncaptured[name] = short(error)
+        # what cannot be captured can still be timed call by call
+        return _Ready(load, "events", note=f"no graph: {self._uncaptured[name]}")
+
+    def _turn(self, ready: _Ready, seconds: float) -> list[float]:
+        if ready.replay is None:
+            return self._events(ready.load, seconds)
+        return self._replays(ready.replay, ready.calls, seconds)
 
     def _capture(self, load: Load) -> tuple[Call, int]:
         """Return a graph's replay and the calls in it."""
@@ -331,7 +293,7 @@ class CudaClock:
 
         with torch.cuda.stream(self._stream):
             for _ in range(_WARM_UP):
-                for call in calls[: GRAPH_CALLS if len(calls) > GRAPH_CALLS else None]:
+                for call in calls[:GRAPH_CALLS]:
                     call()
         torch.cuda.synchronize(self.device)
 
@@ -375,25 +337,8 @@ class CudaClock:
                 samples.append(begin.elapsed_time(done) * 1e3)
         return samples
 
-    def copying(self) -> tuple[Load, int]:
-        """See :class:`Clock`."""
-        return _copying(self.device)
-
-
-def _copying(device: Any) -> tuple[Load, int]:
-    import torch
-
-    size = _COPY_BYTES[torch.device(device).type]
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    return Load([lambda: target.copy_(source)]), 2 * size
-
 
 def short(error: BaseException) -> str:
     """Return an error as one short line, to stand in a table."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:160]
-
-
-def _nothing() -> None:
-    """Stands where no graph was captured."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tvm_balanced.bench import results
 from tvm_balanced.bench.operators import Benchmark, library_problems, make_machine
 from tvm_balanced.bench.peers import peer_names
+from tvm_balanced.bench.results import Row
 from tvm_balanced.report import WIDE, Printable
 from tvm_balanced.runtime.library import Library
 
@@ -26,29 +27,29 @@ class BenchmarkResult(Printable):
 
     Parameters
     ----------
-    environment : Mapping
-        Where and with what.
+    environment : dict
+        The columns that say where and with what.
     rows : list of dict
-        One for each problem and state of the caches, with :data:`tvm_balanced.bench.results.COLUMNS`.
+        One row for each problem and state of the caches, with :data:`tvm_balanced.bench.results.COLUMNS`.
     problems : int
-        Problems that were measured.
+        Number of problems that were measured.
     left : int
-        Problems that were not begun within the time limit.
+        Number of problems that were not begun within the time limit.
     """
 
-    environment: Mapping[str, Any]
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    environment: Row
+    rows: list[Row] = field(default_factory=list)
     problems: int = 0
     left: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"environment": dict(self.environment), "rows": self.rows, "left": self.left}
+        return {"environment": self.environment, "rows": self.rows, "left": self.left}
 
     def notes(self) -> Iterator[str]:
         """Why a column is empty, each reason once."""
         for name in ("", *peer_names()):
-            column = f"{name}_note" if name else "note"
+            column = f"{name}_note".strip("_")
             for reason in dict.fromkeys(row[column] for row in self.rows if row.get(column)):
                 yield f"{name or 'this operator'}: {reason}"
 
@@ -74,10 +75,7 @@ class BenchmarkResult(Printable):
             table.add_row(
                 str(row["layer"]),
                 f"{row['n']}x{row['k']}",
-                str(row["m"]),
-                str(row["pattern"]),
-                str(row["dtype"]),
-                str(row["cache"]),
+                *(str(row[column]) for column in ("m", "pattern", "dtype", "cache")),
                 time,
                 *(_shown(row.get(f"{peer}_ratio"), ".2f", "x") for peer in shown),
                 _shown(row.get("gbps"), ".0f"),
@@ -101,7 +99,7 @@ def benchmark(
     Parameters
     ----------
     library : Library or path-like
-        What :func:`tvm_balanced.compile` or :func:`tvm_balanced.load` returned, or a ``model.tvmb``.
+        A library from :func:`tvm_balanced.compile` or :func:`tvm_balanced.load`, or a ``model.tvmb``.
     threads : int, optional
         Threads of a CPU; all cores where left out.
     time_limit : float, optional
@@ -109,7 +107,7 @@ def benchmark(
     progress : callable, optional
         Called with what is measured next.
     **settings
-        ``peers``, ``caches``, ``seconds`` and ``method`` of
+        Parameters ``peers``, ``caches``, ``seconds`` and ``method`` of
         :class:`tvm_balanced.bench.operators.Benchmark`.
 
     Returns

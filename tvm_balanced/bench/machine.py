@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tvm_balanced.bench.clock import Call
-from tvm_balanced.format.layout import numpy_dtype
 from tvm_balanced.targets.resolve import TargetSpec
 
 if TYPE_CHECKING:
     import torch
+    import tvm
+    from tvm import relax
 
 
 class PeerMissing(Exception):
@@ -21,17 +23,10 @@ class PeerMissing(Exception):
 
 @dataclass
 class Machine:
-    """Where a benchmark runs.
+    """Where a benchmark runs: PyTorch on a device, and what is compiled for a target.
 
-    Attributes
-    ----------
-    kind : str
-        ``"cuda"``, ``"llvm"``, or ``"emulated"``: CUDA code on the emulated device, which can be checked
-        and not timed.
-    spec : TargetSpec
-        What is compiled for.
-    device : torch.device
-        Where PyTorch computes.
+    The kind is ``"cuda"``, ``"llvm"``, or ``"emulated"``: CUDA code on the emulated device, which can be
+    checked and not timed.
     """
 
     kind: str
@@ -39,15 +34,43 @@ class Machine:
     device: torch.device
 
     @property
-    def tvm_device(self) -> Any:
+    def on_gpu(self) -> bool:
+        """Whether it is a real GPU."""
+        return self.kind == "cuda"
+
+    def wait(self) -> None:
+        """Wait until the GPU is done; an error of what it ran is raised here."""
+        if self.on_gpu:
+            import torch
+
+            torch.cuda.synchronize(self.device)
+
+    def release(self) -> None:
+        """Give back the memory of what is no longer used; cycles of closures keep it until then."""
+        gc.collect()
+        if self.on_gpu:
+            import torch
+
+            torch.cuda.empty_cache()
+
+    def used_bytes(self) -> int:
+        """Bytes in use on the whole GPU, whoever allocated them; 0 on a CPU."""
+        if not self.on_gpu:
+            return 0
+        import torch
+
+        self.release()
+        free, total = torch.cuda.mem_get_info(self.device)
+        return int(total - free)
+
+    @property
+    def tvm_device(self) -> tvm.runtime.Device:
         """The same place for TVM."""
         import tvm
 
-        if self.kind == "llvm":
-            return tvm.cpu()
-        return tvm.cuda(self.device.index or 0)
+        return tvm.cpu() if self.kind == "llvm" else tvm.cuda(self.device.index or 0)
 
-    def build(self, mod: Any) -> Any:
+    def build(self, mod: tvm.IRModule) -> relax.VirtualMachine:
         """Return a virtual machine of a Relax module that went through this package's pipeline."""
         from tvm import relax
 
@@ -72,7 +95,7 @@ class Machine:
         with nvrtc.as_tvm_compiler(self.spec.arch):
             yield
 
-    def to_tvm(self, tensor: torch.Tensor) -> Any:
+    def to_tvm(self, tensor: torch.Tensor) -> tvm.runtime.Tensor:
         """Return a torch tensor for TVM: the same memory, but on the emulated device a copy."""
         import tvm
         import tvm_ffi
@@ -83,7 +106,7 @@ class Machine:
         made = tvm.runtime.empty(tuple(tensor.shape), str(shared.dtype), self.tvm_device)
         return made.copyfrom(shared)
 
-    def to_torch(self, tensor: Any) -> torch.Tensor:
+    def to_torch(self, tensor: tvm.runtime.Tensor) -> torch.Tensor:
         """Return a TVM tensor for torch, where torch can have it without a copy."""
         import torch
         import tvm
@@ -97,31 +120,12 @@ class Machine:
 
     def on_stream(self, call: Call) -> Call:
         """``call`` of TVM on the stream that torch uses at that moment."""
-        if self.kind != "cuda":
+        if not self.on_gpu:
             return call
         import tvm_ffi
 
-        def _on_stream() -> Any:
+        def there() -> object:
             with tvm_ffi.use_torch_stream():
                 return call()
 
-        return _on_stream
-
-
-def to_numpy(tensor: torch.Tensor) -> Any:
-    """Return a torch tensor as a NumPy array of the same dtype, bfloat16 included."""
-    import torch
-
-    host = tensor.detach().cpu().contiguous()
-    if host.dtype is torch.bfloat16:
-        return host.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
-    return host.numpy()
-
-
-def from_numpy(array: Any, device: torch.device) -> torch.Tensor:
-    """Return the inverse of :func:`to_numpy`, in memory of its own."""
-    import torch
-
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view("int16")).view(torch.bfloat16).to(device, copy=True)
-    return torch.from_numpy(array).to(device, copy=True)
+        return there

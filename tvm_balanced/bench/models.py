@@ -7,16 +7,17 @@ has. A time is that of a call from Python until its result is there, caches as t
 from __future__ import annotations
 
 import copy
-import datetime
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tvm_balanced.bench.clock import Call, CpuClock, Load, Timing, short
 from tvm_balanced.bench.machine import Machine
 from tvm_balanced.bench.operators import environment
+from tvm_balanced.bench.results import Row
+from tvm_balanced.support.provenance import now
+from tvm_balanced.support.tensors import to_torch
 
 if TYPE_CHECKING:
     import torch
@@ -24,53 +25,16 @@ if TYPE_CHECKING:
     from tvm_balanced.model import Model
 
 
+# a call, its result on the CPU, and the layers that run sparse in it
+Made: TypeAlias = "tuple[Call, list[torch.Tensor], int]"
+
 # largest error as a share of the largest result
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
-class _Device:
-    """Moves values to the machine's device, waits for it, and says how much memory is taken there."""
-
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
-        self.on_gpu = machine.kind == "cuda"
-
-    def move(self, value: torch.Tensor) -> torch.Tensor:
-        return value.to(self.machine.device)
-
-    def wait(self) -> None:
-        if self.on_gpu:
-            import torch
-
-            torch.cuda.synchronize(self.machine.device)
-
-    def used_bytes(self) -> int:
-        """Of the whole device, whoever allocated them; 0 on a CPU."""
-        if not self.on_gpu:
-            return 0
-        import torch
-
-        gc.collect()
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(self.machine.device)
-        return int(total - free)
-
-
 @dataclass(frozen=True)
 class ModelCase:
-    """A model to be measured.
-
-    Parameters
-    ----------
-    name : str
-        What rows call the model.
-    module : torch.nn.Module
-        The model on the CPU, in evaluation mode and in ``dtype``.
-    inputs : tuple of torch.Tensor
-        Arguments of one call, on the CPU.
-    dtype : str
-        Dtype of weights and floating-point inputs.
-    """
+    """A model in evaluation mode and arguments of a call, on the CPU; floating point is of ``dtype``."""
 
     name: str
     module: torch.nn.Module
@@ -88,7 +52,7 @@ def measure_model(
     threads: int | None = None,
     compiled: bool = True,
     tell: Callable[[str], None] = lambda _: None,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Rows of one model, one for each contender, the first PyTorch eager.
 
     Parameters
@@ -96,7 +60,7 @@ def measure_model(
     case : ModelCase
         The model and its inputs.
     machine : Machine
-        Where to run.
+        The machine to run on.
     patterns : sequence of str
         One contender each, pruned at once; its weights ruin the model, and time does not know it.
     policy : str
@@ -108,13 +72,14 @@ def measure_model(
     compiled : bool
         Whether ``torch.compile`` takes part: it takes minutes for some models.
     tell : callable
-        Told what is done next.
+        Called with what is done next.
 
     Returns
     -------
     list of dict
-        With :data:`benchmark_results.MODEL_COLUMNS`. ``peak_device_bytes`` is by how much the device's memory
-        in use grew from before a contender was loaded until it had run; allocators keep what they took.
+        Rows with :data:`tvm_balanced.bench.results.MODEL_COLUMNS`. ``peak_device_bytes`` is by how much the
+        device's memory in use grew from before a contender was loaded until it had run; allocators keep what
+        they took.
     """
     import torch
 
@@ -126,7 +91,7 @@ def measure_model(
         contenders.add("PyTorch eager", "", lambda: contenders.eager(None), expected)
         if compiled:
             modes = {"torch.compile": "default"}
-            if contenders.place.on_gpu:
+            if machine.on_gpu:
                 modes["torch.compile, graphs"] = "reduce-overhead"
             for name, mode in modes.items():
                 contenders.add(name, "", partial(contenders.eager, mode), expected)
@@ -153,29 +118,29 @@ class _Contenders:
         tell: Callable[[str], None],
     ) -> None:
         self.case, self.tell = case, tell
-        self.place = _Device(machine)
-        self.inputs = tuple(self.place.move(value) for value in case.inputs)
-        self.common: dict[str, Any] = {
+        self.machine = machine
+        self.inputs = tuple(value.to(machine.device) for value in case.inputs)
+        self.common: Row = {
             "model": case.name,
             "inputs": " ".join("x".join(map(str, x.shape)) for x in case.inputs),
             "dtype": case.dtype,
             **environment(machine, threads),
         }
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Row] = []
         self.loads: dict[str, Load] = {}  # by the number of the row
 
     def add(
         self,
         contender: str,
         pattern: str,
-        make: Callable[[], tuple[Call, list[Any], int]],
-        expected: Sequence[Any],
+        make: Callable[[], Made],
+        expected: Sequence[torch.Tensor],
     ) -> None:
         """Check a contender's result, and keep its call where it is right."""
         self.tell(f"{self.case.name}: {contender}")
-        row: dict[str, Any] = {"contender": contender, "pattern": pattern, **self.common}
+        row: Row = {"contender": contender, "pattern": pattern, **self.common}
         self.rows.append(row)
-        before = self.place.used_bytes()
+        before = self.machine.used_bytes()
         try:
             call, result, sparse = make()
             for _ in range(2):
@@ -184,8 +149,8 @@ class _Contenders:
             row["note"] = short(error)
             return
         row["sparse_layers"] = sparse
-        if self.place.on_gpu:
-            row["peak_device_bytes"] = self.place.used_bytes() - before
+        if self.machine.on_gpu:
+            row["peak_device_bytes"] = self.machine.used_bytes() - before
         row["error"] = _error(result, expected)
         limit = TOLERANCE[self.case.dtype]
         if row["error"] <= limit:
@@ -193,78 +158,73 @@ class _Contenders:
         else:
             row["note"] = f"not timed: error {row['error']:.1e} is above {limit:.0e}"
 
-    def eager(self, mode: str | None) -> tuple[Call, list[Any], int]:
+    def eager(self, mode: str | None) -> Made:
         """PyTorch itself, compiled in a mode of ``torch.compile`` or not at all."""
         import torch
 
-        made: Any = copy.deepcopy(self.case.module).to(self.place.machine.device)
+        made = copy.deepcopy(self.case.module).to(self.machine.device)
         if mode is not None:
             made = torch.compile(made, mode=mode)
-        return *_called(lambda: made(*self.inputs), self.place), 0
+        return *_called(lambda: made(*self.inputs), self.machine), 0
 
-    def ours(self, model: Model, policy: str) -> tuple[Call, list[Any], int]:
+    def ours(self, model: Model, policy: str) -> Made:
         """Return a library of this package."""
         import tvm_balanced as tb
 
-        made = tb.compile(model, self.place.machine.spec, policy=policy)
-        return *_called(lambda: made(*self.inputs), self.place), len(made.report.sparse)
+        made = tb.compile(model, self.machine.spec, policy=policy)
+        return *_called(lambda: made(*self.inputs), self.machine), len(made.report.sparse)
 
-    def measure(self, seconds: float) -> list[dict[str, Any]]:
+    def measure(self, seconds: float) -> list[Row]:
         """Time what is right by turns, and finish the rows."""
         self.tell(f"{self.case.name}: {len(self.loads)} contenders by turns")
         for number, timing in CpuClock().measure(self.loads, seconds).items():
             row = self.rows[int(number)]
             if isinstance(timing, Timing):
-                row |= {
-                    "ms": timing.median / 1e3,
-                    "p20_ms": timing.p20 / 1e3,
-                    "p80_ms": timing.p80 / 1e3,
-                    "samples": timing.samples,
-                }
+                row |= {**timing.columns(unit="ms"), "samples": timing.samples}
             else:
                 row["note"] = timing
         base = self.rows[0].get("ms")
         for row in self.rows:
             if base is not None and "ms" in row:
                 row["ratio"] = base / row["ms"]
-            row["time"] = datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")
+            row["time"] = now()
         return self.rows
 
 
-def _called(run: Callable[[], Any], place: _Device) -> tuple[Call, list[Any]]:
+def _called(run: Call, machine: Machine) -> tuple[Call, list[torch.Tensor]]:
     """Return a call that waits for its result, and what it gives, on the CPU."""
 
     def call() -> Any:
         out = run()
-        place.wait()
+        machine.wait()
         return out
 
     # a graph may write its next result where this one is
     return call, [part.detach().cpu().clone() for part in _leaves(call())]
 
 
-def _leaves(value: Any) -> list[Any]:
+def _leaves(value: Any) -> list[torch.Tensor]:
+    """Return the tensors of an output, however it is nested."""
     if isinstance(value, list | tuple):
         return [leaf for part in value for leaf in _leaves(part)]
     return [value]
 
 
-def _reference(module: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> list[Any]:
+def _reference(module: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the outputs in float32."""
     wide = [x.float() if x.is_floating_point() else x for x in inputs]
     return _leaves(copy.deepcopy(module).float()(*wide))
 
 
 def _load(module: torch.nn.Module, model: Model) -> None:
     """Put the weights of ``model`` into the module it was imported from."""
-    from tvm_balanced.bench.machine import from_numpy
-
     for name, parameter in module.named_parameters():
         if name in model.params:
-            parameter.copy_(from_numpy(model.params[name], parameter.device))
+            parameter.copy_(to_torch(model.params[name], parameter.device))
 
 
-def _error(results: Sequence[Any], expected: Sequence[Any]) -> float:
-    """Return the largest over the outputs."""
+def _error(results: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Return the largest error over the outputs, as a share of the largest result."""
     worst = 0.0
     for one, other in zip(results, expected, strict=True):
         off = float((one.double() - other.double()).abs().max() / other.double().abs().max())

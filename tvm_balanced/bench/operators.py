@@ -6,18 +6,16 @@ those for llvm, and every row says which. A run that is cut off has the most tel
 
 from __future__ import annotations
 
-import datetime
-import gc
 import os
 import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tvm_balanced._version import __version__
-from tvm_balanced.bench.clock import Clock, Load, Timing, copies_for, make_clock, short
+from tvm_balanced.bench.clock import Call, Clock, Load, Timing, copies_for, make_clock, short
 from tvm_balanced.bench.machine import Machine, PeerMissing
 from tvm_balanced.bench.peers import (
     OWN,
@@ -29,16 +27,20 @@ from tvm_balanced.bench.peers import (
     peer_names,
     relative_error,
 )
-from tvm_balanced.bench.shapes import Problem
+from tvm_balanced.bench.results import Row
+from tvm_balanced.bench.shapes import LayerShape, Problem, in_order
 from tvm_balanced.errors import InputError, ToolchainError, TvmBalancedError
 from tvm_balanced.format.pattern import BalancedPattern
-from tvm_balanced.support.provenance import commit
+from tvm_balanced.support.optional import need
+from tvm_balanced.support.provenance import commit, now, tvm_version
 from tvm_balanced.targets.driver import detect_driver
 from tvm_balanced.targets.host import core_count, cpu_flags, cpu_model
 from tvm_balanced.targets.resolve import LLVM_LEVELS, resolve
 from tvm_balanced.targets.threads import use_cores
 
 if TYPE_CHECKING:
+    import torch
+
     from tvm_balanced.runtime.library import Library
 
 
@@ -57,11 +59,7 @@ def make_machine(target: str = "auto", threads: int | None = None) -> Machine:
         ``"auto"``: the GPU that PyTorch sees, else this CPU; ``"cuda"``, ``"llvm"``, or one of the
         levels of x86-64 (``"llvm-x86-64-v3"``) that this CPU is above.
     threads : int, optional
-        On a CPU, of PyTorch and TVM each; all cores where not given.
-
-    Returns
-    -------
-    Machine
+        Threads of PyTorch and of TVM on a CPU; all cores where not given.
 
     Raises
     ------
@@ -75,12 +73,7 @@ def make_machine(target: str = "auto", threads: int | None = None) -> Machine:
     # of the processes that this one starts, too
     os.environ["TVM_NUM_THREADS"] = str(threads or core_count())
     use_cores()
-    try:
-        import torch
-    except ImportError as error:
-        raise ToolchainError(
-            "benchmarks compare with PyTorch, not installed here: pip install 'tvm-balanced[torch]'"
-        ) from error
+    torch = need("torch", "torch", "a benchmark")
     torch.set_num_threads(threads or core_count())
     if target == "auto":
         target = "cuda" if torch.cuda.is_available() else "llvm"
@@ -100,21 +93,21 @@ def make_machine(target: str = "auto", threads: int | None = None) -> Machine:
     return Machine("llvm", spec, torch.device("cpu"))
 
 
-def environment(machine: Machine, threads: int | None = None) -> dict[str, Any]:
+def environment(machine: Machine, threads: int | None = None) -> Row:
     """Return the columns that say where and with what a row was measured, but for the time."""
     import torch
 
-    driver = detect_driver()
+    on_gpu = machine.on_gpu
     return {
         "kind": machine.kind,
-        "device": driver.gpus[0].name if machine.kind == "cuda" else cpu_model(),
+        "device": detect_driver().gpus[0].name if on_gpu else cpu_model(),
         "arch": machine.spec.arch,
-        "driver": _driver_version() if machine.kind == "cuda" else "",
-        "cuda": str(torch.version.cuda or "") if machine.kind == "cuda" else "",
-        "threads": "" if machine.kind == "cuda" else str(threads or core_count()),
+        "driver": _driver_version() if on_gpu else "",
+        "cuda": str(torch.version.cuda or "") if on_gpu else "",
+        "threads": "" if on_gpu else str(threads or core_count()),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "tvm": version("apache-tvm"),
+        "tvm": tvm_version(),
         "tvm_balanced": __version__,
         "commit": commit(),
     }
@@ -134,6 +127,14 @@ def _driver_version() -> str:
     return lines[0] if lines else f"CUDA {detect_driver().cuda_version}"
 
 
+@dataclass(frozen=True)
+class _Checked:
+    """A contender that gave a right result, and its first call."""
+
+    contender: Contender
+    call: Call
+
+
 class Benchmark:
     """One run: a machine, its clock, and what is compared.
 
@@ -142,17 +143,17 @@ class Benchmark:
     Parameters
     ----------
     machine : Machine
-        As :func:`make_machine` gives; an emulated one is refused, its times mean nothing.
+        Where to run, from :func:`make_machine`; an emulated one is refused, its times mean nothing.
     peers : sequence of str, optional
-        Names; all where not given.
+        Names of the peers; all where not given.
     caches : sequence of str
-        Of ``"cold"`` and ``"hot"``.
+        States of the caches: ``"cold"``, ``"hot"`` or both.
     seconds : float
         Measuring time of a contender in each state of the caches.
     method : str
-        On a GPU, ``"graph"`` or ``"events"``.
+        How a GPU is timed: ``"graph"`` or ``"events"``.
     threads : int, optional
-        As :func:`make_machine` got, for the record.
+        Number that :func:`make_machine` got, for the record.
     """
 
     def __init__(
@@ -167,8 +168,7 @@ class Benchmark:
     ) -> None:
         if machine.kind == "emulated":
             raise InputError("the emulated device is not timed; run the benchmark on a GPU or llvm")
-        unknown = set(peers or ()) - set(peer_names())
-        if unknown:
+        if unknown := set(peers or ()) - set(peer_names()):
             raise InputError(
                 f"peer {min(unknown)} is not known; choose {', '.join(peer_names())}, or none"
             )
@@ -179,9 +179,9 @@ class Benchmark:
         self.clock: Clock = make_clock(machine.device, method, threads)
         self.environment = environment(machine, threads)
         self._copying = self.clock.copying()
-        self._weights: tuple[Any, Weights] | None = None
+        self._weights: tuple[object, Weights] | None = None
 
-    def keys(self, problem: Problem) -> list[dict[str, Any]]:
+    def keys(self, problem: Problem) -> list[Row]:
         """Return the rows that a problem will have, with the columns that tell them apart."""
         zeros = 1 - BalancedPattern(problem.pattern).density
         return [
@@ -206,22 +206,23 @@ class Benchmark:
         *,
         time_limit: float | None = None,
         tell: Callable[[str], None] = lambda _: None,
-    ) -> Iterator[list[dict[str, Any]]]:
-        """Measure problem after problem.
+    ) -> Iterator[list[Row]]:
+        """Measure problem after problem, the most important first.
 
         Parameters
         ----------
         problems : iterable of Problem
-            In order of importance.
+            The problems.
         time_limit : float, optional
             Seconds after which no further problem is begun; the longest of those before is kept free.
         tell : callable
-            Told what is measured next.
+            Called with what is measured next.
 
         Yields
         ------
         list of dict
-            Rows of one problem, one for each state of the caches, with :data:`benchmark_results.COLUMNS`.
+            Rows of one problem, one for each state of the caches, with
+            :data:`tvm_balanced.bench.results.COLUMNS`.
 
         Raises
         ------
@@ -231,8 +232,8 @@ class Benchmark:
         begin = time.monotonic()
         longest = 0.0
         for problem in problems:
-            now = time.monotonic()
-            if time_limit is not None and now - begin + longest > time_limit:
+            start = time.monotonic()
+            if time_limit is not None and start - begin + longest > time_limit:
                 return
             layer = problem.layer
             tell(
@@ -240,9 +241,9 @@ class Benchmark:
                 f"{problem.pattern}, {problem.dtype}"
             )
             yield self.measure(problem)
-            longest = max(longest, time.monotonic() - now)
+            longest = max(longest, time.monotonic() - start)
 
-    def measure(self, problem: Problem) -> list[dict[str, Any]]:
+    def measure(self, problem: Problem) -> list[Row]:
         """Rows of one problem."""
         import torch
 
@@ -250,29 +251,26 @@ class Benchmark:
         with torch.inference_mode():
             weights = self._weights_of(problem)
             generator = torch.Generator(self.machine.device).manual_seed(1)
-            dtype = getattr(torch, problem.dtype)
             data = torch.randn(
                 problem.m, problem.layer.k, generator=generator, device=self.machine.device
-            ).to(dtype)
-            ready: dict[str, Contender] = {}
-            calls: dict[str, Any] = {}
-            common: dict[str, Any] = {}
+            ).to(getattr(torch, problem.dtype))
+            ready: dict[str, _Checked] = {}
+            common: Row = {}
             for peer in (OWN, *self.peers):
-                prefix = "" if peer is OWN else f"{peer.name}_"
-                common |= self._check(peer, prefix, problem, weights, data, ready, calls)
+                columns, passed = self._check(peer, problem, weights, data)
+                common |= columns
+                if passed is not None:
+                    ready[peer.name] = passed
             for row in rows:
                 row |= common
-                row |= self._time(ready, calls, row["cache"])
-                row |= self._derived(row, problem, ready)
+                row |= self._time(ready, row["cache"])
+                if OWN.name in ready:
+                    row |= _derived(row, problem, ready[OWN.name].contender)
                 if self.machine.kind == "llvm":
                     row["load"] = os.getloadavg()[0]
-                row["time"] = datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")
+                row["time"] = now()
         ready.clear()
-        calls.clear()
-        # copies of weights are large, and cycles of closures keep them
-        gc.collect()
-        if self.machine.kind == "cuda":
-            torch.cuda.empty_cache()
+        self.machine.release()
         return rows
 
     def _weights_of(self, problem: Problem) -> Weights:
@@ -283,114 +281,72 @@ class Benchmark:
         return self._weights[1]
 
     def _check(
-        self,
-        peer: Peer,
-        prefix: str,
-        problem: Problem,
-        weights: Weights,
-        data: Any,
-        ready: dict[str, Contender],
-        calls: dict[str, Any],
-    ) -> dict[str, Any]:
+        self, peer: Peer, problem: Problem, weights: Weights, data: torch.Tensor
+    ) -> tuple[Row, _Checked | None]:
         """Make a peer ready and pass it through the gate; its error, or why it is not timed."""
+        prefix = _prefix(peer.name)
         try:
             contender = peer.prepare(self.machine, problem, weights, data)
             call = contender.make()
             error = relative_error(contender, call)
         except PeerMissing as missing:
-            return {f"{prefix}note": str(missing)}
+            return {f"{prefix}note": str(missing)}, None
         except TvmBalancedError as failed:
             if peer is OWN and isinstance(failed, InputError | ToolchainError):
                 # a wrong pattern or no compiler: no row would be different
                 raise
-            return {f"{prefix}note": short(failed)}
+            return {f"{prefix}note": short(failed)}, None
         except Exception as failed:
             self._still_there(peer.name, failed)
-            return {f"{prefix}note": short(failed)}
+            return {f"{prefix}note": short(failed)}, None
         limit = TOLERANCE[problem.dtype if peer.name != "int4" else "bfloat16"]
-        columns: dict[str, Any] = {f"{prefix}error": error, **contender.about}
+        columns: Row = {f"{prefix}error": error, **contender.about}
         if not error <= limit:
             columns[f"{prefix}note"] = f"not timed: error {error:.1e} is above {limit:.0e}"
-            return columns
-        ready[peer.name], calls[peer.name] = contender, call
-        return columns
+            return columns, None
+        return columns, _Checked(contender, call)
 
-    def _time(
-        self, ready: dict[str, Contender], calls: dict[str, Any], cache: str
-    ) -> dict[str, Any]:
+    def _time(self, ready: dict[str, _Checked], cache: str) -> Row:
+        """Time by turns what is ready, and copying."""
         loads: dict[str, Load] = {}
-        columns: dict[str, Any] = {}
-        for name, contender in ready.items():
-            prefix = "" if name == OWN.name else f"{name}_"
-            if cache == "hot":
-                loads[name] = Load([calls[name]])
-                continue
-            copies, flush = copies_for(
-                contender.num_bytes, self.clock.cache_bytes, self.machine.device.type
-            )
+        columns: Row = {}
+        for name, one in ready.items():
             try:
-                loads[name] = Load([calls[name], *contender.calls(copies - 1)], flush)
+                loads[name] = self._load(one, cache)
             except Exception as failed:
                 self._still_there(name, failed)
-                columns[f"{prefix}note"] = short(failed)
+                columns[f"{_prefix(name)}note"] = short(failed)
         load, moved = self._copying
         timings = self.clock.measure({**loads, _COPY: load}, self.seconds)
         copying = timings.pop(_COPY)
         if isinstance(copying, Timing):
             columns["copy_gbps"] = moved / copying.median / 1e3
         for name, timing in timings.items():
-            prefix = "" if name == OWN.name else f"{name}_"
-            if isinstance(timing, Timing):
-                columns |= {
-                    f"{prefix}us": timing.median,
-                    f"{prefix}p20_us": timing.p20,
-                    f"{prefix}p80_us": timing.p80,
-                    f"{prefix}method": timing.method,
-                }
-                if timing.note:
-                    columns[f"{prefix}note"] = timing.note
-                if name == OWN.name:
-                    columns["samples"] = timing.samples
-            else:
+            prefix = _prefix(name)
+            if not isinstance(timing, Timing):
                 columns[f"{prefix}note"] = timing
+                continue
+            columns |= {**timing.columns(prefix), f"{prefix}method": timing.method}
+            if timing.note:
+                columns[f"{prefix}note"] = timing.note
+            if name == OWN.name:
+                columns["samples"] = timing.samples
         self._still_there("timing", None)
         return columns
 
-    def _derived(
-        self, row: dict[str, Any], problem: Problem, ready: dict[str, Contender]
-    ) -> dict[str, Any]:
-        """Ratios and shares, where both sides were timed."""
-        columns: dict[str, Any] = {}
-        us = row.get("us")
-        own = ready.get(OWN.name)
-        if us is None or own is None:
-            return columns
-        for name in peer_names():
-            peer_us = row.get(f"{name}_us")
-            if peer_us is not None:
-                columns[f"{name}_ratio"] = peer_us / us
-        itemsize = own.data.element_size()
-        dense = problem.layer.n * problem.layer.k * itemsize
-        columns |= {
-            "bytes": own.num_bytes,
-            "bytes_dense": dense,
-            "gbps": own.num_bytes / us / 1e3,
-            "ceiling": dense / own.num_bytes,
-        }
-        if "copy_gbps" in row:
-            columns["share_of_copy"] = columns["gbps"] / row["copy_gbps"]
-        if "dense_ratio" in columns:
-            columns["share_of_ceiling"] = columns["dense_ratio"] / columns["ceiling"]
-        return columns
+    def _load(self, ready: _Checked, cache: str) -> Load:
+        """Return one call for hot caches, else calls on so many copies that they overflow the last cache."""
+        if cache == "hot":
+            return Load([ready.call])
+        copies, flush = copies_for(
+            ready.contender.num_bytes, self.clock.cache_bytes, self.machine.device.type
+        )
+        return Load([ready.call, *ready.contender.calls(copies - 1)], flush)
 
     def _still_there(self, after: str, error: Exception | None) -> None:
         """Whether the GPU still answers: an illegal access of one kernel ends the process's context."""
-        if self.machine.kind != "cuda":
-            return
-        import torch
-
         try:
-            torch.cuda.synchronize(self.machine.device)
+            self.machine.wait()
         except Exception as dead:
             raise ToolchainError(
                 f"the GPU no longer answers after {after} ({short(error or dead)}); the rows before "
@@ -398,28 +354,47 @@ class Benchmark:
             ) from dead
 
 
+def _prefix(contender: str) -> str:
+    """Return what the names of a contender's columns begin with."""
+    return "" if contender == OWN.name else f"{contender}_"
+
+
+def _derived(row: Row, problem: Problem, own: Contender) -> Row:
+    """Ratios and shares, where both sides were timed."""
+    us = row.get("us")
+    if us is None:
+        return {}
+    times = {name: row.get(f"{name}_us") for name in peer_names()}
+    columns: Row = {f"{name}_ratio": t / us for name, t in times.items() if t is not None}
+    dense = problem.layer.n * problem.layer.k * own.data.element_size()
+    columns |= {
+        "bytes": own.num_bytes,
+        "bytes_dense": dense,
+        "gbps": own.num_bytes / us / 1e3,
+        "ceiling": dense / own.num_bytes,
+    }
+    if "copy_gbps" in row:
+        columns["share_of_copy"] = columns["gbps"] / row["copy_gbps"]
+    if "dense_ratio" in columns:
+        columns["share_of_ceiling"] = columns["dense_ratio"] / columns["ceiling"]
+    return columns
+
+
 def library_problems(library: Library) -> list[Problem]:
     """Return the sparse layers of a compiled library as problems, each shape once.
 
-    Layers whose rows of activations are symbolic are taken at M = 1 and 8.
-
-    Raises
-    ------
-    InputError
-        Where no layer runs sparse.
+    Layers whose rows of activations are symbolic are taken at M = 1 and 8. Where no layer runs sparse an
+    InputError says so.
     """
-    from tvm_balanced.bench.shapes import LayerShape, in_order
-
-    problems: dict[tuple[Any, ...], Problem] = {}
+    problems: dict[tuple[int, int, int, str, str], Problem] = {}
     for row in library.report:
         if row.decision != "sparse" or row.pattern is None:
             continue
-        sizes = [int(row.rows)] if str(row.rows).isdigit() else [1, 8]
-        for m in sizes:
-            n, k = row.shape
-            key = (n, k, m, row.pattern, row.dtype)
-            layer = LayerShape(row.name, n, k)
-            problems.setdefault(key, Problem(library.path.name, layer, m, row.pattern, row.dtype))
+        n, k = row.shape
+        layer = LayerShape(row.name, n, k)
+        for m in [int(row.rows)] if str(row.rows).isdigit() else [1, 8]:
+            problem = Problem(library.path.name, layer, m, row.pattern, row.dtype)
+            problems.setdefault((n, k, m, row.pattern, row.dtype), problem)
     if not problems:
         raise InputError(
             f"{library.path} has no layer that runs sparse; compile it with --policy always"

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tvm_balanced.bench.clock import Call
-from tvm_balanced.bench.machine import Machine, PeerMissing, from_numpy, to_numpy
+from tvm_balanced.bench.machine import Machine, PeerMissing
 from tvm_balanced.bench.shapes import Problem
 from tvm_balanced.format.layout import PackedFormat
 from tvm_balanced.format.packing import BalancedTensor, pack
 from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.support.tensors import to_numpy, to_torch
+from tvm_balanced.support.tvm_types import Expr
 
 if TYPE_CHECKING:
     import torch
@@ -38,12 +40,9 @@ _INT4_TILES = 8
 
 @dataclass
 class Weights:
-    """One random weight of a problem, on the machine's device.
+    """One random weight ``(N, K)`` of a problem, without zeros and following the pattern.
 
-    Attributes
-    ----------
-    dense, pruned : (N, K) torch.Tensor
-        Without zeros, and following the pattern; standard normals over ``sqrt(K)``.
+    It lies on the machine's device; values are standard normals over ``sqrt(K)``.
     """
 
     dense: torch.Tensor
@@ -98,13 +97,13 @@ class Contender:
     make : callable
         Makes one more copy of the weight and returns the call that works on it.
     weight : (N, K) torch.Tensor
-        What it computes with, for the reference.
+        The weight that it computes with, for the reference.
     num_bytes : int
-        Of one copy of its weight.
+        Bytes of one copy of its weight.
     data : (M, K) torch.Tensor
-        Its activations.
+        Activations.
     result : callable
-        What a call returned, as ``(M, N)``.
+        Takes what a call returned and gives it as ``(M, N)``.
     about : mapping
         Columns of its own.
     """
@@ -142,15 +141,10 @@ def relative_error(contender: Contender, call: Call) -> float:
 
 @dataclass(frozen=True)
 class Peer:
-    """One column of the comparison.
+    """One column of the comparison: its name, and what it stands for.
 
-    Attributes
-    ----------
-    name, what : str
-        The column's name, and what it stands for.
-    prepare : callable of (Machine, Problem, Weights, (M, K) torch.Tensor) -> Contender
-        Makes it ready for activations; raises :class:`PeerMissing` where it does not exist on the machine or
-        does not take the shape or dtype.
+    ``prepare`` makes it ready for activations ``(M, K)``; it raises :class:`PeerMissing` where the peer does
+    not exist on the machine or does not take the shape or dtype.
     """
 
     name: str
@@ -169,13 +163,40 @@ def _peer(name: str, what: str) -> Callable[[Prepare], Prepare]:
     return register
 
 
+def _built(
+    machine: Machine,
+    params: Mapping[str, tuple[tuple[int, ...], str]],
+    emit: Callable[..., Expr],
+) -> Callable[..., Any]:
+    """Return the function of ``params`` (shapes and dtypes) that ``emit`` gives the result of, compiled."""
+    from tvm import relax
+
+    builder = relax.BlockBuilder()
+    given = [relax.Var(name, relax.TensorType(*like)) for name, like in params.items()]
+    with builder.function("main", given):
+        with builder.dataflow():
+            out = builder.emit_output(emit(builder, *given))
+        builder.emit_func_output(out)
+    run: Callable[..., Any] = machine.build(builder.get())["main"]
+    return run
+
+
+def _dense_contender(
+    weights: Weights, data: torch.Tensor, linear: Callable[..., torch.Tensor]
+) -> Contender:
+    """Return a dense product of PyTorch's tensors."""
+
+    def make() -> Call:
+        weight = weights.dense.clone()
+        return lambda: linear(data, weight)
+
+    return Contender(make, weights.dense, weights.dense.nbytes, data)
+
+
 @_peer("balanced", "this operator")
 def _balanced(
     machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
 ) -> Contender:
-    """Return return this package's operator, through its pipeline."""
-    from tvm import relax
-
     from tvm_balanced import ops
     from tvm_balanced.planning.cost import sparse_us
     from tvm_balanced.schedules.dispatch import preferred_format
@@ -183,20 +204,21 @@ def _balanced(
     n, k, dtype = problem.layer.n, problem.layer.k, problem.dtype
     fmt = preferred_format(weights.pattern, n, k, problem.m, dtype, machine.spec.target)
     packed = weights.packed(fmt)
-    x = relax.Var("x", relax.TensorType((problem.m, k), dtype))
-    values = relax.Var("values", relax.TensorType(packed.values.shape, dtype))
-    indices = relax.Var("indices", relax.TensorType(packed.indices.shape, "uint8"))
-    bb = relax.BlockBuilder()
-    with bb.function("main", [x, values, indices]):
-        with bb.dataflow():
-            out = bb.emit_output(ops.balanced_sparse_dense(x, values, indices, fmt, dtype))
-        bb.emit_func_output(out)
-    run = machine.build(bb.get())["main"]
+    arrays = (packed.values, packed.indices)
+    params = {
+        "x": ((problem.m, k), dtype),
+        "values": (packed.values.shape, dtype),
+        "indices": (packed.indices.shape, "uint8"),
+    }
+
+    def emit(_: object, x: Expr, values: Expr, indices: Expr) -> Expr:
+        return ops.balanced_sparse_dense(x, values, indices, fmt, dtype)
+
+    run = _built(machine, params, emit)
     given = machine.to_tvm(data)
 
     def make() -> Call:
-        arrays = (packed.values, packed.indices)
-        args = [machine.to_tvm(from_numpy(array, machine.device)) for array in arrays]
+        args = [machine.to_tvm(to_torch(array, machine.device)) for array in arrays]
         return machine.on_stream(lambda: run(given, *args))
 
     about = {
@@ -213,21 +235,15 @@ def _balanced(
 def _torch_dense(
     machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
 ) -> Contender:
-    """``torch.nn.functional.linear``: cuBLAS on a GPU, oneDNN or MKL on a CPU."""
     import torch
 
     del machine, problem
-
-    def make() -> Call:
-        weight = weights.dense.clone()
-        return lambda: torch.nn.functional.linear(data, weight)
-
-    return Contender(make, weights.dense, _bytes(weights.dense), data)
+    return _dense_contender(weights, data, torch.nn.functional.linear)
 
 
 @_peer("int4", "PyTorch int4 weight-only (_weight_int4pack_mm), groups of 128")
 def _int4(machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor) -> Contender:
-    """PyTorch's int4 weight-only product: groups of 128, a scale and a zero point each; bfloat16 on a GPU."""
+    """Return it with a scale and a zero point for each group."""
     import torch
 
     n, k = problem.layer.n, problem.layer.k
@@ -257,12 +273,12 @@ def _int4(machine: Machine, problem: Problem, weights: Weights, data: torch.Tens
         packed, scales = convert(codes, tiles), table.clone()
         return lambda: multiply(x, packed, _INT4_GROUP, scales)
 
-    return Contender(make, rounded, n * k // 2 + _bytes(table), x)
+    return Contender(make, rounded, n * k // 2 + table.nbytes, x)
 
 
 @_peer("csr", "PyTorch CSR: cuSPARSE on a GPU, MKL on a CPU; 32-bit indices")
 def _csr(machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor) -> Contender:
-    """PyTorch's CSR product: cuSPARSE on a GPU, MKL on a CPU; 32-bit indices, the batch as columns."""
+    """Return it with the batch as columns."""
     import warnings
 
     import torch
@@ -272,20 +288,15 @@ def _csr(machine: Machine, problem: Problem, weights: Weights, data: torch.Tenso
         # PyTorch calls its CSR support beta
         warnings.simplefilter("ignore", UserWarning)
         sparse = weights.pruned.to_sparse_csr()
-    crow, columns = sparse.crow_indices().int(), sparse.col_indices().int()
-    kept, columns_of_x = sparse.values(), data.T.contiguous()
+    parts = (sparse.crow_indices().int(), sparse.col_indices().int(), sparse.values())
+    columns = data.T.contiguous()
 
     def make() -> Call:
-        csr = torch.sparse_csr_tensor(
-            crow.clone(),
-            columns.clone(),
-            kept.clone(),
-            size=sparse.shape,
-            check_invariants=False,
-        )
-        return lambda: csr @ columns_of_x
+        copies = (part.clone() for part in parts)
+        csr = torch.sparse_csr_tensor(*copies, size=sparse.shape, check_invariants=False)
+        return lambda: csr @ columns
 
-    num_bytes = sum(_bytes(part) for part in (crow, columns, kept))
+    num_bytes = sum(part.nbytes for part in parts)
     return Contender(make, weights.pruned, num_bytes, data, lambda out: out.T)
 
 
@@ -293,7 +304,7 @@ def _csr(machine: Machine, problem: Problem, weights: Weights, data: torch.Tenso
 def _semi_structured(
     machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
 ) -> Contender:
-    """Multiply by cuSPARSELt's 2:4 through PyTorch, weights pruned to 2:4 whatever the problem's pattern."""
+    """Return it with weights pruned to 2:4, whatever the problem's pattern."""
     import torch
 
     if machine.device.type != "cuda":
@@ -309,7 +320,7 @@ def _semi_structured(
         return lambda: torch.nn.functional.linear(data, weight)
 
     # half of the values, and two bits for each
-    num_bytes = _bytes(pruned) // 2 + pruned.numel() // 8
+    num_bytes = pruned.nbytes // 2 + pruned.numel() // 8
     return Contender(make, pruned, num_bytes, data)
 
 
@@ -317,7 +328,7 @@ def _semi_structured(
 def _triton_dense(
     machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
 ) -> Contender:
-    """Return a dense product in Triton: tiles on tensor cores, K split over programs for small batches."""
+    """Return it with tiles on tensor cores, and K split over programs for small batches."""
     if machine.device.type != "cuda":
         raise PeerMissing("Triton needs a GPU")
     del problem
@@ -325,39 +336,31 @@ def _triton_dense(
         from tvm_balanced.bench.triton_dense import linear
     except ImportError as error:
         raise PeerMissing("Triton is not installed") from error
-
-    def make() -> Call:
-        weight = weights.dense.clone()
-        return lambda: linear(data, weight)
-
-    return Contender(make, weights.dense, _bytes(weights.dense), data)
+    return _dense_contender(weights, data, linear)
 
 
 @_peer("tvm_dense", "dense as this package compiles it: DLight on a GPU")
 def _tvm_dense(
     machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
 ) -> Contender:
-    """TVM's dense product with this package's default schedules: DLight on a GPU."""
     from tvm import relax
 
     n, k, dtype = problem.layer.n, problem.layer.k, problem.dtype
-    x = relax.Var("x", relax.TensorType((problem.m, k), dtype))
-    weight = relax.Var("weight", relax.TensorType((n, k), dtype))
-    bb = relax.BlockBuilder()
-    with bb.function("main", [x, weight]):
-        with bb.dataflow():
-            turned = bb.emit(relax.op.permute_dims(weight))
-            out = bb.emit(relax.op.matmul(x, turned, out_dtype="float32"))
-            last = bb.emit_output(out if dtype == "float32" else relax.op.astype(out, dtype))
-        bb.emit_func_output(last)
-    run = machine.build(bb.get())["main"]
+
+    def emit(builder: relax.BlockBuilder, x: Expr, weight: Expr) -> Expr:
+        turned = builder.emit(relax.op.permute_dims(weight))
+        out = builder.emit(relax.op.matmul(x, turned, out_dtype="float32"))
+        return out if dtype == "float32" else relax.op.astype(out, dtype)
+
+    params = {"x": ((problem.m, k), dtype), "weight": ((n, k), dtype)}
+    run = _built(machine, params, emit)
     given = machine.to_tvm(data)
 
     def make() -> Call:
         arg = machine.to_tvm(weights.dense.clone())
         return machine.on_stream(lambda: run(given, arg))
 
-    return Contender(make, weights.dense, _bytes(weights.dense), data, machine.to_torch)
+    return Contender(make, weights.dense, weights.dense.nbytes, data, machine.to_torch)
 
 
 OWN = _ALL.pop("balanced")
@@ -372,7 +375,3 @@ def peer_names() -> list[str]:
 def chosen_peers(names: Sequence[str] | None) -> list[Peer]:
     """Peers by name, all where None."""
     return [peer for peer in PEERS if names is None or peer.name in names]
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return int(tensor.numel() * tensor.element_size())

@@ -5,53 +5,35 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tvm_balanced.bench.peers import peer_names
-from tvm_balanced.errors import InputError, ToolchainError
+from tvm_balanced.errors import InputError
 from tvm_balanced.support.files import write_whole
+from tvm_balanced.support.groups import grouped
+from tvm_balanced.support.optional import need
 
-Row = Mapping[str, Any]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# values by column; what was read from a file are strings
+Row: TypeAlias = dict[str, Any]
 _PROBLEM = ("set", "layer", "n", "k", "m", "pattern", "zeros", "dtype", "cache")
 
 _OWN = (
-    "kernel_pattern",
-    "layout",
-    "encoding",
-    "schedule",
-    "us",
-    "p20_us",
-    "p80_us",
-    "samples",
-    "method",
-    "error",
-    "predicted_us",
-    "bytes",
-    "bytes_dense",
-    "gbps",
-    "copy_gbps",
-    "share_of_copy",
-    "ceiling",
-    "share_of_ceiling",
-    "note",
+    *("kernel_pattern", "layout", "encoding", "schedule"),
+    *("us", "p20_us", "p80_us", "samples", "method", "error", "predicted_us"),
+    *("bytes", "bytes_dense", "gbps", "copy_gbps", "share_of_copy"),
+    *("ceiling", "share_of_ceiling", "note"),
 )
 
 PEER_FIELDS = ("us", "p20_us", "p80_us", "ratio", "method", "error", "note")
 
 ENVIRONMENT = (
-    "kind",
-    "device",
-    "arch",
-    "driver",
-    "cuda",
-    "threads",
-    "python",
-    "torch",
-    "tvm",
-    "tvm_balanced",
-    "commit",
+    *("kind", "device", "arch", "driver", "cuda", "threads"),
+    *("python", "torch", "tvm", "tvm_balanced", "commit"),
     # processes that wanted a core, averaged over a minute: how busy the machine was
     "load",
     "time",
@@ -65,25 +47,16 @@ COLUMNS = (
 )
 
 MODEL_COLUMNS = (
-    "model",
-    "inputs",
-    "dtype",
-    "contender",
-    "pattern",
-    "ms",
-    "p20_ms",
-    "p80_ms",
-    "samples",
-    "ratio",
-    "error",
-    "sparse_layers",
-    "peak_device_bytes",
-    "note",
+    *("model", "inputs", "dtype", "contender", "pattern"),
+    *("ms", "p20_ms", "p80_ms", "samples", "ratio"),
+    *("error", "sparse_layers", "peak_device_bytes", "note"),
     *ENVIRONMENT,
 )
 
 # what makes two rows measurements of the same thing
 _KEY = (*_PROBLEM, "kind", "device", "arch", "threads", "torch", "commit")
+# what the rows of one plot have in common
+_PLOTTED = ("kind", "device", "dtype", "cache")
 PLOT_FORMATS = (".svg", ".png", ".pdf")
 
 
@@ -93,20 +66,7 @@ def key(row: Row) -> tuple[str, ...]:
 
 
 def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:
-    """Rows of a CSV file.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-        The file.
-    columns : sequence of str
-        That it must have.
-
-    Raises
-    ------
-    InputError
-        Where it cannot be read or has other columns.
-    """
+    """Rows of a CSV file; InputError where it cannot be read or has other columns."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
@@ -145,12 +105,10 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="")
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if value is None:
         return ""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return str(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def number(row: Row, column: str) -> float | None:
@@ -161,28 +119,15 @@ def number(row: Row, column: str) -> float | None:
 
 def median_rows(rows: Iterable[Row]) -> list[Row]:
     """One row for each key, the one with the median ratio to dense where a run was repeated."""
-    grouped: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        if number(row, "us") is not None:
-            grouped.setdefault(key(row), []).append(row)
-    chosen = []
-    for same in grouped.values():
-        ordered = sorted(same, key=lambda row: number(row, "dense_ratio") or 0.0)
-        chosen.append(ordered[len(ordered) // 2])
-    return chosen
+    timed = (row for row in rows if number(row, "us") is not None)
+    return [
+        sorted(same, key=lambda row: number(row, "dense_ratio") or 0.0)[len(same) // 2]
+        for same in grouped(timed, key).values()
+    ]
 
 
 def plot(rows: Sequence[Row], folder: Path, suffix: str = ".svg") -> list[Path]:
-    """Draw the two plots of every device, dtype and cache state found in ``rows``.
-
-    Parameters
-    ----------
-    rows : sequence of mapping
-        Of :func:`read`.
-    folder : pathlib.Path
-        Where to write; made if need be.
-    suffix : str
-        One of :data:`PLOT_FORMATS`.
+    """Draw the two plots of every device, dtype and cache state in ``rows``, into a folder made if need be.
 
     Returns
     -------
@@ -203,25 +148,16 @@ def plot(rows: Sequence[Row], folder: Path, suffix: str = ".svg") -> list[Path]:
     timed = median_rows(rows)
     if not timed:
         raise InputError("no row of the results was timed, so there is nothing to plot")
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ToolchainError(
-            "plots need matplotlib, not installed here: pip install 'tvm-balanced[plot]'"
-        ) from error
-    matplotlib.use("Agg")
+    need("matplotlib", "plot", "a plot").use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
-    groups: dict[tuple[str, str, str, str], list[Row]] = {}
-    for row in timed:
-        at = (str(row["kind"]), str(row["device"]), str(row["dtype"]), str(row["cache"]))
-        groups.setdefault(at, []).append(row)
+    groups = grouped(timed, lambda row: tuple(str(row[name]) for name in _PLOTTED))
     written = []
-    for (kind, device, dtype, cache), points in groups.items():
-        label = "-".join(_word(part) for part in (kind, device, dtype, cache))
+    for place, points in groups.items():
+        _, device, dtype, cache = place
         title = f"{device}, {dtype}, caches {cache}"
         for name, draw in (("ratio", _draw_ratio), ("roofline", _draw_roofline)):
-            path = folder / f"{name}-{label}{suffix}"
-            draw(points, title, path)
+            path = folder / f"{name}-{'-'.join(map(_word, place))}{suffix}"
+            _draw(draw, points, title, path)
             written.append(path)
     return written
 
@@ -230,14 +166,15 @@ def _word(text: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
 
 
-def _draw_ratio(rows: Sequence[Row], title: str, path: Path) -> None:
-    import matplotlib.pyplot as plt
+def _by_m(rows: Sequence[Row]) -> list[tuple[int, list[Row]]]:
+    return sorted(grouped(rows, lambda row: int(row["m"])).items())
 
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for m in sorted({int(row["m"]) for row in rows}):
-        at_m = [row for row in rows if int(row["m"]) == m]
+
+def _draw_ratio(rows: Sequence[Row], axes: Axes) -> None:
+    for m, at_m in _by_m(rows):
         points = _medians(at_m, "zeros", "dense_ratio")
-        axes.plot(*zip(*points, strict=True), marker="o", label=f"M = {m}") if points else None
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=f"M = {m}")
     ceiling = _medians(rows, "zeros", "ceiling")
     axes.plot(*zip(*ceiling, strict=True), color="black", linestyle=":", label="ceiling by bytes")
     axes.axhline(1, color="gray", linewidth=0.8)
@@ -245,18 +182,14 @@ def _draw_ratio(rows: Sequence[Row], title: str, path: Path) -> None:
     axes.set_ylabel("times faster than dense (median over layers)")
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    _finish(figure, axes, title, path)
 
 
-def _draw_roofline(rows: Sequence[Row], title: str, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for m in sorted({int(row["m"]) for row in rows}):
+def _draw_roofline(rows: Sequence[Row], axes: Axes) -> None:
+    for m, at_m in _by_m(rows):
         points = sorted(
             (float(row["bytes"]) / 2**20, float(row["share_of_copy"]))
-            for row in rows
-            if int(row["m"]) == m and number(row, "share_of_copy") is not None
+            for row in at_m
+            if number(row, "share_of_copy") is not None
         )
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", linestyle="none", label=f"M = {m}")
@@ -266,22 +199,24 @@ def _draw_roofline(rows: Sequence[Row], title: str, path: Path) -> None:
     axes.set_xlabel("MiB of the packed weight")
     axes.set_ylabel("share of measured copy bandwidth")
     axes.set_ylim(bottom=0)
-    _finish(figure, axes, title, path)
 
 
 def _medians(rows: Sequence[Row], across: str, value: str) -> list[tuple[float, float]]:
-    grouped: dict[float, list[float]] = {}
-    for row in rows:
-        x, y = number(row, across), number(row, value)
-        if x is not None and y is not None:
-            grouped.setdefault(x, []).append(y)
-    return sorted((x, statistics.median(ys)) for x, ys in grouped.items())
+    points = ((number(row, across), number(row, value)) for row in rows)
+    known = [(x, y) for x, y in points if x is not None and y is not None]
+    groups = grouped(known, lambda point: point[0])
+    return sorted((x, statistics.median(y for _, y in same)) for x, same in groups.items())
 
 
-def _finish(figure: Any, axes: Any, title: str, path: Path) -> None:
+def _draw(
+    draw: Callable[[Sequence[Row], Axes], None], rows: Sequence[Row], title: str, path: Path
+) -> None:
+    """Write a plot, the contents of whose axes ``draw`` makes."""
     import matplotlib
     import matplotlib.pyplot as plt
 
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    draw(rows, axes)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

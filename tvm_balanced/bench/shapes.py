@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.support.words import check_word
 
 
 @dataclass(frozen=True)
@@ -20,17 +21,7 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class ShapeSet:
-    """Layers that are benchmarked together.
-
-    Attributes
-    ----------
-    layers : tuple of LayerShape
-        The first are the most telling.
-    rows : tuple of int
-        M, rows of activations.
-    patterns : tuple of str
-        ``nnz:block``.
-    """
+    """Layers that are benchmarked together, the most telling first, with rows of activations, M."""
 
     layers: tuple[LayerShape, ...]
     rows: tuple[int, ...]
@@ -51,28 +42,31 @@ class Problem:
 # the paper's seven shares of zeros, 50 to 93.75 %, in blocks of 16: its K of 8196 is padded to 8208
 _PAPER_PATTERNS = ("4:16", "2:16", "8:16", "1:16", "6:16", "5:16", "3:16")
 
+# decoder layers: attention and MLP of 7B, of 70B, and a square one between
+_DECODERS = (
+    LayerShape("square-8192", 8192, 8192),
+    LayerShape("70b-up", 28672, 8192),
+    LayerShape("70b-down", 8192, 28672),
+    LayerShape("7b-attention", 4096, 4096),
+)
+
+
+def _encoder(name: str, width: int) -> ShapeSet:
+    """Layers of an encoder: attention, and an MLP of four times the width."""
+    shapes = {"attention": (width, width), "up": (4 * width, width), "down": (width, 4 * width)}
+    layers = tuple(LayerShape(f"{name}-{part}", *shape) for part, shape in shapes.items())
+    return ShapeSet(layers, (1, 8, 32), ("4:16", "2:16"))
+
+
 SETS: dict[str, ShapeSet] = {
-    # decoder layers: attention and MLP of 7B, of 70B, and a square one between
     "llm": ShapeSet(
-        (
-            LayerShape("square-8192", 8192, 8192),
-            LayerShape("70b-up", 28672, 8192),
-            LayerShape("70b-down", 8192, 28672),
-            LayerShape("7b-attention", 4096, 4096),
-            LayerShape("7b-up", 11008, 4096),
-            LayerShape("7b-down", 4096, 11008),
-        ),
+        (*_DECODERS, LayerShape("7b-up", 11008, 4096), LayerShape("7b-down", 4096, 11008)),
         (1, 2, 4, 8, 16),
         ("4:16", "2:16", "1:16"),
     ),
     # the same layers with rows enough for tensor cores, up to where dense wins
     "prefill": ShapeSet(
-        (
-            LayerShape("square-8192", 8192, 8192),
-            LayerShape("70b-up", 28672, 8192),
-            LayerShape("70b-down", 8192, 28672),
-            LayerShape("7b-attention", 4096, 4096),
-        ),
+        _DECODERS,
         (16, 32, 64, 128, 256),
         ("8:16", "4:16", "2:16", "1:16", "8:32", "4:32"),
     ),
@@ -89,24 +83,8 @@ SETS: dict[str, ShapeSet] = {
         (1, 8),
         ("4:16", "3:16", "1:16"),
     ),
-    "minilm": ShapeSet(
-        (
-            LayerShape("minilm-attention", 384, 384),
-            LayerShape("minilm-up", 1536, 384),
-            LayerShape("minilm-down", 384, 1536),
-        ),
-        (1, 8, 32),
-        ("4:16", "2:16"),
-    ),
-    "bert": ShapeSet(
-        (
-            LayerShape("bert-attention", 768, 768),
-            LayerShape("bert-up", 3072, 768),
-            LayerShape("bert-down", 768, 3072),
-        ),
-        (1, 8, 32),
-        ("4:16", "2:16"),
-    ),
+    "minilm": _encoder("minilm", 384),
+    "bert": _encoder("bert", 768),
 }
 
 # which rows a run that is cut off should have
@@ -123,26 +101,11 @@ def problems(
     layers: Iterable[str] | None = None,
     most_weights: int | None = None,
 ) -> list[Problem]:
-    """Every multiplication of some sets, the most telling first.
+    """Every multiplication of some of the :data:`SETS`, the most telling first.
 
-    Parameters
-    ----------
-    names : sequence of str
-        Keys of :data:`SETS`.
-    dtypes : sequence of str
-        Of weights and activations; the first is the most telling.
-    rows, patterns : iterable, optional
-        In place of the sets' own.
-    layers : iterable of str, optional
-        Only layers of these names.
-    most_weights : int, optional
-        Only layers of at most so many weights, N times K.
-
-    Returns
-    -------
-    list of Problem
-        First M of 1 and 8 at the patterns 4:16, 2:16 and 1:16; within the same importance, those of one
-        weight follow each other.
+    First come M of 1 and 8 at the patterns 4:16, 2:16 and 1:16, in the first dtype; within the same
+    importance, those of one weight follow each other. ``rows`` and ``patterns`` stand in the place of the
+    sets' own. Layers can be limited by name, and to so many weights, N times K.
 
     Raises
     ------
@@ -150,8 +113,7 @@ def problems(
         For an unknown set or layer, an M below 1 or a pattern that is none, or where nothing is left.
     """
     for name in names:
-        if name not in SETS:
-            raise InputError(f'set "{name}" is not known; choose {", ".join(SETS)}')
+        check_word("set", name, SETS)
     given_rows = None if rows is None else list(rows)
     if given_rows is not None and (not given_rows or min(given_rows) < 1):
         raise InputError(f"M of {given_rows} was given; give whole numbers from 1")
@@ -187,13 +149,11 @@ def in_order(problems: Sequence[Problem]) -> list[Problem]:
 
     def rank(problem: Problem) -> tuple[int, int, int, int]:
         pattern = problem.pattern
-        common = (
-            _FIRST_PATTERNS.index(pattern) if pattern in _FIRST_PATTERNS else len(_FIRST_PATTERNS)
-        )
+        common = pattern in _FIRST_PATTERNS
         return (
             dtypes.index(problem.dtype),
-            int(problem.m not in _FIRST_ROWS) + int(common == len(_FIRST_PATTERNS)),
-            common,
+            (problem.m not in _FIRST_ROWS) + (not common),
+            _FIRST_PATTERNS.index(pattern) if common else len(_FIRST_PATTERNS),
             groups.index((problem.set, problem.layer, pattern)),
         )
 

@@ -96,18 +96,8 @@ def _run(x: torch.Tensor, weight: torch.Tensor, choice: tuple[int, int, int, int
     steps = triton.cdiv(triton.cdiv(k, parts), columns)
     out = torch.empty((parts, m, n), dtype=torch.float32, device=x.device)
     # a share that begins behind K still writes its zeros
+    tile = {"ROWS": _ROWS, "OUTPUTS": outputs, "COLUMNS": columns}
     _kernel[(triton.cdiv(n, outputs), triton.cdiv(m, _ROWS), parts)](
-        x,
-        weight,
-        out,
-        m,
-        n,
-        k,
-        STEPS=steps,
-        ROWS=_ROWS,
-        OUTPUTS=outputs,
-        COLUMNS=columns,
-        PRECISION="ieee",
-        num_warps=warps,
+        *(x, weight, out, m, n, k), STEPS=steps, PRECISION="ieee", num_warps=warps, **tile
     )
     return (out[0] if parts == 1 else out.sum(0)).to(x.dtype)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.records.ranking import rank
-from tvm_balanced.records.record import Environment, Record, tvm_version
+from tvm_balanced.records.record import Environment
 from tvm_balanced.records.store import (
     ENVIRONMENT,
     RECORDS,
@@ -20,6 +20,9 @@ from tvm_balanced.records.store import (
     read_folder,
     target_key,
 )
+from tvm_balanced.support.groups import grouped
+from tvm_balanced.support.provenance import tvm_version
+from tvm_balanced.support.tvm_types import ArgsJson, TargetJson, TraceJson
 
 if TYPE_CHECKING:
     from tvm_balanced.targets.resolve import TargetSpec
@@ -47,23 +50,21 @@ def device_name(spec: TargetSpec) -> str:
 class Choice:
     """The best schedule that is known for a kernel; plain values, to be handed to another process.
 
+    What it has in common with :class:`tvm_balanced.records.record.Record` is explained there.
+
     Parameters
     ----------
-    workload : tuple of str
-        As in :class:`Record`.
-    trace, args_info : JSON
-        As in :class:`Record`.
     seconds : float
-        Median, measured or estimated.
+        Median of its runs.
     method : str
         ``"measured"`` or ``"estimated"``.
     folder : str
-        Where it comes from.
+        The folder its records lie in.
     """
 
     workload: tuple[str, str]
-    trace: Any
-    args_info: Any
+    trace: TraceJson
+    args_info: ArgsJson
     seconds: float
     method: str
     folder: str
@@ -71,15 +72,7 @@ class Choice:
 
 @dataclass
 class Lookup:
-    """What was found for a target.
-
-    Attributes
-    ----------
-    choices : dict
-        By the kernel's structural hash.
-    problems : list of str
-        Records and folders that were passed over, and why.
-    """
+    """What there is for a target: choices by the kernels' structural hashes, and what was passed over."""
 
     choices: dict[str, Choice] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -100,7 +93,7 @@ def user_logs() -> Path:
 
 
 def default_place() -> Path:
-    """Where tuning writes unless told otherwise: the first place that ``compile`` looks at by itself."""
+    """Where tuning writes when no folder is given: the first place that ``compile`` looks at by itself."""
     variable = os.environ.get(LOGS_VARIABLE)
     return Path(variable) if variable else user_logs()
 
@@ -113,18 +106,7 @@ def shipped_logs() -> Path:
 
 
 def places(logs: str | Path | None = None) -> list[Path]:
-    """Where records are looked up, first match first.
-
-    Parameters
-    ----------
-    logs : path-like, optional
-        A folder of device folders, looked at first.
-
-    Raises
-    ------
-    InputError
-        When ``logs`` is no folder.
-    """
+    """Where records are looked up, first match first: ``logs``, a folder of device folders, before all."""
     folders = []
     if logs is not None:
         if not Path(logs).is_dir():
@@ -132,26 +114,16 @@ def places(logs: str | Path | None = None) -> list[Path]:
                 f"logs is {logs}, which is no folder; give one that tvm-balanced tune wrote, or leave it out"
             )
         folders.append(Path(logs))
-    variable = os.environ.get(LOGS_VARIABLE)
-    if variable:
+    if variable := os.environ.get(LOGS_VARIABLE):
         folders.append(Path(variable))
     return [*folders, user_logs(), shipped_logs()]
 
 
-def find(spec: TargetSpec, where: Sequence[Path], target: Mapping[str, Any]) -> Lookup:
-    """Return the best record of each kernel for a target.
+def find(spec: TargetSpec, where: Sequence[Path], target: TargetJson) -> Lookup:
+    """Return the best record of each kernel for a target, which ``target`` is TVM's JSON of.
 
     A measured record of a later place stands before an estimate of an earlier one. A target named by its
     architecture (``cuda-sm_90``) takes records of any GPU of it.
-
-    Parameters
-    ----------
-    spec : TargetSpec
-        The target.
-    where : sequence of pathlib.Path
-        From :func:`places`.
-    target : mapping
-        TVM's JSON of the target.
     """
     lookup = Lookup()
     for below in ("", ESTIMATES):
@@ -176,7 +148,7 @@ def _arch(folder: Path) -> str | None:
         return None
 
 
-def _add(lookup: Lookup, spec: TargetSpec, folder: Path, target: Mapping[str, Any]) -> None:
+def _add(lookup: Lookup, spec: TargetSpec, folder: Path, target: TargetJson) -> None:
     if not any((folder / name).exists() for name in (RECORDS, WORKLOADS, ENVIRONMENT)):
         return
     try:
@@ -184,13 +156,14 @@ def _add(lookup: Lookup, spec: TargetSpec, folder: Path, target: Mapping[str, An
     except ValueError as error:
         lookup.problems.append(str(error))
         return
+    estimates = folder.name == ESTIMATES
     expected = Environment(
-        folder.parent.name if folder.name == ESTIMATES else folder.name,
+        folder.parent.name if estimates else folder.name,
         environment.model,
         spec.kind,
         spec.arch,
         tvm_version(),
-        "estimated" if folder.name == ESTIMATES else "measured",
+        "estimated" if estimates else "measured",
     )
     difference = expected.difference(environment)
     if difference is not None:
@@ -203,16 +176,10 @@ def _add(lookup: Lookup, spec: TargetSpec, folder: Path, target: Mapping[str, An
         return
     lookup.problems += problems
     wanted = target_key(target)
-    others = 0
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        if target_key(record.target) != wanted:
-            others += 1
-            continue
-        groups.setdefault(record.workload[0], []).append(record)
-    if others:
+    fitting = [record for record in records if target_key(record.target) == wanted]
+    if others := len(records) - len(fitting):
         lookup.problems.append(f"{others} records in {folder} are of another target")
-    for key, group in groups.items():
+    for key, group in grouped(fitting, lambda record: record.workload[0]).items():
         chosen = rank(group)[0]
         lookup.choices.setdefault(
             key,

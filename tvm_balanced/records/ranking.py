@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tvm_balanced.records.record import Record
 from tvm_balanced.records.traces import is_default
+from tvm_balanced.support.groups import grouped
 
 # times the best: what the default schedule may take and still be chosen. By turns in one process times are
 # sure to one or two percent; kernels that were faster by so little made MiniLM slower (docs/tuning.md).
@@ -16,21 +17,11 @@ _NEAR = {"llvm": 1.05}
 _NEAR_OTHERS = 1.1
 
 
-# --- choosing
-
-
 @dataclass(frozen=True)
 class Ranked:
-    """One schedule of a kernel with all of its times.
+    """One schedule of a kernel: its first record, and how often it was measured.
 
-    Parameters
-    ----------
-    record : Record
-        The first record of it.
-    seconds : float
-        Median of its runs, those of the first record left out where there are more.
-    times : int
-        How often it was measured.
+    ``seconds`` is the median of its runs, those of the first record left out where there are more.
     """
 
     record: Record
@@ -45,16 +36,13 @@ def rank(records: Iterable[Record]) -> list[Ranked]:
     was chosen to be, no longer counts: the shortest of hundreds of single measurements is usually luck. The
     default schedule stands before what is hardly faster.
     """
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        groups.setdefault(record.trace_text, []).append(record)
     ranked = [
         Ranked(
             group[0],
             statistics.median([v for record in group[1:] or group for v in record.run_secs]),
             len(group),
         )
-        for group in groups.values()
+        for group in grouped(records, lambda record: record.trace_text).values()
     ]
     ranked.sort(key=lambda entry: (entry.times < 2, entry.seconds))
     for entry in ranked[1:]:

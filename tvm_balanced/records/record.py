@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
+
+from tvm_balanced.support.tvm_types import ArgsJson, TargetJson, TraceJson
 
 FORMAT = "tvm-balanced tuning records"
 FORMAT_VERSION = 1
@@ -29,37 +30,31 @@ class _Body(msgspec.Struct, array_like=True, frozen=True):
 
 @dataclass(frozen=True)
 class Record:
-    """One measured (or estimated) schedule of one kernel.
+    """One measured (or estimated) schedule of one kernel; what is TVM's is its JSON.
 
     Parameters
     ----------
     workload : tuple of str
         Structural hash of the kernel before scheduling, and TVM's base64 of it.
     trace : list
-        MetaSchedule's trace, as JSON.
+        MetaSchedule's instructions and decisions.
     run_secs : tuple of float
         Seconds of each run.
     target : dict
-        TVM's target, as JSON.
+        The target it was made for.
     args_info : list
         Kind, dtype and shape of each argument.
     """
 
     workload: tuple[str, str]
-    trace: Any
+    trace: TraceJson
     run_secs: tuple[float, ...]
-    target: Mapping[str, Any]
-    args_info: Any
+    target: TargetJson
+    args_info: ArgsJson
 
     @staticmethod
     def from_json(workload: Sequence[Any], record: Sequence[Any]) -> Record:
-        """From MetaSchedule's JSON of a workload and of a record of it.
-
-        Raises
-        ------
-        ValueError
-            When it is of another form, or a time is no positive number.
-        """
+        """Return MetaSchedule's record of a workload; a ValueError says what is wrong with one."""
         key, module = msgspec.convert(workload, tuple[str | int, str])
         body = msgspec.convert(record, _Body)
         trace = [list(part) for part in body.trace]
@@ -71,7 +66,7 @@ class Record:
         return trace_text(self.trace)
 
 
-def trace_text(trace: Any) -> str:
+def trace_text(trace: TraceJson) -> str:
     """MetaSchedule's JSON of a trace as one line; numbers may still be TVM's nodes."""
     return json.dumps(trace, separators=(",", ":"), default=lambda node: node.value)
 
@@ -85,15 +80,15 @@ class Environment:
     device : str
         Name of the folder: ``h100``, ``amd-epyc-znver3-2-cores``.
     model : str
-        The GPU or CPU, as its driver or the system calls it.
+        Name of the GPU or CPU that its driver or the system gives.
     kind, arch : str
         Kind and architecture of the target.
     tvm : str
-        Version of TVM, whose IR the records hold.
+        The version of TVM whose IR the records hold.
     method : str
         ``"measured"`` or ``"estimated"``.
     runs : tuple of dict
-        One entry a tuning run: time, package and commit, driver, CUDA, clock, runner, caches, seed.
+        One entry for each tuning run: time, package and commit, clock, runner, caches, seed.
     """
 
     device: str
@@ -106,13 +101,7 @@ class Environment:
 
     @staticmethod
     def read(path: Path) -> Environment:
-        """Read and check an ``environment.json``.
-
-        Raises
-        ------
-        ValueError
-            With what is wrong with it.
-        """
+        """Read an ``environment.json``; a ValueError says what is wrong with one."""
         try:
             data = path.read_bytes()
             document = msgspec.json.decode(data, type=dict[str, Any])
@@ -148,8 +137,3 @@ class Environment:
             before, now = ("/".join(sorted(map(str, caches))) for caches in (theirs, own))
             return f"was measured with --cache {before}, not {now}"
         return None
-
-
-def tvm_version() -> str:
-    """Return the installed TVM's version, without importing it."""
-    return version("apache-tvm")

@@ -16,9 +16,8 @@ import contextlib
 import json
 import os
 import re
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,9 @@ from tvm_balanced.errors import InputError, OutputError
 from tvm_balanced.records.ranking import rank
 from tvm_balanced.records.record import Environment, Record
 from tvm_balanced.records.traces import is_default
+from tvm_balanced.support.files import replace_file, sync
+from tvm_balanced.support.groups import grouped
+from tvm_balanced.support.tvm_types import TargetJson
 
 WORKLOADS = "database_workload.json"
 RECORDS = "database_tuning_record.json"
@@ -46,27 +48,14 @@ SPELT_OUT = 3  # problems that a warning gives in full
 
 
 def read_folder(folder: Path) -> tuple[list[Record], list[str]]:
-    """Every record of a folder that can be read, and what is wrong with the others.
+    """Return the records of a folder in the order of the file, and what is wrong with its other lines.
 
-    Parameters
-    ----------
-    folder : pathlib.Path
-        Holds the database's two files; either may be missing.
-
-    Returns
-    -------
-    list of Record, list of str
-        In the order of the file; problems name file and line.
+    Either of the database's two files may be missing; problems name file and line.
     """
-    workload_lines, record_lines = _read_lines(folder)
-    return _parse(folder, workload_lines, record_lines)
-
-
-def _read_lines(folder: Path) -> tuple[list[bytes], list[bytes]]:
     # records only ever refer to workloads that were written before them
     with _shared_lock(folder):
         records, workloads = (_lines(folder / name) for name in (RECORDS, WORKLOADS))
-    return workloads, records
+    return _parse(folder, workloads, records)
 
 
 def _lines(path: Path) -> list[bytes]:
@@ -82,12 +71,10 @@ def _parse(
     folder: Path, workload_lines: Sequence[bytes], record_lines: Sequence[bytes]
 ) -> tuple[list[Record], list[str]]:
     problems: list[str] = []
-    workloads: list[Any] = []
-    for number, line in enumerate(workload_lines, 1):
-        workload = _pair(line)
+    workloads = [_pair(line) for line in workload_lines]
+    for number, workload in enumerate(workloads, 1):
         if workload is None:
             problems.append(f"line {number} of {folder / WORKLOADS} is damaged")
-        workloads.append(workload)
     records = []
     for number, line in enumerate(record_lines, 1):
         where = f"line {number} of {folder / RECORDS}"
@@ -96,11 +83,13 @@ def _parse(
             problems.append(f"{where} is damaged")
             continue
         index, body = pair
-        if type(index) is not int or not 0 <= index < len(workloads) or workloads[index] is None:
+        known = type(index) is int and 0 <= index < len(workloads)
+        workload = workloads[index] if known else None
+        if workload is None:
             problems.append(f"{where} is of a kernel that {WORKLOADS} lacks")
             continue
         try:
-            records.append(Record.from_json(workloads[index], body))
+            records.append(Record.from_json(workload, body))
         except ValueError as error:
             problems.append(f"{where} cannot be used ({error})")
     return records, problems
@@ -124,9 +113,9 @@ class RecordFolder:
     Parameters
     ----------
     folder : pathlib.Path
-        Made when the first records are written.
+        The folder, which is made when the first records are written.
     environment : Environment
-        Of the records that will be added; its runs are added to those that are there.
+        What the records that will be added were made on; its runs are added to those that are there.
 
     Raises
     ------
@@ -158,10 +147,6 @@ class RecordFolder:
         if difference is not None:
             raise OutputError(f"{self.folder} {difference}; {way_out}")
         return there
-
-    def read(self) -> tuple[list[Record], list[str]]:
-        """As :func:`read_folder`."""
-        return read_folder(self.folder)
 
     def append(self, records: Sequence[Record]) -> None:
         """Add records behind those that are there; all of them are on disk when this returns.
@@ -210,7 +195,7 @@ class RecordFolder:
             for left in self.folder.glob(f".{name}.*"):
                 left.unlink(missing_ok=True)
         runs = (*(there.runs if there else ()), *self.environment.runs)
-        merged = Environment(**{**asdict(self.environment), "runs": runs})
+        merged = replace(self.environment, runs=runs)
         _replace(self.folder / ENVIRONMENT, merged.text().encode())
         self._begun = True
 
@@ -218,17 +203,7 @@ class RecordFolder:
 def prune(folder: Path, keep: int) -> tuple[int, int]:
     """Keep the best ``keep`` schedules of each kernel and target, and the default schedule.
 
-    Parameters
-    ----------
-    folder : pathlib.Path
-        A device's folder.
-    keep : int
-        At least 1.
-
-    Returns
-    -------
-    before, after : int
-        Records that there were, and are.
+    Returns how many records there were in the device's folder, and are.
 
     Raises
     ------
@@ -247,10 +222,13 @@ def prune(folder: Path, keep: int) -> tuple[int, int]:
                 f"pruning would lose what cannot be read: {problems[0]}; remove such lines first"
             )
         chosen: set[tuple[tuple[str, str], str]] = set()
-        for key, group in _by_kernel(records).items():
+        for key, group in grouped(records, _kernel).items():
             ranked = rank(group)
-            chosen |= {(key, entry.record.trace_text) for entry in ranked[:keep]}
-            chosen |= {(key, e.record.trace_text) for e in ranked if is_default(e.record.trace)}
+            chosen |= {
+                (key, entry.record.trace_text)
+                for place, entry in enumerate(ranked)
+                if place < keep or is_default(entry.record.trace)
+            }
         # each kernel keeps a record, so the workloads stay as they are: one file changes, in one step
         kept = [
             line
@@ -263,13 +241,6 @@ def prune(folder: Path, keep: int) -> tuple[int, int]:
 
 def _kernel(record: Record) -> tuple[str, str]:
     return record.workload[0], json.dumps(target_key(record.target))
-
-
-def _by_kernel(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        groups.setdefault(_kernel(record), []).append(record)
-    return groups
 
 
 def _workload_of(line: bytes) -> int:
@@ -288,24 +259,12 @@ def _append_lines(path: Path, lines: Sequence[bytes]) -> None:
             if file.read(1) != b"\n":
                 file.write(b"\n")
         file.write(b"".join(line + b"\n" for line in lines))
-        file.flush()
-        os.fsync(file.fileno())
+    sync(path)
 
 
 def _replace(path: Path, data: bytes) -> None:
-    # a sibling: only within one file system is a rename atomic
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+    # others may read the folder whatever this user's mask is
+    replace_file(path, lambda part: part.write_bytes(data), mode=0o644)
 
 
 @contextlib.contextmanager
@@ -330,6 +289,6 @@ def _shared_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def target_key(target: Mapping[str, Any]) -> dict[str, Any]:
+def target_key(target: TargetJson) -> dict[str, Any]:
     """Return what of a target decides whether a record serves it."""
     return {name: target[name] for name in _TARGET_KEYS if target.get(name) not in (None, "", [])}

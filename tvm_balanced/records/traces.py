@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from tvm_balanced.support.tvm_types import TraceJson
 
 # annotations by which a trace names one of our kernels and its knobs, or the default schedule
 KERNEL_NOTE = "tvm_balanced.kernel"
@@ -10,7 +10,7 @@ KNOB_NOTE = "tvm_balanced.knob."
 DEFAULT_KERNEL = "default"
 
 
-def is_default(trace: Any) -> bool:
+def is_default(trace: TraceJson) -> bool:
     """Whether a trace stands for the default schedule: it only says so in an annotation."""
     instructions = trace[0]
     return any(
@@ -23,7 +23,7 @@ def is_default(trace: Any) -> bool:
     )
 
 
-def sampled_knobs(trace: Any) -> tuple[str, dict[str, int]] | None:
+def sampled_knobs(trace: TraceJson) -> tuple[str, dict[str, int]] | None:
     """Kernel and knobs that a trace samples; None where it is a trace of TVM's own rules."""
     instructions, decisions = trace
     drawn = dict(decisions)

@@ -58,15 +58,18 @@ def write_whole(path: Path, write: Callable[[Path], object], overwrite: bool) ->
         replace_file(path, write)
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """As :func:`write_whole` in the place of whatever is there, with the system's errors."""
+def replace_file(path: Path, write: Callable[[Path], object], mode: int | None = None) -> None:
+    """As :func:`write_whole` in the place of whatever is there, with the system's errors.
+
+    Without ``mode`` the file has the permissions that the user gives to new ones.
+    """
     # a sibling: only within one file system is a rename atomic
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     part = Path(name)
     try:
         write(part)
-        part.chmod(0o666 & ~_umask())
+        part.chmod(0o666 & ~_umask() if mode is None else mode)
         sync(part)
         part.replace(path)
     finally:

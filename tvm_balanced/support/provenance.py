@@ -1,7 +1,8 @@
-"""What made a result: the commit it was made at, and the versions of packages."""
+"""What made a result: when, the commit it was made at, and the versions of packages."""
 
 from __future__ import annotations
 
+import datetime
 import os
 import subprocess
 from collections.abc import Iterable
@@ -9,10 +10,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
-def commit() -> str:
-    """Return the commit of this checkout, with ``+`` where it was changed; empty where it is none.
+def now() -> str:
+    """Return this moment in UTC to the second, as ISO 8601 writes it."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
-    ``TVM_BALANCED_COMMIT`` says it where the code was installed from a checkout that is not there.
+
+def commit(whole: bool = False) -> str:
+    """Return the commit of this checkout; empty where it is none.
+
+    Ten digits, with ``+`` where a file was changed, or the ``whole`` hash alone. ``TVM_BALANCED_COMMIT``
+    says it where the code was installed from a checkout that is not there.
     """
     given = os.environ.get("TVM_BALANCED_COMMIT")
     if given is not None:
@@ -27,6 +34,8 @@ def commit() -> str:
         # an installed copy below some other repository is no checkout of this one
         if git("ls-files", "--error-unmatch", Path(__file__).name) == "":
             return ""
+        if whole:
+            return git("rev-parse", "HEAD")
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except OSError:
@@ -39,6 +48,11 @@ def package_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def tvm_version() -> str:
+    """Return the installed TVM's version, without importing it."""
+    return version("apache-tvm")
 
 
 def package_versions(packages: Iterable[str]) -> dict[str, str]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import tvm
 from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as ms
@@ -41,51 +41,26 @@ PARTS = len(Prediction._fields)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A kernel that there is a model of, and its knobs.
-
-    Parameters
-    ----------
-    kernel : str
-        One of :data:`KERNELS`.
-    knobs : GatherTile or TensorCoreTile
-        Of the gather, or of a kernel for tensor cores.
-    """
+    """One of :data:`KERNELS`, which there are models of, and its knobs."""
 
     kernel: str
     knobs: GatherTile | TensorCoreTile
 
     @classmethod
     def of(cls, kernel: str, values: Mapping[str, int]) -> Candidate:
-        """From the values of a tuner's knobs.
-
-        Raises
-        ------
-        MismatchError
-            When there is no model of the kernel.
-        """
+        """Return the candidate of a tuner's knobs; MismatchError where there is no model of the kernel."""
         if kernel not in KERNELS:
             raise space.MismatchError(f"no model knows {kernel}, only {', '.join(KERNELS)}")
         tile = GatherTile if kernel == _GATHER else TensorCoreTile
         return cls(kernel, tile(**values))
 
     def values(self) -> dict[str, int]:
-        """Of its knobs."""
+        """Return its knobs as the tuner has them."""
         return asdict(self.knobs)
 
 
 def operator_of(mod: tvm.IRModule) -> BalancedBlock:
-    """Return the balanced operator of a candidate of ours.
-
-    Parameters
-    ----------
-    mod : tvm.IRModule
-        A workload, with or without annotations of a trace.
-
-    Raises
-    ------
-    MismatchError
-        When it holds none with static shapes.
-    """
+    """Return the balanced operator of a workload; MismatchError where it has none with static shapes."""
     operator = find(mod["main"])
     if operator is None or operator.rows is None:
         raise space.MismatchError("the kernel holds no balanced operator with static shapes")
@@ -93,13 +68,7 @@ def operator_of(mod: tvm.IRModule) -> BalancedBlock:
 
 
 def candidate_of(mod: tvm.IRModule, target: tvm.target.Target) -> Candidate:
-    """Return the kernel that a module with a trace's annotations stands for.
-
-    Raises
-    ------
-    MismatchError
-        When no model knows it.
-    """
+    """Return what a module with a trace's annotations stands for; MismatchError where no model knows it."""
     noted = workload.knobs_of(mod)
     if noted is None:
         raise space.MismatchError("it stands for none of our kernels")
@@ -109,15 +78,7 @@ def candidate_of(mod: tvm.IRModule, target: tvm.target.Target) -> Candidate:
 
 
 def default_candidate(operator: BalancedBlock, target: tvm.target.Target) -> Candidate:
-    """Kernel and knobs of the default schedule.
-
-    Parameters
-    ----------
-    operator : BalancedBlock
-        The operator, with static shapes.
-    target : tvm.target.Target
-        A CUDA target.
-    """
+    """Kernel and knobs of the default schedule of an operator with static shapes, on a CUDA target."""
     for kernel, (schedule, _) in _TENSOR_CORES.items():
         if schedule.takes(operator):
             chosen = schedule.choose(operator.fmt, operator.rows, operator.value_dtype, target)
@@ -139,18 +100,9 @@ def predict(
     candidate: Candidate,
     compiled: KernelResources | None = None,
 ) -> Prediction:
-    """Return the prediction of a kernel's model for a layer on a target's GPU.
+    """Return the prediction of a kernel's model for an operator with static shapes on a target's GPU.
 
-    Parameters
-    ----------
-    operator : BalancedBlock
-        The operator, with static shapes.
-    target : tvm.target.Target
-        A CUDA target.
-    candidate : Candidate
-        The kernel.
-    compiled : KernelResources, optional
-        Of the compiled kernel, instead of estimates.
+    What the kernel occupies as ``compiled`` stands in the place of the model's own estimates.
     """
     gpu = machine.machine(gpu_of(target))
     rows = operator.rows or 1
@@ -165,17 +117,7 @@ def predict(
 
 
 def features(mod: tvm.IRModule, target: tvm.target.Target, candidate: Candidate) -> list[float]:
-    """Every number that a kernel's model gives for a candidate, for a cost model to learn from.
-
-    Parameters
-    ----------
-    mod : tvm.IRModule
-        The candidate.
-    target : tvm.target.Target
-        A CUDA target.
-    candidate : Candidate
-        Its kernel.
-    """
+    """Every number that a kernel's model gives for a candidate, for a cost model to learn from."""
     prediction = predict(operator_of(mod), target, candidate)
     # what cannot be launched has no time
     return [float(x) if math.isfinite(x) else 0.0 for x in prediction]
@@ -183,13 +125,7 @@ def features(mod: tvm.IRModule, target: tvm.target.Target, candidate: Candidate)
 
 @derived_object
 class ModelScores(ms.cost_model.PyCostModel):  # type: ignore[misc]
-    """The kernel models as MetaSchedule's cost model: they have nothing to learn.
-
-    Parameters
-    ----------
-    target : tvm.target.Target
-        A CUDA target.
-    """
+    """The kernel models of a CUDA target as MetaSchedule's cost model: they have nothing to learn."""
 
     def __init__(self, target: tvm.target.Target) -> None:
         super().__init__()
@@ -202,10 +138,17 @@ class ModelScores(ms.cost_model.PyCostModel):  # type: ignore[misc]
     def save(self, path: str) -> None:
         """Nothing is kept."""
 
-    def update(self, context: Any, candidates: Any, results: Any) -> None:
+    def update(
+        self,
+        context: ms.TuneContext,
+        candidates: Sequence[ms.MeasureCandidate],
+        results: Sequence[ms.runner.RunnerResult],
+    ) -> None:
         """Nothing is learnt."""
 
-    def predict(self, context: Any, candidates: Any) -> Any:
+    def predict(
+        self, context: ms.TuneContext, candidates: Sequence[ms.MeasureCandidate]
+    ) -> npt.NDArray[np.float64]:
         """One score a candidate, float64: the reciprocal of its predicted microseconds."""
         scores = [self._one(str(context.task_name), candidate.sch.mod) for candidate in candidates]
         return np.array(scores, dtype="float64")

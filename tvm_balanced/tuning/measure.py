@@ -9,14 +9,21 @@ import random
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
+from tvm_balanced.format.layout import numpy_dtype
+from tvm_balanced.support.tensors import Array
+from tvm_balanced.support.tvm_types import ArgsJson
 from tvm_balanced.targets.threads import use_cores
+
+if TYPE_CHECKING:
+    import tvm
+    from tvm.s_tir.meta_schedule.runner import RunnerFuture, RunnerInput, RunnerResult
 
 CACHES = ("model", "cold", "hot")
 
@@ -41,23 +48,17 @@ _MOST_BYTES = 256 << 20
 _BUILDS_OF_A_PROCESS = 256
 log = logging.getLogger("tvm_balanced.tuning")
 Signature = tuple[tuple[str, tuple[int, ...]], ...]
+Make = Callable[["tvm.IRModule", "tvm.target.Target"], str]
+Tensors: TypeAlias = "list[tvm.runtime.Tensor]"
 
 
-def signature(args_info: Any) -> Signature:
+def signature(args_info: ArgsJson) -> Signature:
     """Dtypes and shapes of a kernel's arguments, from MetaSchedule's JSON of them."""
     return tuple((str(info[1]), tuple(int(extent) for extent in info[2])) for info in args_info)
 
 
-def build(mod: Any, target: Any) -> Any:
-    """Build the kernel that a candidate stands for.
-
-    Parameters
-    ----------
-    mod : tvm.IRModule
-        With annotations of a trace, or scheduled by TVM's rules.
-    target : tvm.target.Target
-        What for.
-    """
+def build(mod: tvm.IRModule, target: tvm.target.Target) -> tvm.runtime.Module:
+    """Build the kernel of a module that has annotations of a trace, or is scheduled by TVM's rules."""
     import tvm
 
     from tvm_balanced.build.pipeline import TIR_PIPELINE
@@ -75,9 +76,9 @@ class Feed:
     Parameters
     ----------
     bound : int
-        What the bytes of indices must stay below; 0 for a kernel without packed indices.
+        A number that the bytes of indices stay below; 0 for a kernel without packed indices.
     weights : tuple of int
-        Which arguments are weights, by position.
+        Positions of the arguments that are weights.
     between : int
         Bytes of weights that the model reads from one call of the kernel to the next, its own among them.
     """
@@ -93,27 +94,22 @@ class Feed:
             for i, (dtype, shape) in enumerate(signature)
             if i in self.weights
         )
-        if not own:
-            return 1
-        return max(1, -(-min(self.between, _MOST_BYTES) // own))
+        return max(1, -(-min(self.between, _MOST_BYTES) // own)) if own else 1
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Makes a kernel's arguments; indices stay inside their blocks.
+    """Makes arguments of the kernels that have ``feeds``; indices stay inside their blocks.
 
-    Parameters
-    ----------
-    feeds : mapping of Signature to Feed
-        What is known of kernels, by their arguments.
-    cache : str
-        As for :class:`Timer`.
+    The state of the ``cache`` is as for :class:`Timer`.
     """
 
     feeds: Mapping[Signature, Feed]
     cache: str
 
-    def make(self, device: Any, args_info: Any, repeat: int) -> list[list[Any]]:
+    def __call__(
+        self, device: tvm.runtime.Device, args_info: ArgsJson, repeat: int
+    ) -> list[Tensors]:
         """``repeat`` lists of tensors on ``device``; with caches as in the model one for each set of weights.
 
         Lists share the tensors that are not weights.
@@ -124,28 +120,21 @@ class Arguments:
         known = signature(args_info)
         feed = self.feeds.get(known, Feed())
 
-        def tensors(wanted: Callable[[int], bool]) -> dict[int, Any]:
-            return {
-                i: tvm.runtime.tensor(_array(rng, dtype, shape, feed.bound), device)
-                for i, (dtype, shape) in enumerate(known)
-                if wanted(i)
-            }
+        def tensors(positions: Iterable[int]) -> dict[int, tvm.runtime.Tensor]:
+            arrays = {i: _array(rng, *known[i], feed.bound) for i in positions}
+            return {i: tvm.runtime.tensor(array, device) for i, array in arrays.items()}
 
+        every = range(len(known))
         if self.cache != "model":
-            lists = [tensors(lambda _: True) for _ in range(repeat)]
+            lists = [tensors(every) for _ in range(repeat)]
         else:
-            shared = tensors(lambda i: i not in feed.weights)
-            lists = [
-                shared | tensors(lambda i: i in feed.weights) for _ in range(feed.copies(known))
-            ]
-        return [[one[i] for i in range(len(known))] for one in lists]
+            shared = tensors(i for i in every if i not in feed.weights)
+            weights = [i for i in every if i in feed.weights]
+            lists = [shared | tensors(weights) for _ in range(feed.copies(known))]
+        return [[one[i] for i in every] for one in lists]
 
 
-def _array(
-    rng: np.random.Generator, dtype: str, shape: tuple[int, ...], bound: int
-) -> np.ndarray[Any, Any]:
-    from tvm_balanced.format.layout import numpy_dtype
-
+def _array(rng: np.random.Generator, dtype: str, shape: tuple[int, ...], bound: int) -> Array:
     kind = numpy_dtype(dtype) if dtype != "bool" else np.dtype(bool)
     if dtype.startswith(("float", "bfloat")):
         return rng.standard_normal(shape, dtype=np.float32).astype(kind)
@@ -156,17 +145,7 @@ def _array(
 
 
 def _width(dtype: str) -> int:
-    from tvm_balanced.format.layout import numpy_dtype
-
     return 1 if dtype == "bool" else int(numpy_dtype(dtype).itemsize)
-
-
-class LocalArguments(Arguments):
-    """As TVM's local runner calls it."""
-
-    def __call__(self, device: Any, args_info: Any, repeat: int) -> list[list[Any]]:
-        """As :meth:`make`, with TVM's arguments."""
-        return self.make(device, args_info, repeat)
 
 
 @dataclass(frozen=True)
@@ -179,12 +158,23 @@ class Timer:
         ``"cold"``: everything but the activations is out of the caches when a run begins; ``"hot"``:
         everything may be in them; ``"model"``: each run takes the next set of weights, as a model goes from
         layer to layer.
+    here : bool
+        Whether kernels run on this machine: on the threads that a library has.
     """
 
     cache: str
+    here: bool = False
 
-    def time(self, module: Any, device: Any, repeated_args: Sequence[Sequence[Any]]) -> list[float]:
+    def __call__(
+        self,
+        module: tvm.runtime.Module,
+        device: tvm.runtime.Device,
+        config: object,
+        repeated_args: Sequence[Tensors],
+    ) -> list[float]:
         """Seconds of each run, or of the mean of each few; warm-ups are left out."""
+        if self.here:
+            use_cores()
         if self.cache == "model":
             return _turns(module, repeated_args)
         cold = self.cache == "cold"
@@ -196,14 +186,14 @@ class Timer:
             min_repeat_ms=0 if cold else _HOT_MS,
             f_preproc="cache_flush_cpu_non_first_arg" if cold else "",
         )
-        seconds = []
+        seconds: list[float] = []
         for args in repeated_args:
             device.sync()
-            seconds.append([float(value) for value in evaluator(*args).results])
-        return list(itertools.chain.from_iterable(seconds))
+            seconds += map(float, evaluator(*args).results)
+        return seconds
 
 
-def _turns(module: Any, repeated_args: Sequence[Sequence[Any]]) -> list[float]:
+def _turns(module: tvm.runtime.Module, repeated_args: Sequence[Tensors]) -> list[float]:
     """Seconds of runs with one list of arguments after the other, round and round, after a first round.
 
     TVM's evaluator would run each list once before, which brings its weights into the caches.
@@ -223,35 +213,14 @@ def _turns(module: Any, repeated_args: Sequence[Sequence[Any]]) -> list[float]:
     return [float(np.median(part)) for part in np.array_split(turns, _PARTS)]
 
 
-class LocalTimer(Timer):
-    """As TVM's local runner calls it."""
-
-    def __call__(self, module: Any, device: Any, _config: Any, args: Any) -> list[float]:
-        """As :meth:`time`, with TVM's arguments."""
-        return self.time(module, device, args)
-
-    def time(self, module: Any, device: Any, repeated_args: Sequence[Sequence[Any]]) -> list[float]:
-        """As the base class, on the threads that a library has."""
-        use_cores()
-        return super().time(module, device, repeated_args)
-
-
 class LocalRunner:
-    """Runs candidates here, in a process that a crash or a hang only costs itself.
-
-    Parameters
-    ----------
-    feeds : mapping of Signature to Feed
-        As for :class:`Arguments`.
-    cache : str
-        As for :class:`Timer`.
-    """
+    """Runs candidates here, in a process that a crash or a hang only costs itself."""
 
     def __init__(self, feeds: Mapping[Signature, Feed], cache: str) -> None:
         from tvm.s_tir import meta_schedule as ms
         from tvm.support.popen_pool import PopenPoolExecutor
 
-        self._arguments, self._timer = LocalArguments(feeds, cache), LocalTimer(cache)
+        self._arguments, self._timer = Arguments(feeds, cache), Timer(cache, here=True)
         self._one = ms.runner.LocalRunner(
             timeout_sec=RUN_SECONDS,
             f_alloc_argument=self._arguments,
@@ -261,34 +230,23 @@ class LocalRunner:
             max_workers=1, timeout=_TOGETHER_SECONDS, stderr=subprocess.DEVNULL
         )
 
-    def run(self, inputs: Sequence[Any]) -> Sequence[Any]:
+    def run(self, inputs: Sequence[RunnerInput]) -> Sequence[RunnerFuture]:
         """Return a future for each of MetaSchedule's runner inputs, one measured after the other."""
-        futures: Sequence[Any] = self._one.run(list(inputs))
+        futures: Sequence[RunnerFuture] = self._one.run(list(inputs))
         return futures
 
-    def by_turns(self, inputs: Sequence[Any], rounds: int) -> list[list[float]] | None:
+    def by_turns(self, inputs: Sequence[RunnerInput], rounds: int) -> list[list[float]] | None:
         """Measure candidates of one kernel in rounds over all of them, with the same arguments.
 
-        What the machine does besides, and where memory happens to lie, is then the same for all.
-
-        Returns
-        -------
-        list of list of float, or None
-            Seconds of each candidate, a median for every round; None when the process ended or hung.
+        What the machine does besides, and where memory happens to lie, is then the same for all. Returns
+        the seconds of each candidate, a median for every round; None when the process ended or hung.
         """
         from tvm.support.popen_pool import StatusKind
 
+        paths = [one.artifact_path for one in inputs]
+        args_info = [info.as_json() for info in inputs[0].args_info]
         (outcome,) = self._together.map_with_error_catching(
-            _by_turns,
-            [
-                (
-                    [one.artifact_path for one in inputs],
-                    [info.as_json() for info in inputs[0].args_info],
-                    self._arguments,
-                    self._timer,
-                    rounds,
-                )
-            ],
+            _by_turns, [(paths, args_info, self._arguments, self._timer, rounds)]
         )
         if outcome.status != StatusKind.COMPLETE:
             log.debug("not measured by turns: %s", outcome.value)
@@ -298,8 +256,9 @@ class LocalRunner:
 
 
 def _by_turns(
-    given: tuple[list[str], Any, LocalArguments, LocalTimer, int],
+    given: tuple[list[str], ArgsJson, Arguments, Timer, int],
 ) -> list[list[float]]:
+    """Measure libraries by turns, in the process of the pool."""
     import tvm
 
     paths, args_info, arguments, timer, rounds = given
@@ -325,12 +284,12 @@ class ProcessBuilder:
     Parameters
     ----------
     workers : int
-        Processes at a time.
+        Number of processes.
     make : callable of (mod, target) -> str
         Builds a candidate and returns the path of what a runner needs, alone in a folder.
     """
 
-    def __init__(self, workers: int, make: Callable[[Any, Any], str]) -> None:
+    def __init__(self, workers: int, make: Make) -> None:
         from tvm.support.popen_pool import PopenPoolExecutor
 
         self._make = make
@@ -342,14 +301,13 @@ class ProcessBuilder:
             stderr=subprocess.DEVNULL,
         )
 
-    def build(self, mods: Sequence[Any], target: Any) -> list[Built]:
+    def build(self, mods: Sequence[tvm.IRModule], target: tvm.target.Target) -> list[Built]:
         """One result for each module, in order."""
         from tvm.support.popen_pool import StatusKind
 
-        make = self._make
         results = []
-        done = self._pool.map_with_error_catching(_call, [(make, mod, target) for mod in mods])
-        for outcome in done:
+        given = [(self._make, mod, target) for mod in mods]
+        for outcome in self._pool.map_with_error_catching(_call, given):
             if outcome.status == StatusKind.COMPLETE:
                 results.append(Built(str(outcome.value), None))
             elif outcome.status == StatusKind.TIMEOUT:
@@ -363,9 +321,9 @@ class ProcessBuilder:
 class Known:
     """A result that is there already, as TVM's futures answer."""
 
-    value: Any
+    value: RunnerResult
 
-    def result(self) -> Any:
+    def result(self) -> RunnerResult:
         """Wait for the value."""
         return self.value
 
@@ -378,14 +336,14 @@ class Built:
     error: str | None
 
 
-def make_library(mod: Any, target: Any) -> str:
+def make_library(mod: tvm.IRModule, target: tvm.target.Target) -> str:
     """Build a candidate for a runner that executes it."""
     from tvm.s_tir.meta_schedule.builder.local_builder import default_export
 
     return str(default_export(build(mod, target)))
 
 
-def _call(arguments: tuple[Callable[[Any, Any], str], Any, Any]) -> str:
+def _call(arguments: tuple[Make, tvm.IRModule, tvm.target.Target]) -> str:
     make, mod, target = arguments
     return make(mod, target)
 

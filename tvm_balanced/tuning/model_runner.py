@@ -14,30 +14,25 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tvm_balanced.errors import TvmBalancedError
 from tvm_balanced.tuning.measure import Known
+
+if TYPE_CHECKING:
+    import tvm
+    from tvm.s_tir.meta_schedule.runner import RunnerInput
+
 
 _ESTIMATE = "estimate.json"
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is known of a compiled candidate.
+    """What is known of a compiled candidate, a kernel of ours with its knobs.
 
-    Parameters
-    ----------
-    seconds : float
-        Predicted time of its launches.
-    registers, shared_bytes : int
-        Of a thread and of a thread block, as compiled.
-    resident : int
-        Thread blocks on a multiprocessor at a time.
-    kernel : str
-        Which of ours.
-    knobs : dict of str to int
-        Of the kernel.
+    Its launches take ``seconds``, a thread ``registers``, a thread block ``shared_bytes``; ``resident``
+    thread blocks run on a multiprocessor at a time.
     """
 
     seconds: float
@@ -48,21 +43,12 @@ class Estimate:
     knobs: dict[str, int]
 
 
-def can_estimate(mod: Any, target: Any) -> bool:
-    """Whether a model knows a workload's default kernel, and so has something to compare with.
-
-    Parameters
-    ----------
-    mod : tvm.IRModule
-        A workload, not scheduled.
-    target : tvm.target.Target
-        Where it will run.
-    """
+def can_estimate(mod: tvm.IRModule, target: tvm.target.Target) -> bool:
+    """Whether a model knows the default kernel of a workload, and so has something to compare with."""
     from tvm_balanced.schedules import dispatch
     from tvm_balanced.tuning import estimates as kernel_models
 
-    func = mod["main"]
-    spaces = dispatch.spaces(func, target)
+    spaces = dispatch.spaces(mod["main"], target)
     if not spaces or any(space.kernel not in kernel_models.KERNELS for space in spaces):
         return False
     default = kernel_models.default_candidate(kernel_models.operator_of(mod), target)
@@ -70,15 +56,8 @@ def can_estimate(mod: Any, target: Any) -> bool:
     return space is not None and space.build(default.values()) is not None
 
 
-def estimate(mod: Any, target: Any) -> Estimate:
-    """Compile a candidate and predict its time.
-
-    Parameters
-    ----------
-    mod : tvm.IRModule
-        A workload with the annotations of a trace.
-    target : tvm.target.Target
-        A CUDA target.
+def estimate(mod: tvm.IRModule, target: tvm.target.Target) -> Estimate:
+    """Compile a workload with the annotations of a trace for a CUDA target, and predict its time.
 
     Raises
     ------
@@ -120,7 +99,7 @@ def estimate(mod: Any, target: Any) -> Estimate:
     )
 
 
-def make_estimate(mod: Any, target: Any) -> str:
+def make_estimate(mod: tvm.IRModule, target: tvm.target.Target) -> str:
     """As :func:`estimate`, into a file in a folder of its own, for :class:`ModelRunner`; its path."""
     estimated = estimate(mod, target)
     path = Path(tempfile.mkdtemp(prefix="tvm-balanced-")) / _ESTIMATE
@@ -131,7 +110,7 @@ def make_estimate(mod: Any, target: Any) -> str:
 class ModelRunner:
     """Reads what :func:`make_estimate` left; nothing is run."""
 
-    def run(self, inputs: Sequence[Any]) -> list[Known]:
+    def run(self, inputs: Sequence[RunnerInput]) -> list[Known]:
         """One result for each of MetaSchedule's runner inputs, in order."""
         from tvm.s_tir import meta_schedule as ms
 

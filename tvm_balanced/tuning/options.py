@@ -7,6 +7,7 @@ from typing import TypedDict
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.options import CompileKeywords
+from tvm_balanced.support.words import check_word
 from tvm_balanced.tuning import measure
 from tvm_balanced.tuning.runners import Runner
 
@@ -45,7 +46,7 @@ class TuneOptions:
         What lies in the caches when a kernel begins. ``"model"``, the local runner's usual one: what a run of
         the model leaves there; ``"cold"``, that of the others: no weights; ``"hot"``: all of them.
     kernels : str
-        ``"all"``, or ``"balanced"`` for those that hold the balanced operator.
+        Which kernels: ``"all"``, or ``"balanced"`` for those that hold the balanced operator.
     seed : int
         Seed of the search; measurements still differ from run to run.
     resume : bool
@@ -77,12 +78,8 @@ class TuneOptions:
         how = self.how
         if self.cache is None:
             object.__setattr__(self, "cache", how.usual_cache)
-        for name, value, known in (
-            ("cache", self.cache, measure.CACHES),
-            ("kernels", self.kernels, KERNELS),
-        ):
-            if value not in known:
-                raise InputError(f'{name} "{value}" is not known; choose {", ".join(known)}')
+        check_word("cache", self.cache, measure.CACHES)
+        check_word("kernels", self.kernels, KERNELS)
         if self.trials < 1:
             raise InputError(f"trials is {self.trials}; give at least 1")
         if not 0 <= self.seed < 2**31 - 1000:

@@ -1,16 +1,21 @@
-"""What a tuning run found, per kernel, as a table and as a plot."""
+"""What came of a tuning run, per kernel, as a table and as a plot."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tvm_balanced.errors import InputError, OutputError, ToolchainError
+from tvm_balanced.errors import InputError
 from tvm_balanced.records import ranking, traces
-from tvm_balanced.records.record import Record
+from tvm_balanced.records.record import Method, Record
 from tvm_balanced.report import WIDE, Printable
+from tvm_balanced.support.files import write_whole
+from tvm_balanced.support.groups import grouped
+from tvm_balanced.support.optional import need
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,7 +33,7 @@ class KernelResult:
     Attributes
     ----------
     name, detail : str
-        Of the kernel, and of the balanced operator in it.
+        Name of the kernel, and the balanced operator in it.
     uses : int
         Calls in a run of the model.
     estimated : bool
@@ -64,9 +69,8 @@ class KernelResult:
             return None
         return self.default_us / self.best_us
 
-    def update(self, records: Iterable[Record]) -> None:
+    def update(self, records: Sequence[Record]) -> None:
         """Sum up all records of the kernel, in the order they were made."""
-        records = list(records)
         ranked = ranking.rank(records)
         self.trials = sum(not traces.is_default(entry.record.trace) for entry in ranked)
         if ranked:
@@ -74,29 +78,24 @@ class KernelResult:
         for entry in ranked:
             if traces.is_default(entry.record.trace):
                 self.default_us = entry.seconds * 1e6
-        self.history = []
-        seen: set[str] = set()
-        for record in records:
-            if record.trace_text in seen:
-                continue
-            seen.add(record.trace_text)
-            time = sorted(record.run_secs)[len(record.run_secs) // 2] * 1e6
-            self.history.append(min(time, self.history[-1]) if self.history else time)
+        schedules = grouped(records, lambda record: record.trace_text).values()
+        times = (statistics.median_high(first.run_secs) * 1e6 for first, *_ in schedules)
+        self.history = list(itertools.accumulate(times, min))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {
-            "name": self.name,
-            "detail": self.detail,
-            "uses": self.uses,
-            "trials": self.trials,
-            "failures": self.failures,
-            "default_us": self.default_us,
-            "best_us": self.best_us,
-            "gain": self.gain,
-            "best": self.best,
-            "history_us": self.history,
-        }
+        names = (
+            "name",
+            "detail",
+            "uses",
+            "trials",
+            "failures",
+            "default_us",
+            "best_us",
+            "gain",
+            "best",
+        )
+        return {**{name: getattr(self, name) for name in names}, "history_us": self.history}
 
 
 def check_plot(path: Path) -> None:
@@ -109,16 +108,11 @@ def check_plot(path: Path) -> None:
     ToolchainError
         Where matplotlib is missing.
     """
-    from importlib.util import find_spec
-
     if path.suffix not in PLOTS:
         raise InputError(f"the plot is {path}; give a file that ends in {', '.join(PLOTS)}")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent} is not a folder, so {path} cannot be made; make it first")
-    if find_spec("matplotlib") is None:
-        raise ToolchainError(
-            "plots need matplotlib, not installed here: pip install 'tvm-balanced[plot]'"
-        )
+    need("matplotlib", "plot", "a plot")
 
 
 def describe(record: Record) -> str:
@@ -134,16 +128,9 @@ def describe(record: Record) -> str:
 
 @dataclass(frozen=True)
 class Status:
-    """Where a run stands after a batch.
+    """Where a run stands after a batch of a kernel, which gets at most ``limit`` trials.
 
-    Parameters
-    ----------
-    kernel : KernelResult
-        The kernel that the batch was of.
-    limit : int
-        Trials of that kernel, at most.
-    trials, total : int
-        Of all kernels together, done and at most.
+    Of all kernels together ``trials`` are done, of at most ``total``.
     """
 
     kernel: KernelResult
@@ -159,9 +146,9 @@ class TuningResult(Printable):
     Attributes
     ----------
     kernels : tuple of KernelResult
-        In the order they were found.
+        The kernels, those with the balanced operator first.
     folder : pathlib.Path
-        Where the records are.
+        The folder of the records.
     seconds : float
         How long it took.
     interrupted : bool
@@ -176,21 +163,28 @@ class TuningResult(Printable):
     interrupted: bool
     estimated: bool
 
+    @property
+    def method(self) -> Method:
+        """What its times are."""
+        return "estimated" if self.estimated else "measured"
+
     def gain(self) -> float | None:
         """Time of all kernels by default over that of the best schedules, by how often they are called."""
-        known = [k for k in self.kernels if k.default_us is not None and k.best_us is not None]
-        if not known:
+        times = [
+            (k.uses * k.default_us, k.uses * k.best_us)
+            for k in self.kernels
+            if k.default_us is not None and k.best_us is not None
+        ]
+        if not times:
             return None
-        return sum(k.uses * (k.default_us or 0) for k in known) / sum(
-            k.uses * (k.best_us or 0) for k in known
-        )
+        default, best = map(sum, zip(*times, strict=True))
+        return default / best
 
     def tables(self, width: int = WIDE) -> list[Table]:
         """One ``rich.table.Table``, one row a kernel."""
         from rich.table import Table
 
-        how = "estimated" if self.estimated else "measured"
-        table = Table(title=f"kernels ({how} microseconds)", title_justify="left")
+        table = Table(title=f"kernels ({self.method} microseconds)", title_justify="left")
         table.add_column("kernel", overflow="fold")
         for heading in ("calls", "trials", "failed", "default", "best", "gain"):
             table.add_column(heading, justify="right", no_wrap=True)
@@ -198,11 +192,8 @@ class TuningResult(Printable):
         for k in self.kernels:
             table.add_row(
                 k.name + (f"\n  {k.detail}" if k.detail else ""),
-                str(k.uses),
-                str(k.trials),
-                str(k.failures),
-                _number(k.default_us),
-                _number(k.best_us),
+                *map(str, (k.uses, k.trials, k.failures)),
+                *map(_number, (k.default_us, k.best_us)),
                 "-" if k.gain is None else f"{k.gain:.2f}x",
                 k.best,
             )
@@ -237,10 +228,8 @@ class TuningResult(Printable):
         axes.set_ylabel("best time, of the default's")
         axes.legend(fontsize=7)
         figure.tight_layout()
-        try:
-            figure.savefig(path)
-        except (OSError, ValueError) as error:
-            raise OutputError(f"{path} cannot be written: {error}") from error
+        form = path.suffix[1:]
+        write_whole(path, lambda part: figure.savefig(part, format=form), overwrite=True)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -248,7 +237,7 @@ class TuningResult(Printable):
             "folder": str(self.folder),
             "seconds": self.seconds,
             "interrupted": self.interrupted,
-            "method": "estimated" if self.estimated else "measured",
+            "method": self.method,
             "gain": self.gain(),
             "kernels": [k.to_json() for k in self.kernels],
         }

@@ -13,13 +13,27 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from tvm_balanced.errors import InputError, ToolchainError
-from tvm_balanced.tuning.measure import RUN_SECONDS, Arguments, Feed, Known, Signature, Timer, build
+from tvm_balanced.tuning.measure import (
+    RUN_SECONDS,
+    Arguments,
+    Feed,
+    Known,
+    Signature,
+    Timer,
+    build,
+)
+
+if TYPE_CHECKING:
+    import tvm
+    from tvm.s_tir.meta_schedule.runner import RPCRunner, RunnerInput, RunnerResult
+
 
 # until a tracker answers
 _CONNECT_SECONDS = 5.0
@@ -34,21 +48,12 @@ _SESSIONS = 4
 # looks in a row that find no server before the run is given up: one is between two sessions at times
 _LOOKS = 3
 log = logging.getLogger("tvm_balanced.tuning")
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
 class Tracker:
-    """Where servers are asked for.
-
-    Parameters
-    ----------
-    host : str
-        Its name or address.
-    port : int
-        Where it listens.
-    key : str
-        Of the servers to use.
-    """
+    """Where servers of a key are asked for."""
 
     host: str
     port: int
@@ -56,13 +61,7 @@ class Tracker:
 
     @staticmethod
     def parse(address: str | None, key: str | None) -> Tracker:
-        """From ``"host:port"``.
-
-        Raises
-        ------
-        InputError
-            When one is missing or of another form.
-        """
+        """Return the tracker at ``"host:port"``; InputError where one is missing or of another form."""
         if not address or not key:
             raise InputError(
                 f"the rpc runner needs a tracker and a key, and was given tracker {address} and key {key}; "
@@ -83,13 +82,7 @@ class Tracker:
         return f"{self.host}:{self.port}"
 
     def servers(self) -> int:
-        """Servers of the key that are registered, busy ones too.
-
-        Raises
-        ------
-        ToolchainError
-            When no tracker answers.
-        """
+        """Servers of the key that are registered, busy ones too; ToolchainError where no tracker answers."""
         from tvm import rpc
 
         try:
@@ -113,25 +106,12 @@ class Tracker:
         )
 
 
-class RpcArguments(Arguments):
-    """As TVM's RPC runner calls it."""
-
-    def __call__(self, _session: Any, device: Any, args_info: Any, repeat: int) -> list[list[Any]]:
-        """As :meth:`make`, with TVM's arguments."""
-        return self.make(device, args_info, repeat)
+def _without_session(call: Callable[..., _Answer], _session: object, *given: object) -> _Answer:
+    """Call what the local runner would: TVM's RPC runner gives the session too."""
+    return call(*given)
 
 
-class RpcTimer(Timer):
-    """As TVM's RPC runner calls it; caches are emptied by the server."""
-
-    def __call__(
-        self, _session: Any, module: Any, device: Any, _config: Any, args: Any
-    ) -> list[float]:
-        """As :meth:`time`, with TVM's arguments."""
-        return self.time(module, device, args)
-
-
-def make_shared(mod: Any, target: Any) -> str:
+def make_shared(mod: tvm.IRModule, target: tvm.target.Target) -> str:
     """Build a candidate as a shared library, alone in a folder; its path."""
     folder = Path(tempfile.mkdtemp(prefix="tvm-balanced-"))
     # a server loads many libraries; none is taken for another
@@ -141,28 +121,13 @@ def make_shared(mod: Any, target: Any) -> str:
 
 
 class RpcRunner:
-    """Measures candidates on the servers of a tracker.
-
-    Parameters
-    ----------
-    tracker : Tracker
-        Where they are.
-    feeds : mapping of Signature to Feed
-        As for :class:`tvm_balanced.tuning.measure.Arguments`.
-    cache : str
-        As for :class:`tvm_balanced.tuning.measure.Timer`.
-
-    Raises
-    ------
-    ToolchainError
-        When no tracker answers, or it has no server of the key.
-    """
+    """Measures candidates on the servers of a tracker; ToolchainError where none is left."""
 
     def __init__(self, tracker: Tracker, feeds: Mapping[Signature, Feed], cache: str) -> None:
         self.tracker = tracker
         self._feeds, self._cache = feeds, cache
         self._servers = self._workers = 0
-        self._runner: Any = None
+        self._runner: RPCRunner | None = None
         if not self._look():
             raise tracker.no_server()
 
@@ -181,31 +146,26 @@ class RpcRunner:
         from tvm.support.popen_pool import PopenPoolExecutor
 
         self.close()
-        self._runner = ms.runner.RPCRunner(
+        runner = ms.runner.RPCRunner(
             rpc_config=ms.runner.RPCConfig(
                 tracker_host=self.tracker.host,
                 tracker_port=self.tracker.port,
                 tracker_key=self.tracker.key,
                 session_timeout_sec=int(RUN_SECONDS),
             ),
-            f_alloc_argument=RpcArguments(self._feeds, self._cache),
-            f_run_evaluator=RpcTimer(self._cache),
+            f_alloc_argument=partial(_without_session, Arguments(self._feeds, self._cache)),
+            # the server empties its caches
+            f_run_evaluator=partial(_without_session, Timer(self._cache)),
         )
-        self._runner.pool.shutdown()
+        runner.pool.shutdown()
         # TVM's own pool waits for ever for a server that no longer answers
-        self._runner.pool = PopenPoolExecutor(
+        runner.pool = PopenPoolExecutor(
             max_workers=workers, timeout=_SESSIONS * RUN_SECONDS, stderr=subprocess.DEVNULL
         )
-        self._workers = workers
+        self._runner, self._workers = runner, workers
 
-    def run(self, inputs: Sequence[Any]) -> list[Known]:
-        """One result for each of MetaSchedule's runner inputs, in order.
-
-        Raises
-        ------
-        ToolchainError
-            When all servers are gone.
-        """
+    def run(self, inputs: Sequence[RunnerInput]) -> list[Known]:
+        """One result for each of MetaSchedule's runner inputs, in order."""
         if not self._look():
             raise self.tracker.no_server()
         before = self._servers
@@ -219,7 +179,8 @@ class RpcRunner:
             self._look()
         return [Known(result) for result in results]
 
-    def _measure(self, inputs: Sequence[Any]) -> list[Any]:
+    def _measure(self, inputs: Sequence[RunnerInput]) -> list[RunnerResult]:
+        assert self._runner is not None  # whoever measures has looked
         futures = self._runner.run(list(inputs))
         missing, looked = 0, time.monotonic()
         while not all(future.done() for future in futures):

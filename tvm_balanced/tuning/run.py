@@ -8,24 +8,23 @@ batch, and fails when a space is exhausted.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import logging
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from tvm_balanced._version import __version__
 from tvm_balanced.errors import InputError
 from tvm_balanced.options import CompileOptions, make_options
 from tvm_balanced.records import lookup
-from tvm_balanced.records import record as records_record
 from tvm_balanced.records.record import Environment, Method
-from tvm_balanced.records.store import RecordFolder
+from tvm_balanced.records.store import SPELT_OUT, RecordFolder, read_folder
+from tvm_balanced.support.provenance import commit, now, tvm_version
 from tvm_balanced.targets.resolve import TargetSpec, resolve
-from tvm_balanced.tuning import measure
 from tvm_balanced.tuning.options import AllKeywords, TuneKeywords, TuneOptions
 from tvm_balanced.tuning.result import KernelResult, Status, TuningResult
 from tvm_balanced.tuning.search import SEARCH_LOG, Tuner, log
@@ -72,10 +71,6 @@ def tune(
         Fields of :class:`tvm_balanced.CompileOptions` and of :class:`TuneOptions`, in place of ``options``
         and ``search``.
 
-    Returns
-    -------
-    TuningResult
-
     Raises
     ------
     InputError
@@ -120,42 +115,26 @@ def tune_tasks(
     progress: Callable[[Status], None] | None = None,
     begin: float | None = None,
 ) -> TuningResult:
-    """As :func:`tune`, for kernels that are known.
+    """As :func:`tune`, for kernels from :func:`tvm_balanced.tuning.tasks.find_tasks`.
 
-    Parameters
-    ----------
-    tasks : sequence of Task
-        Kernels, from :func:`tvm_balanced.tuning.tasks.find_tasks`.
-    spec : TargetSpec
-        What to tune for.
-    folder : RecordFolder
-        Where records go, from :func:`open_folder` for the same search.
-    search : TuneOptions
-        How to search.
-    progress : callable, optional
-        Called with a :class:`Status` after every batch.
-    begin : float, optional
-        When the time began to count, by ``time.monotonic``; now when left out.
+    Records go to a ``folder`` that :func:`open_folder` gave for the same search. Time counts from ``begin``,
+    by ``time.monotonic``, or from now.
     """
+    from tvm_balanced.tuning.tasks import feeds_of
+
     begin = time.monotonic() if begin is None else begin
     how = search.how
     left_out: list[KernelResult] = []
     if how.estimates:
         tasks, left_out = _with_estimates(tasks, spec)
-    feeds = {
-        measure.signature(_args_json(task)): measure.Feed(
-            task.index_bound, task.weights, task.between
-        )
-        for task in tasks
-    }
-    devices = how.open(feeds, search.caches)
+    devices = how.open(feeds_of(tasks), search.caches)
     _quiet_tvm()
     _import_intrinsics()
     tuner = Tuner(tasks, spec, folder, devices, search, progress or (lambda _: None), begin)
     if search.resume:
-        known, problems = folder.read()
+        known, problems = read_folder(folder.folder)
         if problems:
-            log.warning("records were passed over: %s", "; ".join(problems[:3]))
+            log.warning("records were passed over: %s", "; ".join(problems[:SPELT_OUT]))
         tuner.resume(known)
     with _stop_on_interrupt(tuner.stopped):
         tuner.run()
@@ -192,19 +171,16 @@ def open_folder(
 ) -> RecordFolder:
     """Return the folder of a target below ``place``; estimates have their own.
 
-    Raises
-    ------
-    OutputError
-        When it holds records of another device.
+    An OutputError says where it holds records of another device.
     """
     from tvm_balanced.targets.host import cpu_model
 
     name = lookup.device_name(spec)
     how = search.how
     run = {
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "time": now(),
         "package": __version__,
-        "commit": _commit(),
+        "commit": commit(whole=True) or None,
         **how.describe(),
         "caches": search.caches,
         "seed": search.seed,
@@ -214,30 +190,9 @@ def open_folder(
     }
     model = cpu_model() if spec.kind == "llvm" else str(spec.gpu)
     method: Method = "estimated" if how.estimates else "measured"
-    environment = Environment(
-        name, model, spec.kind, spec.arch, records_record.tvm_version(), method, (run,)
-    )
+    environment = Environment(name, model, spec.kind, spec.arch, tvm_version(), method, (run,))
     folder = place / name / lookup.ESTIMATES if how.estimates else place / name
     return RecordFolder(folder, environment)
-
-
-def _commit() -> str | None:
-    """Return the commit of the working tree that this package is run from; None for an installed one."""
-    import subprocess
-
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    done = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or None
-
-
-def _args_json(task: Task) -> list[Any]:
-    from tvm.s_tir import meta_schedule as ms
-
-    return [info.as_json() for info in ms.arg_info.ArgInfo.from_prim_func(task.mod["main"])]
 
 
 def _quiet_tvm() -> None:
@@ -270,8 +225,7 @@ def _stop_on_interrupt(stopped: threading.Event) -> Iterator[None]:
         return
     before = signal.getsignal(signal.SIGINT)
 
-    def stop(number: int, frame: Any) -> None:
-        del number, frame
+    def stop(_number: int, _frame: FrameType | None) -> None:
         log.warning("stopping after the batch in flight; once more ends at once")
         stopped.set()
         signal.signal(signal.SIGINT, before)

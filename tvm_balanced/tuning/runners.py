@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 from tvm_balanced.errors import InputError, ToolchainError
+from tvm_balanced.support.words import check_word
 from tvm_balanced.targets.host import core_count
 from tvm_balanced.tuning import measure, model_runner
 from tvm_balanced.tuning.rpc import RpcRunner, Tracker, make_shared
 
 if TYPE_CHECKING:
+    from tvm.s_tir.meta_schedule.runner import RunnerFuture, RunnerInput
+
     from tvm_balanced.targets.resolve import TargetSpec
 
 
@@ -29,17 +32,19 @@ _NEEDED = {
 }
 
 
+class Measurer(Protocol):
+    """What says how long candidates take that were built."""
+
+    def run(self, inputs: Sequence[RunnerInput]) -> Sequence[RunnerFuture]:
+        """Return a future for each of MetaSchedule's runner inputs, in order."""
+
+
 @dataclass(frozen=True)
 class Runner:
     """What says how long a candidate takes.
 
-    Parameters
-    ----------
-    name : str
-        ``"local"``: runs it on this CPU; ``"rpc"``: on the servers of a tracker; ``"model"``: compiles it
-        for a GPU and predicts.
-    tracker : Tracker, optional
-        Of ``"rpc"``.
+    ``"local"`` runs it on this CPU, ``"rpc"`` on the servers of a tracker; ``"model"`` compiles it for a GPU
+    and predicts.
     """
 
     name: str = "local"
@@ -47,23 +52,11 @@ class Runner:
 
     @staticmethod
     def parse(name: str, tracker: str | None = None, key: str | None = None) -> Runner:
-        """From what a user gave.
+        """Return one of :data:`RUNNERS`, with the tracker's ``"host:port"`` and the servers' key.
 
-        Parameters
-        ----------
-        name : str
-            One of :data:`RUNNERS`.
-        tracker, key : str, optional
-            ``"host:port"`` and the servers' key, for ``"rpc"``.
-
-        Raises
-        ------
-        InputError
-            For another name, or a tracker that does not go with it.
+        An InputError says what does not go together.
         """
-        if name not in RUNNERS:
-            raise InputError(f'runner "{name}" is not known; choose {", ".join(RUNNERS)}')
-        if name == "rpc":
+        if check_word("runner", name, RUNNERS) == "rpc":
             return Runner(name, Tracker.parse(tracker, key))
         if tracker is not None or key is not None:
             raise InputError(f"a tracker or key was given for runner {name}; give runner rpc")
@@ -119,34 +112,21 @@ class Runner:
 
     def open(
         self, feeds: Mapping[measure.Signature, measure.Feed], cache: str
-    ) -> tuple[measure.ProcessBuilder, Any]:
-        """Return a builder of candidates, and what takes what it built.
-
-        Parameters
-        ----------
-        feeds : mapping of Signature to Feed
-            As for :class:`tvm_balanced.tuning.measure.Arguments`.
-        cache : str
-            As for :class:`tvm_balanced.tuning.measure.Timer`.
-
-        Raises
-        ------
-        ToolchainError
-            When there is no server.
-        """
-        workers = core_count()
+    ) -> tuple[measure.ProcessBuilder, Measurer]:
+        """Return a builder of candidates, and what measures them; ToolchainError where no server is there."""
+        make: measure.Make
+        measurer: Measurer
         if self.tracker is not None:
-            device = RpcRunner(self.tracker, feeds, cache)
-            return measure.ProcessBuilder(workers, make_shared), device
-        if self.estimates:
-            builder = measure.ProcessBuilder(workers, model_runner.make_estimate)
-            return builder, model_runner.ModelRunner()
-        builder = measure.ProcessBuilder(workers, measure.make_library)
-        return builder, measure.LocalRunner(feeds, cache)
+            make, measurer = make_shared, RpcRunner(self.tracker, feeds, cache)
+        elif self.estimates:
+            make, measurer = model_runner.make_estimate, model_runner.ModelRunner()
+        else:
+            make, measurer = measure.make_library, measure.LocalRunner(feeds, cache)
+        return measure.ProcessBuilder(core_count(), make), measurer
 
-    def describe(self) -> dict[str, Any]:
-        """For a run's entry in ``environment.json``."""
-        description: dict[str, Any] = {"runner": self.name}
+    def describe(self) -> dict[str, object]:
+        """Return its part of a run's entry in ``environment.json``."""
+        description: dict[str, object] = {"runner": self.name}
         if self.tracker is not None:
             description |= {"tracker": str(self.tracker), "key": self.tracker.key}
         if self.estimates:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tvm_balanced.records import ranking, traces
 from tvm_balanced.records import store as records
 from tvm_balanced.records.record import Record, trace_text
 from tvm_balanced.records.store import RecordFolder
+from tvm_balanced.support.groups import grouped
+from tvm_balanced.support.tvm_types import Candidate, TargetJson, TuningRecord
 from tvm_balanced.targets.host import core_count
 from tvm_balanced.targets.resolve import TargetSpec
 from tvm_balanced.tuning import measure
@@ -20,6 +23,11 @@ from tvm_balanced.tuning.options import TuneOptions
 from tvm_balanced.tuning.result import KernelResult, Status
 
 if TYPE_CHECKING:
+    from tvm.s_tir.meta_schedule import CostModel, TuneContext
+    from tvm.s_tir.meta_schedule.runner import RunnerResult
+
+    from tvm_balanced.schedules.space import Space
+    from tvm_balanced.tuning.runners import Measurer
     from tvm_balanced.tuning.tasks import Task
 
 
@@ -44,8 +52,8 @@ SEARCH_LOG = logging.getLogger("tvm_balanced.tuning.search")
 
 @dataclass(frozen=True)
 class _Measured:
-    candidate: Any
-    result: Any
+    candidate: Candidate
+    result: RunnerResult
 
 
 @dataclass
@@ -53,17 +61,17 @@ class _State:
     """A task while it is tuned."""
 
     task: Task
-    context: Any
-    default: Any
+    context: TuneContext
+    default: Candidate
     result: KernelResult
-    spaces: Sequence[Any]
+    spaces: Sequence[Space]
     limit: int
     batches: int = 0
     searched: bool = False
     finished: bool = False
     begun: bool = False
     # measured candidates by the trace's text
-    known: dict[str, Any] = field(default_factory=dict)
+    known: dict[str, Candidate | None] = field(default_factory=dict)
     # records by trace, as the file has them
     records: list[Record] = field(default_factory=list)
 
@@ -82,7 +90,7 @@ class Tuner:
         tasks: Sequence[Task],
         spec: TargetSpec,
         folder: RecordFolder,
-        devices: tuple[Any, Any],
+        devices: tuple[measure.ProcessBuilder, Measurer],
         search: TuneOptions,
         progress: Callable[[Status], None],
         begin: float,
@@ -105,7 +113,7 @@ class Tuner:
             from tvm_balanced.tuning.estimates import ModelScores
 
             # what is searched for is the model's opinion, so there is nothing to learn
-            self.model: Any = ModelScores(spec.target)
+            self.model: CostModel = ModelScores(spec.target)
         else:
             self.model = ms.cost_model.XGBModel(
                 extractor=KernelFeatures(spec.target),
@@ -138,26 +146,22 @@ class Tuner:
         )
         arguments = self.ms.arg_info.ArgInfo.from_prim_func(task.mod["main"])
         default = self.ms.MeasureCandidate(default_schedule(task.mod), arguments)
-        limit = trials
-        if spaces:
-            limit = min(trials, sum(len(space.points()) for space in spaces))
+        points = sum(len(space.points()) for space in spaces)
+        limit = min(trials, points) if spaces else trials
         result = KernelResult.of(task, self.estimates)
         return _State(task, context, default, result, spaces, limit)
 
     # --- measuring
 
-    def _measure(self, state: _State, candidates: Sequence[Any]) -> list[_Measured]:
+    def _measure(self, state: _State, candidates: Sequence[Candidate]) -> list[_Measured]:
         """Build and run candidates, and write down what succeeded."""
         target = self.spec.target
         device = "cuda" if target.kind.name == "cuda" else "cpu"
         built = self.builder.build([c.sch.mod for c in candidates], target)
         ready = [i for i, result in enumerate(built) if result.error is None]
-        futures = self.runner.run(
-            [
-                self.ms.runner.RunnerInput(built[i].path, device, candidates[i].args_info)
-                for i in ready
-            ]
-        )
+        runner_input = self.ms.runner.RunnerInput
+        inputs = [runner_input(built[i].path, device, candidates[i].args_info) for i in ready]
+        futures = self.runner.run(inputs)
         results = [self.ms.runner.RunnerResult(None, str(b.error)) for b in built]
         for i, future in zip(ready, futures, strict=True):
             results[i] = future.result()
@@ -168,7 +172,9 @@ class Tuner:
         return measured
 
     def _keep(self, state: _State, measured: Sequence[_Measured]) -> None:
-        fresh = []
+        """Take up what was measured: records go to the folder, failures are counted."""
+        fresh: list[Record] = []
+        known: dict[str, Candidate] = {}
         for item in measured:
             if item.result.error_msg is not None:
                 # workers get the terminal's Ctrl-C too, which says nothing about a candidate
@@ -178,21 +184,20 @@ class Tuner:
                     log.debug("%s: %s", state.task.name, item.result.error_msg)
                 continue
             record = self._record(state, item.candidate, item.result.run_secs)
-            fresh.append(_plain(record))
-            if not traces.is_default(fresh[-1].trace):
+            plain = _plain(record)
+            fresh.append(plain)
+            known[plain.trace_text] = item.candidate
+            if not traces.is_default(plain.trace):
                 self.database.commit_tuning_record(record)
         if fresh:
             self.folder.append(fresh)
-        for record in fresh:
-            state.known.setdefault(record.trace_text, None)
-        for item, record in zip(
-            (f for f in measured if f.result.error_msg is None), fresh, strict=True
-        ):
-            state.known[record.trace_text] = item.candidate
+        state.known |= known
         state.records += fresh
-        self._sum_up(state)
+        state.result.update(state.records)
 
-    def _record(self, state: _State, candidate: Any, run_secs: Any) -> Any:
+    def _record(
+        self, state: _State, candidate: Candidate, run_secs: Sequence[float]
+    ) -> TuningRecord:
         return self.ms.database.TuningRecord(
             candidate.sch.trace,
             self.database.commit_workload(state.task.mod),
@@ -201,18 +206,13 @@ class Tuner:
             candidate.args_info,
         )
 
-    def _sum_up(self, state: _State) -> None:
-        state.result.update(state.records)
-
     # --- the run
 
     def resume(self, known: Iterable[Record]) -> None:
         """Take up records of earlier runs: they count as trials, and the cost model learns from them."""
-        by_key: dict[str, list[Record]] = {}
-        wanted = records.target_key(self.target_json())
-        for record in known:
-            if records.target_key(record.target) == wanted:
-                by_key.setdefault(record.workload[0], []).append(record)
+        wanted = records.target_key(self._target_json())
+        fitting = (r for r in known if records.target_key(r.target) == wanted)
+        by_key = grouped(fitting, lambda record: record.workload[0])
         for state in self.states:
             for record in by_key.get(state.task.key, []):
                 candidate = self._replay(state, record)
@@ -222,15 +222,16 @@ class Tuner:
                 if record.trace_text not in state.known:
                     state.known[record.trace_text] = candidate
                     if not traces.is_default(record.trace):
-                        self._learn(state, [candidate], [record.run_secs])
-            self._sum_up(state)
+                        self._learn(state, candidate, record.run_secs)
+            state.result.update(state.records)
 
-    def target_json(self) -> Mapping[str, Any]:
+    def _target_json(self) -> TargetJson:
         """Return the target as records hold it."""
         state = self.states[0]
         return _plain(self._record(state, state.default, [1.0])).target
 
-    def _replay(self, state: _State, record: Record) -> Any:
+    def _replay(self, state: _State, record: Record) -> Candidate | None:
+        """Return the candidate of a record; None where its trace fits no longer."""
         from tvm import s_tir
 
         from tvm_balanced.schedules import workload
@@ -245,13 +246,11 @@ class Tuner:
             return None
         return self.ms.MeasureCandidate(sch, state.default.args_info)
 
-    def _learn(
-        self, state: _State, candidates: Sequence[Any], times: Sequence[Sequence[float]]
-    ) -> None:
-        for candidate, run_secs in zip(candidates, times, strict=True):
-            self.database.commit_tuning_record(self._record(state, candidate, list(run_secs)))
-        results = [self.ms.runner.RunnerResult(list(t), None) for t in times]
-        self.model.update(state.context, list(candidates), results)
+    def _learn(self, state: _State, candidate: Candidate, run_secs: Sequence[float]) -> None:
+        seconds = list(run_secs)
+        self.database.commit_tuning_record(self._record(state, candidate, seconds))
+        result = self.ms.runner.RunnerResult(seconds, None)
+        self.model.update(state.context, [candidate], [result])
 
     def run(self) -> None:
         """Measure the defaults, search, and measure the best ones again."""
@@ -270,7 +269,7 @@ class Tuner:
             self._batch(state)
             self._tell(state)
         # a prediction is the same every time
-        if not self.stopped.is_set() and not self.estimates:
+        if not self.estimates:
             for state in self.states:
                 if self.stopped.is_set():
                     break
@@ -312,7 +311,7 @@ class Tuner:
         if good:
             self.model.update(state.context, [g.candidate for g in good], [g.result for g in good])
 
-    def _propose(self, state: _State) -> list[tuple[str, Any]]:
+    def _propose(self, state: _State) -> list[tuple[str, Candidate]]:
         """Return what the search wants to be measured next, by the text of its trace; empty at its end."""
         if state.searched:
             return []
@@ -323,42 +322,35 @@ class Tuner:
             candidates = None
         return [(_text(candidate), candidate) for candidate in candidates or ()]
 
-    def _rest(self, state: _State, most: int) -> list[Any]:
+    def _rest(self, state: _State, most: int) -> list[Candidate]:
         """Points of our kernels' spaces that were not measured, the first few of them."""
         from tvm_balanced.tuning.space import point_schedule
 
-        rest = []
-        for space in state.spaces:
-            for point in space.points():
-                sch = point_schedule(state.task.mod, space, point)
-                candidate = self.ms.MeasureCandidate(sch, state.default.args_info)
-                if _text(candidate) not in state.known:
-                    rest.append(candidate)
-                if len(rest) == most:
-                    return rest
-        return rest
+        args_info = state.default.args_info
+        candidates = (
+            self.ms.MeasureCandidate(point_schedule(state.task.mod, space, point), args_info)
+            for space in state.spaces
+            for point in space.points()
+        )
+        fresh = (candidate for candidate in candidates if _text(candidate) not in state.known)
+        return list(itertools.islice(fresh, most))
 
     def _again(self, state: _State) -> None:
-        if isinstance(self.runner, measure.LocalRunner) and self._finals(state):
+        """Measure the best few and the default again, as sure as the runner can."""
+        if isinstance(self.runner, measure.LocalRunner) and self._finals(state, self.runner):
             return
         for _ in range(_ROUNDS):
             ranked = ranking.rank(state.records)
             if not ranked or ranked[0].times >= _TIMES or self.stopped.is_set():
                 return
-            fastest = sorted(ranked, key=lambda entry: entry.seconds)[:_AGAIN]
-            default = [e for e in ranked if traces.is_default(e.record.trace)]
-            chosen = {e.record.trace_text: None for e in [*ranked[:1], *fastest, *default]}
-            self._measure(state, [state.known[text] for text in chosen])
+            self._measure(state, _best(state, ranked, _AGAIN))
 
-    def _finals(self, state: _State) -> bool:
+    def _finals(self, state: _State, runner: measure.LocalRunner) -> bool:
         """Measure the best few and the default by turns; whether that was done or is not needed."""
         ranked = ranking.rank(state.records)
         if len(ranked) < 2 or (ranked[0].times > 1 and state.batches == 0):
             return True
-        fastest = sorted(ranked, key=lambda entry: entry.seconds)[:_FINALISTS]
-        default = [e for e in ranked if traces.is_default(e.record.trace)]
-        chosen = {e.record.trace_text: None for e in [*ranked[:1], *fastest, *default]}
-        candidates = [state.known[text] for text in chosen]
+        candidates = _best(state, ranked, _FINALISTS)
         built = self.builder.build([c.sch.mod for c in candidates], self.spec.target)
         try:
             if any(result.error is not None for result in built):
@@ -367,7 +359,7 @@ class Tuner:
                 self.ms.runner.RunnerInput(result.path, "cpu", candidate.args_info)
                 for result, candidate in zip(built, candidates, strict=True)
             ]
-            times = self.runner.by_turns(inputs, _TURNS)
+            times = runner.by_turns(inputs, _TURNS)
         finally:
             for result in built:
                 measure.remove_artifact(result.path)
@@ -395,10 +387,19 @@ class Tuner:
         )
 
 
-def _text(candidate: Any) -> str:
+def _best(state: _State, ranked: Sequence[ranking.Ranked], count: int) -> list[Candidate]:
+    """Return the best one, the fastest ``count`` and the default, each once."""
+    fastest = sorted(ranked, key=lambda entry: entry.seconds)[:count]
+    default = [entry for entry in ranked if traces.is_default(entry.record.trace)]
+    chosen = dict.fromkeys(e.record.trace_text for e in [*ranked[:1], *fastest, *default])
+    return [state.known[text] for text in chosen]
+
+
+def _text(candidate: Candidate) -> str:
     """Return what a record of the candidate will have as its trace."""
     return trace_text(candidate.sch.trace.as_json())
 
 
-def _plain(record: Any) -> Record:
+def _plain(record: TuningRecord) -> Record:
+    """Return one of MetaSchedule's records as one of ours."""
     return Record.from_json(record.workload.as_json(), record.as_json())

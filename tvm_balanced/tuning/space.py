@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import tvm
@@ -16,7 +16,11 @@ from tvm.s_tir import meta_schedule as ms
 from tvm_balanced.ops import BLOCK_MAIN
 from tvm_balanced.schedules import space as schedules_space
 from tvm_balanced.schedules import workload
+from tvm_balanced.support.tensors import Array
 from tvm_balanced.tuning import estimates as kernel_models
+
+Trace: TypeAlias = s_tir.schedule.Trace
+Candidates: TypeAlias = Sequence[ms.MeasureCandidate]
 
 # columns of a candidate's features that hold its knobs
 _KNOB_COLUMNS = 8
@@ -26,13 +30,7 @@ _STORE_COLUMNS = 164
 
 
 def design_space(spaces: list[schedules_space.Space]) -> ms.space_generator.SpaceGenerator:
-    """Return a generator of one design for each of our kernels, with the mutator and the check that fit.
-
-    Parameters
-    ----------
-    spaces : list of Space
-        From :func:`tvm_balanced.schedules.dispatch.spaces`.
-    """
+    """Return a generator of one design for each of our kernels, with the mutator and the check that fit."""
 
     def designs(sch: s_tir.Schedule) -> list[s_tir.Schedule]:
         return [_design(sch.copy(), space, {}) for space in spaces]
@@ -76,27 +74,21 @@ def default_schedule(mod: tvm.IRModule) -> s_tir.Schedule:
 
 @derived_object
 class KnobsGoTogether(ms.postproc.PyPostproc):  # type: ignore[misc]
-    """Refuses knobs that do not go together.
-
-    Parameters
-    ----------
-    spaces : mapping of str to Space
-        By kernel.
-    """
+    """Refuses knobs that do not go together in the space of their kernel."""
 
     def __init__(self, spaces: Mapping[str, schedules_space.Space]) -> None:
         super().__init__()
         self.spaces = spaces
 
-    def _initialize_with_tune_context(self, context: Any) -> None:
-        del context
+    def _initialize_with_tune_context(self, context: ms.TuneContext) -> None:
+        """Nothing of the context is needed."""
 
     def apply(self, sch: s_tir.Schedule) -> bool:
         """Whether the knobs that ``sch`` is annotated with are valid."""
         noted = workload.knobs_of(sch.mod)
         return noted is not None and self.spaces[noted[0]].valid(noted[1])
 
-    def clone(self) -> Any:
+    def clone(self) -> KnobsGoTogether:
         """Another of its kind."""
         return KnobsGoTogether(self.spaces)
 
@@ -105,20 +97,17 @@ class KnobsGoTogether(ms.postproc.PyPostproc):  # type: ignore[misc]
 class MutateKnob(ms.mutator.PyMutator):  # type: ignore[misc]
     """Draws one knob again; TVM's own mutators only reach categories that its rules sample.
 
-    Parameters
-    ----------
-    rng : random.Random
-        Seeded when the tuning context is known.
+    Its random numbers are seeded when the tuning context is known.
     """
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__()
         self.rng = rng
 
-    def _initialize_with_tune_context(self, context: Any) -> None:
+    def _initialize_with_tune_context(self, context: ms.TuneContext) -> None:
         self.rng.seed(int(context.rand_state))
 
-    def apply(self, trace: Any, _: Any) -> Any:
+    def apply(self, trace: Trace, _: object) -> Trace | None:
         """Return the trace with another decision for one knob; None where it has no knobs."""
         knobs = [
             step
@@ -136,7 +125,7 @@ class MutateKnob(ms.mutator.PyMutator):  # type: ignore[misc]
             near = [i for i in range(count) if i != before]
         return trace.with_decision(chosen, self.rng.choice(near), True)
 
-    def clone(self) -> Any:
+    def clone(self) -> MutateKnob:
         """Another of its kind, with the same random numbers."""
         return MutateKnob(self.rng)
 
@@ -146,24 +135,21 @@ class KernelFeatures(ms.feature_extractor.PyFeatureExtractor):  # type: ignore[m
     """TVM's features of the kernel that a candidate stands for, its knobs, and what a model makes of it.
 
     A candidate of ours is still the unscheduled kernel with annotations, of which all features are equal.
-
-    Parameters
-    ----------
-    target : tvm.target.Target
-        Where kernels run.
     """
 
     def __init__(self, target: tvm.target.Target) -> None:
         super().__init__()
         self.target = target
         self.stores = ms.feature_extractor.PerStoreFeature()
-        self.known: dict[Any, Any] = {}
+        self.known: dict[tuple[str, str, tuple[int, ...]], tvm.runtime.Tensor] = {}
 
-    def extract_from(self, context: Any, candidates: Any) -> list[Any]:
+    def extract_from(
+        self, context: ms.TuneContext, candidates: Candidates
+    ) -> list[tvm.runtime.Tensor]:
         """One array ``(stores, 192)`` a candidate, float64."""
         return [self._one(context, candidate) for candidate in candidates]
 
-    def _one(self, context: Any, candidate: Any) -> Any:
+    def _one(self, context: ms.TuneContext, candidate: ms.MeasureCandidate) -> tvm.runtime.Tensor:
         noted = workload.knobs_of(candidate.sch.mod)
         if noted is None:
             return self._features(context, candidate, {})
@@ -181,7 +167,9 @@ class KernelFeatures(ms.feature_extractor.PyFeatureExtractor):  # type: ignore[m
                 self.known[key] = self._features(context, scheduled, knobs)
         return self.known[key]
 
-    def _features(self, context: Any, candidate: Any, knobs: Mapping[str, int]) -> Any:
+    def _features(
+        self, context: ms.TuneContext, candidate: ms.MeasureCandidate, knobs: Mapping[str, int]
+    ) -> tvm.runtime.Tensor:
         try:
             (stores,) = self.stores.extract_from(context, [candidate])
             array = stores.numpy()
@@ -191,7 +179,7 @@ class KernelFeatures(ms.feature_extractor.PyFeatureExtractor):  # type: ignore[m
         return _table(array, knobs, [])
 
 
-def _table(stores: Any, knobs: Mapping[str, int], parts: Sequence[float]) -> Any:
+def _table(stores: Array, knobs: Mapping[str, int], parts: Sequence[float]) -> tvm.runtime.Tensor:
     """Features of stores beside those of the whole kernel, which are the same for all of them."""
     columns = np.zeros((stores.shape[0], _KNOB_COLUMNS + kernel_models.PARTS))
     for i, value in enumerate(list(knobs.values())[:_KNOB_COLUMNS]):
