@@ -11,12 +11,12 @@ import numpy as np
 import tvm
 
 from tvm_balanced.format.packing import pack
-from tvm_balanced.format.weights import Array
 from tvm_balanced.ops import OP_NAME, format_of
 from tvm_balanced.relay_passes.find_dense import DenseLayer, main_bindings, split_params
 from tvm_balanced.relay_passes.rewrite_dense import INDICES, VALUES
 from tvm_balanced.relay_passes.weight_chain import apply_chain, call_name
 from tvm_balanced.relay_passes.weight_sources import Source, weight_sources
+from tvm_balanced.support.tensors import Array
 
 
 def pack_weights(

@@ -12,7 +12,7 @@ import numpy as np
 from tvm import relax, tirx
 
 from tvm_balanced.format.layout import numpy_dtype
-from tvm_balanced.format.weights import Array
+from tvm_balanced.support.tensors import Array
 from tvm_balanced.support.tvm_types import Expr
 
 _CHAIN_OPS = (

@@ -34,8 +34,7 @@ from tvm_balanced.build.dump import device_sources
 from tvm_balanced.cuda import cubin, nvrtc
 from tvm_balanced.cuda.libraries import find_cudart
 from tvm_balanced.errors import ToolchainError
-from tvm_balanced.format.weights import Array
-from tvm_balanced.support.tensors import read_tensors, write_tensors
+from tvm_balanced.support.tensors import Array, read_tensors, write_tensors
 from tvm_balanced.targets.resolve import TargetSpec
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from tvm import relax, tirx
 
 from tvm_balanced.build.dump import device_sources, dump, run_passes
 from tvm_balanced.format.layout import PackedFormat
-from tvm_balanced.model import Array, Model
+from tvm_balanced.model import Model
 from tvm_balanced.records.lookup import Choice
 from tvm_balanced.relay_passes.accumulate_float32 import accumulate_float32
 from tvm_balanced.relay_passes.bucket_functions import bucket_dim, bucket_functions
@@ -42,6 +42,7 @@ from tvm_balanced.relay_passes.pack_weights import pack_weights
 from tvm_balanced.relay_passes.rewrite_dense import rewrite_dense
 from tvm_balanced.schedules.dispatch import ScheduleBalanced, schedule_rest
 from tvm_balanced.schedules.tuned import ScheduleTuned
+from tvm_balanced.support.tensors import Array
 from tvm_balanced.support.tvm_types import Expr
 
 if TYPE_CHECKING:

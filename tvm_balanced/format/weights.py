@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.layout import VALUE_DTYPES
 from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.support.tensors import Array
 
-Array = np.ndarray[Any, np.dtype[Any]]
 # dense weights handled at a time, so that temporaries stay small beside a large weight
 _CHUNK_ELEMENTS = 1 << 23
 

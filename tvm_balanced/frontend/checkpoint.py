@@ -13,9 +13,9 @@ import numpy as np
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.pattern import BalancedPattern
-from tvm_balanced.model import Array, Model
+from tvm_balanced.model import Model
 from tvm_balanced.support.files import write_whole
-from tvm_balanced.support.tensors import read_tensors
+from tvm_balanced.support.tensors import Array, read_tensors
 
 PATTERNS_KEY = "tvm_balanced.patterns"
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tvm_balanced.errors import InputError
-from tvm_balanced.format.weights import Array
 from tvm_balanced.model import Model
+from tvm_balanced.support.tensors import Array
 from tvm_balanced.support.tvm_types import Expr
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ import numpy as np
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.pattern import BalancedPattern
-from tvm_balanced.model import Array, Model
+from tvm_balanced.model import Model
 from tvm_balanced.report import PruningReport
-from tvm_balanced.support.tensors import read_tensors
+from tvm_balanced.support.tensors import Array, read_tensors
 
 if TYPE_CHECKING:
     import torch

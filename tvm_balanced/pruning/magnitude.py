@@ -10,7 +10,6 @@ from tvm_balanced.errors import InputError
 from tvm_balanced.format.layout import VALUE_DTYPES
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.format.weights import (
-    Array,
     check_weight,
     into_blocks,
     is_balanced,
@@ -20,6 +19,7 @@ from tvm_balanced.format.weights import (
 from tvm_balanced.model import Model
 from tvm_balanced.report import PrunedLayer, PruningReport
 from tvm_balanced.selection import per_layer, select
+from tvm_balanced.support.tensors import Array
 
 
 def balanced_mask(weight: Array, pattern: BalancedPattern | str) -> Array:
