@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -127,7 +126,9 @@ def write_onnx(source: Path, path: Path, changed: Mapping[str, Array], overwrite
     from onnx import numpy_helper
 
     model = onnx.load(os.fspath(source))
-    stored: dict[str, Any] = {tensor.name: tensor for tensor in model.graph.initializer}
+    stored: dict[str, onnx.TensorProto] = {
+        tensor.name: tensor for tensor in model.graph.initializer
+    }
     for node in model.graph.node:
         if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
             stored[node.output[0]] = node.attribute[0].t
