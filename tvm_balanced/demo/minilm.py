@@ -13,7 +13,7 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -110,7 +110,7 @@ def minilm(tell: Progress, out: Path) -> dict[str, Any]:
 
     tell("MiniLM: check against PyTorch")
     truth = _answers(module, inputs)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, library in libraries.items():
         expected = _answers(_with_weights(module, models[name]), inputs)
         cosine = np.mean([_cosine(a, b) for a, b in zip(expected, truth, strict=True)])
@@ -126,19 +126,21 @@ def minilm(tell: Progress, out: Path) -> dict[str, Any]:
     tell("MiniLM: time")
     load = os.getloadavg()[0]
     # a busy machine favours one thread, an idle one all: PyTorch gets whichever is better
-    eager = {n: _eager(module, inputs[0], n) for n in sorted({1, core_count()})}
+    counts = sorted({1, core_count()})
+    calls = {f"PyTorch {count}": _eager(module, inputs[0], count) for count in counts}
     sample = [np.asarray(value) for value in inputs[0]]
-    compiled = {name: functools.partial(each, *sample) for name, each in libraries.items()}
-    times = _in_turns({**eager, **compiled})
-    threads = min(eager, key=lambda number: times[number]["min"])
+    for name, library in libraries.items():
+        calls[name] = functools.partial(library, *sample)
+    times = _in_turns(calls)
+    threads = min(counts, key=lambda count: times[f"PyTorch {count}"]["min"])
     for row in rows:
-        time_of = times[row["weights"]]
-        row |= {"ms": time_of["min"], "median_ms": time_of["median"]}
+        name = row["weights"]
+        row |= {"ms": times[name]["min"], "median_ms": times[name]["median"]}
     return {
         "tokens": TOKENS,
         "sentences": len(SENTENCES),
-        "pytorch_ms": times[threads]["min"],
-        "pytorch_median_ms": times[threads]["median"],
+        "pytorch_ms": times[f"PyTorch {threads}"]["min"],
+        "pytorch_median_ms": times[f"PyTorch {threads}"]["median"],
         "pytorch_threads": threads,
         "load": load,
         "cores": core_count(),
@@ -291,10 +293,10 @@ def _eager(module: torch.nn.Module, sample: Sample, threads: int) -> Callable[[]
 
 
 def _in_turns(
-    calls: Mapping[int | str, Callable[[], object]], turns: int = 6, timed: int = 10
-) -> dict[int | str, dict[str, float]]:
+    calls: dict[str, Callable[[], object]], turns: int = 6, timed: int = 10
+) -> dict[str, dict[str, float]]:
     """Fastest and median milliseconds of each call; they take turns, to meet the same machine."""
-    seconds: dict[int | str, list[float]] = {name: [] for name in calls}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(turns):
         for name, call in calls.items():
             # worker threads of the library called last spin for a while, on the cores this one needs

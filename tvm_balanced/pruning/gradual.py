@@ -16,7 +16,7 @@ to prune", 2017, arXiv 1710.01878.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.pattern import BalancedPattern
@@ -148,13 +148,9 @@ class GradualPruner:
                 f"{type(model).__name__} has no linear or recurrent weight, so there is nothing to prune; "
                 "give a model with linear layers"
             )
-        setting = {"re:.*": pattern} if _is_rule(pattern) else pattern
-        self._rules, skipped = choose_layers(
-            setting,
-            dict.fromkeys(self._places),
-            ignore,
-            lambda x: x if _is_rule(x) else BalancedRule(x),
-        )
+        if not isinstance(pattern, str | BalancedPattern | Mapping):
+            pattern = {"re:.*": pattern}
+        self._rules, skipped = choose_layers(pattern, dict.fromkeys(self._places), ignore, _as_rule)
         self.skipped |= skipped
         if not self._rules:
             raise InputError("every weight is ignored or has no pattern; ignore fewer")
@@ -332,8 +328,9 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _is_rule(pattern: object) -> TypeGuard[MaskRule]:
-    return hasattr(pattern, "mask")
+def _as_rule(pattern: Any) -> MaskRule:
+    rule: MaskRule = pattern if hasattr(pattern, "mask") else BalancedRule(pattern)
+    return rule
 
 
 def _find_weights(
