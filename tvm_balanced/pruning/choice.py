@@ -20,28 +20,11 @@ def choose_layers(
     ignore: Iterable[str],
     rule: Callable[[Any], Rule],
 ) -> tuple[dict[str, Rule], dict[str, str]]:
-    """Divide layers into those to prune, with what ``rule`` makes of their pattern, and the others.
+    """Divide layers into those to prune, by name what ``rule`` makes of their pattern, and the others.
 
-    Parameters
-    ----------
-    pattern : str, BalancedPattern or Mapping
-        One pattern for every layer, or a mapping from names (or ``re:`` patterns) to patterns.
-    blocked : Mapping
-        All layers by name, in the model's order, and why one cannot be pruned.
-    ignore : iterable of str
-        Layers to leave as they are, by name or ``re:`` pattern.
-    rule : callable
-        :class:`BalancedPattern`, or what else makes a rule of an entry of ``pattern``.
-
-    Returns
-    -------
-    (dict, dict)
-        Layer name to rule, and layer name to the reason why it stays dense.
-
-    Raises
-    ------
-    InputError
-        For an unknown pattern, or a name that matches nothing.
+    ``blocked`` names all layers in the model's order, and says why one cannot be pruned; of the others,
+    those that ``ignore`` or no entry of ``pattern`` names stay dense too, and the second dictionary says
+    why. Raises InputError for an unknown pattern, or a name that matches nothing.
     """
     names = list(blocked)
     ignored = select(ignore, names)
@@ -57,13 +40,7 @@ def choose_layers(
 
 
 def check_blocks(patterns: Mapping[str, BalancedPattern], columns: Mapping[str, int]) -> None:
-    """Refuse blocks that are wider than their layer's rows.
-
-    Raises
-    ------
-    InputError
-        When one is.
-    """
+    """Raise InputError for blocks that are wider than their layer's rows."""
     for name, pattern in patterns.items():
         if pattern.block > columns[name]:
             raise InputError(

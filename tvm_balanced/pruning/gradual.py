@@ -92,10 +92,8 @@ class GradualPruner:
 
     Attributes
     ----------
-    patterns : dict of str to str
-        Weight name to the pattern it will follow.
-    skipped : dict of str to str
-        Weight name to the reason why it stays dense.
+    patterns, skipped : dict of str to str
+        Weight name to the pattern it will follow, and to the reason why it stays dense.
 
     Raises
     ------

@@ -31,10 +31,8 @@ SYMBOLIC_BATCH = 16
 def read_inputs(path: Path) -> dict[str, Array]:
     """Named arrays of a ``.safetensors`` or ``.npz`` file, the samples along the first dimension.
 
-    Raises
-    ------
-    InputError
-        For a file of another kind, arrays of Python objects, or arrays of different lengths.
+    Raises InputError for a file of another kind, arrays of Python objects, or arrays of different
+    lengths.
     """
     if not path.is_file():
         raise InputError(f"{path} is not a file; give calibration inputs as .safetensors or .npz")
@@ -68,14 +66,9 @@ def batches_for(
 ) -> list[Batch]:
     """Cut the samples into calls of an exported program, each a tuple of tensors by position.
 
-    The program's inputs are found among ``arrays`` by name; a single one takes a single array of any name.
-    ``path`` is where they were read, for messages.
-
-    Raises
-    ------
-    InputError
-        When an input is missing or is not of the program's shape and dtype, or the samples do not fill
-        the program's batches.
+    The program's inputs are found among ``arrays`` by name; a single one takes a single array of any
+    name. ``path`` is where they were read, for messages. Raises InputError when an input is missing or
+    is not of the program's shape and dtype, or the samples do not fill the program's batches.
     """
     import torch
 
@@ -153,17 +146,10 @@ def prune_program(
 ) -> tuple[Model, float, Selection | None]:
     """Prune a ``.pt2`` from calibration inputs, and distil it for ``steps`` steps.
 
-    Returns
-    -------
-    (Model, float, Selection or None)
-        The imported model with the new weights, the mean cosine of its first output to the dense
-        model's on the calibration inputs, and what was chosen per layer where a goal was given.
-
-    Raises
-    ------
-    InputError
-        As :func:`tvm_balanced.pruning.calibrated.prune_calibrated`, for files that cannot be used, and
-        for a goal that cannot be reached.
+    Returned are the imported model with the new weights, the mean cosine of its first output to the dense
+    model's on the calibration inputs, and what was chosen per layer where a goal was given. Raises
+    InputError as :func:`tvm_balanced.pruning.calibrated.prune_calibrated`, for files that cannot be used,
+    and for a goal that cannot be reached.
     """
     from tvm_balanced.frontend import from_torch
     from tvm_balanced.frontend.archive import load_exported

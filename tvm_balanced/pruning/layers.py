@@ -46,12 +46,8 @@ def find_linear(module: torch.nn.Module, batch: Batch) -> list[LinearLayer]:
     """Linear layers of a model, in the order in which it uses them on the positional inputs ``batch``.
 
     Each weight is listed once; those that an embedding reads too, and those in no floating dtype, are
-    blocked. ``module`` may be that of an exported program, ``program.module()``.
-
-    Raises
-    ------
-    InputError
-        When the model has no linear layer on this input, or does not run on it.
+    blocked. ``module`` may be that of an exported program, ``program.module()``. Raises InputError when
+    the model has no linear layer on this input, or does not run on it.
     """
     import torch
 
@@ -89,10 +85,7 @@ def find_linear(module: torch.nn.Module, batch: Batch) -> list[LinearLayer]:
 def agreement(module: torch.nn.Module, teacher: torch.nn.Module, batches: Sequence[Batch]) -> float:
     """Mean cosine, sample by sample, of a model's first output to a teacher's.
 
-    Raises
-    ------
-    InputError
-        When the first output of the teacher is no floating-point tensor.
+    Raises InputError when the first output of the teacher is no floating-point tensor.
     """
     import torch
 
@@ -116,10 +109,7 @@ def agreement(module: torch.nn.Module, teacher: torch.nn.Module, batches: Sequen
 def call_model(module: torch.nn.Module, batch: Batch) -> object:
     """Run a model on positional inputs.
 
-    Raises
-    ------
-    InputError
-        When it does not run on them.
+    Raises InputError when it does not run on them.
     """
     try:
         return module(*batch)

@@ -27,27 +27,11 @@ _TABLES = ("embed", "wte", "wpe")
 
 
 def balanced_mask(weight: Array, pattern: BalancedPattern | str) -> Array:
-    """Keep the ``nnz`` largest magnitudes of every block; of equal ones the leftmost.
+    """Return a mask, (N, K) bool, of the ``nnz`` largest magnitudes of every block.
 
-    Parameters
-    ----------
-    weight : (N, K) float32, float16 or bfloat16
-        Not changed.
-    pattern : BalancedPattern or str
-        How many weights to keep of each block.
+    Of equal ones the leftmost is kept. ``weight`` (N, K) is float32, float16 or bfloat16. Raises InputError for a wrong rank or dtype, NaN or
+    Inf, or a block larger than K.
 
-    Returns
-    -------
-    mask : (N, K) bool
-        True where a weight is kept.
-
-    Raises
-    ------
-    InputError
-        For a wrong rank or dtype, NaN or Inf, or a block larger than K.
-
-    Notes
-    -----
     Source: Algorithm 1 of Yao et al., AAAI 2019 (one step of it, without fine-tuning).
     """
     pattern = BalancedPattern(pattern)
@@ -127,17 +111,9 @@ def prune_tensors(
     """Prune the matrices of a checkpoint, rows being outputs as in ``nn.Linear``.
 
     Without the model nobody can know which matrices are multiplied by: those whose name ends in
-    ``weight`` are taken, embedding tables (by name) are not.
-
-    Returns
-    -------
-    (dict, dict, PruningReport)
-        The weights that change, the patterns by name, and what was done.
-
-    Raises
-    ------
-    InputError
-        For a pattern that does not fit, NaN or Inf, or when there is nothing to prune.
+    ``weight`` are taken, embedding tables (by name) are not. Returned are the weights that change, the
+    patterns by name, and what was done. Raises InputError for a pattern that does not fit, NaN or Inf, or
+    when there is nothing to prune.
     """
     shapes = {
         name: (array.shape[0], array.shape[1])

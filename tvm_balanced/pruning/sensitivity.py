@@ -93,36 +93,13 @@ def scan(
     ignore: Iterable[str] = (),
     progress: Progress | None = None,
 ) -> Selection:
-    """Prune every layer alone to every candidate, measure the loss, and undo it.
+    """Prune every layer alone to every candidate, measure the loss on ``batches``, and undo it.
 
-    Parameters
-    ----------
-    module : torch.nn.Module
-        The model, which comes back as it was.
-    model : Model
-        The same model imported, for the predicted times.
-    batches : sequence of tuple
-        Positional inputs to measure the loss on.
-    target : str or TargetSpec
-        The target whose times are predicted.
-    candidates : iterable of str
-        Patterns to try; where one is predicted slower than dense, or wider than a layer, it is left out.
-    method : str
-        A method of :func:`tvm_balanced.pruning.calibrated.prune_calibrated`.
-    ignore : iterable of str
-        Layers that stay dense, by exact name or ``re:`` pattern.
-    progress : callable, optional
-        Called with each layer and pattern, in words.
-
-    Returns
-    -------
-    Selection
-        The options of every layer, all dense; :func:`choose` chooses among them.
-
-    Raises
-    ------
-    InputError
-        As :func:`tvm_balanced.pruning.calibrated.prune_calibrated` and :func:`tvm_balanced.plan`.
+    ``module`` comes back as it was; ``model`` is the same one imported, for the times predicted on
+    ``target``. Candidates that are predicted slower than dense, or wider than a layer, are left out, and so
+    are layers that ``ignore`` names. In the result every layer is dense; :func:`choose` chooses among its
+    options. Raises InputError as :func:`~tvm_balanced.pruning.calibrated.prune_calibrated`, whose methods
+    these are, and as :func:`tvm_balanced.plan`.
     """
     import torch
 
@@ -135,7 +112,7 @@ def scan(
         for form in forms
     }
     choices: list[LayerChoice] = []
-    for row in plan(model, target, forms[0], policy="always"):
+    for row in plans[forms[0]].values():
         times = {form: plans[form][row.name] for form in forms}
         dense_us = max((r.dense_us or 0.0 for r in times.values()), default=0.0)
         options = [Option(None, dense_us, 0.0)]
@@ -161,15 +138,9 @@ def scan(
 def choose(scanned: Selection, speedup: float) -> Selection:
     """Return the patterns of the least summed loss that reach a predicted speedup of the dense layers.
 
-    ``scanned`` is a result of :func:`scan`, ``speedup`` at least 1.
+    ``scanned`` is a result of :func:`scan`, ``speedup`` at least 1. Raises InputError when even the fastest
+    patterns do not reach it.
 
-    Raises
-    ------
-    InputError
-        When even the fastest patterns do not reach it.
-
-    Notes
-    -----
     A knapsack with one choice a layer, by dynamic programming over time in steps of 1/4000 of what is
     allowed, each layer rounded down; of the choices for every budget the largest whose true time is
     allowed is taken. The speedup is reached for certain, the loss is the least but for that rounding.
@@ -225,14 +196,9 @@ def choose_by_loss(
 ) -> Selection:
     """Return the largest predicted speedup, of those tried by halving, whose measured loss is within bounds.
 
-    Every layer stays dense where nothing else is within bounds. ``module`` is not changed; copies of it,
-    pruned by ``method``, are measured on the positional inputs ``batches``. A ``max_loss`` of 0.01 is a
-    mean cosine of 0.99 to the dense model.
-
-    Raises
-    ------
-    InputError
-        For a loss outside 0 to 1.
+    Every layer stays dense where nothing else is within bounds. ``module`` is not changed; copies of
+    it, pruned by ``method``, are measured on the positional inputs ``batches``. A ``max_loss`` of 0.01
+    is a mean cosine of 0.99 to the dense model. Raises InputError for a loss outside 0 to 1.
     """
     if not 0 < max_loss < 1:
         raise InputError(

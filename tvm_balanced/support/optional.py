@@ -12,10 +12,7 @@ from tvm_balanced.errors import ToolchainError
 def need(module: str, extra: str, purpose: str) -> Any:
     """Import ``module``, which the package's ``extra`` installs and ``purpose`` (for the message) needs.
 
-    Raises
-    ------
-    ToolchainError
-        When it is not installed.
+    Raises ToolchainError when it is not installed.
     """
     try:
         return importlib.import_module(module)
