@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tvm_balanced import errors
-from tvm_balanced.artifact.exported import ExportedLibrary
+from tvm_balanced.artifact.exported import ExportedLibrary, Scheduled
 from tvm_balanced.build.cxx import cxx_arguments, find_cxx
 from tvm_balanced.build.dump import device_sources
 from tvm_balanced.cuda import cubin, nvrtc
@@ -104,7 +104,7 @@ class Job:
         build = getattr(importlib.import_module(module_name), function_name)
         options = dict(self.options)
         fused: list[tvm.IRModule] = []
-        scheduled: list[tuple[list[dict[str, Any]], list[str]]] = []
+        scheduled: list[Scheduled] = []
         if self.build == DEFAULT_BUILD:
             options["on_fused"] = fused.append
             options["on_scheduled"] = lambda *both: scheduled.append(both)

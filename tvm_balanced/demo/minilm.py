@@ -247,7 +247,7 @@ def sentence_encoder() -> tuple[torch.nn.Module, list[Sample]]:
     return SentenceEncoder().eval(), inputs
 
 
-def _save(library: Library, out: Path, name: str, target: str) -> dict[str, Any]:
+def _save(library: Library, out: Path, name: str, target: str) -> dict[str, object]:
     path = library.save(out / f"minilm-{file_name(name)}-{target}.tvmb", overwrite=True)
     return {
         "path": str(path),

@@ -270,7 +270,7 @@ class GradualPruner:
         }
         self._apply()
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, object]:
         return {
             "begin": self._begin,
             "end": self._end,

@@ -29,8 +29,8 @@ _TABLES = ("embed", "wte", "wpe")
 def balanced_mask(weight: Array, pattern: BalancedPattern | str) -> Array:
     """Return a mask, (N, K) bool, of the ``nnz`` largest magnitudes of every block.
 
-    Of equal ones the leftmost is kept. ``weight`` (N, K) is float32, float16 or bfloat16. Raises InputError for a wrong rank or dtype, NaN or
-    Inf, or a block larger than K.
+    Of equal ones the leftmost is kept. ``weight`` (N, K) is float32, float16 or bfloat16. Raises InputError
+    for a wrong rank or dtype, NaN or Inf, or a block larger than K.
 
     Source: Algorithm 1 of Yao et al., AAAI 2019 (one step of it, without fine-tuning).
     """

@@ -53,7 +53,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Array]) -> None:
 
     Raises OSError if the file cannot be written whole.
     """
-    header: dict[str, Any] = {}
+    header: dict[str, dict[str, object]] = {}
     offset = 0
     # the format has no gaps: a filler array takes the bytes up to the next boundary
     for number, (name, array) in enumerate(tensors.items()):
