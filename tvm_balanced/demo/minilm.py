@@ -169,7 +169,7 @@ def _with_weights(module: torch.nn.Module, model: Model) -> torch.nn.Module:
     """Return a copy of a module with an imported model's weights."""
     module = copy.deepcopy(module)
     known = module.state_dict()
-    weights = {n: to_torch(np.array(a)) for n, a in model.params.items() if n in known}
+    weights = {n: to_torch(a) for n, a in model.params.items() if n in known}
     module.load_state_dict(weights, strict=False)
     return module
 

@@ -15,7 +15,7 @@ from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.model import Model
 from tvm_balanced.pruning.layers import Batch, Progress, agreement
 from tvm_balanced.report import PruningReport
-from tvm_balanced.support.tensors import Array, read_tensors, to_numpy
+from tvm_balanced.support.tensors import Array, read_tensors, to_numpy, to_torch
 
 if TYPE_CHECKING:
     import torch
@@ -70,8 +70,6 @@ def batches_for(
     name. ``path`` is where they were read, for messages. Raises InputError when an input is missing or
     is not of the program's shape and dtype, or the samples do not fill the program's batches.
     """
-    import torch
-
     signature = program.graph_signature
     names = [name for name in signature.user_inputs if isinstance(name, str)]
     if len(names) != len(signature.user_inputs) or program.call_spec.in_spec.child(1).num_leaves:
@@ -90,7 +88,7 @@ def batches_for(
     values = {
         node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"
     }
-    tensors = {name: torch.from_numpy(np.array(arrays[name])) for name in names}
+    tensors = {name: to_torch(arrays[name]) for name in names}
     for name, tensor in tensors.items():
         _check_input(name, values[name], tensor, path)
     sizes = {values[n].shape[0] for n in names if isinstance(values[n].shape[0], int)}
