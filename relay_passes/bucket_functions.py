@@ -39,10 +39,7 @@ def symbolic_dims(mod: tvm.IRModule) -> list[str]:
 def bucket_dim(mod: tvm.IRModule, dim: str | None, sizes: Sequence[int]) -> str:
     """Return the dimension of ``main`` that buckets are for; None asks for the first symbolic one.
 
-    Raises
-    ------
-    InputError
-        When the model has no such dimension, or a size is not positive.
+    Raises InputError when the model has no such dimension, or a size is not positive.
     """
     names = symbolic_dims(mod)
     if not names:
@@ -61,15 +58,7 @@ def bucket_dim(mod: tvm.IRModule, dim: str | None, sizes: Sequence[int]) -> str:
 
 
 def bucket_functions(dim: str, sizes: Sequence[int]) -> Pass:
-    """Return the pass that adds a copy of ``main`` for each size of a symbolic dimension.
-
-    Parameters
-    ----------
-    dim : str
-        Name of the dimension, from :func:`bucket_dim`.
-    sizes : sequence of int
-        Sizes that get a function ``main_DIM_SIZE``, each once.
-    """
+    """Return the pass that adds a copy of ``main``, ``main_DIM_SIZE``, for each size of a dimension."""
 
     def add_buckets(mod: tvm.IRModule) -> tvm.IRModule:
         out = replaced(mod, {})

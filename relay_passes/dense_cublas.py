@@ -49,19 +49,11 @@ def dense_cublas(mod: tvm.IRModule) -> tvm.IRModule:
 
 
 def cublas_calls(mod: tvm.IRModule) -> list[dict[str, str]]:
-    """Describe the calls of cuBLAS in a module's functions, which the C++ function has to serve.
+    """Describe the calls of cuBLAS that :func:`dense_cublas` made, which the C++ function has to serve.
 
-    Parameters
-    ----------
-    mod : tvm.IRModule
-        A module after :func:`dense_cublas`.
-
-    Returns
-    -------
-    list of dict
-        ``function``; ``name`` of the weight, or ``product N`` where no parameter is multiplied with,
-        counted from the function's first call; and ``product``, what is multiplied:
-        ``float16 (8, 512) x (512, 256)``.
+    Each with its ``function``; the ``name`` of the weight, or ``product N`` where no parameter is multiplied
+    with, counted from the function's first call; and ``product``, what is multiplied:
+    ``float16 (8, 512) x (512, 256)``.
     """
     described: list[dict[str, str]] = []
     for gvar, func in relax_functions(mod).items():

@@ -32,18 +32,10 @@ from tvm_balanced.support.tvm_types import Expr
 
 
 def fold_weights(keep_transposed: Collection[str] = ()) -> Pass:
-    """Return the pass that replaces chains on weights by their results.
+    """Return the pass that replaces chains on weights by their results, under the weights' names.
 
-    Parameters
-    ----------
-    keep_transposed : collection of str
-        Weights ``(N, K)`` whose kernels like them so: a bare transpose of these is left for
-        ``FuseTransposeMatmul``.
-
-    Returns
-    -------
-    Pass
-        Its result has weights of the same names.
+    ``keep_transposed`` are weights ``(N, K)`` whose kernels like them so: a bare transpose of these is left
+    for ``FuseTransposeMatmul``.
     """
 
     def fold(mod: tvm.IRModule) -> tvm.IRModule:

@@ -21,9 +21,9 @@ the result again, so the caller says up to how many bytes of results that pays.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeAlias
 
 import tvm
 import tvm_ffi
@@ -41,6 +41,8 @@ from tvm_balanced.relay_passes.weight_sources import Source, weight_sources
 from tvm_balanced.support.tvm_types import Expr
 
 SEPARATOR = " + "  # between the names of merged weights
+
+Key: TypeAlias = tuple[Hashable, ...]  # what the operators of a group share
 
 
 @dataclass(frozen=True)
@@ -77,16 +79,9 @@ class _Group:
 def merge_dense(pays: Callable[[Expr, int], bool]) -> Pass:
     """Return the pass that merges operators with the same activations, to follow ``rewrite_dense``.
 
-    Parameters
-    ----------
-    pays : callable
-        ``pays(data, out_features)``: whether one operator over ``out_features`` rows that reads ``data``
-        (a Relax variable) is better than the several it replaces.
-
-    Returns
-    -------
-    Pass
-        Its result has merged weights ``A + B.values`` and merged biases ``A + B``.
+    ``pays(data, out_features)`` says whether one operator over ``out_features`` rows that reads ``data`` (a
+    Relax variable) is better than the several it replaces. The result has merged weights ``A + B.values``
+    and merged biases ``A + B``.
     """
 
     def merge(mod: tvm.IRModule) -> tvm.IRModule:
@@ -111,7 +106,7 @@ def merge_dense(pays: Callable[[Expr, int], bool]) -> Pass:
 
 
 def _find_groups(mod: tvm.IRModule, pays: Callable[[Expr, int], bool]) -> list[_Group]:
-    together: dict[Any, list[_Member]] = {}
+    together: dict[Key, list[_Member]] = {}
     for key, member in _members(mod):
         together.setdefault(key, []).append(member)
     total_uses = Counter(m.weight for members in together.values() for m in members)
@@ -134,7 +129,7 @@ def _find_groups(mod: tvm.IRModule, pays: Callable[[Expr, int], bool]) -> list[_
     return groups
 
 
-def _members(mod: tvm.IRModule) -> Iterator[tuple[tuple[Any, ...], _Member]]:
+def _members(mod: tvm.IRModule) -> Iterator[tuple[Key, _Member]]:
     """Yield the operators that can be merged, each with a key that those of one group share."""
     weights, packed = set(split_params(mod)[1]), weight_sources(mod)
     pairs = main_bindings(mod["main"])
@@ -162,7 +157,7 @@ def _members(mod: tvm.IRModule) -> Iterator[tuple[tuple[Any, ...], _Member]]:
         yield key, _Member(var, value, fmt, bias, sum_var)
 
 
-def _source(data: Expr, bindings: dict[Expr, Expr]) -> tuple[Expr, Any]:
+def _source(data: Expr, bindings: dict[Expr, Expr]) -> tuple[Expr, Hashable]:
     """Return what the activations are a reshape of, and to which shape: equal for equal values."""
     shape = tvm_ffi.StructuralKey(data.ty.shape)
     while call_name(bindings.get(data)) == "relax.reshape":

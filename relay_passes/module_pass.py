@@ -12,10 +12,11 @@ Pass: TypeAlias = Callable[[tvm.IRModule], tvm.IRModule]
 
 
 def module_pass(transform: Pass, name: str = "") -> Pass:
-    """Make TVM's module pass of a function, under its own name where none is given."""
+    """Make TVM's module pass of a function, with its docstring, and its name where none is given."""
     made: Pass = tvm.transform.module_pass(
         lambda mod, _context: transform(mod), opt_level=0, name=name or transform.__name__
     )
+    made.__doc__ = transform.__doc__
     return made
 
 

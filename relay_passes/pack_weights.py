@@ -11,12 +11,12 @@ import numpy as np
 import tvm
 
 from tvm_balanced.format.packing import pack
-from tvm_balanced.format.weights import Array
 from tvm_balanced.ops import OP_NAME, format_of
 from tvm_balanced.relay_passes.find_dense import DenseLayer, main_bindings, split_params
 from tvm_balanced.relay_passes.rewrite_dense import INDICES, VALUES
 from tvm_balanced.relay_passes.weight_chain import apply_chain, call_name
 from tvm_balanced.relay_passes.weight_sources import Source, weight_sources
+from tvm_balanced.support.tensors import Array
 
 
 def pack_weights(
@@ -24,26 +24,10 @@ def pack_weights(
     params: Mapping[str, Array],
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Array]:
-    """Compute the weights of ``main``.
+    """Compute the weights of ``main``, by name and in its order, after the passes on operators.
 
-    Parameters
-    ----------
-    mod : tvm.IRModule
-        A module after the passes on operators, before legalization.
-    params : Mapping[str, numpy.ndarray]
-        Weights of the model as it was imported, by name.
-    progress : callable, optional
-        Called with the name of each weight before it is packed.
-
-    Returns
-    -------
-    dict
-        The weights by name, in the order of the parameters.
-
-    Raises
-    ------
-    InputError
-        When a weight does not follow the pattern its operator has.
+    ``params`` are the weights of the model as it was imported; ``progress`` is called with the name of each
+    weight before it is packed. Raises InputError when a weight does not follow its operator's pattern.
     """
     sources = weight_sources(mod)
     values: dict[str, Array] = {}
@@ -58,14 +42,10 @@ def pack_weights(
         packed = pack(_joined(sources[name], params), fmt.pattern, fmt.layout, fmt.encoding)
         values[name], values[name.removesuffix(VALUES) + INDICES] = packed.values, packed.indices
     names = [str(var.name) for var in split_params(mod)[1]]
-    return {
-        name: values[name]
-        if name in values
-        else _joined(sources[name], params)
-        if name in sources
-        else params[name]
-        for name in names
-    }
+    for name in names:
+        if name not in values:
+            values[name] = _joined(sources[name], params) if name in sources else params[name]
+    return {name: values[name] for name in names}
 
 
 def dense_weight(params: Mapping[str, Array], layer: DenseLayer) -> Array:

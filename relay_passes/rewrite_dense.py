@@ -37,17 +37,9 @@ VALUES, INDICES = ".values", ".indices"  # suffixes of a packed weight's two par
 
 
 def rewrite_dense(formats: Mapping[str, PackedFormat]) -> Pass:
-    """Return the pass that rewrites the layers named in ``formats``.
+    """Return the pass that rewrites the layers named in ``formats``, each to its packed format.
 
-    Parameters
-    ----------
-    formats : Mapping[str, PackedFormat]
-        Weight name to the format its packed parameters will have.
-
-    Returns
-    -------
-    Pass
-        In place of the weight ``NAME`` its result has ``NAME.values`` and ``NAME.indices``.
+    In place of the weight ``NAME`` its result has ``NAME.values`` and ``NAME.indices``.
     """
 
     def rewrite(mod: tvm.IRModule) -> tvm.IRModule:

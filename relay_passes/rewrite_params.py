@@ -14,20 +14,10 @@ from tvm_balanced.support.tvm_types import Expr
 
 
 def drop_unused_weights(mod: tvm.IRModule, names: Sequence[str]) -> tuple[tvm.IRModule, list[str]]:
-    """Finish an import: weights bear their own names, and those that nothing reads are gone.
+    """Finish an import: weights bear ``names``, in order, and those that nothing reads are gone.
 
-    Parameters
-    ----------
-    mod : tvm.IRModule
-        A module with a function ``main`` whose attribute ``num_input`` counts the inputs.
-    names : sequence of str
-        Names of the weights, in the order of the parameters.
-
-    Returns
-    -------
-    (tvm.IRModule, list of str)
-        The module and the names of the weights that are left. Inputs stay even where nothing reads them:
-        they are the model's signature.
+    Returned with the names that are left. Inputs stay even where nothing reads them: they are the model's
+    signature.
     """
     inputs, weights = split_params(mod)
     named = [
@@ -45,20 +35,8 @@ def with_main(
 ) -> tvm.IRModule:
     """Return a module whose ``main`` has this body and those of these parameters that it needs.
 
-    Parameters
-    ----------
-    mod : tvm.IRModule
-        Other functions than ``main`` stay as they are.
-    params : sequence of relax.Var
-        Inputs, all of which stay, and weights, of which those stay that a binding which is not dead reads.
-    body : relax.Expr
-        The new body.
-    sources : mapping, optional
-        What new weights are made of, see :mod:`~tvm_balanced.relay_passes.weight_sources`.
-
-    Returns
-    -------
-    tvm.IRModule
+    All inputs stay, and of the weights those that a binding which is not dead reads. ``sources`` says what
+    new weights are made of, see :mod:`~tvm_balanced.relay_passes.weight_sources`.
     """
     gvar, func = mod.get_global_var("main"), mod["main"]
     sources = {**weight_sources(mod), **(sources or {})}

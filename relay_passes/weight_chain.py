@@ -12,7 +12,7 @@ import numpy as np
 from tvm import relax, tirx
 
 from tvm_balanced.format.layout import numpy_dtype
-from tvm_balanced.format.weights import Array
+from tvm_balanced.support.tensors import Array
 from tvm_balanced.support.tvm_types import Expr
 
 _CHAIN_OPS = (
@@ -115,21 +115,10 @@ def step_of(call: Expr) -> Step | None:
 
 
 def trace(expr: Expr, bindings: dict[Expr, Expr], weights: set[Expr]) -> tuple[Expr, Chain] | None:
-    """Follow ``expr`` back to a weight parameter.
+    """Follow ``expr``, usually the second operand of a ``matmul``, back to a weight parameter.
 
-    Parameters
-    ----------
-    expr : relax.Expr
-        Usually the second operand of a ``matmul``.
-    bindings : dict
-        Variable to bound value, of the whole function.
-    weights : set of relax.Var
-        The function's weight parameters.
-
-    Returns
-    -------
-    (relax.Var, Chain) or None
-        The parameter and the steps from it to ``expr``; None when ``expr`` is computed from anything else.
+    ``bindings`` lead from the function's variables to their values. Returned are the parameter, one of
+    ``weights``, and the steps from it to ``expr``; None when ``expr`` is computed from anything else.
     """
     steps: list[Step] = []
     while True:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.report import PruningReport
-from tvm_balanced.support.tensors import Array as Array
+from tvm_balanced.support.tensors import Array
 
 if TYPE_CHECKING:
     import tvm

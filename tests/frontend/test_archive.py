@@ -270,22 +270,33 @@ def test_truncated_archives(good, tmp_path, share):
         from_torch(cut)
 
 
-@pytest.mark.parametrize("place", ["name", "directory", "contents"])
+@pytest.mark.parametrize("place", ["name", "directory", "contents", "weight", "graph"])
 def test_changed_bytes_are_told_in_one_sentence(good, tmp_path, place):
     data = good.read_bytes()
+    with zipfile.ZipFile(good) as whole:
+        weight = whole.read("good/data/weights/weight_0")
+    member = {
+        "contents": "data/weights/model_weights_config.json",
+        "weight": "data/weights/weight_0",
+        "graph": "models/model.json",
+    }.get(place)
     at = {
+        "weight": data.index(weight),
+        # torch.nps.aten would be refused as code
+        "graph": data.index(b"torch.ops.aten") + len(b"torch."),
         "name": data.rindex(b"data/weights/model_weights_config.json"),
         "directory": data.rindex(b"PK\x01\x02"),
         "contents": data.index(b'"use_pickle"'),
     }[place]
     changed = tmp_path / "changed.pt2"
-    changed.write_bytes(data[:at] + bytes([data[at] ^ 0xA0]) + data[at + 1 :])
+    other = data[at] ^ (0x01 if place == "graph" else 0xA0)
+    changed.write_bytes(data[:at] + bytes([other]) + data[at + 1 :])
     for load in (from_torch, load_model):
         with pytest.raises(InputError) as caught:
             load(changed)
         assert str(caught.value) == (
-            f"{changed} has a damaged member data/weights/model_weights_config.json; export the model again"
-            if place == "contents"
+            f"{changed} has a damaged member {member}; export the model again"
+            if member is not None
             else f"{changed} is not a whole .pt2 archive; it may be truncated or damaged, or written before "
             "PyTorch 2.9: copy it or export the model again"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 import tvm_balanced as tb
 from tvm_balanced.errors import InputError
 from tvm_balanced.pruning.calibrated import prune_calibrated
-from tvm_balanced.pruning.layers import agreement, copy_of
+from tvm_balanced.pruning.layers import agreement
 from tvm_balanced.pruning.sensitivity import (
     LayerChoice,
     Option,
@@ -91,7 +92,7 @@ def test_scan_measures_each_layer_alone(scanned):
     assert max(option.loss for option in first.options) < 1e-6
     assert 0 < second.options[1].loss < second.options[2].loss
     assert third.options == (Option(None, third.dense_us, 0.0),)
-    alone = copy_of(module)
+    alone = copy.deepcopy(module)
     prune_calibrated(alone, {"1": "2:16"}, batches, "magnitude")
     assert second.options[2].loss == pytest.approx(1 - agreement(alone, module, batches), abs=1e-6)
 
@@ -107,7 +108,7 @@ def test_what_costs_nothing_is_pruned_first(scanned):
 def test_loss_stays_within_bounds(scanned, bound):
     module, batches, got = scanned
     chosen = choose_by_loss(got, module, batches, bound)
-    pruned = copy_of(module)
+    pruned = copy.deepcopy(module)
     prune_calibrated(pruned, chosen.patterns, batches, "magnitude")
     assert 1 - agreement(pruned, module, batches) <= bound
     assert "0.weight" in chosen.patterns

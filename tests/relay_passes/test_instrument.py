@@ -20,6 +20,7 @@ def module():
 
 @module_pass
 def drop_a_parameter(mod):
+    """Lose a weight."""
     func = mod["main"]
     out = tvm.IRModule(dict(mod.functions_items()))
     out["main"] = relax.Function(func.params[:1], func.body, func.ret_ty, True, func.attrs)
@@ -40,3 +41,8 @@ def read_a_stranger(mod):
 def test_a_broken_pass_is_caught(broken):
     with pytest.raises((ValueError, tvm.error.InternalError)):
         tvm.transform.Sequential([broken])(module())
+
+
+def test_a_pass_keeps_the_name_and_docstring_of_its_function():
+    assert drop_a_parameter.info.name == "drop_a_parameter"
+    assert drop_a_parameter.__doc__ == "Lose a weight."

@@ -18,6 +18,7 @@ from tvm_balanced.bench.shapes import Problem
 from tvm_balanced.format.layout import PackedFormat
 from tvm_balanced.format.packing import BalancedTensor, pack
 from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.pruning.masks import largest_of_blocks
 from tvm_balanced.support.tensors import to_numpy, to_torch
 from tvm_balanced.support.tvm_types import Expr
 
@@ -71,20 +72,13 @@ class Weights:
 
 
 def prune(weight: torch.Tensor, pattern: BalancedPattern) -> torch.Tensor:
-    """Magnitude pruning where the weight is; of equal magnitudes any may stay."""
+    """Magnitude pruning where the weight is, some rows at a time."""
     import torch
 
-    n, k = weight.shape
     out = torch.empty_like(weight)
-    blocks = -(-k // pattern.block)
-    step = max(1, _PRUNE_ELEMENTS // (blocks * pattern.block))
-    for start in range(0, n, step):
-        part = weight[start : start + step]
-        padded = torch.nn.functional.pad(part, (0, blocks * pattern.block - k))
-        cut = padded.view(-1, blocks, pattern.block)
-        kept = torch.zeros_like(cut, dtype=torch.bool)
-        kept.scatter_(-1, cut.abs().topk(pattern.nnz, dim=-1).indices, True)
-        out[start : start + step] = (cut * kept).view(-1, blocks * pattern.block)[:, :k]
+    step = max(1, _PRUNE_ELEMENTS // weight.shape[1])
+    for part, pruned in zip(weight.split(step), out.split(step), strict=True):
+        pruned.copy_(part * largest_of_blocks(part.abs(), pattern.nnz, pattern.block))
     return out
 
 

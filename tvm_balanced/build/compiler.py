@@ -15,10 +15,11 @@ from tvm_balanced.artifact.functions import describe_functions
 from tvm_balanced.build.export import CUBLAS_SOURCE, export_library
 from tvm_balanced.build.prepare import prepare
 from tvm_balanced.errors import OutputError
-from tvm_balanced.model import Array, Model
+from tvm_balanced.model import Model
 from tvm_balanced.options import CompileKeywords, CompileOptions, make_options
 from tvm_balanced.records import lookup as records_lookup
 from tvm_balanced.runtime.library import Library
+from tvm_balanced.support.tensors import Array
 from tvm_balanced.targets.resolve import TargetSpec
 
 if TYPE_CHECKING:

@@ -12,10 +12,7 @@ from tvm_balanced.errors import ToolchainError
 def find_cxx() -> str:
     """Path of the C++ compiler that links libraries: ``$CXX``, else g++, else clang++.
 
-    Raises
-    ------
-    ToolchainError
-        If there is none.
+    Raises ToolchainError if there is none.
     """
     given = os.environ.get("CXX")
     if given:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tvm_balanced.errors import OutputError
 
@@ -15,10 +15,8 @@ if TYPE_CHECKING:
 def start_dump(folder: Path) -> None:
     """Make the folder that files are to be dumped into.
 
-    Raises
-    ------
-    OutputError
-        When it cannot be made, or holds files already, which numbers could not be told from.
+    Raises OutputError when it cannot be made, or holds files already, which numbers could not be told
+    from.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,10 +35,7 @@ def start_dump(folder: Path) -> None:
 def dump(folder: Path | None, name: str, text: str) -> None:
     """Write ``text`` as the folder's next file, ``03-NAME``; without a folder do nothing.
 
-    Raises
-    ------
-    OutputError
-        When the file cannot be written.
+    Raises OutputError when the file cannot be written.
     """
     if folder is None:
         return
@@ -54,7 +49,9 @@ def dump(folder: Path | None, name: str, text: str) -> None:
         ) from error
 
 
-def run_passes(mod: tvm.IRModule, passes: Sequence[Any], folder: Path | None) -> tvm.IRModule:
+def run_passes(
+    mod: tvm.IRModule, passes: Sequence[tvm.transform.Pass], folder: Path | None
+) -> tvm.IRModule:
     """Apply passes in order, and dump what each made under its own name."""
     for each in passes:
         mod = each(mod)
@@ -63,7 +60,7 @@ def run_passes(mod: tvm.IRModule, passes: Sequence[Any], folder: Path | None) ->
     return mod
 
 
-def device_sources(module: Any, kind: str, form: str) -> list[str]:
+def device_sources(module: tvm.runtime.Module, kind: str, form: str) -> list[str]:
     """Return the text, as ``form``, of every part of a built module whose kind is ``kind``."""
     sources = []
     pending, seen = [module], set()

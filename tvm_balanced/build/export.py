@@ -34,8 +34,7 @@ from tvm_balanced.build.dump import device_sources
 from tvm_balanced.cuda import cubin, nvrtc
 from tvm_balanced.cuda.libraries import find_cudart
 from tvm_balanced.errors import ToolchainError
-from tvm_balanced.format.weights import Array
-from tvm_balanced.support.tensors import read_tensors, write_tensors
+from tvm_balanced.support.tensors import Array, read_tensors, write_tensors
 from tvm_balanced.targets.resolve import TargetSpec
 
 if TYPE_CHECKING:
@@ -169,9 +168,9 @@ def export_library(
     Parameters
     ----------
     mod : tvm.IRModule
-        Relax module after the high-level passes.
+        A Relax module after the passes on operators.
     spec : TargetSpec
-        What to build for.
+        The target to build for.
     path : path-like
         The library to write; its folder exists.
     params : mapping of str to ndarray, optional
@@ -184,10 +183,6 @@ def export_library(
     sources : sequence of Path
         C++ files to compile into the library, for functions that the module calls by name. Each exports
         ``__tvm_ffi_NAME`` with the calling convention of ``tvm/ffi/c_api.h``.
-
-    Returns
-    -------
-    ExportedLibrary
 
     Raises
     ------

@@ -27,7 +27,7 @@ from tvm import relax, tirx
 
 from tvm_balanced.build.dump import device_sources, dump, run_passes
 from tvm_balanced.format.layout import PackedFormat
-from tvm_balanced.model import Array, Model
+from tvm_balanced.model import Model
 from tvm_balanced.records.lookup import Choice
 from tvm_balanced.relay_passes.accumulate_float32 import accumulate_float32
 from tvm_balanced.relay_passes.bucket_functions import bucket_dim, bucket_functions
@@ -42,6 +42,7 @@ from tvm_balanced.relay_passes.pack_weights import pack_weights
 from tvm_balanced.relay_passes.rewrite_dense import rewrite_dense
 from tvm_balanced.schedules.dispatch import ScheduleBalanced, schedule_rest
 from tvm_balanced.schedules.tuned import ScheduleTuned
+from tvm_balanced.support.tensors import Array
 from tvm_balanced.support.tvm_types import Expr
 
 if TYPE_CHECKING:
@@ -67,19 +68,9 @@ def operator_passes(
 ) -> list[Pass]:
     """Phase 1: layers become sparse, weights take their last form.
 
-    Parameters
-    ----------
-    layers : sequence of DenseLayer
-        All dense layers of the module.
-    formats : Mapping[str, PackedFormat]
-        Layer name to the packed format it gets; layers not named stay dense.
-    target : TargetSpec
-        Where the result will run.
-    dense : str
-        What computes the matrix products that stay dense: ``"cublas"``, or ``"dlight"`` for the target's
-        own schedules.
-    buckets : (str, sequence of int), optional
-        A symbolic dimension, and its sizes that get a function of their own.
+    Of the module's ``layers``, those in ``formats`` get that packed format, and the others stay dense:
+    ``"cublas"`` computes them, or ``"dlight"``, the target's own schedules. ``buckets`` are a symbolic
+    dimension, and its sizes that get a function of their own.
     """
 
     def pays(data: Expr, out_features: int) -> bool:
@@ -155,28 +146,10 @@ def rewrite_model(
 ) -> tuple[tvm.IRModule, dict[str, Array]]:
     """Apply phase 1 to a model, and pack its weights.
 
-    Parameters
-    ----------
-    model : Model
-        A model whose weights follow the patterns of ``formats``.
-    formats, target, dense
-        As for :func:`operator_passes`.
-    progress : callable, optional
-        Called with the name of each weight before it is packed.
-    buckets : (str or None, sequence of int)
-        A symbolic dimension, None for the first one, and its sizes that get a function of their own.
-    dump_ir : Path, optional
-        The folder that gets the IR after every pass.
-
-    Returns
-    -------
-    (tvm.IRModule, dict)
-        ``main`` over inputs and weights, its buckets, and the weights by name, in the order of ``main``.
-
-    Raises
-    ------
-    InputError
-        When the model has no such dimension.
+    Returned are ``main`` over inputs and weights with its buckets, and the weights by name, in the order of
+    ``main``. Options are those of :func:`operator_passes`, but None may stand for the first symbolic
+    dimension; ``progress`` is called with the name of each weight before it is packed, and the folder
+    ``dump_ir`` gets the IR after every pass. Raises InputError when the model has no such dimension.
     """
     dim, sizes = buckets
     chosen = (bucket_dim(model.mod, dim, sizes), sizes) if sizes else None
@@ -202,9 +175,9 @@ def build(
     Parameters
     ----------
     mod : tvm.IRModule
-        Relax functions only.
+        A module of Relax functions only.
     target : tvm.target.Target
-        Where the kernels run.
+        The target the kernels are compiled for.
     on_fused : callable, optional
         Called with the kernels as phase 2 left them, whole and not scheduled, with the parameters that
         phase 3 adds.
@@ -219,10 +192,6 @@ def build(
         as dictionaries), and with which records did not fit.
     dump_ir : str, optional
         The folder that gets the IR after every phase, and the text of the device code.
-
-    Returns
-    -------
-    tvm.relax.VMExecutable
     """
     folder = None if dump_ir is None else Path(dump_ir)
     # other settings of the caller's pass context stay as they are

@@ -12,10 +12,11 @@ from tvm_balanced.artifact.folder import split_parameters
 from tvm_balanced.build.dump import start_dump
 from tvm_balanced.build.pipeline import rewrite_model
 from tvm_balanced.errors import InputError
-from tvm_balanced.model import Array, Model
+from tvm_balanced.model import Model
 from tvm_balanced.options import CompileOptions
 from tvm_balanced.planning.plan import Plan, make_plan
 from tvm_balanced.relay_passes.dense_cublas import cublas_calls
+from tvm_balanced.support.tensors import Array
 from tvm_balanced.targets.resolve import TargetSpec
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ import json
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
 
 
 def main(directory: str) -> int:
@@ -31,7 +30,7 @@ def main(directory: str) -> int:
     return 0
 
 
-def _run(folder: Path) -> dict[str, Any]:
+def _run(folder: Path) -> dict[str, object]:
     # the loader goes by SONAME: what is loaded here is what TVM's library then finds
     for library in json.loads((folder / "preload.json").read_text()):
         ctypes.CDLL(library, ctypes.RTLD_GLOBAL)

@@ -5,30 +5,29 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tvm_balanced.build.compiler import compile as compile_model
 from tvm_balanced.frontend import from_torch
 from tvm_balanced.pruning.gradual import GradualPruner
+from tvm_balanced.pruning.layers import Progress
 from tvm_balanced.support.optional import need
 
-Tell = Callable[[str], None]
+if TYPE_CHECKING:
+    import torch
+
 DIGITS_PATTERN = "2:16"
 BATCH = 64
 SEED = 0
 
 
-def digits(tell: Tell, out: Path) -> dict[str, Any]:
+def digits(tell: Progress, out: Path) -> dict[str, Any]:
     """Train, prune gradually, compile and score the classifier.
 
-    Parameters
-    ----------
-    tell : callable
-        Told of each step.
-    out : pathlib.Path
-        Folder for ``digits-dense.tvmb`` and ``digits-2of16.tvmb``, replaced if they exist.
+    ``digits-dense.tvmb`` and ``digits-2of16.tvmb`` are written to the folder ``out``, in place of those
+    there; ``tell`` is called with each step.
 
     Returns
     -------
@@ -86,7 +85,7 @@ def digits(tell: Tell, out: Path) -> dict[str, Any]:
     }
     rows = []
     for name, library in libraries.items():
-        path = library.save(out / f"digits-{_file(name)}.tvmb", overwrite=True)
+        path = library.save(out / f"digits-{file_name(name)}.tvmb", overwrite=True)
         answer = np.asarray(library(x_test))
         rows.append(
             {
@@ -101,8 +100,8 @@ def digits(tell: Tell, out: Path) -> dict[str, Any]:
 
 
 def _train(
-    module: Any,
-    data: tuple[Any, Any],
+    module: torch.nn.Module,
+    data: tuple[torch.Tensor, torch.Tensor],
     epochs: int,
     rate: float,
     after: Callable[[], None] | None = None,
@@ -122,5 +121,6 @@ def _train(
                 after()
 
 
-def _file(name: str) -> str:
+def file_name(name: str) -> str:
+    """Return a pattern as part of a file's name: ``2of16`` for ``2:16``."""
     return name.replace(":", "of")

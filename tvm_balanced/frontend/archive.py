@@ -20,40 +20,31 @@ import sys
 import threading
 import zipfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tvm_balanced.errors import InputError
-from tvm_balanced.support.optional import first_line, need
+from tvm_balanced.support.optional import first_line, need, printable
 
 if TYPE_CHECKING:
     import torch
+    from torch.export.pt2_archive import PT2ArchiveReader
 
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_DTYPES = _words("float32 float64 float16 bfloat16 int64 int32 int16 int8 uint8 bool")
-_STORAGES = _words("Float Double Half BFloat16 Long Int Short Char Byte Bool")
 # globals that a pickle of tensors, and containers of them, needs
-_TENSOR_GLOBALS = frozenset(
-    [
-        "collections.OrderedDict",
-        "torch._utils._rebuild_tensor",
-        "torch._utils._rebuild_tensor_v2",
-        "torch._utils._rebuild_parameter",
-        "torch._tensor._rebuild_from_type_v2",
-        "torch.nn.parameter.Parameter",
-        "torch.Tensor",
-        "torch.Size",
-        "torch.device",
-        "torch.storage.UntypedStorage",
-        "torch.serialization._get_layout",
-        *(f"torch.{name}Storage" for name in _STORAGES),
-        *(f"torch.{name}" for name in _DTYPES),
-    ]
+_TENSOR_GLOBALS = _words(
+    "collections.OrderedDict torch._utils._rebuild_tensor torch._utils._rebuild_tensor_v2 "
+    "torch._utils._rebuild_parameter torch._tensor._rebuild_from_type_v2 torch.nn.parameter.Parameter "
+    "torch.Tensor torch.Size torch.device torch.storage.UntypedStorage torch.serialization._get_layout "
+    "torch.float32 torch.float64 torch.float16 torch.bfloat16 torch.int64 torch.int32 torch.int16 "
+    "torch.int8 torch.uint8 torch.bool torch.FloatStorage torch.DoubleStorage torch.HalfStorage "
+    "torch.BFloat16Storage torch.LongStorage torch.IntStorage torch.ShortStorage torch.CharStorage "
+    "torch.ByteStorage torch.BoolStorage"
 )
-_NAMESPACES = frozenset(["aten", "prim", "prims", "higher_order", "quantized_decomposed"])
+_NAMESPACES = _words("aten prim prims higher_order quantized_decomposed")
 _UNSAFE_OPERATORS = frozenset(["from_file"])  # opens, and can create, files
 _PYTHON_OPERATORS = _words(
     "add sub mul truediv floordiv mod pow neg pos abs eq ne lt le gt ge and_ or_ xor not_ getitem lshift "
@@ -72,28 +63,14 @@ _SYMPY_FUNCTIONS = _words(
 )
 _SYMBOL_OR_NUMBER = re.compile(r"([a-z]{1,2}\d+|-?\d+(\.\d*)?(e[+-]?\d+)?)\Z")
 _SYMPY_NODES = (
-    ast.Expression,
-    ast.BinOp,
-    ast.UnaryOp,
-    ast.BoolOp,
-    ast.Compare,
-    ast.Call,
-    ast.keyword,
-    ast.Name,
-    ast.Constant,
-    ast.operator,
-    ast.unaryop,
-    ast.boolop,
-    ast.cmpop,
-    ast.expr_context,
-)
+    ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Call, ast.keyword, ast.Name,
+    ast.Constant, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context,
+)  # fmt: skip
 # how PyTorch's reader of archives, as opposed to what it reads, begins its errors
 _OF_THE_ARCHIVE = re.compile(r"PytorchStreamReader|enforce fail at inline_container")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 # containers that inputs and outputs may be made of
-_CONTAINERS = frozenset(
-    ["builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"]
-)
+_CONTAINERS = _words("builtins.tuple builtins.list builtins.dict collections.OrderedDict")
 
 _watched = threading.local()  # .active while an archive is being opened in this thread
 _hook_lock = threading.Lock()
@@ -103,10 +80,7 @@ _hook_installed = False
 def read_head(path: str | os.PathLike[str], size: int = 16) -> bytes:
     """Return the first bytes of a file.
 
-    Raises
-    ------
-    InputError
-        When it is not there, not a file, not readable or empty.
+    Raises InputError when it is not there, not a file, not readable or empty.
     """
     try:
         with open(path, "rb") as file:
@@ -123,10 +97,7 @@ def read_head(path: str | os.PathLike[str], size: int = 16) -> bytes:
 def refuse_pickle(path: str | os.PathLike[str], head: bytes, expected: str) -> None:
     """Refuse files of ``torch.save`` and ``pickle``.
 
-    Raises
-    ------
-    InputError
-        When ``head``, the file's first bytes, or its zip directory are a pickle's.
+    Raises InputError when ``head``, the file's first bytes, or its zip directory are a pickle's.
     """
     pickled = head[:1] == b"\x80" and len(head) > 1 and head[1] <= 5
     if head[:4] == b"PK\x03\x04":
@@ -145,23 +116,10 @@ def refuse_pickle(path: str | os.PathLike[str], head: bytes, expected: str) -> N
 
 
 def load_exported(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
-    """Open a ``.pt2`` archive whose members were found to be plain data.
+    """Open a ``.pt2`` archive of PyTorch 2.9 or newer whose members were found to be whole, plain data.
 
-    Parameters
-    ----------
-    path : str or path
-        Written by ``torch.export.save`` of PyTorch 2.9 or newer.
-
-    Returns
-    -------
-    torch.export.ExportedProgram
-
-    Raises
-    ------
-    InputError
-        When the file is not readable, not such an archive, truncated, or could run code.
-    ToolchainError
-        When PyTorch is not installed.
+    Raises InputError when the file is not readable, not such an archive, truncated, damaged, or could
+    run code, and ToolchainError when PyTorch is not installed.
     """
     path = os.fspath(path)
     need("torch", "torch", "opening a .pt2 file")
@@ -176,10 +134,12 @@ def load_exported(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
         )
     try:
         reader = PT2ArchiveReader(path)
-        _check_archive(path, reader, reader.get_file_names())
+        members = reader.get_file_names()
+        _check_sums(path)
+        _check_archive(path, reader, members)
     except InputError:
         raise
-    # checksums, names that are no text, JSON of another form: damage fails in many ways
+    # names that are no text, JSON of another form: damage fails in many ways
     except Exception as error:
         raise _damaged(path) from error
     with _PickleWatch():
@@ -209,14 +169,26 @@ def _damaged(path: str) -> InputError:
     )
 
 
+def _damaged_member(path: str, name: str) -> InputError:
+    return InputError(f"{path} has a damaged member {printable(name)}; export the model again")
+
+
 def _unsafe(path: str, why: str) -> InputError:
     return InputError(
-        f"{path} could run code when it is opened: {why}; expected a .pt2 of plain tensors and operators, "
-        "so get the model from a source you trust, or as ONNX or safetensors"
+        f"{path} is damaged or hostile, and could run code when it is opened: {why}; expected a .pt2 of "
+        "plain tensors and operators, so get the model from a source you trust, or as ONNX or safetensors"
     )
 
 
-def _check_archive(path: str, reader: Any, members: list[str]) -> None:
+def _check_sums(path: str) -> None:
+    """Compare every member with its checksum, which PyTorch's reader does not do."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise _damaged_member(path, damaged.partition("/")[2])
+
+
+def _check_archive(path: str, reader: PT2ArchiveReader, members: list[str]) -> None:
     """Refuse what is not plain data, member by member."""
     if len(set(members)) != len(members):
         raise _unsafe(path, "it holds two members of one name")
@@ -240,20 +212,20 @@ def _check_archive(path: str, reader: Any, members: list[str]) -> None:
             _check_pickle(path, name, reader.read_bytes(name))
 
 
-def _json(path: str, name: str, data: bytes) -> Any:
+def _json(path: str, name: str, data: bytes) -> object:
     try:
         return json.loads(data)
     except ValueError as error:
-        raise InputError(f"{path} has a damaged member {name}; export the model again") from error
+        raise _damaged_member(path, name) from error
 
 
-def _check_payloads(path: str, reader: Any, members: list[str], name: str) -> None:
+def _check_payloads(path: str, reader: PT2ArchiveReader, members: list[str], name: str) -> None:
     """Weights and constants that are not raw bytes must be pickles of tensors."""
     folder = name.rpartition("/")[0]
     config = _json(path, name, reader.read_bytes(name))
     entries = config.get("config") if isinstance(config, dict) else None
     if not isinstance(entries, dict):
-        raise InputError(f"{path} has a damaged member {name}; export the model again")
+        raise _damaged_member(path, name)
     for entry in entries.values():
         file = str(entry.get("path_name"))
         if not re.fullmatch(r"(weight|tensor)_\d+", file):
@@ -295,12 +267,12 @@ def _pickle_globals(path: str, name: str, stream: bytes) -> Iterator[str]:
             elif isinstance(argument, str):
                 strings.append(argument)
     except ValueError as error:
-        raise InputError(f"{path} has a damaged member {name}; export the model again") from error
+        raise _damaged_member(path, name) from error
 
 
-def _check_program(path: str, program: Any) -> None:
+def _check_program(path: str, program: object) -> None:
     """Refuse a serialized graph that names more than tensors, known operators and arithmetic."""
-    stack: list[tuple[str, Any]] = [("", program)]
+    stack: list[tuple[str, object]] = [("", program)]
     while stack:
         key, value = stack.pop()
         if isinstance(value, dict):
@@ -400,7 +372,7 @@ class _PickleWatch:
         _watched.active = False
 
 
-def _refuse_globals(event: str, args: tuple[Any, ...]) -> None:
+def _refuse_globals(event: str, args: tuple[object, ...]) -> None:
     if event == "pickle.find_class" and getattr(_watched, "active", False):
         name = f"{args[0]}.{args[1]}"
         if name not in _TENSOR_GLOBALS:

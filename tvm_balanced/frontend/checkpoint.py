@@ -7,15 +7,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.pattern import BalancedPattern
-from tvm_balanced.model import Array, Model
+from tvm_balanced.model import Model
 from tvm_balanced.support.files import write_whole
-from tvm_balanced.support.tensors import read_tensors
+from tvm_balanced.support.tensors import Array, read_tensors
 
 PATTERNS_KEY = "tvm_balanced.patterns"
 
@@ -23,10 +22,7 @@ PATTERNS_KEY = "tvm_balanced.patterns"
 def read_checkpoint(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     """Weights and metadata of a safetensors file.
 
-    Raises
-    ------
-    InputError
-        When it is missing or no whole safetensors file.
+    Raises InputError when it is missing or no whole safetensors file.
     """
     if not path.is_file():
         raise InputError(f"{path} is not a file; give a .safetensors checkpoint")
@@ -39,10 +35,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
 def read_patterns(metadata: Mapping[str, str], path: Path) -> dict[str, BalancedPattern]:
     """Return the patterns that ``prune`` noted in a checkpoint.
 
-    Raises
-    ------
-    InputError
-        When the note is not a JSON object of patterns.
+    Raises InputError when the note is not a JSON object of patterns.
     """
     try:
         noted = json.loads(metadata.get(PATTERNS_KEY, "{}"))
@@ -62,10 +55,7 @@ def write_checkpoint(
 ) -> None:
     """Write a safetensors file whole or not at all, noting the patterns in its metadata.
 
-    Raises
-    ------
-    OutputError
-        When it cannot be written.
+    Raises OutputError when it cannot be written.
     """
     from safetensors.numpy import save_file
 
@@ -88,10 +78,7 @@ def write_checkpoint(
 def with_weights(model: Model, path: Path) -> Model:
     """Return the model with the weights of a checkpoint, every dense layer's among them.
 
-    Raises
-    ------
-    InputError
-        When a dense layer is missing in the checkpoint, or a shape or dtype differs.
+    Raises InputError when a dense layer is missing in the checkpoint, or a shape or dtype differs.
     """
     tensors, metadata = read_checkpoint(path)
     missing = [layer.name for layer in model.dense_layers() if layer.name not in tensors]
@@ -115,19 +102,16 @@ def with_weights(model: Model, path: Path) -> Model:
 def write_onnx(source: Path, path: Path, changed: Mapping[str, Array], overwrite: bool) -> None:
     """Write a copy of an ONNX file with some weights replaced; the graph stays as it is.
 
-    Raises
-    ------
-    InputError
-        When a weight is computed in the file, so that there is none to replace, or the file would exceed
-        the 2 GiB of one protobuf.
-    OutputError
-        When it cannot be written.
+    Raises InputError when a weight is computed in the file, so that there is none to replace, or the
+    file would exceed the 2 GiB of one protobuf, and OutputError when it cannot be written.
     """
     import onnx
     from onnx import numpy_helper
 
     model = onnx.load(os.fspath(source))
-    stored: dict[str, Any] = {tensor.name: tensor for tensor in model.graph.initializer}
+    stored: dict[str, onnx.TensorProto] = {
+        tensor.name: tensor for tensor in model.graph.initializer
+    }
     for node in model.graph.node:
         if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
             stored[node.output[0]] = node.attribute[0].t

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tvm_balanced.errors import InputError
-from tvm_balanced.format.weights import Array
 from tvm_balanced.model import Model
+from tvm_balanced.support.tensors import Array
 from tvm_balanced.support.tvm_types import Expr
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def from_relax(
-    mod: tvm.IRModule, params: Mapping[str, Any] | None = None, name: str = "model"
+    mod: tvm.IRModule, params: Mapping[str, object] | None = None, name: str = "model"
 ) -> Model:
     """Take a Relax module.
 
@@ -74,7 +74,7 @@ def from_relax(
     return Model(out, {n: arrays[n] for n in names}, name)
 
 
-def _values(func: tvm.relax.Function, params: Mapping[str, Any] | None) -> dict[str, Array]:
+def _values(func: tvm.relax.Function, params: Mapping[str, object] | None) -> dict[str, Array]:
     """Values of the weight parameters, checked against their types."""
     names = [var.name for var in func.params]
     if len(set(names)) != len(names):
@@ -104,7 +104,7 @@ def _values(func: tvm.relax.Function, params: Mapping[str, Any] | None) -> dict[
     return values
 
 
-def _lifter(mod: tvm.IRModule, taken: set[str]) -> Any:
+def _lifter(mod: tvm.IRModule, taken: set[str]) -> Expr:
     """Return a mutator that makes variables (``lifted``) of constants of more than one element."""
     import tvm
     from tvm import relax

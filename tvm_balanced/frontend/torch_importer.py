@@ -23,10 +23,10 @@ from tvm import relax, tirx
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from tvm_balanced.errors import InputError
-from tvm_balanced.format.weights import Array
 from tvm_balanced.relay_passes.bound_indices import bound_indices
 from tvm_balanced.relay_passes.weight_chain import call_name
 from tvm_balanced.support.optional import first_line
+from tvm_balanced.support.tensors import Array
 
 _HALF = frozenset(["float16", "bfloat16"])
 

@@ -13,27 +13,28 @@ exported program.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tvm_balanced.errors import InputError, TvmBalancedError
 from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.pruning.choice import Patterns, check_blocks, choose_layers
 from tvm_balanced.pruning.layers import (
     Batch,
+    EverythingSeen,
     LinearLayer,
-    Tell,
-    _call,
-    _eval,
-    _no_grad,
-    _Reached,
-    _watch,
+    Progress,
+    call_model,
+    evaluation_mode,
     find_linear,
+    watch,
 )
 from tvm_balanced.pruning.masks import largest_of_blocks
 from tvm_balanced.report import PrunedLayer
-from tvm_balanced.selection import per_layer, select
 from tvm_balanced.support.optional import need
+from tvm_balanced.support.words import check_word
 
 if TYPE_CHECKING:
     import torch
@@ -50,40 +51,34 @@ class _Moments:
     """Second moments of a layer's input: ``(K, K)``, or only their diagonal ``(K,)``."""
 
     full: bool
-    total: Any = None
-    rows: int = 0
+    total: torch.Tensor | None = None
 
     def add(self, data: torch.Tensor) -> None:
         rows = data.detach().reshape(-1, data.shape[-1]).float()
         moments = rows.T @ rows if self.full else rows.square().sum(dim=0)
         self.total = moments if self.total is None else self.total.add_(moments)
-        self.rows += rows.shape[0]
 
 
 def prune_calibrated(
     module: torch.nn.Module,
-    pattern: str | BalancedPattern | Mapping[str, str],
+    pattern: Patterns,
     batches: Sequence[Batch],
     method: str = "sparsegpt",
     ignore: Iterable[str] = (),
-    progress: Tell | None = None,
+    progress: Progress | None = None,
 ) -> list[PrunedLayer]:
     """Prune the linear layers of a model, in place, from what its layers get to see.
 
     Parameters
     ----------
     module : torch.nn.Module
-        Changed in place; the module of an exported program too.
-    pattern : str or BalancedPattern or Mapping
-        ``"4:16"`` for every layer, or a mapping from layer names (or ``re:`` patterns) to patterns.
+        The model, changed in place; the module of an exported program too.
+    pattern, ignore, progress
+        As for :func:`tvm_balanced.prune`.
     batches : sequence of tuple
         Positional inputs, a few hundred samples in all; unlabelled, and best not padded.
     method : str
         ``"magnitude"``, ``"wanda"`` or ``"sparsegpt"``.
-    ignore : iterable of str
-        Layers to leave dense, by exact name or ``re:`` pattern.
-    progress : callable, optional
-        Told the name of each layer before it is pruned.
 
     Returns
     -------
@@ -104,100 +99,61 @@ def prune_calibrated(
     float64. Time: one pass over the inputs a group, each as far as the group. Sums run in float32.
     """
     torch = need("torch", "torch", "pruning with calibration")
-    if method not in METHODS:
-        raise InputError(f'method "{method}" is not known; choose {", ".join(METHODS)}')
+    check_word("method", method, METHODS)
     if not batches:
         raise InputError("there are no calibration inputs; give at least one batch")
     layers = find_linear(module, batches[0])
-    wanted = check_patterns(layers, pattern, ignore)
-    ignored = select(ignore, [layer.name for layer in layers])
+    patterns, skipped = _choose(layers, pattern, ignore)
     rows: list[PrunedLayer] = []
-    for group in _groups(layers):
-        todo = [layer for layer in group if layer.name in wanted]
+    for _, members in itertools.groupby(layers, key=lambda layer: layer.group):
+        group = list(members)
+        todo = [layer for layer in group if layer.name in patterns]
+        moments = None
         if method != "magnitude" and todo:
-            moments = _moments(module, batches, todo, full=method == "sparsegpt")
+            moments = _moments(module, batches, todo[0], full=method == "sparsegpt")
         for layer in group:
-            if layer.name not in wanted:
-                why = layer.blocked or (
-                    "ignored by name" if layer.name in ignored else "no pattern given"
-                )
-                rows.append(PrunedLayer(layer.name, layer.shape, None, 1.0, why))
+            if layer.name in skipped:
+                rows.append(PrunedLayer(layer.name, layer.shape, None, 1.0, skipped[layer.name]))
                 continue
             if progress is not None:
                 progress(layer.name)
-            form = wanted[layer.name]
-            before = layer.weight.detach().float()
-            if method == "magnitude":
+            form, before = patterns[layer.name], layer.weight.detach().float()
+            if moments is None:
                 after = before * largest_of_blocks(before.abs(), form.nnz, form.block)
-            elif method == "wanda":
-                after = wanda(before, form, moments.total)
             else:
-                after = sparsegpt(before, form, moments.total)
+                after = (wanda if method == "wanda" else sparsegpt)(before, form, moments)
             with torch.no_grad():
                 layer.weight.copy_(after)
             total = float(before.square().sum(dtype=torch.float64))
             kept = float(before[after != 0].square().sum(dtype=torch.float64))
-            rows.append(
-                PrunedLayer(
-                    layer.name, layer.shape, str(form), kept / total if total else 1.0, None
-                )
-            )
+            energy = kept / total if total else 1.0
+            rows.append(PrunedLayer(layer.name, layer.shape, str(form), energy, None))
     return rows
 
 
-def check_patterns(
-    layers: Sequence[LinearLayer],
-    pattern: str | BalancedPattern | Mapping[str, str],
-    ignore: Iterable[str] = (),
-) -> dict[str, BalancedPattern]:
-    """Layer name to pattern, of those that are to be pruned.
-
-    Raises
-    ------
-    InputError
-        As :func:`prune_calibrated`.
-    """
+def _choose(
+    layers: Sequence[LinearLayer], pattern: Patterns, ignore: Iterable[str]
+) -> tuple[dict[str, BalancedPattern], dict[str, str]]:
+    """Return the patterns of the layers to prune, all of which can be, and why the others are not."""
     import torch
 
-    names = [layer.name for layer in layers]
-    ignored = select(ignore, names)
-    text = str(pattern) if isinstance(pattern, BalancedPattern) else pattern
-    asked = {n: BalancedPattern(p) for n, p in per_layer(text, names, "pattern").items()}
-    wanted: dict[str, BalancedPattern] = {}
+    blocked = {layer.name: layer.blocked for layer in layers}
+    patterns, skipped = choose_layers(pattern, blocked, ignore, BalancedPattern)
+    if not patterns:
+        raise InputError("every linear layer is ignored or cannot be pruned; ignore fewer layers")
+    check_blocks(patterns, {layer.name: layer.shape[1] for layer in layers})
     for layer in layers:
-        if layer.name not in asked or layer.name in ignored or layer.blocked is not None:
-            continue
-        form = asked[layer.name]
-        if form.block > layer.shape[1]:
-            raise InputError(
-                f"pattern {form} has blocks of {form.block}, but layer {layer.name} has only "
-                f"K={layer.shape[1]} columns; choose a smaller block or ignore this layer"
-            )
-        if not bool(torch.isfinite(layer.weight).all()):
+        if layer.name in patterns and not bool(torch.isfinite(layer.weight).all()):
             raise InputError(
                 f"the weight of layer {layer.name} holds NaN or Inf; mend the model or ignore this layer"
             )
-        wanted[layer.name] = form
-    if not wanted:
-        raise InputError("every linear layer is ignored or cannot be pruned; ignore fewer layers")
-    return wanted
+    return patterns, skipped
 
 
 def wanda(weight: torch.Tensor, pattern: BalancedPattern, moments: torch.Tensor) -> torch.Tensor:
     """Keep what is largest by magnitude times the norm of its input.
 
-    Parameters
-    ----------
-    weight : (N, K) float32
-        Not changed.
-    pattern : BalancedPattern
-        What to keep.
-    moments : (K,) float32
-        Sums of the squared inputs.
-
-    Returns
-    -------
-    (N, K) float32
+    ``weight`` (N, K) float32 is not changed, ``moments`` (K,) float32 are the sums of the squared inputs.
     """
     # an input that is always zero decides nothing: there the magnitude does, behind all others
     score = weight.abs() * moments.sqrt()
@@ -211,18 +167,7 @@ def sparsegpt(
 ) -> torch.Tensor:
     """Cut where the output changes least, and let the weights to the right make up for it.
 
-    Parameters
-    ----------
-    weight : (N, K) float32
-        Not changed.
-    pattern : BalancedPattern
-        What to keep.
-    moments : (K, K) float32
-        ``X.T @ X`` of the inputs.
-
-    Returns
-    -------
-    (N, K) float32
+    ``weight`` (N, K) float32 is not changed, ``moments`` (K, K) float32 is ``X.T @ X`` of the inputs.
     """
     import torch
 
@@ -268,43 +213,34 @@ def _inverse_factor(moments: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _groups(layers: Sequence[LinearLayer]) -> Iterator[list[LinearLayer]]:
-    group: list[LinearLayer] = []
-    for layer in layers:
-        if group and layer.group != group[0].group:
-            yield group
-            group = []
-        group.append(layer)
-    if group:
-        yield group
-
-
 def _moments(
-    module: torch.nn.Module, batches: Sequence[Batch], group: Sequence[LinearLayer], full: bool
-) -> _Moments:
-    """Second moments of the group's input over all batches."""
+    module: torch.nn.Module, batches: Sequence[Batch], layer: LinearLayer, full: bool
+) -> torch.Tensor:
+    """Second moments of a layer's input, which its group shares, over all batches."""
     import torch
 
     moments = _Moments(full)
-    # one layer of the group stands for all: they read one input
-    first = group[0]
     for batch in batches:
-        with contextlib.suppress(_Reached), _eval(module), _no_grad():
-            left = first.uses
+        left = layer.uses
 
-            def look(kind: str, data: Any, weight: Any) -> None:
-                nonlocal left
-                if kind == "linear" and weight is first.weight:
-                    moments.add(data)
-                    left -= 1
-                    if left == 0:
-                        raise _Reached
+        def look(kind: str, data: torch.Tensor | None, weight: torch.Tensor) -> None:
+            nonlocal left
+            if data is not None and weight is layer.weight:
+                moments.add(data)
+                left -= 1
+                if left == 0:
+                    raise EverythingSeen
 
-            with _watch(look):
-                _call(module, batch)
+        with (
+            contextlib.suppress(EverythingSeen),
+            evaluation_mode(module),
+            torch.no_grad(),
+            watch(look),
+        ):
+            call_model(module, batch)
     if moments.total is None or not bool(torch.isfinite(moments.total).all()):
         raise InputError(
-            f"the input of layer {first.name} is NaN or Inf, or missing, on some calibration inputs; "
+            f"the input of layer {layer.name} is NaN or Inf, or missing, on some calibration inputs; "
             "look at them"
         )
-    return moments
+    return moments.total

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tvm_balanced.errors import InputError
-from tvm_balanced.pruning.layers import Batch, Tell, _call, _eval, _watch, find_linear
+from tvm_balanced.pruning.layers import (
+    Batch,
+    Progress,
+    call_model,
+    evaluation_mode,
+    find_linear,
+    watch,
+)
 from tvm_balanced.selection import select
 from tvm_balanced.support.optional import need
 
@@ -21,7 +29,7 @@ def distill(
     steps: int,
     rate: float = 5e-4,
     ignore: Iterable[str] = (),
-    progress: Tell | None = None,
+    progress: Progress | None = None,
 ) -> float:
     """Train a pruned model, in place, to answer as the dense one does; zeros of its weights stay zero.
 
@@ -32,19 +40,19 @@ def distill(
     Parameters
     ----------
     module : torch.nn.Module
-        Pruned; changed in place.
+        The pruned model; its weights are changed in place.
     teacher : torch.nn.Module
         The same model before it was pruned.
     batches : sequence of tuple
-        Positional inputs, gone through in turns.
+        Positional inputs, used in turns.
     steps : int
-        Steps of Adam; the rate rises over the first tenth and falls to zero in a cosine.
+        Number of Adam's steps; the rate rises over the first tenth and falls to zero in a cosine.
     rate : float
         Largest learning rate.
     ignore : iterable of str
-        Names or ``re:`` patterns of layers to leave as they are.
+        Layers to leave as they are, by exact name or ``re:`` pattern.
     progress : callable, optional
-        Told the loss of each step.
+        Called with the loss of each step, in words.
 
     Returns
     -------
@@ -70,48 +78,59 @@ def distill(
         for name, parameter in module.named_parameters()
         if name not in frozen and (parameter.ndim < 2 or parameter in masks)
     ]
-    before = {parameter: parameter.requires_grad for parameter in module.parameters()}
-    for parameter in before:
-        parameter.requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(parameters, lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rate, total_steps=max(steps, 2), pct_start=0.1, cycle_momentum=False
     )
     losses: list[float] = []
+    with evaluation_mode(module), evaluation_mode(teacher), _training_only(module, parameters):
+        for step in range(steps):
+            optimizer.zero_grad(set_to_none=True)
+            loss = _loss(module, teacher, batches[step % len(batches)])
+            if not bool(torch.isfinite(loss)):
+                raise InputError(
+                    f"the distillation's loss is {float(loss)} at step {step}; lower the rate {rate}"
+                )
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                for weight, zero in masks.items():
+                    weight.masked_fill_(zero, 0)
+            losses.append(loss.item())
+            if progress is not None:
+                progress(f"step {step + 1} of {steps}, loss {losses[-1]:.4f}")
+    last = losses[-len(batches) :]
+    return sum(last) / len(last)
+
+
+@contextlib.contextmanager
+def _training_only(
+    module: torch.nn.Module, parameters: Sequence[torch.nn.Parameter]
+) -> Iterator[None]:
+    """Let gradients reach ``parameters`` alone; afterwards every one is as it was, without a gradient."""
+    before = {parameter: parameter.requires_grad for parameter in module.parameters()}
+    module.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
     try:
-        with _eval(module), _eval(teacher):
-            for step in range(steps):
-                batch = batches[step % len(batches)]
-                with torch.no_grad():
-                    expected = _outputs(teacher, batch)
-                optimizer.zero_grad(set_to_none=True)
-                outputs = _outputs(module, batch)
-                errors = [
-                    (a - b).square().mean() / b.square().mean().clamp_min(1e-12)
-                    for a, b in zip(outputs, expected, strict=True)
-                ]
-                loss = torch.stack(errors).mean()
-                if not bool(torch.isfinite(loss)):
-                    raise InputError(
-                        f"the distillation's loss is {float(loss)} at step {step}; lower the rate {rate}"
-                    )
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                with torch.no_grad():
-                    for weight, zero in masks.items():
-                        weight.masked_fill_(zero, 0)
-                losses.append(loss.item())
-                if progress is not None:
-                    progress(f"step {step + 1} of {steps}, loss {losses[-1]:.4f}")
+        yield
     finally:
         for parameter, needed in before.items():
             parameter.requires_grad_(needed)
             parameter.grad = None
-    last = losses[-len(batches) :]
-    return sum(last) / len(last)
+
+
+def _loss(module: torch.nn.Module, teacher: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    import torch
+
+    with torch.no_grad():
+        expected = _outputs(teacher, batch)
+    errors = [
+        (a - b).square().mean() / b.square().mean().clamp_min(1e-12)
+        for a, b in zip(_outputs(module, batch), expected, strict=True)
+    ]
+    return torch.stack(errors).mean()
 
 
 def _outputs(module: torch.nn.Module, batch: Batch) -> list[torch.Tensor]:
@@ -119,8 +138,8 @@ def _outputs(module: torch.nn.Module, batch: Batch) -> list[torch.Tensor]:
     import torch
 
     outputs: list[torch.Tensor] = []
-    with _watch(lambda kind, data, weight: None, outputs.append):
-        answer = _call(module, batch)
+    with watch(take=outputs.append):
+        answer = call_model(module, batch)
     flat = torch.utils._pytree.tree_leaves(answer)
     outputs += [x for x in flat if isinstance(x, torch.Tensor) and x.is_floating_point()]
     return [x.float() for x in outputs]

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.pruning.layers import Progress
 from tvm_balanced.report import PruningReport
 from tvm_balanced.support.files import check_output
 
 if TYPE_CHECKING:
     from tvm_balanced.pruning.inputs import Goal
     from tvm_balanced.pruning.sensitivity import Selection
-
-Tell = Callable[[str], None]
+    from tvm_balanced.support.tensors import Array
 
 
 @dataclass(frozen=True)
@@ -103,43 +103,43 @@ class FilePruning:
         goal = not isinstance(self.pattern, str)
         return self.method != "magnitude" or self.distill > 0 or goal
 
-    def run(self, tell: Tell) -> PrunedFile:
+    def run(self, progress: Progress) -> PrunedFile:
         """Prune and, unless it is a dry run, write; errors are those of :func:`tvm_balanced.prune`."""
         if self.calibrated:
-            return self._calibrated(tell)
+            return self._calibrated(progress)
         if self.source.suffix == ".safetensors":
-            return PrunedFile(self._checkpoint(tell))
-        return PrunedFile(self._model(tell))
+            return PrunedFile(self._checkpoint(progress))
+        return PrunedFile(self._model(progress))
 
-    def _calibrated(self, tell: Tell) -> PrunedFile:
+    def _calibrated(self, progress: Progress) -> PrunedFile:
         from tvm_balanced.pruning.inputs import prune_program
 
         assert self.calibration is not None and self.pattern is not None
         wanted = BalancedPattern(self.pattern) if isinstance(self.pattern, str) else self.pattern
         pruned, cosine, selection = prune_program(
-            self.source, wanted, self.calibration, self.method, self.ignore, self.distill, tell
+            self.source, wanted, self.calibration, self.method, self.ignore, self.distill, progress
         )
         self._write(pruned.params, {}, pruned.patterns)
         return PrunedFile(pruned.pruned, cosine, selection)
 
-    def _checkpoint(self, tell: Tell) -> PruningReport:
+    def _checkpoint(self, progress: Progress) -> PruningReport:
         from tvm_balanced.frontend import checkpoint
         from tvm_balanced.pruning.magnitude import prune_tensors
 
         tensors, metadata = checkpoint.read_checkpoint(self.source)
-        changed, patterns, report = prune_tensors(tensors, str(self.pattern), self.ignore, tell)
+        changed, patterns, report = prune_tensors(tensors, str(self.pattern), self.ignore, progress)
         # what was noted before holds for the weights that stay
         patterns = {**checkpoint.read_patterns(metadata, self.source), **patterns}
         self._write({**tensors, **changed}, metadata, patterns)
         return report
 
-    def _model(self, tell: Tell) -> PruningReport:
+    def _model(self, progress: Progress) -> PruningReport:
         from tvm_balanced.frontend import checkpoint, load_model
         from tvm_balanced.pruning.magnitude import prune_model
 
-        tell("import the model")
+        progress("import the model")
         model = load_model(self.source, self.shapes)
-        pruned = prune_model(model, str(self.pattern), self.ignore, tell)
+        pruned = prune_model(model, str(self.pattern), self.ignore, progress)
         if self.suffix != ".onnx":
             self._write(pruned.params, {}, pruned.patterns)
         elif not self.dry_run:
@@ -149,7 +149,7 @@ class FilePruning:
 
     def _write(
         self,
-        tensors: Mapping[str, Any],
+        tensors: Mapping[str, Array],
         metadata: Mapping[str, str],
         patterns: Mapping[str, BalancedPattern],
     ) -> None:

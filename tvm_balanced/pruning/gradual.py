@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.pruning.choice import choose_layers
 from tvm_balanced.pruning.masks import kept_per_block, largest_of_blocks
-from tvm_balanced.selection import per_layer, select
 from tvm_balanced.support.optional import need
+from tvm_balanced.support.words import check_word
 
 if TYPE_CHECKING:
     import torch
@@ -36,18 +37,10 @@ class MaskRule(Protocol):
     """A pattern of zeros: what :class:`GradualPruner` asks at every increase."""
 
     def mask(self, magnitude: torch.Tensor, left: float) -> torch.Tensor:
-        """Return what to keep of a weight when a share ``left`` (1 to 0) of the way is still to go.
+        """Return what to keep, (N, K) bool, of a weight's ``magnitude``, (N, K) float32.
 
-        Parameters
-        ----------
-        magnitude : (N, K) float32 torch.Tensor
-            Magnitudes; -1 where a weight was cut before.
-        left : float
-            1 keeps everything, 0 is the final pattern.
-
-        Returns
-        -------
-        (N, K) bool torch.Tensor
+        Magnitudes are -1 where a weight was cut before. ``left`` is the share of the way that is still to
+        go: 1 keeps everything, 0 is the final pattern.
         """
 
     def fits(self, columns: int) -> bool:
@@ -99,10 +92,8 @@ class GradualPruner:
 
     Attributes
     ----------
-    patterns : dict of str to str
-        Weight name to the pattern it will follow.
-    skipped : dict of str to str
-        Weight name to the reason why it stays dense.
+    patterns, skipped : dict of str to str
+        Weight name to the pattern it will follow, and to the reason why it stays dense.
 
     Raises
     ------
@@ -146,25 +137,19 @@ class GradualPruner:
             raise InputError(
                 f"pruning would begin at step {begin} and end at step {end}; let it end later"
             )
-        if schedule not in SCHEDULES:
-            raise InputError(f'schedule "{schedule}" is not known; choose {" or ".join(SCHEDULES)}')
+        check_word("schedule", schedule, SCHEDULES)
         self._begin, self._end = begin, end
         self._frequency, self._schedule = frequency, schedule
-        places, self.skipped = _find_weights(model, convolutions)
-        if not places:
+        self._places, self.skipped = _find_weights(model, convolutions)
+        if not self._places:
             raise InputError(
                 f"{type(model).__name__} has no linear or recurrent weight, so there is nothing to prune; "
                 "give a model with linear layers"
             )
-        names = list(places)
-        ignored = select(ignore, names)
-        self.skipped |= dict.fromkeys((n for n in names if n in ignored), "ignored by name")
-        asked = _rules(pattern, names)
-        self.skipped |= {
-            n: "no pattern given" for n in names if n not in asked and n not in ignored
-        }
-        self._rules = {n: rule for n, rule in asked.items() if n not in ignored}
-        self._places = {n: places[n] for n in self._rules}
+        if not isinstance(pattern, str | BalancedPattern | Mapping):
+            pattern = {"re:.*": pattern}
+        self._rules, skipped = choose_layers(pattern, dict.fromkeys(self._places), ignore, _as_rule)
+        self.skipped |= skipped
         if not self._rules:
             raise InputError("every weight is ignored or has no pattern; ignore fewer")
         for name, rule in self._rules.items():
@@ -285,7 +270,7 @@ class GradualPruner:
         }
         self._apply()
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, object]:
         return {
             "begin": self._begin,
             "end": self._end,
@@ -336,42 +321,23 @@ def _matrix(weight: torch.Tensor) -> torch.Tensor:
     return weight.reshape(weight.shape[0], -1)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _rules(pattern: Any, names: list[str]) -> dict[str, MaskRule]:
-    """Weight name to rule, in the model's order."""
-    if isinstance(pattern, BalancedPattern):
-        pattern = str(pattern)
-    if hasattr(pattern, "mask"):
-        return dict.fromkeys(names, pattern)
-    objects: dict[str, MaskRule] = {}
-    if isinstance(pattern, Mapping):
-        # names are spread as text; rules that are objects travel under their number
-        spread = {}
-        for number, (key, value) in enumerate(pattern.items()):
-            if hasattr(value, "mask"):
-                objects[f"rule {number}"] = value
-                value = f"rule {number}"
-            spread[key] = str(value)
-        pattern = spread
-    texts = per_layer(pattern, names, "pattern")
-    return {
-        name: objects[texts[name]] if texts[name] in objects else BalancedRule(texts[name])
-        for name in names
-        if name in texts
-    }
+def _as_rule(pattern: Any) -> MaskRule:
+    rule: MaskRule = pattern if hasattr(pattern, "mask") else BalancedRule(pattern)
+    return rule
 
 
 def _find_weights(
     model: torch.nn.Module, convolutions: bool
-) -> tuple[dict[str, tuple[Any, str]], dict[str, str]]:
+) -> tuple[dict[str, tuple[torch.nn.Module, str]], dict[str, str]]:
     """Weight name to the module that holds it and its attribute, each weight once; and what is skipped."""
     from torch import nn
 
-    places: dict[str, tuple[Any, str]] = {}
+    places: dict[str, tuple[nn.Module, str]] = {}
     skipped: dict[str, str] = {}
     # what torch.compile returns wraps the module under another name
     model = getattr(model, "_orig_mod", model)
@@ -399,7 +365,7 @@ def _find_weights(
     return places, skipped
 
 
-def _candidates(module: Any, convolutions: bool) -> Iterator[str]:
+def _candidates(module: torch.nn.Module, convolutions: bool) -> Iterator[str]:
     """Attributes of a module that hold a matrix it multiplies by."""
     from torch import nn
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.pattern import BalancedPattern
-from tvm_balanced.model import Array, Model
+from tvm_balanced.model import Model
+from tvm_balanced.pruning.layers import Batch, Progress, agreement
 from tvm_balanced.report import PruningReport
-from tvm_balanced.support.tensors import read_tensors
+from tvm_balanced.support.tensors import Array, read_tensors, to_numpy, to_torch
 
 if TYPE_CHECKING:
     import torch
@@ -29,10 +31,8 @@ SYMBOLIC_BATCH = 16
 def read_inputs(path: Path) -> dict[str, Array]:
     """Named arrays of a ``.safetensors`` or ``.npz`` file, the samples along the first dimension.
 
-    Raises
-    ------
-    InputError
-        For a file of another kind, arrays of Python objects, or arrays of different lengths.
+    Raises InputError for a file of another kind, arrays of Python objects, or arrays of different
+    lengths.
     """
     if not path.is_file():
         raise InputError(f"{path} is not a file; give calibration inputs as .safetensors or .npz")
@@ -63,31 +63,13 @@ def read_inputs(path: Path) -> dict[str, Array]:
 
 def batches_for(
     program: torch.export.ExportedProgram, arrays: Mapping[str, Array], path: Path
-) -> list[tuple[Any, ...]]:
-    """Cut the samples into calls of an exported program.
+) -> list[Batch]:
+    """Cut the samples into calls of an exported program, each a tuple of tensors by position.
 
-    Parameters
-    ----------
-    program : torch.export.ExportedProgram
-        Its inputs are found by name; a single one takes a single array of any name.
-    arrays : Mapping
-        As :func:`read_inputs` returns them.
-    path : pathlib.Path
-        For messages.
-
-    Returns
-    -------
-    list of tuple of torch.Tensor
-        Positional inputs.
-
-    Raises
-    ------
-    InputError
-        When an input is missing or is not of the program's shape and dtype, or the samples do not fill
-        the program's batches.
+    The program's inputs are found among ``arrays`` by name; a single one takes a single array of any
+    name. ``path`` is where they were read, for messages. Raises InputError when an input is missing or
+    is not of the program's shape and dtype, or the samples do not fill the program's batches.
     """
-    import torch
-
     signature = program.graph_signature
     names = [name for name in signature.user_inputs if isinstance(name, str)]
     if len(names) != len(signature.user_inputs) or program.call_spec.in_spec.child(1).num_leaves:
@@ -106,36 +88,39 @@ def batches_for(
     values = {
         node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"
     }
-    sizes = set()
-    for name in names:
-        expected, given = values[name], torch.from_numpy(np.array(arrays[name]))
-        fits = given.ndim == expected.ndim and all(
-            not isinstance(want, int) or want == got
-            for want, got in zip(expected.shape[1:], given.shape[1:], strict=False)
-        )
-        if not fits or given.dtype != expected.dtype or not expected.ndim:
-            raise InputError(
-                f"{name} is {given.dtype} {list(given.shape)} in {path}, but the model takes "
-                f"{expected.dtype} {[str(extent) for extent in expected.shape]} with the samples along "
-                "the first dimension"
-            )
-        if isinstance(expected.shape[0], int):
-            sizes.add(expected.shape[0])
+    tensors = {name: to_torch(arrays[name]) for name in names}
+    for name, tensor in tensors.items():
+        _check_input(name, values[name], tensor, path)
+    sizes = {values[n].shape[0] for n in names if isinstance(values[n].shape[0], int)}
     if len(sizes) > 1:
         raise InputError(
             f"the model's inputs have first dimensions {sorted(sizes)}, so its samples cannot be told; "
             "prune it from Python with tvm_balanced.pruning.calibrated"
         )
     size = sizes.pop() if sizes else SYMBOLIC_BATCH
-    count = len(arrays[names[0]])
+    count = len(tensors[names[0]])
     if values[names[0]].shape[0] == size and count % size:
         raise InputError(
             f"{path} holds {count} samples, and the model takes {size} a call; give a multiple of {size}"
         )
-    tensors = [torch.from_numpy(np.array(arrays[name])) for name in names]
     return [
-        tuple(tensor[start : start + size] for tensor in tensors) for start in range(0, count, size)
+        tuple(tensor[start : start + size] for tensor in tensors.values())
+        for start in range(0, count, size)
     ]
+
+
+def _check_input(name: str, expected: torch.Tensor, given: torch.Tensor, path: Path) -> None:
+    """Refuse samples of other shapes, but for the first dimension, or of another dtype than expected."""
+    fits = given.ndim == expected.ndim and all(
+        not isinstance(want, int) or want == got
+        for want, got in zip(expected.shape[1:], given.shape[1:], strict=False)
+    )
+    if not fits or given.dtype != expected.dtype or not expected.ndim:
+        raise InputError(
+            f"{name} is {given.dtype} {list(given.shape)} in {path}, but the model takes "
+            f"{expected.dtype} {[str(extent) for extent in expected.shape]} with the samples along "
+            "the first dimension"
+        )
 
 
 @dataclass(frozen=True)
@@ -155,29 +140,20 @@ def prune_program(
     method: str,
     ignore: Iterable[str],
     steps: int,
-    progress: Callable[[str], None],
+    progress: Progress,
 ) -> tuple[Model, float, Selection | None]:
     """Prune a ``.pt2`` from calibration inputs, and distil it for ``steps`` steps.
 
-    Returns
-    -------
-    (Model, float, Selection or None)
-        The imported model with the new weights, the mean cosine of its first output to the dense
-        model's on the calibration inputs, and what was chosen per layer where a goal was given.
-
-    Raises
-    ------
-    InputError
-        As :func:`tvm_balanced.pruning.calibrated.prune_calibrated`, for files that cannot be used, and
-        for a goal that cannot be reached.
+    Returned are the imported model with the new weights, the mean cosine of its first output to the dense
+    model's on the calibration inputs, and what was chosen per layer where a goal was given. Raises
+    InputError as :func:`tvm_balanced.pruning.calibrated.prune_calibrated`, for files that cannot be used,
+    and for a goal that cannot be reached.
     """
     from tvm_balanced.frontend import from_torch
     from tvm_balanced.frontend.archive import load_exported
-    from tvm_balanced.frontend.torch_importer import to_numpy
     from tvm_balanced.pruning import sensitivity
     from tvm_balanced.pruning.calibrated import prune_calibrated
     from tvm_balanced.pruning.distillation import distill
-    from tvm_balanced.pruning.layers import agreement, copy_of
 
     arrays = read_inputs(inputs)
     progress("import the model")
@@ -185,10 +161,10 @@ def prune_program(
     imported = from_torch(program, name=path.stem)
     batches = batches_for(program, arrays, inputs)
     module = program.module()
-    teacher = copy_of(module)
+    teacher = copy.deepcopy(module)
     ignore = tuple(ignore)
     selection: Selection | None = None
-    wanted: BalancedPattern | dict[str, str]
+    patterns: BalancedPattern | dict[str, str]
     if isinstance(pattern, Goal):
         scanned = sensitivity.scan(
             module, imported, batches, pattern.target, pattern.candidates, method, ignore, progress
@@ -200,20 +176,20 @@ def prune_program(
             selection = sensitivity.choose_by_loss(
                 scanned, module, batches, pattern.max_loss, method, progress
             )
-        wanted = selection.patterns
-        if not wanted:
+        patterns = selection.patterns
+        if not patterns:
             raise InputError(
                 "no layer can be pruned for that goal: dense is predicted faster, or the loss is too large; "
                 "ask for another, or give other candidates"
             )
     else:
-        wanted = pattern
-    rows = prune_calibrated(module, wanted, batches, method, ignore, progress)
+        patterns = pattern
+    rows = prune_calibrated(module, patterns, batches, method, ignore, progress)
     if steps:
         distill(module, teacher, batches, steps, ignore=ignore, progress=progress)
     state = module.state_dict()
     changed = {n: to_numpy(state[n]).copy() for n in imported.params if n in state}
-    patterns = {row.name: BalancedPattern(row.pattern) for row in rows if row.pattern is not None}
+    noted = {row.name: BalancedPattern(row.pattern) for row in rows if row.pattern is not None}
     cosine = agreement(module, teacher, batches)
-    pruned = imported.with_params(changed, patterns=patterns, pruned=PruningReport(rows))
+    pruned = imported.with_params(changed, patterns=noted, pruned=PruningReport(rows))
     return pruned, cosine, selection

@@ -1,22 +1,25 @@
-"""Linear layers of a PyTorch module: finding them, watching their inputs, copies that may be changed."""
+"""Linear layers of a PyTorch module: finding them and watching what they read and return."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tvm_balanced.errors import InputError
+from tvm_balanced.support.optional import first_line
 
 if TYPE_CHECKING:
     import torch
+    from torch.overrides import TorchFunctionMode
 
+    # ("linear", its input, its weight) or ("embedding", None, its table)
+    Look: TypeAlias = Callable[[str, torch.Tensor | None, torch.Tensor], None]
 
-Batch = tuple[Any, ...]
-Tell = Callable[[str], None]
+Batch: TypeAlias = tuple[Any, ...]
+Progress: TypeAlias = Callable[[str], None]
 
 
 @dataclass
@@ -35,36 +38,25 @@ class LinearLayer:
         return self.weight.shape[0], self.weight.shape[1]
 
 
-class _Reached(Exception):
-    """Everything that a pass was for has been seen."""
+class EverythingSeen(Exception):
+    """Raised by a watcher to end a model's run: what it was for has been seen."""
 
 
 def find_linear(module: torch.nn.Module, batch: Batch) -> list[LinearLayer]:
-    """Linear layers of a model, in the order in which it uses them on ``batch``.
+    """Linear layers of a model, in the order in which it uses them on the positional inputs ``batch``.
 
-    Parameters
-    ----------
-    module : torch.nn.Module
-        Also that of an exported program, ``program.module()``.
-    batch : tuple
-        Positional inputs.
-
-    Returns
-    -------
-    list of LinearLayer
-        Each weight once; those that an embedding reads too, and those in no floating dtype, are blocked.
-
-    Raises
-    ------
-    InputError
-        When the model has no linear layer on this input, or does not run on it.
+    Each weight is listed once; those that an embedding reads too, and those in no floating dtype, are
+    blocked. ``module`` may be that of an exported program, ``program.module()``. Raises InputError when
+    the model has no linear layer on this input, or does not run on it.
     """
+    import torch
+
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     layers: dict[int, LinearLayer] = {}
-    inputs: list[Any] = []  # kept alive, so that no id is given twice
+    inputs: list[torch.Tensor | None] = []  # kept alive, so that no id is given twice
     tables: set[int] = set()
 
-    def look(kind: str, data: Any, weight: Any) -> None:
+    def look(kind: str, data: torch.Tensor | None, weight: torch.Tensor) -> None:
         key = id(weight)
         if kind == "embedding":
             tables.add(key)
@@ -75,8 +67,8 @@ def find_linear(module: torch.nn.Module, batch: Batch) -> list[LinearLayer]:
                 inputs.append(data)
             layers[key] = LinearLayer(names[key], weight, len(inputs) - 1)
 
-    with _eval(module), _no_grad(), _watch(look):
-        _call(module, batch)
+    with evaluation_mode(module), torch.no_grad(), watch(look):
+        call_model(module, batch)
     if not layers:
         raise InputError(
             f"{type(module).__name__} calls no linear layer on these inputs, so there is nothing to prune; "
@@ -93,18 +85,16 @@ def find_linear(module: torch.nn.Module, batch: Batch) -> list[LinearLayer]:
 def agreement(module: torch.nn.Module, teacher: torch.nn.Module, batches: Sequence[Batch]) -> float:
     """Mean cosine, sample by sample, of a model's first output to a teacher's.
 
-    Raises
-    ------
-    InputError
-        When the first output of the teacher is no floating-point tensor.
+    Raises InputError when the first output of the teacher is no floating-point tensor.
     """
     import torch
 
     cosines = []
-    with _eval(module), _eval(teacher), torch.no_grad():
+    with evaluation_mode(module), evaluation_mode(teacher), torch.no_grad():
         for batch in batches:
             result, expected = (
-                torch.utils._pytree.tree_leaves(_call(part, batch))[0] for part in (module, teacher)
+                torch.utils._pytree.tree_leaves(call_model(part, batch))[0]
+                for part in (module, teacher)
             )
             if not (isinstance(expected, torch.Tensor) and expected.is_floating_point()):
                 raise InputError(
@@ -116,33 +106,25 @@ def agreement(module: torch.nn.Module, teacher: torch.nn.Module, batches: Sequen
     return float(torch.cat(cosines).mean())
 
 
-def copy_of(module: torch.nn.Module) -> torch.nn.Module:
-    """Return a copy to distil from, taken before the module is pruned."""
-    return copy.deepcopy(module)
+def call_model(module: torch.nn.Module, batch: Batch) -> object:
+    """Run a model on positional inputs.
 
-
-def _call(module: torch.nn.Module, batch: Batch) -> Any:
+    Raises InputError when it does not run on them.
+    """
     try:
         return module(*batch)
-    except _Reached:
+    except EverythingSeen:
         raise
     except (RuntimeError, TypeError, ValueError, AssertionError, IndexError) as error:
         shapes = ", ".join(str(list(getattr(x, "shape", ()))) for x in batch)
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{type(module).__name__} does not run on calibration inputs of shapes {shapes} ({text}); "
-            "give inputs of the shapes and dtypes it was made for"
+            f"{type(module).__name__} does not run on calibration inputs of shapes {shapes} "
+            f"({first_line(error)}); give inputs of the shapes and dtypes it was made for"
         ) from error
 
 
-def _no_grad() -> Any:
-    import torch
-
-    return torch.no_grad()
-
-
 @contextlib.contextmanager
-def _eval(module: torch.nn.Module) -> Iterator[None]:
+def evaluation_mode(module: torch.nn.Module) -> Iterator[None]:
     """Set evaluation mode, and each part's own mode afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     # not eval(): the module of an exported program refuses it
@@ -155,14 +137,17 @@ def _eval(module: torch.nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def _watch(look: Callable[[str, Any, Any], None], take: Callable[[Any], None] | None = None) -> Any:
-    """Tell ``look`` of every linear layer and embedding before it runs, ``take`` of a linear's output."""
-    return _watch_class()(look, take)
+def watch(
+    look: Look | None = None, take: Callable[[torch.Tensor], None] | None = None
+) -> TorchFunctionMode:
+    """Show ``look`` every linear layer and embedding before it runs, ``take`` a linear layer's output."""
+    mode: TorchFunctionMode = _watch_class()(look, take)
+    return mode
 
 
 @functools.cache
-def _watch_class() -> Any:
-    """Return the class behind :func:`_watch`; it derives from PyTorch, which is imported when it is used."""
+def _watch_class() -> Callable[..., TorchFunctionMode]:
+    """Return the class behind :func:`watch`; it derives from PyTorch, which is imported when it is used."""
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -170,26 +155,32 @@ def _watch_class() -> Any:
     embedding = (torch.nn.functional.embedding, torch.embedding, torch.ops.aten.embedding.default)
 
     class Watch(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
-        def __init__(self, look: Any, take: Any) -> None:
+        def __init__(self, look: Look | None, take: Callable[[torch.Tensor], None] | None) -> None:
             super().__init__()
-            self.look, self.take = look, take
+            self.look = look or (lambda kind, data, weight: None)
+            self.take = take or (lambda out: None)
 
         def __torch_function__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
+            self,
+            func: Callable[..., torch.Tensor],
+            types: object,
+            args: tuple[Any, ...] = (),
+            kwargs: dict[str, Any] | None = None,
+        ) -> torch.Tensor:
             kwargs = kwargs or {}
+
+            def argument(place: int, name: str) -> torch.Tensor:
+                value: torch.Tensor = args[place] if len(args) > place else kwargs[name]
+                return value
+
             if func in linear:
-                data = args[0] if args else kwargs["input"]
-                weight = args[1] if len(args) > 1 else kwargs["weight"]
-                self.look("linear", data, weight)
-                out = func(*args, **kwargs)
-                if self.take is not None:
-                    self.take(out)
-                return out
-            if func is embedding[0]:
-                self.look("embedding", None, args[1] if len(args) > 1 else kwargs["weight"])
+                self.look("linear", argument(0, "input"), argument(1, "weight"))
             elif func in embedding:
-                self.look("embedding", None, args[0] if args else kwargs["weight"])
-            return func(*args, **kwargs)
+                # the function of torch.nn takes the indices first, the operators the table
+                self.look("embedding", None, argument(int(func is embedding[0]), "weight"))
+            out = func(*args, **kwargs)
+            if func in linear:
+                self.take(out)
+            return out
 
     return Watch

@@ -10,7 +10,6 @@ from tvm_balanced.errors import InputError
 from tvm_balanced.format.layout import VALUE_DTYPES
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.format.weights import (
-    Array,
     check_weight,
     into_blocks,
     is_balanced,
@@ -18,32 +17,21 @@ from tvm_balanced.format.weights import (
     row_chunks,
 )
 from tvm_balanced.model import Model
+from tvm_balanced.pruning.choice import Patterns, check_blocks, choose_layers
+from tvm_balanced.pruning.layers import Progress
 from tvm_balanced.report import PrunedLayer, PruningReport
-from tvm_balanced.selection import per_layer, select
+from tvm_balanced.support.tensors import Array
+
+# tables that are looked up, not multiplied by: pruning one only costs accuracy
+_TABLES = ("embed", "wte", "wpe")
 
 
 def balanced_mask(weight: Array, pattern: BalancedPattern | str) -> Array:
-    """Keep the ``nnz`` largest magnitudes of every block; of equal ones the leftmost.
+    """Return a mask, (N, K) bool, of the ``nnz`` largest magnitudes of every block.
 
-    Parameters
-    ----------
-    weight : (N, K) float32, float16 or bfloat16
-        Not changed.
-    pattern : BalancedPattern or str
-        What to keep.
+    Of equal ones the leftmost is kept. ``weight`` (N, K) is float32, float16 or bfloat16. Raises InputError
+    for a wrong rank or dtype, NaN or Inf, or a block larger than K.
 
-    Returns
-    -------
-    mask : (N, K) bool
-        True where a weight is kept.
-
-    Raises
-    ------
-    InputError
-        For a wrong rank or dtype, NaN or Inf, or a block larger than K.
-
-    Notes
-    -----
     Source: Algorithm 1 of Yao et al., AAAI 2019 (one step of it, without fine-tuning).
     """
     pattern = BalancedPattern(pattern)
@@ -72,8 +60,7 @@ def prune_weight(weight: Array, pattern: BalancedPattern | str) -> Array:
 
     Weights that are balanced already come back equal. See :func:`balanced_mask` for parameters and errors.
     """
-    mask = balanced_mask(weight, pattern)
-    return np.where(mask, weight, weight.dtype.type(0))
+    return _masked(weight, balanced_mask(weight, pattern))
 
 
 def kept_energy(dense: Array, pruned: Array) -> float:
@@ -86,64 +73,89 @@ def kept_energy(dense: Array, pruned: Array) -> float:
 
 
 def prune_model(
-    model: Model,
-    pattern: str | BalancedPattern | Mapping[str, str],
-    ignore: Iterable[str] = (),
-    progress: Callable[[str], None] | None = None,
+    model: Model, pattern: Patterns, ignore: Iterable[str] = (), progress: Progress | None = None
 ) -> Model:
     """Prune the dense layers of an imported model; see :func:`tvm_balanced.prune`."""
     from tvm_balanced.relay_passes.pack_weights import dense_weight
     from tvm_balanced.relay_passes.weight_chain import scatter_mask
 
-    if isinstance(pattern, BalancedPattern):
-        pattern = str(pattern)
     layers = {layer.name: layer for layer in model.dense_layers()}
-    names = list(layers)
-    ignored = select(ignore, names)
-    forms = {n: BalancedPattern(p) for n, p in per_layer(pattern, names, "pattern").items()}
-    skipped = {
-        name: layer.blocked or ("ignored by name" if name in ignored else "no pattern given")
-        for name, layer in layers.items()
-        if layer.blocked or name in ignored or name not in forms
-    }
-    if len(skipped) == len(names):
+    blocked = {name: layer.blocked for name, layer in layers.items()}
+    patterns, skipped = choose_layers(pattern, blocked, ignore, BalancedPattern)
+    if not patterns:
         raise InputError(
             f"every dense layer of {model.name} is ignored or cannot be sparse; ignore fewer layers"
         )
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
 
     def weight(name: str) -> Array:
         return dense_weight(model.params, layers[name])
 
     changed: dict[str, Array] = {}
     rows = []
-    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-    for row, mask in _prune(shapes, weight, forms, skipped, progress):
+    for row, mask in _prune(shapes, weight, patterns, skipped, progress):
         rows.append(row)
         if mask is not None:
             source = model.params[row.name]
-            keep = scatter_mask(layers[row.name].chain, source.shape, mask.T)
-            changed[row.name] = np.where(keep, source, source.dtype.type(0))
-    patterns = {**model.patterns, **{n: form for n, form in forms.items() if n not in skipped}}
-    return model.with_params(changed, patterns=patterns, pruned=PruningReport(rows))
+            changed[row.name] = _masked(
+                source, scatter_mask(layers[row.name].chain, source.shape, mask.T)
+            )
+    return model.with_params(
+        changed, patterns={**model.patterns, **patterns}, pruned=PruningReport(rows)
+    )
+
+
+def prune_tensors(
+    tensors: Mapping[str, Array], pattern: str, ignore: Iterable[str], progress: Progress
+) -> tuple[dict[str, Array], dict[str, BalancedPattern], PruningReport]:
+    """Prune the matrices of a checkpoint, rows being outputs as in ``nn.Linear``.
+
+    Without the model nobody can know which matrices are multiplied by: those whose name ends in
+    ``weight`` are taken, embedding tables (by name) are not. Returned are the weights that change, the
+    patterns by name, and what was done. Raises InputError for a pattern that does not fit, NaN or Inf, or
+    when there is nothing to prune.
+    """
+    shapes = {
+        name: (array.shape[0], array.shape[1])
+        for name, array in tensors.items()
+        if array.ndim == 2 and array.dtype.name in VALUE_DTYPES and name.endswith("weight")
+    }
+    if not shapes:
+        raise InputError(
+            "the checkpoint has no matrix named ...weight, so nothing in it can become sparse; "
+            "give one with linear layers"
+        )
+    blocked = {
+        name: "looks like an embedding table (by its name)"
+        if any(word in name.lower() for word in _TABLES)
+        else None
+        for name in shapes
+    }
+    patterns, skipped = choose_layers(pattern, blocked, ignore, BalancedPattern)
+    if not patterns:
+        raise InputError(
+            "every matrix of the checkpoint is ignored or an embedding table; ignore fewer layers"
+        )
+    changed: dict[str, Array] = {}
+    rows = []
+    for row, mask in _prune(shapes, tensors.__getitem__, patterns, skipped, progress):
+        rows.append(row)
+        if mask is not None:
+            changed[row.name] = _masked(tensors[row.name], mask)
+    return changed, patterns, PruningReport(rows)
 
 
 def _prune(
     shapes: Mapping[str, tuple[int, int]],
     weight_of: Callable[[str], Array],
-    forms: Mapping[str, BalancedPattern],
+    patterns: Mapping[str, BalancedPattern],
     skipped: Mapping[str, str],
-    progress: Callable[[str], None] | None,
+    progress: Progress | None,
 ) -> Iterator[tuple[PrunedLayer, Array | None]]:
-    """Return what becomes of each layer, and its mask where its weight has to change."""
+    """Yield what becomes of each layer, and its mask where its weight has to change."""
     # everything is checked before anything is pruned: a long run must not fail at its end
-    for name, (_, columns) in shapes.items():
-        if name in skipped:
-            continue
-        if forms[name].block > columns:
-            raise InputError(
-                f"pattern {forms[name]} has blocks of {forms[name].block}, but layer {name} has only "
-                f"K={columns} columns; choose a smaller block or ignore this layer"
-            )
+    check_blocks(patterns, {name: columns for name, (_, columns) in shapes.items()})
+    for name in patterns:
         check_weight(weight_of(name), f"the weight of layer {name}")
     for name, shape in shapes.items():
         if name in skipped:
@@ -151,66 +163,14 @@ def _prune(
             continue
         if progress is not None:
             progress(name)
-        weight, form = weight_of(name), forms[name]
-        if is_balanced(weight, form):
-            yield PrunedLayer(name, shape, str(form), 1.0, "already balanced"), None
+        weight, pattern = weight_of(name), patterns[name]
+        if is_balanced(weight, pattern):
+            yield PrunedLayer(name, shape, str(pattern), 1.0, "already balanced"), None
             continue
-        mask = balanced_mask(weight, form)
-        energy = kept_energy(weight, np.where(mask, weight, weight.dtype.type(0)))
-        yield PrunedLayer(name, shape, str(form), energy, None), mask
+        mask = balanced_mask(weight, pattern)
+        energy = kept_energy(weight, _masked(weight, mask))
+        yield PrunedLayer(name, shape, str(pattern), energy, None), mask
 
 
-# tables that are looked up, not multiplied by: pruning one only costs accuracy
-_TABLES = ("embed", "wte", "wpe")
-
-
-def prune_tensors(
-    tensors: Mapping[str, Array],
-    pattern: str,
-    ignore: Iterable[str],
-    progress: Callable[[str], None],
-) -> tuple[dict[str, Array], dict[str, BalancedPattern], PruningReport]:
-    """Prune the matrices of a checkpoint, rows being outputs as in ``nn.Linear``.
-
-    Without the model nobody can know which matrices are multiplied by: those whose name ends in
-    ``weight`` are taken, embedding tables (by name) are not.
-
-    Raises
-    ------
-    InputError
-        For a pattern that does not fit, NaN or Inf, or when there is nothing to prune.
-    """
-    form = BalancedPattern(pattern)
-    names = [
-        name
-        for name, array in tensors.items()
-        if array.ndim == 2 and array.dtype.name in VALUE_DTYPES and name.endswith("weight")
-    ]
-    if not names:
-        raise InputError(
-            "the checkpoint has no matrix named ...weight, so nothing in it can become sparse; "
-            "give one with linear layers"
-        )
-    ignored = select(ignore, names)
-    skipped = {
-        name: "ignored by name"
-        if name in ignored
-        else "looks like an embedding table (by its name)"
-        for name in names
-        if name in ignored or any(word in name.lower() for word in _TABLES)
-    }
-    chosen = [name for name in names if name not in skipped]
-    if not chosen:
-        raise InputError(
-            "every matrix of the checkpoint is ignored or an embedding table; ignore fewer layers"
-        )
-    shapes = {name: (tensors[name].shape[0], tensors[name].shape[1]) for name in names}
-    patterns = dict.fromkeys(chosen, form)
-    changed: dict[str, Array] = {}
-    rows = []
-    for row, mask in _prune(shapes, tensors.__getitem__, patterns, skipped, progress):
-        rows.append(row)
-        if mask is not None:
-            weight = tensors[row.name]
-            changed[row.name] = np.where(mask, weight, weight.dtype.type(0))
-    return changed, patterns, PruningReport(rows)
+def _masked(weight: Array, mask: Array) -> Array:
+    return np.where(mask, weight, weight.dtype.type(0))

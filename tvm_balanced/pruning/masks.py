@@ -16,18 +16,10 @@ def kept_per_block(pattern: BalancedPattern, left: float) -> int:
 
 
 def largest_of_blocks(score: torch.Tensor, nnz: int, block: int) -> torch.Tensor:
-    """Return the ``nnz`` largest scores of every block of a row; of equal ones the leftmost.
+    """Return a mask, (N, K) bool, of the ``nnz`` largest scores of every block of a row.
 
-    Parameters
-    ----------
-    score : (N, K) torch.Tensor
-        Any order that can be sorted; K need not be a multiple of ``block``.
-    nnz, block : int
-        The pattern.
-
-    Returns
-    -------
-    (N, K) bool torch.Tensor
+    ``score`` (N, K) is of any dtype that can be sorted, and K need not be a multiple of ``block``; of equal
+    scores the leftmost are kept.
     """
     import torch
 

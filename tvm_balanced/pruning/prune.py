@@ -3,47 +3,46 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, overload
 
 from tvm_balanced.errors import InputError
-from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.model import Model
+from tvm_balanced.pruning.choice import Patterns
+from tvm_balanced.pruning.layers import Batch, Progress
 from tvm_balanced.pruning.magnitude import prune_model
 from tvm_balanced.report import PruningReport
 
 if TYPE_CHECKING:
     import torch
 
-Pattern = str | BalancedPattern | Mapping[str, str]
-
 
 @overload
 def prune(
     model: Model | str | os.PathLike[str],
-    pattern: Pattern,
+    pattern: Patterns,
     ignore: Iterable[str] = ...,
     *,
-    progress: Callable[[str], None] | None = ...,
+    progress: Progress | None = ...,
 ) -> Model: ...
 @overload
 def prune(
     model: torch.nn.Module,
-    pattern: Pattern,
+    pattern: Patterns,
     ignore: Iterable[str] = ...,
     *,
-    calibration: Sequence[tuple[Any, ...]],
+    calibration: Sequence[Batch],
     method: str = ...,
-    progress: Callable[[str], None] | None = ...,
+    progress: Progress | None = ...,
 ) -> PruningReport: ...
 def prune(
-    model: Any,
-    pattern: Pattern,
+    model: Model | str | os.PathLike[str] | torch.nn.Module,
+    pattern: Patterns,
     ignore: Iterable[str] = (),
     *,
-    calibration: Sequence[tuple[Any, ...]] | None = None,
+    calibration: Sequence[Batch] | None = None,
     method: str | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Model | PruningReport:
     """Prune the dense layers of a model once to a balanced pattern, without retraining.
 

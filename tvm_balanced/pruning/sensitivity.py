@@ -8,9 +8,10 @@ is reached is measured afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,8 +20,9 @@ from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.model import Model
 from tvm_balanced.planning.plan import plan
 from tvm_balanced.pruning.calibrated import prune_calibrated
-from tvm_balanced.pruning.layers import Batch, agreement, copy_of, find_linear
+from tvm_balanced.pruning.layers import Batch, Progress, agreement, find_linear
 from tvm_balanced.selection import select
+from tvm_balanced.support.tensors import Array
 
 if TYPE_CHECKING:
     import torch
@@ -67,8 +69,13 @@ class Selection:
 
     @property
     def speedup(self) -> float:
-        """Predicted, of all dense layers together."""
+        """Predicted speedup of all dense layers together."""
         return self.dense_us / self.us
+
+    @property
+    def fastest_us(self) -> float:
+        """Predicted microseconds with the fastest option of every layer."""
+        return sum(min(option.us for option in layer.options) for layer in self.layers)
 
     @property
     def patterns(self) -> dict[str, str]:
@@ -84,43 +91,20 @@ def scan(
     candidates: Iterable[str | BalancedPattern] = CANDIDATES,
     method: str = "magnitude",
     ignore: Iterable[str] = (),
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Selection:
-    """Prune every layer alone to every candidate, measure the loss, and undo it.
+    """Prune every layer alone to every candidate, measure the loss on ``batches``, and undo it.
 
-    Parameters
-    ----------
-    module : torch.nn.Module
-        Comes back as it was.
-    model : Model
-        The same model imported, for the predicted times.
-    batches : sequence of tuple
-        Positional inputs.
-    target : str or TargetSpec
-        Where it is to run.
-    candidates : iterable of str
-        Patterns to try; where one is predicted slower than dense, or wider than a layer, it is left out.
-    method : str
-        As for :func:`tvm_balanced.pruning.calibrated.prune_calibrated`.
-    ignore : iterable of str
-        Layers that stay dense.
-    progress : callable, optional
-        Told each layer and pattern.
-
-    Returns
-    -------
-    Selection
-        With every layer dense; :func:`choose` makes a choice of it.
-
-    Raises
-    ------
-    InputError
-        As :func:`tvm_balanced.pruning.calibrated.prune_calibrated` and :func:`tvm_balanced.plan`.
+    ``module`` comes back as it was; ``model`` is the same one imported, for the times predicted on
+    ``target``. Candidates that are predicted slower than dense, or wider than a layer, are left out, and so
+    are layers that ``ignore`` names. In the result every layer is dense; :func:`choose` chooses among its
+    options. Raises InputError as :func:`~tvm_balanced.pruning.calibrated.prune_calibrated`, whose methods
+    these are, and as :func:`tvm_balanced.plan`.
     """
     import torch
 
     forms = [str(BalancedPattern(form)) for form in candidates]
-    teacher = copy_of(module)
+    teacher = copy.deepcopy(module)
     layers = {layer.name: layer for layer in find_linear(module, batches[0])}
     ignored = select(ignore, list(layers))
     plans = {
@@ -128,7 +112,7 @@ def scan(
         for form in forms
     }
     choices: list[LayerChoice] = []
-    for row in plan(model, target, forms[0], policy="always"):
+    for row in plans[forms[0]].values():
         times = {form: plans[form][row.name] for form in forms}
         dense_us = max((r.dense_us or 0.0 for r in times.values()), default=0.0)
         options = [Option(None, dense_us, 0.0)]
@@ -154,31 +138,16 @@ def scan(
 def choose(scanned: Selection, speedup: float) -> Selection:
     """Return the patterns of the least summed loss that reach a predicted speedup of the dense layers.
 
-    Parameters
-    ----------
-    scanned : Selection
-        From :func:`scan`.
-    speedup : float
-        At least 1.
+    ``scanned`` is a result of :func:`scan`, ``speedup`` at least 1. Raises InputError when even the fastest
+    patterns do not reach it.
 
-    Returns
-    -------
-    Selection
-
-    Raises
-    ------
-    InputError
-        When even the fastest patterns do not reach it.
-
-    Notes
-    -----
     A knapsack with one choice a layer, by dynamic programming over time in steps of 1/4000 of what is
     allowed, each layer rounded down; of the choices for every budget the largest whose true time is
     allowed is taken. The speedup is reached for certain, the loss is the least but for that rounding.
     """
     if not 1 <= speedup < float("inf"):
         raise InputError(f"a speedup of {speedup} was asked for, expected a number of at least 1")
-    fastest = sum(min(option.us for option in layer.options) for layer in scanned.layers)
+    fastest = scanned.fastest_us
     allowed = scanned.dense_us / speedup
     if fastest > allowed:
         raise InputError(
@@ -186,9 +155,9 @@ def choose(scanned: Selection, speedup: float) -> Selection:
             f"{scanned.dense_us / fastest:.2f}; ask for less, or add sparser candidates"
         )
     room = _TIME_STEPS
-    unit = allowed / _TIME_STEPS
+    unit = allowed / room
     best = np.zeros(room + 1)
-    picks: list[Any] = []
+    picks: list[Array] = []
     for layer in scanned.layers:
         trials = np.full((len(layer.options), room + 1), np.inf)
         for number, option in enumerate(layer.options):
@@ -206,15 +175,13 @@ def choose(scanned: Selection, speedup: float) -> Selection:
         for layer, pick in zip(reversed(scanned.layers), reversed(picks), strict=True):
             option = layer.options[pick[left]]
             left -= int(option.us / unit)
-            chosen.append(
-                LayerChoice(layer.name, layer.shape, option, layer.dense_us, layer.options)
-            )
+            chosen.append(replace(layer, chosen=option))
         us = sum(layer.chosen.us for layer in chosen)
         if us <= allowed * (1 + 1e-9):
             return Selection(tuple(reversed(chosen)), scanned.dense_us, us)
     quickest = tuple(
-        LayerChoice(x.name, x.shape, min(x.options, key=lambda o: o.us), x.dense_us, x.options)
-        for x in scanned.layers
+        replace(layer, chosen=min(layer.options, key=lambda option: option.us))
+        for layer in scanned.layers
     )
     return Selection(quickest, scanned.dense_us, fastest)
 
@@ -225,40 +192,19 @@ def choose_by_loss(
     batches: Sequence[Batch],
     max_loss: float,
     method: str = "magnitude",
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Selection:
     """Return the largest predicted speedup, of those tried by halving, whose measured loss is within bounds.
 
-    Parameters
-    ----------
-    scanned : Selection
-        From :func:`scan`.
-    module : torch.nn.Module
-        Not changed.
-    batches : sequence of tuple
-        Positional inputs, on which the whole pruned model is measured.
-    max_loss : float
-        0.01 for a mean cosine of 0.99 to the dense model.
-    method : str
-        As for :func:`tvm_balanced.pruning.calibrated.prune_calibrated`.
-    progress : callable, optional
-        Told each trial.
-
-    Returns
-    -------
-    Selection
-        With every layer dense where nothing else is within bounds.
-
-    Raises
-    ------
-    InputError
-        For a loss outside 0 to 1.
+    Every layer stays dense where nothing else is within bounds. ``module`` is not changed; copies of
+    it, pruned by ``method``, are measured on the positional inputs ``batches``. A ``max_loss`` of 0.01
+    is a mean cosine of 0.99 to the dense model. Raises InputError for a loss outside 0 to 1.
     """
     if not 0 < max_loss < 1:
         raise InputError(
             f"a loss of {max_loss:g} is no share; give one between 0 and 1, such as 0.01 (1 %)"
         )
-    fastest = sum(min(option.us for option in layer.options) for layer in scanned.layers)
+    fastest = scanned.fastest_us
     low, high = 1.0, scanned.dense_us / fastest if fastest else 1.0
     best = scanned
     tried = high
@@ -266,7 +212,7 @@ def choose_by_loss(
         selection = choose(scanned, tried)
         loss = 0.0
         if selection.patterns:
-            trial = copy_of(module)
+            trial = copy.deepcopy(module)
             prune_calibrated(trial, selection.patterns, batches, method)
             loss = 1 - agreement(trial, module, batches)
         if progress is not None:
@@ -283,7 +229,7 @@ def choose_by_loss(
     return best
 
 
-def selection_json(selection: Selection) -> list[Mapping[str, Any]]:
+def selection_json(selection: Selection) -> list[Mapping[str, object]]:
     """Plain dictionaries, one a layer."""
     return [
         {

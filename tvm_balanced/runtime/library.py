@@ -271,7 +271,7 @@ class Library:
             ) from error
 
     def check(self) -> None:
-        """Check that this machine can run it and that its files are as written; see :func:`load` for the errors."""
+        """Check that this machine can run it, and that its files are as written, as :func:`load` does."""
         check_versions(self.path, self.manifest.versions)
         if not self._fresh:
             verify_hashes(self.path, self.manifest)

@@ -16,10 +16,8 @@ from tvm_balanced.errors import OutputError
 def check_output(path: Path, overwrite: bool) -> None:
     """Refuse a file that could not be written, before any work.
 
-    Raises
-    ------
-    OutputError
-        When ``path`` exists (without ``overwrite``), is a folder, or its folder is not writable.
+    Raises OutputError when ``path`` exists (without ``overwrite``), is a folder, or its folder is not
+    writable.
     """
     if path.is_dir():
         raise OutputError(f"{path} is a folder, expected the name of a file; choose another")
@@ -31,10 +29,7 @@ def check_output(path: Path, overwrite: bool) -> None:
 def check_parent(path: Path) -> None:
     """Refuse a path in whose folder nothing can be made.
 
-    Raises
-    ------
-    OutputError
-        When that folder is missing or not writable.
+    Raises OutputError when that folder is missing or not writable.
     """
     if not path.parent.is_dir():
         way_out = "choose another place" if os.path.lexists(path.parent) else "make it first"
@@ -48,10 +43,7 @@ def check_parent(path: Path) -> None:
 def write_whole(path: Path, write: Callable[[Path], object], overwrite: bool) -> None:
     """Let ``write`` make a file under a temporary name, and rename it when it is whole.
 
-    Raises
-    ------
-    OutputError
-        When it cannot be written; nothing is left behind.
+    Raises OutputError when it cannot be written; nothing is left behind.
     """
     check_output(path, overwrite)
     with as_output_error(path):
@@ -79,10 +71,8 @@ def replace_file(path: Path, write: Callable[[Path], object], mode: int | None =
 def write_whole_folder(path: Path, fill: Callable[[Path], object]) -> None:
     """Let ``fill`` fill an empty folder under a temporary name, and put it in the place of ``path``.
 
-    Raises
-    ------
-    OutputError
-        When it cannot be written; nothing is left behind, and a folder that was there is as it was.
+    Raises OutputError when it cannot be written; nothing is left behind, and a folder that was there is
+    as it was.
     """
     check_parent(path)
     with as_output_error(path):

@@ -10,25 +10,9 @@ from tvm_balanced.errors import ToolchainError
 
 
 def need(module: str, extra: str, purpose: str) -> Any:
-    """Import an optional library.
+    """Import ``module``, which the package's ``extra`` installs and ``purpose`` (for the message) needs.
 
-    Parameters
-    ----------
-    module : str
-        What to import.
-    extra : str
-        The extra of this package that installs it.
-    purpose : str
-        What it is needed for, as it stands in the message.
-
-    Returns
-    -------
-    module
-
-    Raises
-    ------
-    ToolchainError
-        When it is not installed.
+    Raises ToolchainError when it is not installed.
     """
     try:
         return importlib.import_module(module)
@@ -50,7 +34,12 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's message as part of a sentence, or its class where it has none."""
     lines = _INTERNALS.sub("", str(error)).strip().splitlines()
     # a damaged file's names come back in messages about them
-    text = "".join(c if c.isprintable() else "?" for c in lines[0]) if lines else ""
+    text = printable(lines[0]) if lines else ""
     if len(text) > _LONGEST:
         text = f"{text[:_LONGEST]} ..."
     return text or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Return a text with question marks in the place of what would not print."""
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -51,12 +51,9 @@ _MAX_HEADER = 100 * 1024 * 1024
 def write_tensors(path: Path, tensors: Mapping[str, Array]) -> None:
     """Write arrays, of dtypes that safetensors has, at multiples of 64 bytes, and flush them to the disk.
 
-    Raises
-    ------
-    OSError
-        If the file cannot be written whole.
+    Raises OSError if the file cannot be written whole.
     """
-    header: dict[str, Any] = {}
+    header: dict[str, dict[str, object]] = {}
     offset = 0
     # the format has no gaps: a filler array takes the bytes up to the next boundary
     for number, (name, array) in enumerate(tensors.items()):
@@ -89,10 +86,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Array]) -> None:
 def read_tensors(path: Path) -> dict[str, Array]:
     """Map the arrays of a safetensors file; writing to one does not reach the file.
 
-    Raises
-    ------
-    ArtifactError
-        If the file is not safetensors or is cut short.
+    Raises ArtifactError if the file is not safetensors or is cut short.
     """
     try:
         size = path.stat().st_size

@@ -10,10 +10,7 @@ from tvm_balanced.errors import InputError
 def check_word(name: str, value: object, allowed: Iterable[str]) -> str:
     """``value``, when it is one of the words that the option ``name`` takes.
 
-    Raises
-    ------
-    InputError
-        When it is not; the message names the words.
+    Raises InputError when it is not; the message names the words.
     """
     words = list(allowed)
     if isinstance(value, str) and value in words:

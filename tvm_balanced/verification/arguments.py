@@ -13,8 +13,8 @@ from tvm import s_tir, tirx
 
 from tvm_balanced.format.layout import PackedFormat
 from tvm_balanced.format.packing import pack
-from tvm_balanced.format.weights import Array
 from tvm_balanced.ops import FORMAT_ATTR, parse_format
+from tvm_balanced.support.tensors import Array
 from tvm_balanced.support.tvm_types import Block, Buffer, Expr
 from tvm_balanced.verification import tensorir
 from tvm_balanced.verification.tensorir import array_dtype, dtype_of, is_float, loads, nodes

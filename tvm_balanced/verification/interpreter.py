@@ -24,8 +24,8 @@ from tvm import tirx
 
 from tvm_balanced.format import reference
 from tvm_balanced.format.packing import BalancedTensor
-from tvm_balanced.format.weights import Array
 from tvm_balanced.ops import FORMAT_ATTR, parse_format
+from tvm_balanced.support.tensors import Array
 from tvm_balanced.support.tvm_types import Block, Buffer, Expr, Stmt
 from tvm_balanced.verification import tensorir as ir
 from tvm_balanced.verification.tensorir import KernelReferenceError, Update, Value

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from tvm import tirx
 
-from tvm_balanced.format.weights import Array
+from tvm_balanced.support.tensors import Array
 from tvm_balanced.support.tvm_types import Buffer, Expr, Stmt
 from tvm_balanced.verification import tensorir as ir
 from tvm_balanced.verification.arguments import Facts, symbol_value, symbols_of

@@ -9,6 +9,7 @@ from tvm_balanced.schedules.cuda import expand as cuda_expand
 from tvm_balanced.schedules.cuda import gather_model
 from tvm_balanced.schedules.cuda import machine as cuda_machine
 from tvm_balanced.schedules.cuda import sparse_mma as cuda_sparse_mma
+from tvm_balanced.schedules.cuda import target as cuda
 from tvm_balanced.schedules.cuda.expand_model import EXPAND
 from tvm_balanced.schedules.cuda.sparse_mma_model import SPARSE_MMA
 from tvm_balanced.schedules.dispatch import preferred_format

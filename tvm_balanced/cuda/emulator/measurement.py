@@ -12,7 +12,7 @@ import numpy as np
 from tvm_balanced.cuda.emulator.compiler import EmulatorError
 from tvm_balanced.cuda.emulator.report import SECTOR, Access, EmulatorReport
 from tvm_balanced.format.layout import PackedFormat, numpy_dtype
-from tvm_balanced.format.weights import Array
+from tvm_balanced.support.tensors import Array
 
 if TYPE_CHECKING:
     from tvm_balanced.cuda.emulator.tvm_kernel import TVMKernel

@@ -16,7 +16,7 @@ import numpy as np
 from tvm_balanced.cuda.emulator.compiler import EmulatorError, compile_kernels, runtime
 from tvm_balanced.cuda.emulator.report import EmulatorReport
 from tvm_balanced.cuda.emulator.translate import translate
-from tvm_balanced.format.weights import Array
+from tvm_balanced.support.tensors import Array
 
 ORDERS = {"seq": 0, "reverse": 1, "random": 2}
 _ALIGNMENT = 256  # of device allocations

@@ -14,7 +14,7 @@ from tvm_balanced.cuda.emulator.compiler import EmulatorError
 from tvm_balanced.cuda.emulator.module import Launch, Module
 from tvm_balanced.cuda.emulator.report import EmulatorReport
 from tvm_balanced.format.layout import numpy_dtype
-from tvm_balanced.format.weights import Array
+from tvm_balanced.support.tensors import Array
 from tvm_balanced.support.tvm_types import Expr, Stmt
 
 if TYPE_CHECKING:
