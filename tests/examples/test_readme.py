@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tvm_balanced.cli.main import main
+
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
@@ -25,7 +27,7 @@ def test_python_blocks():
         assert done.returncode == 0, done.stderr
 
 
-def test_command_lines(tmp_path):
+def test_command_lines(tmp_path, monkeypatch, capsys):
     """Every line of the command block, in order, on small models."""
     import onnx
     import torch
@@ -53,11 +55,11 @@ def test_command_lines(tmp_path):
         if line.startswith("tvm-balanced ")
     ]
     assert len(lines) == 8
+    monkeypatch.chdir(tmp_path)
     for line in lines:
         words = shlex.split(re.split(r"\s{2,}", line)[0])
-        command = [sys.executable, "-m", "tvm_balanced.cli.main", *words[1:]]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        code = main(words[1:])
+        assert code == 0, f"{line}\n{capsys.readouterr().err}"
     assert (tmp_path / "sparse.safetensors").is_file()
     assert (tmp_path / "model.tvmb" / "lib.so").is_file()
 
