@@ -143,3 +143,26 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     with pytest.raises(OutputError, match="cannot be written to"):
         prepared(model, "llvm", tmp_path / "mine.py" / "ir")
     assert names(tmp_path) == ["mine.py"]
+
+
+class Sliced(torch.nn.Module):
+    """What stands behind the layer reads a part of its result."""
+
+    def __init__(self, begin, end):
+        super().__init__()
+        self.first, self.begin, self.end = torch.nn.Linear(64, 192, bias=False), begin, end
+
+    def forward(self, x):
+        return torch.sigmoid(self.first(x)[..., self.begin : self.end])
+
+
+@pytest.mark.parametrize(("begin", "end"), [(0, 128), (0, 7), (64, 192)])
+@pytest.mark.parametrize("policy", ["always", "never"])
+def test_a_slice_of_a_layers_result_is_not_part_of_its_kernel(begin, end, policy):
+    """TVM takes one that begins at 0 for element-wise work; the kernel then wrote past its result."""
+    torch.manual_seed(0)
+    module, x = Sliced(begin, end).eval(), torch.randn(3, 64)
+    model = tb.prune(tb.from_torch(module, (x,)), "4:16")
+    lib = tb.compile(model, "llvm", policy=policy)
+    weight = torch.from_numpy(np.array(model.params["first.weight"]))
+    torch.testing.assert_close(lib(x), torch.sigmoid((x @ weight.T)[..., begin:end]))
