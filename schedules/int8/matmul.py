@@ -1,0 +1,364 @@
+"""What the gather and the dense kernel share: their problem, knobs, loops around a tile, and the epilogue.
+
+Tiles of tokens by groups of 16 weight rows keep their sums in registers. Groups are cut into *tasks*, whose
+weights stay in the second-level cache while all tiles of tokens pass; threads share tasks, and where there
+are few rows of the weight, the tokens too.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm import tirx
+
+from tvm_balanced.errors import InputError
+from tvm_balanced.format.int8 import ROWS, DenseFormat, Format, GatherFormat
+from tvm_balanced.pattern import BalancedPattern
+from tvm_balanced.schedules.int8.isa import Isa
+from tvm_balanced.schedules.int8.statements import (
+    INDEX,
+    Buffer,
+    Expr,
+    Stmt,
+    as_polynomials,
+    constant,
+    flat_view,
+    function,
+    local,
+    loop,
+    over_tiles,
+    ramp,
+    sequence,
+    share,
+)
+
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+
+# dot products of whole registers from which threads pay for waking them; some 15 us
+PARALLEL_DOTS = 1 << 15
+
+# (token, weight row, integer sum without compensation) -> the result
+Finish = Callable[[Expr, Expr, Expr], Expr]
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens to the dequantised sums, in this order.
+
+    Parameters
+    ----------
+    bias : bool
+        Add a vector ``(N,)``.
+    activation : str
+        One of :data:`ACTIVATIONS`.
+    residual : bool
+        Add a matrix ``(M, N)``.
+    """
+
+    bias: bool = False
+    activation: str = "none"
+    residual: bool = False
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise InputError(
+                f'activation "{self.activation}" is not known; choose one of {", ".join(ACTIVATIONS)}'
+            )
+
+
+@dataclass(frozen=True)
+class MatmulSpec:
+    """A multiplication by an int8 weight.
+
+    Parameters
+    ----------
+    rows : int or str
+        Tokens, M; a name where it is symbolic.
+    out_features, in_features : int
+        N and K.
+    pattern : BalancedPattern or None
+        What the weight follows; None for a dense one.
+    epilogue : Epilogue
+        On the result.
+    out_dtype : str
+        ``"float32"``, or ``"int32"`` for the sums themselves, without scales or epilogue.
+    """
+
+    rows: int | str
+    out_features: int
+    in_features: int
+    pattern: BalancedPattern | None = None
+    epilogue: Epilogue = Epilogue()
+    out_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rows, int) and self.rows < 1:
+            raise InputError(f"a kernel for {self.rows} rows was asked for; give at least one")
+        if self.out_dtype not in ("float32", "int32"):
+            raise InputError(f'out_dtype "{self.out_dtype}" is not known; choose float32 or int32')
+        if self.out_dtype == "int32" and self.epilogue != Epilogue():
+            raise InputError("integer sums have no epilogue; choose out_dtype float32")
+
+    @property
+    def format(self) -> Format:
+        """The packed weight's format."""
+        if self.pattern is None:
+            return DenseFormat(self.out_features, self.in_features)
+        return GatherFormat(self.out_features, self.in_features, self.pattern)
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What a tuner may sample.
+
+    Parameters
+    ----------
+    tokens : int
+        Tokens of a full tile, a power of two; the quantiser must use the same.
+    groups : tuple of int
+        Groups of 16 weight rows in a tile; entry ``i`` is for tiles of ``2 ** i`` tokens.
+    sums : tuple of int
+        Partial sums of each cell of a tile, which are independent chains of dot products; as ``groups``.
+    task_bytes : int
+        Packed weight of a task, at most.
+    tasks : int
+        Tasks at least, where there are as many groups.
+    token_parts : int
+        Parts that the tokens are cut into, each with tasks of its own.
+    """
+
+    tokens: int
+    groups: tuple[int, ...]
+    sums: tuple[int, ...]
+    task_bytes: int = 512 * 1024
+    tasks: int = 8
+    token_parts: int = 1
+
+    def tile(self, height: int) -> tuple[int, int]:
+        """Groups and partial sums of a tile of ``height`` tokens."""
+        place = (height - 1).bit_length()
+        return tuple(table[min(place, len(table) - 1)] for table in (self.groups, self.sums))  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One accumulator: token, group and vector register of a tile, and which partial sum."""
+
+    token: int
+    group: int
+    part: int
+    partial: int
+
+
+class Kernel(abc.ABC):
+    """A multiplication written out; subclasses fill the sums of a tile.
+
+    Parameters
+    ----------
+    spec : MatmulSpec
+        The problem.
+    isa : Isa
+        What it is written for.
+    knobs : Knobs
+        Tile sizes.
+    """
+
+    x_views: tuple[str, ...] = ()
+    stream_views: tuple[str, ...] = ()
+
+    def __init__(self, spec: MatmulSpec, isa: Isa, knobs: Knobs) -> None:
+        self.spec, self.isa, self.knobs = spec, isa, knobs
+        fmt = spec.format
+        self.groups = fmt.groups
+        self.strip = math.prod(fmt.stream_shape[1:])
+        self.layout = fmt.activations(knobs.tokens, isa.signed)
+        self.rows: int | Expr = (
+            spec.rows if isinstance(spec.rows, int) else tirx.Var(spec.rows, INDEX)
+        )
+
+        def buffer(name: str, shape: tuple[int | Expr, ...], dtype: str) -> Buffer:
+            return tirx.decl_buffer(shape, dtype, name=name, layout=None)
+
+        n = spec.out_features
+        self.x = buffer("x", (self.rows, self.layout.token_bytes), self.layout.dtype)
+        self.x_scales = buffer("x_scales", (self.rows,), "float32")
+        self.stream = buffer("stream", fmt.stream_shape, "int8")
+        self.scales = buffer("scales", (self.groups * ROWS,), "float32")
+        self.compensation = buffer("compensation", (self.groups * ROWS,), "int32")
+        self.bias = buffer("bias", (n,), "float32") if spec.epilogue.bias else None
+        self.residual = (
+            buffer("residual", (self.rows, n), "float32") if spec.epilogue.residual else None
+        )
+        self.out = buffer("out", (self.rows, n), spec.out_dtype)
+
+    @property
+    def params(self) -> list[Buffer]:
+        """Parameters of the function, the result last."""
+        extra = [b for b in (self.bias, self.residual) if b is not None]
+        return [
+            self.x,
+            self.x_scales,
+            self.stream,
+            self.scales,
+            self.compensation,
+            *extra,
+            self.out,
+        ]
+
+    def function(self, name: str) -> tirx.PrimFunc:
+        """The kernel as a function of its own."""
+        return function(name, self.params, self.body())
+
+    @property
+    @abc.abstractmethod
+    def dots(self) -> int:
+        """Dot products of 64 bytes for one token."""
+
+    @abc.abstractmethod
+    def accumulate(self, m: Expr, height: int, group: Expr, sums: dict[Cell, Buffer]) -> Stmt:
+        """Add the products of tokens ``m .. m + height`` with groups from ``group`` to ``sums``."""
+
+    def body(self) -> Stmt:
+        """All statements; reads and writes the parameters."""
+        self.flat_x, declare_x = flat_view(self.x)
+        self.flat_stream, declare_stream = flat_view(self.stream)
+        self.words, declare_words = self._words(self.stream)
+        self.x_words, declare_x_words = self._words(self.x)
+        work = self.rows * self.dots
+        if isinstance(work, int):
+            tasks = self._tasks(work >= PARALLEL_DOTS)
+        elif self.dots >= PARALLEL_DOTS:
+            tasks = self._tasks(True)
+        else:
+            tasks = tirx.IfThenElse(work >= PARALLEL_DOTS, self._tasks(True), self._tasks(False))
+        return sequence([declare_x, declare_stream, declare_words, declare_x_words, tasks])
+
+    @staticmethod
+    def _words(buffer: Buffer) -> tuple[Buffer, Stmt]:
+        """A view of bytes as 32-bit words."""
+        size = math.prod(buffer.shape) // 4 if isinstance(buffer.shape[0], int) else None
+        if size is None:
+            size = buffer.shape[0]
+            for extent in buffer.shape[1:]:
+                size = size * extent
+            size = size // 4
+        view = tirx.decl_buffer((size,), "int32", name=f"{buffer.name}_words", layout=None)
+        return view, tirx.DeclBuffer(view, data=buffer.data)
+
+    def _tasks(self, parallel: bool) -> Stmt:
+        knobs = self.knobs
+        count = max(-(-self.groups * self.strip // knobs.task_bytes), knobs.tasks)
+        count = min(count, self.groups)
+        parts = knobs.token_parts
+        kind = tirx.ForKind.PARALLEL if parallel else tirx.ForKind.SERIAL
+
+        def task(index: Expr) -> Stmt:
+            begin, size = share(self.groups, index // parts, count)
+            part = (index % parts, parts) if parts > 1 else None
+            return over_tiles(
+                self.layout,
+                self.rows,
+                lambda m, height: self._groups(m, height, begin, size),
+                part,
+            )
+
+        return loop(count * parts, task, kind, name="task")
+
+    def _groups(self, m: Expr, height: int, begin: int | Expr, size: int | Expr) -> Stmt:
+        """Tokens ``m .. m + height`` by ``size`` groups from ``begin``."""
+        width, _ = self.knobs.tile(height)
+        pieces = []
+        whole = size // width
+        if not isinstance(whole, int) or whole:
+            pieces.append(
+                loop(whole, lambda g: self._tile(m, height, begin + g * width, width), name="g")
+            )
+        rest = size % width
+        if width > 1 and (not isinstance(rest, int) or rest):
+            at = begin + whole * width
+            pieces.append(loop(rest, lambda g: self._tile(m, height, at + g, 1), name="g"))
+        return sequence(pieces)
+
+    def _tile(self, m: Expr, height: int, group: Expr, width: int) -> Stmt:
+        isa = self.isa
+        _, partials = self.knobs.tile(height)
+        lanes = isa.lanes
+        sums = {
+            Cell(i, r, q, a): local(lanes, "sums", "int32")
+            for i in range(height)
+            for r in range(width)
+            for q in range(isa.parts)
+            for a in range(partials)
+        }
+        everything = [ramp(0, lanes)]
+        clear = [
+            s
+            for b in sums.values()
+            for s in (tirx.AllocBuffer(b), tirx.BufferStore(b, constant(0, lanes), everything))
+        ]
+        finish = []
+        for cell, total in sums.items():
+            if cell.partial:
+                continue
+            more = [sums[Cell(cell.token, cell.group, cell.part, a)] for a in range(1, partials)]
+            for partial in more:
+                joined = total[everything[0]] + partial[everything[0]]
+                finish.append(tirx.BufferStore(total, joined, everything))
+            n = (group + cell.group) * ROWS + cell.part * lanes
+            finish.append(self._store(m + cell.token, n, total))
+        return sequence([*clear, self.accumulate(m, height, group, sums), *finish])
+
+    def _store(self, m: Expr, n: Expr, total: Buffer) -> Stmt:
+        """Write the results of one register of sums."""
+        lanes, count = self.isa.lanes, self.spec.out_features
+
+        def write(width: int) -> Stmt:
+            def element(e: Expr) -> Stmt:
+                return tirx.BufferStore(self.out, self.finish(m, n + e, total[e]), [m, n + e])
+
+            return loop(width, element, tirx.ForKind.VECTORIZED, name="e")
+
+        if count % lanes == 0 and (self.isa.parts == 1 or count % ROWS == 0):
+            return write(lanes)
+        rest = count % lanes
+        part = tirx.IfThenElse(n < count, write(rest), None) if rest else None
+        return tirx.IfThenElse(n + lanes <= count, write(lanes), part)
+
+    def finish(self, m: Expr, n: Expr, total: Expr) -> Expr:
+        """The result at token ``m`` and weight row ``n`` from its integer sum."""
+        if not self.isa.signed:
+            total = total - self.compensation[n]
+        if self.spec.out_dtype == "int32":
+            return total
+        value = tirx.Cast("float32", total) * self.scales[n] * self.x_scales[m]
+        if self.bias is not None:
+            value = value + self.bias[n]
+        value = activate(value, self.spec.epilogue.activation)
+        if self.residual is not None:
+            value = value + self.residual[m, n]
+        return value
+
+
+def activate(value: Expr, name: str) -> Expr:
+    """A float32 ``value`` after an activation of :data:`ACTIVATIONS`."""
+
+    def f(number: float) -> Expr:
+        return tirx.const(number, "float32")
+
+    if name == "none":
+        return value
+    bound = tirx.Var("value", "float32")
+    result = {
+        "relu": lambda v: tirx.max(v, f(0.0)),
+        "gelu": lambda v: f(0.5) * v * (f(1.0) + tirx.erf(v * f(math.sqrt(0.5)))),
+        "gelu_tanh": lambda v: (
+            f(0.5)
+            * v
+            * (f(1.0) + tirx.tanh(f(math.sqrt(2 / math.pi)) * (v + f(0.044715) * v * v * v)))
+        ),
+        "silu": lambda v: v * tirx.sigmoid(v),
+    }[name](bound)
+    return tirx.Let(bound, value, as_polynomials(result))
