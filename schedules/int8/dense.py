@@ -8,19 +8,20 @@ Thread map: tasks of groups of 16 rows -> threads, as :mod:`~tvm_balanced.schedu
 
 from __future__ import annotations
 
+import math
+
 import tvm
 from tvm import tirx
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.int8 import QUAD, REGISTER, ROWS, DenseFormat
 from tvm_balanced.schedules.int8.isa import PLAIN, Isa, choose
-from tvm_balanced.schedules.int8.matmul import Cell, Kernel, Knobs, MatmulSpec
+from tvm_balanced.schedules.int8.matmul import Cell, Kernel, Knobs, MatmulSpec, for_threads
 from tvm_balanced.schedules.int8.statements import (
     Buffer,
     Expr,
     Stmt,
     bound,
-    constant,
     loop,
     ramp,
     sequence,
@@ -30,21 +31,28 @@ from tvm_balanced.schedules.int8.statements import (
 # quads of columns written out in the body of the innermost loop
 _QUADS = 4
 
+_SMALL_WEIGHT = 768 * 1024
 
-def default_knobs(spec: MatmulSpec, isa: Isa) -> Knobs:
+
+def default_knobs(spec: MatmulSpec, target: tvm.target.Target, isa: Isa) -> Knobs:
     """Tile sizes that keep the sums in registers: 32 of them with AVX-512, 16 without.
 
     Parameters
     ----------
     spec : MatmulSpec
         Of a dense weight.
+    target : tvm.target.Target
+        An llvm target.
     isa : Isa
         What the kernel is written for.
     """
-    del spec
     if isa.bytes == REGISTER:
-        return Knobs(8, (4, 4, 4, 3), (2, 1))
-    return Knobs(4, (2, 2, 1), (1,))
+        # one stream of weights is fetched ahead of its use where it comes from the second-level cache
+        small = math.prod(spec.format.stream_shape) <= _SMALL_WEIGHT
+        knobs = Knobs(8, (4, 4, 4, 1 if small else 2), (2, 1))
+    else:
+        knobs = Knobs(4, (2, 2, 1), (1,))
+    return for_threads(knobs, spec, target)
 
 
 def kernel(
@@ -77,7 +85,7 @@ def kernel(
     if spec.pattern is not None:
         raise InputError("the dense kernel multiplies dense weights; use the gather kernel")
     chosen = choose(target, isa)
-    return Dense(spec, chosen, knobs or default_knobs(spec, chosen)).function(name)
+    return Dense(spec, chosen, knobs or default_knobs(spec, target, chosen)).function(name)
 
 
 class Dense(Kernel):
@@ -93,7 +101,7 @@ class Dense(Kernel):
         return self.groups * self.fmt.windows * ROWS
 
     def accumulate(self, m: Expr, height: int, group: Expr, sums: dict[Cell, Buffer]) -> Stmt:
-        quad = self._plain if self.isa is PLAIN else self._vector
+        quad, unroll = (self._plain, 1) if self.isa is PLAIN else (self._vector, _QUADS)
 
         def window(k: Expr) -> Stmt:
             x = m * self.layout.token_bytes + k * (height * REGISTER)
@@ -101,11 +109,11 @@ class Dense(Kernel):
 
             def quads(j: Expr) -> Stmt:
                 statements: list[Stmt] = []
-                for s in range(_QUADS):
-                    quad(x, weight, j * _QUADS + s, s, sums, statements)
+                for s in range(unroll):
+                    quad(x, weight, j * unroll + s, s, sums, statements)
                 return sequence(statements)
 
-            return loop(ROWS // _QUADS, quads, name="j")
+            return loop(ROWS // unroll, quads, name="j")
 
         return loop(self.fmt.windows, window, name="k")
 
@@ -133,14 +141,10 @@ class Dense(Kernel):
         for cell in cells:
             if cell.token not in tokens:
                 word = self.x_words[(x + cell.token * REGISTER) // QUAD + j]
-                wide = tirx.reinterpret(
-                    vector("int8", isa.bytes), tirx.Broadcast(word, isa.lanes)
-                )
+                wide = tirx.reinterpret(vector("int8", isa.bytes), tirx.Broadcast(word, isa.lanes))
                 tokens[cell.token] = bound("x", wide, statements)
             total = sums[cell]
-            new = isa.dot(
-                total[everything[0]], tokens[cell.token], values[cell.group, cell.part]
-            )
+            new = isa.dot(total[everything[0]], tokens[cell.token], values[cell.group, cell.part])
             statements.append(tirx.BufferStore(total, new, everything))
 
     def _plain(

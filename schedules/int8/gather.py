@@ -15,8 +15,9 @@ from tvm import tirx
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.int8 import LANE, QUAD, REGISTER, ROWS, GatherFormat
 from tvm_balanced.schedules.int8.isa import PLAIN, Isa, choose
-from tvm_balanced.schedules.int8.matmul import Cell, Kernel, Knobs, MatmulSpec
+from tvm_balanced.schedules.int8.matmul import Cell, Kernel, Knobs, MatmulSpec, for_threads
 from tvm_balanced.schedules.int8.statements import (
+    INDEX,
     Buffer,
     Expr,
     Stmt,
@@ -29,26 +30,30 @@ from tvm_balanced.schedules.int8.statements import (
 )
 
 # lookups written out in the body of the innermost loop
-_UNROLL = 512
+_UNROLL = 256
 
 
-def default_knobs(spec: MatmulSpec, isa: Isa) -> Knobs:
+def default_knobs(spec: MatmulSpec, target: tvm.target.Target, isa: Isa) -> Knobs:
     """Tile sizes that keep the sums in registers and enough chains of dot products under way.
 
     Parameters
     ----------
     spec : MatmulSpec
         Of a balanced weight.
+    target : tvm.target.Target
+        An llvm target.
     isa : Isa
         What the kernel is written for.
     """
     fmt = spec.format
     assert isinstance(fmt, GatherFormat)
     if isa.bytes == REGISTER:
-        # a step of two registers has two chains for each group only
-        few = fmt.step_registers < QUAD
-        return Knobs(8, (2 if few else 1, 1), (2, 2, 2, 1) if few else (4, 2, 2, 1))
-    return Knobs(4, (1,), (2, 1))
+        # a step of two registers has as many chains for each group
+        sums = (min(4, fmt.step_registers), 2, 2, 1)
+        knobs = Knobs(8, (1, 1, 1, 2), sums)
+    else:
+        knobs = Knobs(4, (1,), (2, 1))
+    return for_threads(knobs, spec, target)
 
 
 def kernel(
@@ -85,7 +90,7 @@ def kernel(
     if spec.pattern is None:
         raise InputError("the gather kernel multiplies balanced weights; use the dense kernel")
     chosen = choose(target, isa)
-    return Gather(spec, chosen, knobs or default_knobs(spec, chosen)).function(name)
+    return Gather(spec, chosen, knobs or default_knobs(spec, target, chosen)).function(name)
 
 
 class Gather(Kernel):
@@ -102,7 +107,6 @@ class Gather(Kernel):
 
     def accumulate(self, m: Expr, height: int, group: Expr, sums: dict[Cell, Buffer]) -> Stmt:
         fmt = self.fmt
-        lookups = len(sums) * fmt.registers * fmt.tables
 
         def step(k: Expr) -> Stmt:
             windows = []
@@ -110,11 +114,7 @@ class Gather(Kernel):
                 at = m * self.layout.token_bytes + (k * fmt.step_windows + w) * (
                     height * fmt.tables * REGISTER
                 )
-                window = _Window(self, group, k, w, at, sums)
-                if fmt.encoding == "u8" and lookups > _UNROLL:
-                    windows.append(loop(fmt.registers, window.register, name="j"))
-                else:
-                    windows += [window.register(j) for j in range(fmt.registers)]
+                windows.append(_Window(self, group, k, w, at, sums).statement())
             return sequence(windows)
 
         return loop(fmt.steps, step, name="k")
@@ -124,7 +124,13 @@ class _Window:
     """One window of a tile of tokens: all registers of slots of the tile's groups."""
 
     def __init__(
-        self, kernel: Gather, group: Expr, step: Expr, window: int, x: Expr, sums: dict[Cell, Buffer]
+        self,
+        kernel: Gather,
+        group: Expr,
+        step: Expr,
+        window: int,
+        x: Expr,
+        sums: dict[Cell, Buffer],
     ) -> None:
         self.kernel, self.isa, self.fmt = kernel, kernel.isa, kernel.fmt
         self.group, self.step, self.window, self.x = group, step, window, x
@@ -134,17 +140,25 @@ class _Window:
         self.partials = 1 + max(cell.partial for cell in sums)
         self.tables: dict[tuple[int, int], Expr] = {}
 
-    def register(self, j: int | Expr) -> Stmt:
+    def statement(self) -> Stmt:
+        """All registers of the window."""
+        fmt, isa = self.fmt, self.isa
+        if isa is PLAIN:
+            return self.plain()
+        sources = fmt.tables if isa.has_byte_permute else -(-fmt.columns // LANE)
+        cells = self.tokens * self.width * isa.parts
+        if fmt.encoding == "u8" and cells * sources * fmt.registers > _UNROLL:
+            return loop(fmt.registers, self._register, name="j")
+        return sequence([self._register(j) for j in range(fmt.registers)])
+
+    def _register(self, j: int | Expr) -> Stmt:
         """Register ``j`` of the window, for all tokens, groups and parts."""
         statements: list[Stmt] = []
-        if self.isa is not PLAIN and not isinstance(j, int):
+        if not isinstance(j, int):
             self.tables = {}
         for r in range(self.width):
             for q in range(self.isa.parts):
-                if self.isa is PLAIN:
-                    self._plain(r, j, statements)
-                else:
-                    self._vector(r, q, j, statements)
+                self._vector(r, q, j, statements)
         return sequence(statements)
 
     def _place(self, r: int) -> Expr:
@@ -187,9 +201,7 @@ class _Window:
         packed = self.kernel.words[ramp(word, isa.lanes)]
         if ordinal % 2:
             packed = packed >> constant(4, isa.lanes)
-        return tirx.reinterpret(
-            vector("int8", isa.bytes), packed & constant(0x0F0F0F0F, isa.lanes)
-        )
+        return tirx.reinterpret(vector("int8", isa.bytes), packed & constant(0x0F0F0F0F, isa.lanes))
 
     def _sources(self, j: int | Expr, index: Expr) -> list[tuple[int, Expr]]:
         """Where a register is looked up: bytes of the window, and the index for that table."""
@@ -235,32 +247,40 @@ class _Window:
 
     # --- any CPU
 
-    def _plain(self, r: int, j: int | Expr, statements: list[Stmt]) -> None:
-        fmt, kernel = self.fmt, self.kernel
+    def plain(self) -> Stmt:
+        """All registers of the window by loads of single bytes; loops, as LLVM writes each load out."""
+        return loop(
+            self.fmt.registers,
+            lambda j: loop(QUAD, lambda byte: self._plain(j, byte), name="byte"),
+            name="j",
+        )
+
+    def _plain(self, j: Expr, byte: Expr) -> Stmt:
+        fmt, flat = self.fmt, self.kernel.flat_stream
         ordinal = self._ordinal(j)
-        values = self._place(r) + ordinal * REGISTER
-        indices = self._place(r) + fmt.step_registers * REGISTER
         wide = vector("int32", ROWS)
 
-        def column(first: Expr, byte: int) -> Expr:
-            return tirx.Ramp(first + byte, tirx.const(QUAD, "int64"), ROWS)
+        def column(first: Expr) -> Expr:
+            return tirx.Cast(wide, flat[tirx.Ramp(first + byte, tirx.const(QUAD, INDEX), ROWS)])
 
-        for byte in range(QUAD):
+        statements: list[Stmt] = []
+        for r in range(self.width):
+            place = self._place(r)
+            indices = place + fmt.step_registers * REGISTER
             if fmt.encoding == "u8":
-                stored = kernel.flat_stream[column(indices + ordinal * REGISTER, byte)]
-                index = tirx.Cast(wide, stored) & constant(255, ROWS)
+                index = column(indices + ordinal * REGISTER) & constant(255, ROWS)
             else:
-                assert isinstance(ordinal, int) and isinstance(j, int)
-                stored = kernel.flat_stream[column(indices + ordinal // 2 * REGISTER, byte)]
-                shifted = tirx.Cast(wide, stored) >> constant(4 * (ordinal % 2), ROWS)
-                start = fmt.byte_blocks(j)[byte] * fmt.slots_pattern.block
-                index = (shifted & constant(15, ROWS)) + constant(start, ROWS)
-            index = bound("index", tirx.Cast(vector("int64", ROWS), index), statements)
-            stored = kernel.flat_stream[column(values, byte)]
-            value = bound("value", tirx.Cast(wide, stored), statements)
+                shift = tirx.Cast("int32", ordinal % 2 * 4)
+                stored = column(indices + ordinal // 2 * REGISTER) >> tirx.Broadcast(shift, ROWS)
+                block = tirx.min((j * QUAD + byte) // fmt.slots_pattern.nnz, fmt.window_blocks - 1)
+                start = tirx.Cast("int32", block * fmt.slots_pattern.block)
+                index = (stored & constant(15, ROWS)) + tirx.Broadcast(start, ROWS)
+            index = bound("index", tirx.Cast(vector(INDEX, ROWS), index), statements)
+            value = bound("value", column(place + ordinal * REGISTER), statements)
             for i in range(self.tokens):
                 first = tirx.Broadcast(self.x + i * (fmt.tables * REGISTER), ROWS)
-                x = tirx.Cast(wide, kernel.flat_x[first + index])
-                total = self._sum(i, r, 0, j)
+                x = tirx.Cast(wide, self.kernel.flat_x[first + index])
+                total = self.sums[Cell(i, r, 0, 0)]
                 new = total[ramp(0, ROWS)] + x * value
                 statements.append(tirx.BufferStore(total, new, [ramp(0, ROWS)]))
+        return sequence(statements)

@@ -8,10 +8,11 @@ are few rows of the weight, the tokens too.
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
+import tvm
 from tvm import tirx
 
 from tvm_balanced.errors import InputError
@@ -40,8 +41,7 @@ ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 # dot products of whole registers from which threads pay for waking them; some 15 us
 PARALLEL_DOTS = 1 << 15
 
-# (token, weight row, integer sum without compensation) -> the result
-Finish = Callable[[Expr, Expr, Expr], Expr]
+_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,10 @@ class Knobs:
         Groups of 16 weight rows in a tile; entry ``i`` is for tiles of ``2 ** i`` tokens.
     sums : tuple of int
         Partial sums of each cell of a tile, which are independent chains of dot products; as ``groups``.
+    threads : int
+        Threads that tasks are cut for; the number of tasks is a multiple of it.
     task_bytes : int
         Packed weight of a task, at most.
-    tasks : int
-        Tasks at least, where there are as many groups.
     token_parts : int
         Parts that the tokens are cut into, each with tasks of its own.
     """
@@ -133,14 +133,34 @@ class Knobs:
     tokens: int
     groups: tuple[int, ...]
     sums: tuple[int, ...]
+    threads: int = 1
     task_bytes: int = 512 * 1024
-    tasks: int = 8
     token_parts: int = 1
 
     def tile(self, height: int) -> tuple[int, int]:
         """Groups and partial sums of a tile of ``height`` tokens."""
         place = (height - 1).bit_length()
-        return tuple(table[min(place, len(table) - 1)] for table in (self.groups, self.sums))  # type: ignore[return-value]
+        groups, sums = (t[min(place, len(t) - 1)] for t in (self.groups, self.sums))
+        return groups, sums
+
+
+def for_threads(knobs: Knobs, spec: MatmulSpec, target: tvm.target.Target) -> Knobs:
+    """Knobs with tasks for the threads of a target.
+
+    Parameters
+    ----------
+    knobs : Knobs
+        Tile sizes.
+    spec : MatmulSpec
+        The problem; with fewer groups of rows than threads, its tokens are cut into parts.
+    target : tvm.target.Target
+        An llvm target; without ``num-cores``, eight are taken.
+    """
+    threads = int(target.attrs.get("num-cores", _THREADS))
+    parts = -(-threads // spec.format.groups)
+    if isinstance(spec.rows, int):
+        parts = max(1, min(parts, spec.rows // knobs.tokens))
+    return dataclasses.replace(knobs, threads=threads, token_parts=parts)
 
 
 @dataclass(frozen=True)
@@ -250,8 +270,8 @@ class Kernel(abc.ABC):
 
     def _tasks(self, parallel: bool) -> Stmt:
         knobs = self.knobs
-        count = max(-(-self.groups * self.strip // knobs.task_bytes), knobs.tasks)
-        count = min(count, self.groups)
+        rounds = -(-self.groups * self.strip // (knobs.task_bytes * knobs.threads))
+        count = min(rounds * knobs.threads, self.groups)
         parts = knobs.token_parts
         kind = tirx.ForKind.PARALLEL if parallel else tirx.ForKind.SERIAL
 

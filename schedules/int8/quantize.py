@@ -1,8 +1,9 @@
 """Rounding activations to int8, each token to a scale of its own, in the order that a kernel reads.
 
-Two passes over a token: the largest magnitude, by its bits, which sort as magnitudes do and put NaN and infinity
-last; then every element times ``127 / largest``, rounded to the nearest whole number, ties to the even one. A
-token with NaN or infinity gets the scale NaN. Thread map: tokens -> threads, from a size where that pays.
+Two passes over a token: the largest magnitude, by its bits, which sort as magnitudes do and put NaN
+and infinity last; then every element times ``127 / largest``, rounded to the nearest whole number,
+ties to the even one. A token with NaN or infinity gets the scale NaN. Thread map: tokens ->
+threads, from a size where that pays.
 """
 
 from __future__ import annotations
@@ -158,9 +159,7 @@ class Quantize:
         wide = lanes * _CHAINS
         most = local(wide, "most", "int32")
         statements.append(tirx.AllocBuffer(most))
-        statements.append(
-            tirx.BufferStore(most, constant(0, wide), [ramp(0, wide)])
-        )
+        statements.append(tirx.BufferStore(most, constant(0, wide), [ramp(0, wide)]))
         first = m * count
 
         def update(at: Expr, place: int, width: int) -> Stmt:

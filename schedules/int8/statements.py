@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeAlias
 
-import tvm
 from tvm import tirx
 
 from tvm_balanced.format.int8 import ActivationLayout
@@ -43,9 +43,10 @@ __all__ = [
     "vector_bits",
 ]
 
-Expr = tvm.ir.Expr
-Stmt = tirx.Stmt
-Buffer = tirx.Var  # of a buffer's type
+# TVM has no type hints; what these stand for
+Expr: TypeAlias = Any  # tvm.ir.Expr
+Stmt: TypeAlias = Any  # tirx.Stmt
+Buffer: TypeAlias = Any  # a tirx.Var of buffer type
 
 
 def constant(value: int, lanes: int, dtype: str = "int32") -> Expr:

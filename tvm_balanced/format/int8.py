@@ -1,28 +1,31 @@
 """Weights in 8-bit integers: quantisation, packing for CPU kernels, and the exact reference.
 
-A weight ``(N, K)`` is rounded to int8 in -127 .. 127 with one float32 scale for each row. Activations are
-rounded token by token, each with a scale of its own, to -127 .. 127, and stored as they are or, for
-instructions that want unsigned bytes, with 128 added. The kernels' result is ::
+A weight ``(N, K)`` is rounded to int8 in -127 .. 127 with one float32 scale for each row.
+Activations are rounded token by token, each with a scale of its own, to -127 .. 127, and stored as
+they are or, for instructions that want unsigned bytes, with 128 added. The kernels' result is ::
 
     out[m, n] = float32(sum_k x[m, k] * w[n, k]) * scale_w[n] * scale_x[m]
 
-whose sum is a whole number: every kernel gives the same one, bit for bit. Where activations are stored with 128
-added, the sum of the stored bytes is too large by 128 times the row's sum, its *compensation*.
+whose sum is a whole number: every kernel gives the same one, bit for bit. Where activations are
+stored with 128 added, the sum of the stored bytes is too large by 128 times the row's sum, its
+*compensation*.
 
-**Balanced weights** (:class:`GatherFormat`, layout ``r16v4``): tiles of 16 rows by 4 slots, one 64-byte register
-whose 32-bit lanes are rows and whose bytes are four slots, as dot products of bytes want them. Slots are in the
-order of K. The activations are cut into *windows* of up to 64 columns, in which a slot's column is looked up; a
-window holds whole blocks, and each row has the same slots in each window, so that the block of a byte is known
-from its place. Blocks of up to 16 have an index of four bits (``u4``), counted from the block's first column; up to
-64, one byte (``u8``) counted from the window's first column; up to 256 a window is one block of several tables of
-64 columns. Values and indices are one stream of bytes. A *step* of it is one window, or two where the
-registers of one are odd: first the values of its registers, then the indices, which for ``u4`` hold register ``2j``
-in the low and ``2j + 1`` in the high half of byte ``64 j + i``.
+**Balanced weights** (:class:`GatherFormat`, layout ``r16v4``): tiles of 16 rows by 4 slots, one
+64-byte register whose 32-bit lanes are rows and whose bytes are four slots, as dot products of
+bytes want them. Slots are in the order of K. The activations are cut into *windows* of up to 64
+columns, in which a slot's column is looked up; a window holds whole blocks, and each row has the
+same slots in each window, so that the block of a byte is known from its place. Blocks of up to 16
+have an index of four bits (``u4``), counted from the block's first column; up to 64, one byte
+(``u8``) counted from the window's first column; up to 256 a window is one block of several tables
+of 64 columns. Values and indices are one stream of bytes. A *step* of it is one window, or two
+where the registers of one are odd: first the values of its registers, then the indices, which for
+``u4`` hold register ``2j`` in the low and ``2j + 1`` in the high half of byte ``64 j + i``.
 
-**Dense weights** (:class:`DenseFormat`): tiles of 16 rows by 4 columns in the same way, in the order of K.
+**Dense weights** (:class:`DenseFormat`): tiles of 16 rows by 4 columns in the same way, in the
+order of K.
 
-**Activations** (:class:`ActivationLayout`): tokens in tiles, and in a tile window by window, as rows that lie
-thousands of bytes apart fall into one set of the first-level cache.
+**Activations** (:class:`ActivationLayout`): tokens in tiles, and in a tile window by window, as
+rows that lie thousands of bytes apart fall into one set of the first-level cache.
 """
 
 from __future__ import annotations
@@ -435,9 +438,7 @@ class DenseFormat:
 
     def activations(self, tokens: int, signed: bool) -> ActivationLayout:
         """The order in which the kernel reads activations; see :class:`ActivationLayout`."""
-        return ActivationLayout(
-            self.in_features, REGISTER, REGISTER, self.windows, tokens, signed
-        )
+        return ActivationLayout(self.in_features, REGISTER, REGISTER, self.windows, tokens, signed)
 
 
 Format = GatherFormat | DenseFormat
@@ -521,13 +522,13 @@ def _stream(weight: Bytes, fmt: GatherFormat) -> Bytes:
 
     count = slots.format.slots
     values = slots.values.reshape(-1, count).astype(np.int8).view(np.uint8)
-    indices = slots.indices.reshape(-1, count)
+    indices: NDArray[np.uint8] = slots.indices.reshape(-1, count)
     if fmt.encoding == "u8":
         base = np.arange(slots.format.blocks) % fmt.window_blocks * fmt.slots_pattern.block
-        indices = indices + np.repeat(base, fmt.slots_pattern.nnz).astype(np.uint8)
+        indices += np.repeat(base, fmt.slots_pattern.nnz).astype(np.uint8)
     stored = registers(indices)
     if fmt.encoding == "u4":
-        stored = stored[:, :, 0::2] | stored[:, :, 1::2] << 4
+        stored = stored[:, :, 0::2] | stored[:, :, 1::2] << np.uint8(4)
     whole = np.concatenate([registers(values), stored], axis=2)
     return whole.reshape(groups, fmt.steps, fmt.step_bytes).view(np.int8)
 
@@ -604,7 +605,7 @@ def unpack(packed: Int8Weight) -> Bytes:
         whole = tiles.transpose(0, 3, 1, 2, 4).reshape(fmt.groups * ROWS, fmt.windows, -1)
         return whole[:, :, : fmt.window_blocks * fmt.slots_pattern.nnz]
 
-    columns = rows(stored).astype(np.int64)
+    columns: NDArray[np.int64] = rows(stored).astype(np.int64)
     if fmt.encoding == "u4":
         base = np.arange(fmt.window_blocks) * fmt.slots_pattern.block
         columns = columns + np.repeat(base, fmt.slots_pattern.nnz)
