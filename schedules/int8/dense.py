@@ -16,7 +16,13 @@ from tvm import tirx
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.int8 import QUAD, REGISTER, ROWS, DenseFormat
 from tvm_balanced.schedules.int8.isa import PLAIN, Isa, choose
-from tvm_balanced.schedules.int8.matmul import Cell, Kernel, Knobs, MatmulSpec, for_threads
+from tvm_balanced.schedules.int8.matmul import (
+    Cell,
+    Knobs,
+    MatmulSpec,
+    RegisterKernel,
+    for_threads,
+)
 from tvm_balanced.schedules.int8.statements import (
     Buffer,
     Expr,
@@ -88,13 +94,13 @@ def kernel(
     return Dense(spec, chosen, knobs or default_knobs(spec, target, chosen)).function(name)
 
 
-class Dense(Kernel):
+class Dense(RegisterKernel[DenseFormat]):
     """See the module."""
 
     def __init__(self, spec: MatmulSpec, isa: Isa, knobs: Knobs) -> None:
-        super().__init__(spec, isa, knobs)
-        assert isinstance(spec.format, DenseFormat)
-        self.fmt: DenseFormat = spec.format
+        fmt = spec.format
+        assert isinstance(fmt, DenseFormat)
+        super().__init__(spec, isa, knobs, fmt)
 
     @property
     def dots(self) -> int:

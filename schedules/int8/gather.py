@@ -15,7 +15,13 @@ from tvm import tirx
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.int8 import LANE, QUAD, REGISTER, ROWS, GatherFormat
 from tvm_balanced.schedules.int8.isa import PLAIN, Isa, choose
-from tvm_balanced.schedules.int8.matmul import Cell, Kernel, Knobs, MatmulSpec, for_threads
+from tvm_balanced.schedules.int8.matmul import (
+    Cell,
+    Knobs,
+    MatmulSpec,
+    RegisterKernel,
+    for_threads,
+)
 from tvm_balanced.schedules.int8.statements import (
     INDEX,
     Buffer,
@@ -93,13 +99,13 @@ def kernel(
     return Gather(spec, chosen, knobs or default_knobs(spec, target, chosen)).function(name)
 
 
-class Gather(Kernel):
+class Gather(RegisterKernel[GatherFormat]):
     """See the module."""
 
     def __init__(self, spec: MatmulSpec, isa: Isa, knobs: Knobs) -> None:
-        super().__init__(spec, isa, knobs)
-        assert isinstance(spec.format, GatherFormat)
-        self.fmt: GatherFormat = spec.format
+        fmt = spec.format
+        assert isinstance(fmt, GatherFormat)
+        super().__init__(spec, isa, knobs, fmt)
 
     @property
     def dots(self) -> int:

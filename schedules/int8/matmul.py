@@ -11,6 +11,7 @@ import abc
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import tvm
 from tvm import tirx
@@ -35,6 +36,8 @@ from tvm_balanced.schedules.int8.statements import (
     sequence,
     share,
 )
+
+FormatT = TypeVar("FormatT", bound=Format)
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
@@ -134,7 +137,7 @@ class Knobs:
     groups: tuple[int, ...]
     sums: tuple[int, ...]
     threads: int = 1
-    task_bytes: int = 512 * 1024
+    task_bytes: int = 768 * 1024
     token_parts: int = 1
 
     def tile(self, height: int) -> tuple[int, int]:
@@ -173,8 +176,8 @@ class Cell:
     partial: int
 
 
-class Kernel(abc.ABC):
-    """A multiplication written out; subclasses fill the sums of a tile.
+class Kernel(abc.ABC, Generic[FormatT]):
+    """A multiplication written out; subclasses say how a tile is computed.
 
     Parameters
     ----------
@@ -184,14 +187,12 @@ class Kernel(abc.ABC):
         What it is written for.
     knobs : Knobs
         Tile sizes.
+    fmt : GatherFormat, DenseFormat or ExpandFormat
+        Of the packed weight.
     """
 
-    x_views: tuple[str, ...] = ()
-    stream_views: tuple[str, ...] = ()
-
-    def __init__(self, spec: MatmulSpec, isa: Isa, knobs: Knobs) -> None:
-        self.spec, self.isa, self.knobs = spec, isa, knobs
-        fmt = spec.format
+    def __init__(self, spec: MatmulSpec, isa: Isa, knobs: Knobs, fmt: FormatT) -> None:
+        self.spec, self.isa, self.knobs, self.fmt = spec, isa, knobs, fmt
         self.groups = fmt.groups
         self.strip = math.prod(fmt.stream_shape[1:])
         self.layout = fmt.activations(knobs.tokens, isa.signed)
@@ -238,8 +239,8 @@ class Kernel(abc.ABC):
         """Dot products of 64 bytes for one token."""
 
     @abc.abstractmethod
-    def accumulate(self, m: Expr, height: int, group: Expr, sums: dict[Cell, Buffer]) -> Stmt:
-        """Add the products of tokens ``m .. m + height`` with groups from ``group`` to ``sums``."""
+    def _tile(self, m: Expr, height: int, group: Expr, width: int) -> Stmt:
+        """Results of tokens ``m .. m + height`` for ``width`` groups from ``group``."""
 
     def body(self) -> Stmt:
         """All statements; reads and writes the parameters."""
@@ -302,6 +303,46 @@ class Kernel(abc.ABC):
             pieces.append(loop(rest, lambda g: self._tile(m, height, at + g, 1), name="g"))
         return sequence(pieces)
 
+    def _store(self, m: Expr, n: Expr, total: Buffer, first: Expr) -> Stmt:
+        """Write the results of one register of sums, which begin at ``first`` of ``total``."""
+        lanes, count = self.isa.lanes, self.spec.out_features
+
+        def write(width: int) -> Stmt:
+            def element(e: Expr) -> Stmt:
+                return tirx.BufferStore(
+                    self.out, self.finish(m, n + e, total[first + e]), [m, n + e]
+                )
+
+            return loop(width, element, tirx.ForKind.VECTORIZED, name="e")
+
+        if count % lanes == 0 and (self.isa.parts == 1 or count % ROWS == 0):
+            return write(lanes)
+        rest = count % lanes
+        part = tirx.IfThenElse(n < count, write(rest), None) if rest else None
+        return tirx.IfThenElse(n + lanes <= count, write(lanes), part)
+
+    def finish(self, m: Expr, n: Expr, total: Expr) -> Expr:
+        """The result at token ``m`` and weight row ``n`` from its integer sum."""
+        if not self.isa.signed:
+            total = total - self.compensation[n]
+        if self.spec.out_dtype == "int32":
+            return total
+        value = tirx.Cast("float32", total) * self.scales[n] * self.x_scales[m]
+        if self.bias is not None:
+            value = value + self.bias[n]
+        value = activate(value, self.spec.epilogue.activation)
+        if self.residual is not None:
+            value = value + self.residual[m, n]
+        return value
+
+
+class RegisterKernel(Kernel[FormatT]):
+    """A kernel whose sums are vector registers; subclasses fill those of a tile."""
+
+    @abc.abstractmethod
+    def accumulate(self, m: Expr, height: int, group: Expr, sums: dict[Cell, Buffer]) -> Stmt:
+        """Add the products of tokens ``m .. m + height`` with groups from ``group`` to ``sums``."""
+
     def _tile(self, m: Expr, height: int, group: Expr, width: int) -> Stmt:
         isa = self.isa
         _, partials = self.knobs.tile(height)
@@ -328,38 +369,8 @@ class Kernel(abc.ABC):
                 joined = total[everything[0]] + partial[everything[0]]
                 finish.append(tirx.BufferStore(total, joined, everything))
             n = (group + cell.group) * ROWS + cell.part * lanes
-            finish.append(self._store(m + cell.token, n, total))
+            finish.append(self._store(m + cell.token, n, total, tirx.const(0, INDEX)))
         return sequence([*clear, self.accumulate(m, height, group, sums), *finish])
-
-    def _store(self, m: Expr, n: Expr, total: Buffer) -> Stmt:
-        """Write the results of one register of sums."""
-        lanes, count = self.isa.lanes, self.spec.out_features
-
-        def write(width: int) -> Stmt:
-            def element(e: Expr) -> Stmt:
-                return tirx.BufferStore(self.out, self.finish(m, n + e, total[e]), [m, n + e])
-
-            return loop(width, element, tirx.ForKind.VECTORIZED, name="e")
-
-        if count % lanes == 0 and (self.isa.parts == 1 or count % ROWS == 0):
-            return write(lanes)
-        rest = count % lanes
-        part = tirx.IfThenElse(n < count, write(rest), None) if rest else None
-        return tirx.IfThenElse(n + lanes <= count, write(lanes), part)
-
-    def finish(self, m: Expr, n: Expr, total: Expr) -> Expr:
-        """The result at token ``m`` and weight row ``n`` from its integer sum."""
-        if not self.isa.signed:
-            total = total - self.compensation[n]
-        if self.spec.out_dtype == "int32":
-            return total
-        value = tirx.Cast("float32", total) * self.scales[n] * self.x_scales[m]
-        if self.bias is not None:
-            value = value + self.bias[n]
-        value = activate(value, self.spec.epilogue.activation)
-        if self.residual is not None:
-            value = value + self.residual[m, n]
-        return value
 
 
 def activate(value: Expr, name: str) -> Expr:

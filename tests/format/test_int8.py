@@ -28,7 +28,11 @@ def problems(draw: st.DrawFn) -> Problem:
 @given(problems())
 def test_packing_is_exact(problem: Problem) -> None:
     values, scales = int8.quantize_weight(problem.weight)
-    packed = int8.pack_balanced(values, scales, BalancedPattern(problem.pattern or ""))
+    pattern = BalancedPattern(problem.pattern or "")
+    expanding = int8.pack_expand(values, scales, pattern)
+    assert np.array_equal(int8.unpack(expanding), values)
+    assert expanding.stream.shape == expanding.format.stream_shape
+    packed = int8.pack_balanced(values, scales, pattern)
     assert np.array_equal(int8.unpack(packed), values)
     assert packed.stream.shape == packed.format.stream_shape
     assert np.array_equal(packed.compensation[: problem.n], 128 * values.sum(1, dtype=np.int32))
@@ -165,6 +169,8 @@ def test_bad_input() -> None:
     pattern = BalancedPattern("4:16")
     with pytest.raises(InputError, match="prune the weight"):
         int8.pack_balanced(values, scales, pattern)
+    with pytest.raises(InputError, match="does not follow 4:16"):
+        int8.pack_expand(values, scales, pattern)
     with pytest.raises(InputError, match="clip"):
         int8.row_scales(_weight(), "best")
     with pytest.raises(InputError, match="expected an int8 matrix"):

@@ -22,7 +22,7 @@ where the registers of one are odd: first the values of its registers, then the 
 ``u4`` hold register ``2j`` in the low and ``2j + 1`` in the high half of byte ``64 j + i``.
 
 **Dense weights** (:class:`DenseFormat`): tiles of 16 rows by 4 columns in the same way, in the
-order of K.
+order of K. **Expanded weights** (:class:`ExpandFormat`): the same without zeros, and a bitmap.
 
 **Activations** (:class:`ActivationLayout`): tokens in tiles, and in a tile window by window, as
 rows that lie thousands of bytes apart fall into one set of the first-level cache.
@@ -31,7 +31,7 @@ rows that lie thousands of bytes apart fall into one set of the first-level cach
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import ml_dtypes
@@ -39,7 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tvm_balanced.errors import InputError
-from tvm_balanced.packing import check_weight, pack, row_chunks
+from tvm_balanced.packing import check_weight, is_balanced, pack, row_chunks
 from tvm_balanced.pattern import BalancedPattern
 
 Floats = NDArray[np.float32]
@@ -441,7 +441,68 @@ class DenseFormat:
         return ActivationLayout(self.in_features, REGISTER, REGISTER, self.windows, tokens, signed)
 
 
-Format = GatherFormat | DenseFormat
+@dataclass(frozen=True)
+class ExpandFormat:
+    """Everything that fixes the arrays of a balanced int8 weight that is expanded to dense tiles.
+
+    The tile of 16 rows by 64 columns in the order of a dense weight's, without its zeros, and
+    behind it one bit for each of its 1024 bytes, 64-byte line by line, low bits first. Balance
+    bounds the values of every tile, so that tiles lie at equal distances.
+
+    Parameters
+    ----------
+    out_features, in_features : int
+        N and K of the dense weight.
+    pattern : BalancedPattern
+        What the weight follows; any block up to 256.
+
+    Raises
+    ------
+    InputError
+        For an empty weight, or one with more columns than sums of int8 products hold.
+    """
+
+    out_features: int
+    in_features: int
+    pattern: BalancedPattern
+
+    def __post_init__(self) -> None:
+        _check_shape(self.out_features, self.in_features)
+
+    @property
+    def dense(self) -> DenseFormat:
+        """The format of the expanded tiles."""
+        return DenseFormat(self.out_features, self.in_features)
+
+    @property
+    def groups(self) -> int:
+        """Groups of 16 rows."""
+        return self.dense.groups
+
+    @property
+    def windows(self) -> int:
+        """Windows of 64 columns along K."""
+        return self.dense.windows
+
+    @property
+    def tile_values(self) -> int:
+        """Bytes that hold the values of a tile: as many as it can have."""
+        block = self.pattern.block
+        # blocks that share columns with a window
+        shared = REGISTER // block if REGISTER % block == 0 else (REGISTER - 2) // block + 2
+        return ROWS * min(REGISTER, shared * self.pattern.nnz)
+
+    @property
+    def stream_shape(self) -> tuple[int, int, int]:
+        """Shape of the stream of values and bits."""
+        return self.groups, self.windows, self.tile_values + REGISTER * ROWS // 8
+
+    def activations(self, tokens: int, signed: bool) -> ActivationLayout:
+        """The order in which the kernel reads activations; see :class:`ActivationLayout`."""
+        return self.dense.activations(tokens, signed)
+
+
+Format = GatherFormat | DenseFormat | ExpandFormat
 
 
 @dataclass(frozen=True)
@@ -451,12 +512,12 @@ class Int8Weight:
     Attributes
     ----------
     stream : format.stream_shape, int8
-        Values, and for a balanced weight the indices between them.
+        Values, and for a balanced weight the indices or bits between them.
     scales : (16 groups,) float32
         Of the rows; zero for the rows that fill the last group.
     compensation : (16 groups,) int32
         128 times the sum of a row's values.
-    format : GatherFormat or DenseFormat
+    format : GatherFormat, DenseFormat or ExpandFormat
         The order of the stream.
     """
 
@@ -561,6 +622,42 @@ def pack_dense(weight: Bytes, scales: Floats) -> Int8Weight:
     return _with_scales(tiles.reshape(fmt.stream_shape), weight, scales, fmt)
 
 
+def pack_expand(weight: Bytes, scales: Floats, pattern: BalancedPattern) -> Int8Weight:
+    """Pack a balanced int8 weight for the kernels that expand it to dense tiles.
+
+    Parameters
+    ----------
+    weight : (N, K) int8
+        From :func:`quantize_weight`; at most ``nnz`` non-zeros in each block.
+    scales : (N,) float32
+        Of the rows.
+    pattern : BalancedPattern
+        What the weight follows.
+
+    Returns
+    -------
+    Int8Weight
+        Exact: :func:`unpack` gives ``weight`` back.
+
+    Raises
+    ------
+    InputError
+        When a block holds more non-zeros than the pattern keeps, or scales do not fit.
+    """
+    dense = pack_dense(weight, scales)
+    for rows in row_chunks(weight):
+        if not is_balanced(weight[rows].astype(ml_dtypes.bfloat16), pattern):
+            raise InputError(f"the weight does not follow {pattern}; prune it to the pattern first")
+    fmt = ExpandFormat(weight.shape[0], weight.shape[1], pattern)
+    tiles = dense.stream.reshape(-1, REGISTER * ROWS)
+    kept = tiles != 0
+    stream = np.zeros((len(tiles), fmt.stream_shape[2]), np.int8)
+    tile, place = np.nonzero(kept)
+    stream[tile, (np.cumsum(kept, axis=1) - 1)[tile, place]] = tiles[tile, place]
+    stream[:, fmt.tile_values :] = np.packbits(kept, axis=1, bitorder="little").view(np.int8)
+    return replace(dense, stream=stream.reshape(fmt.stream_shape), format=fmt)
+
+
 def _check_quantized(weight: Bytes, scales: Floats) -> None:
     if weight.dtype != np.int8 or weight.ndim != 2:
         raise InputError(
@@ -589,6 +686,15 @@ def _with_scales(stream: Bytes, weight: Bytes, scales: Floats, fmt: Format) -> I
 def unpack(packed: Int8Weight) -> Bytes:
     """The int8 weight ``(N, K)`` that was packed."""
     fmt = packed.format
+    if isinstance(fmt, ExpandFormat):
+        tiles = packed.stream.reshape(-1, fmt.stream_shape[2])
+        bits = tiles[:, fmt.tile_values :].view(np.uint8)
+        kept = np.unpackbits(bits, axis=1, bitorder="little").astype(bool)
+        tile, place = np.nonzero(kept)
+        expanded = np.zeros(kept.shape, np.int8)
+        expanded[tile, place] = tiles[tile, (np.cumsum(kept, axis=1) - 1)[tile, place]]
+        stream = expanded.reshape(fmt.dense.stream_shape)
+        return unpack(replace(packed, stream=stream, format=fmt.dense))
     if isinstance(fmt, DenseFormat):
         tiles = packed.stream.reshape(fmt.groups, fmt.windows, ROWS, ROWS, QUAD)
         wide = tiles.transpose(0, 3, 1, 2, 4).reshape(fmt.groups * ROWS, -1)
