@@ -20,8 +20,8 @@ from tvm import tirx
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.int8 import REGISTER, ROWS, DenseFormat, ExpandFormat
-from tvm_balanced.schedules.int8.isa import AVX512_VNNI, Isa, choose
-from tvm_balanced.schedules.int8.matmul import Kernel, Knobs, MatmulSpec, for_threads
+from tvm_balanced.schedules.int8.isa import AVX512_VNNI, choose
+from tvm_balanced.schedules.int8.matmul import Kernel, Knobs, MatmulSpec, as_function, for_threads
 from tvm_balanced.schedules.int8.statements import (
     Buffer,
     Expr,
@@ -109,23 +109,18 @@ def kernel(
             "use up to 32 by 2"
         )
     # 512-bit registers of 16 rows for the epilogue
-    return Amx(spec, choose(target, AVX512_VNNI.name), used).function(name)
+    n, k = spec.out_features, spec.in_features
+    fmt = DenseFormat(n, k) if spec.pattern is None else ExpandFormat(n, k, spec.pattern)
+    return as_function(name, spec, fmt, choose(target, AVX512_VNNI.name), used, Amx)
 
 
 class Amx(Kernel[DenseFormat | ExpandFormat]):
     """See the module."""
 
-    def __init__(self, spec: MatmulSpec, isa: Isa, knobs: Knobs) -> None:
-        n, k = spec.out_features, spec.in_features
-        self.expands = spec.pattern is not None
-        fmt = DenseFormat(n, k) if spec.pattern is None else ExpandFormat(n, k, spec.pattern)
-        super().__init__(spec, isa, knobs, fmt)
-        self.windows = self.layout.windows
-
     @property
     def dots(self) -> int:
         # a product of tiles takes the time of one dot product for each token
-        return self.groups * self.windows
+        return self.groups * self.fmt.windows
 
     def body(self) -> Stmt:
         """All statements; reads and writes the parameters."""
@@ -142,7 +137,7 @@ class Amx(Kernel[DenseFormat | ExpandFormat]):
             [tvm.ir.StringImm(refusal)],
         )
         whole = sequence([check, super().body()])
-        if not self.expands:
+        if not isinstance(self.fmt, ExpandFormat):
             return whole
         source = tvm.ir.StringImm(_expansion())
         return tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", source, whole)
@@ -168,6 +163,7 @@ class Amx(Kernel[DenseFormat | ExpandFormat]):
         """Up to 32 tokens by up to two groups; sum ``2 t + g`` is of tile ``t`` of tokens, group ``g``."""
         halves = range(-(-height // _TILE_ROWS))
         cells = [(t, g) for t in halves for g in range(width)]
+        expands = isinstance(self.fmt, ExpandFormat)
         ring = tirx.decl_buffer(
             (_RING * width * _TILE_BYTES,), "int8", name="expanded", layout=None
         )
@@ -190,7 +186,7 @@ class Amx(Kernel[DenseFormat | ExpandFormat]):
             )
 
         def weight(k: Expr, g: int) -> Expr:
-            if self.expands:
+            if expands:
                 return _address(ring, (k % _RING * width + g) * _TILE_BYTES)
             return _address(self.flat_stream, (group + g) * self.strip + k * _TILE_BYTES)
 
@@ -201,9 +197,9 @@ class Amx(Kernel[DenseFormat | ExpandFormat]):
             ]
             statements += [_load(6 + g, weight(k, g)) for g in range(width)]
             for g in range(width):
-                if self.expands:
+                if expands:
                     statements.append(
-                        tirx.IfThenElse(k + _AHEAD < self.windows, expand(k + _AHEAD, g), None)
+                        tirx.IfThenElse(k + _AHEAD < self.fmt.windows, expand(k + _AHEAD, g), None)
                     )
                 statements += [
                     _amx("tdpbusd", *(_number(i) for i in (2 * t + g, 4 + t, 6 + g)))
@@ -219,15 +215,15 @@ class Amx(Kernel[DenseFormat | ExpandFormat]):
                 stores.append(self._store(m + t * _TILE_ROWS + i, n, sums, first))
             return sequence(stores)
 
-        steps = range(min(_AHEAD, self.windows) if self.expands else 0)
+        steps = range(min(_AHEAD, self.fmt.windows) if expands else 0)
         ready = [expand(k, g) for k in steps for g in range(width)]
         return sequence(
             [
-                *([tirx.AllocBuffer(ring)] if self.expands else []),
+                *([tirx.AllocBuffer(ring)] if expands else []),
                 tirx.AllocBuffer(sums),
                 *(_amx("tilezero", _number(2 * t + g)) for t, g in cells),
                 *ready,
-                loop(self.windows, step, name="k"),
+                loop(self.fmt.windows, step, name="k"),
                 *(
                     _amx(
                         "tilestored64",

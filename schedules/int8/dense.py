@@ -21,6 +21,7 @@ from tvm_balanced.schedules.int8.matmul import (
     Knobs,
     MatmulSpec,
     RegisterKernel,
+    as_function,
     for_threads,
 )
 from tvm_balanced.schedules.int8.statements import (
@@ -91,16 +92,14 @@ def kernel(
     if spec.pattern is not None:
         raise InputError("the dense kernel multiplies dense weights; use the gather kernel")
     chosen = choose(target, isa)
-    return Dense(spec, chosen, knobs or default_knobs(spec, target, chosen)).function(name)
+    used = knobs or default_knobs(spec, target, chosen)
+    fmt = spec.format
+    assert isinstance(fmt, DenseFormat)
+    return as_function(name, spec, fmt, chosen, used, Dense)
 
 
 class Dense(RegisterKernel[DenseFormat]):
     """See the module."""
-
-    def __init__(self, spec: MatmulSpec, isa: Isa, knobs: Knobs) -> None:
-        fmt = spec.format
-        assert isinstance(fmt, DenseFormat)
-        super().__init__(spec, isa, knobs, fmt)
 
     @property
     def dots(self) -> int:

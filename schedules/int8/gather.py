@@ -20,6 +20,7 @@ from tvm_balanced.schedules.int8.matmul import (
     Knobs,
     MatmulSpec,
     RegisterKernel,
+    as_function,
     for_threads,
 )
 from tvm_balanced.schedules.int8.statements import (
@@ -96,16 +97,14 @@ def kernel(
     if spec.pattern is None:
         raise InputError("the gather kernel multiplies balanced weights; use the dense kernel")
     chosen = choose(target, isa)
-    return Gather(spec, chosen, knobs or default_knobs(spec, target, chosen)).function(name)
+    used = knobs or default_knobs(spec, target, chosen)
+    fmt = spec.format
+    assert isinstance(fmt, GatherFormat)
+    return as_function(name, spec, fmt, chosen, used, Gather)
 
 
 class Gather(RegisterKernel[GatherFormat]):
     """See the module."""
-
-    def __init__(self, spec: MatmulSpec, isa: Isa, knobs: Knobs) -> None:
-        fmt = spec.format
-        assert isinstance(fmt, GatherFormat)
-        super().__init__(spec, isa, knobs, fmt)
 
     @property
     def dots(self) -> int:

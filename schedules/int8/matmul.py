@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -35,6 +36,7 @@ from tvm_balanced.schedules.int8.statements import (
     ramp,
     sequence,
     share,
+    word_view,
 )
 
 FormatT = TypeVar("FormatT", bound=Format)
@@ -176,62 +178,50 @@ class Cell:
     partial: int
 
 
+@dataclass(frozen=True)
+class Operands(Generic[FormatT]):
+    """What a kernel reads and writes.
+
+    Parameters
+    ----------
+    rows : int or expression
+        Tokens.
+    fmt : GatherFormat, DenseFormat or ExpandFormat
+        Of the packed weight.
+    x : buffer
+        Quantised activations in the order that ``fmt`` asks for.
+    stream : buffer
+        Packed weight.
+    write : callable of (token, weight row, sum of stored bytes) -> statement
+        Makes the result of one integer sum; with unsigned activations the compensation is still in it.
+    """
+
+    rows: int | Expr
+    fmt: FormatT
+    x: Buffer
+    stream: Buffer
+    write: Callable[[Expr, Expr, Expr], Stmt]
+
+
 class Kernel(abc.ABC, Generic[FormatT]):
     """A multiplication written out; subclasses say how a tile is computed.
 
     Parameters
     ----------
-    spec : MatmulSpec
-        The problem.
+    operands : Operands
+        What it reads and writes.
     isa : Isa
         What it is written for.
     knobs : Knobs
         Tile sizes.
-    fmt : GatherFormat, DenseFormat or ExpandFormat
-        Of the packed weight.
     """
 
-    def __init__(self, spec: MatmulSpec, isa: Isa, knobs: Knobs, fmt: FormatT) -> None:
-        self.spec, self.isa, self.knobs, self.fmt = spec, isa, knobs, fmt
-        self.groups = fmt.groups
-        self.strip = math.prod(fmt.stream_shape[1:])
-        self.layout = fmt.activations(knobs.tokens, isa.signed)
-        self.rows: int | Expr = (
-            spec.rows if isinstance(spec.rows, int) else tirx.Var(spec.rows, INDEX)
-        )
-
-        def buffer(name: str, shape: tuple[int | Expr, ...], dtype: str) -> Buffer:
-            return tirx.decl_buffer(shape, dtype, name=name, layout=None)
-
-        n = spec.out_features
-        self.x = buffer("x", (self.rows, self.layout.token_bytes), self.layout.dtype)
-        self.x_scales = buffer("x_scales", (self.rows,), "float32")
-        self.stream = buffer("stream", fmt.stream_shape, "int8")
-        self.scales = buffer("scales", (self.groups * ROWS,), "float32")
-        self.compensation = buffer("compensation", (self.groups * ROWS,), "int32")
-        self.bias = buffer("bias", (n,), "float32") if spec.epilogue.bias else None
-        self.residual = (
-            buffer("residual", (self.rows, n), "float32") if spec.epilogue.residual else None
-        )
-        self.out = buffer("out", (self.rows, n), spec.out_dtype)
-
-    @property
-    def params(self) -> list[Buffer]:
-        """Parameters of the function, the result last."""
-        extra = [b for b in (self.bias, self.residual) if b is not None]
-        return [
-            self.x,
-            self.x_scales,
-            self.stream,
-            self.scales,
-            self.compensation,
-            *extra,
-            self.out,
-        ]
-
-    def function(self, name: str) -> tirx.PrimFunc:
-        """The kernel as a function of its own."""
-        return function(name, self.params, self.body())
+    def __init__(self, operands: Operands[FormatT], isa: Isa, knobs: Knobs) -> None:
+        self.operands, self.isa, self.knobs = operands, isa, knobs
+        self.fmt, self.rows = operands.fmt, operands.rows
+        self.groups = self.fmt.groups
+        self.strip = math.prod(self.fmt.stream_shape[1:])
+        self.layout = self.fmt.activations(knobs.tokens, isa.signed)
 
     @property
     @abc.abstractmethod
@@ -244,10 +234,11 @@ class Kernel(abc.ABC, Generic[FormatT]):
 
     def body(self) -> Stmt:
         """All statements; reads and writes the parameters."""
-        self.flat_x, declare_x = flat_view(self.x)
-        self.flat_stream, declare_stream = flat_view(self.stream)
-        self.words, declare_words = self._words(self.stream)
-        self.x_words, declare_x_words = self._words(self.x)
+        x, stream = self.operands.x, self.operands.stream
+        self.flat_x, declare_x = flat_view(x)
+        self.flat_stream, declare_stream = flat_view(stream)
+        self.words, declare_words = word_view(stream)
+        self.x_words, declare_x_words = word_view(x)
         work = self.rows * self.dots
         if isinstance(work, int):
             tasks = self._tasks(work >= PARALLEL_DOTS)
@@ -256,18 +247,6 @@ class Kernel(abc.ABC, Generic[FormatT]):
         else:
             tasks = tirx.IfThenElse(work >= PARALLEL_DOTS, self._tasks(True), self._tasks(False))
         return sequence([declare_x, declare_stream, declare_words, declare_x_words, tasks])
-
-    @staticmethod
-    def _words(buffer: Buffer) -> tuple[Buffer, Stmt]:
-        """A view of bytes as 32-bit words."""
-        size = math.prod(buffer.shape) // 4 if isinstance(buffer.shape[0], int) else None
-        if size is None:
-            size = buffer.shape[0]
-            for extent in buffer.shape[1:]:
-                size = size * extent
-            size = size // 4
-        view = tirx.decl_buffer((size,), "int32", name=f"{buffer.name}_words", layout=None)
-        return view, tirx.DeclBuffer(view, data=buffer.data)
 
     def _tasks(self, parallel: bool) -> Stmt:
         knobs = self.knobs
@@ -305,13 +284,11 @@ class Kernel(abc.ABC, Generic[FormatT]):
 
     def _store(self, m: Expr, n: Expr, total: Buffer, first: Expr) -> Stmt:
         """Write the results of one register of sums, which begin at ``first`` of ``total``."""
-        lanes, count = self.isa.lanes, self.spec.out_features
+        lanes, count = self.isa.lanes, self.fmt.out_features
 
         def write(width: int) -> Stmt:
             def element(e: Expr) -> Stmt:
-                return tirx.BufferStore(
-                    self.out, self.finish(m, n + e, total[first + e]), [m, n + e]
-                )
+                return self.operands.write(m, n + e, total[first + e])
 
             return loop(width, element, tirx.ForKind.VECTORIZED, name="e")
 
@@ -320,20 +297,6 @@ class Kernel(abc.ABC, Generic[FormatT]):
         rest = count % lanes
         part = tirx.IfThenElse(n < count, write(rest), None) if rest else None
         return tirx.IfThenElse(n + lanes <= count, write(lanes), part)
-
-    def finish(self, m: Expr, n: Expr, total: Expr) -> Expr:
-        """The result at token ``m`` and weight row ``n`` from its integer sum."""
-        if not self.isa.signed:
-            total = total - self.compensation[n]
-        if self.spec.out_dtype == "int32":
-            return total
-        value = tirx.Cast("float32", total) * self.scales[n] * self.x_scales[m]
-        if self.bias is not None:
-            value = value + self.bias[n]
-        value = activate(value, self.spec.epilogue.activation)
-        if self.residual is not None:
-            value = value + self.residual[m, n]
-        return value
 
 
 class RegisterKernel(Kernel[FormatT]):
@@ -393,3 +356,69 @@ def activate(value: Expr, name: str) -> Expr:
         "silu": lambda v: v * tirx.sigmoid(v),
     }[name](bound)
     return tirx.Let(bound, value, as_polynomials(result))
+
+
+def as_function(
+    name: str,
+    spec: MatmulSpec,
+    fmt: FormatT,
+    isa: Isa,
+    knobs: Knobs,
+    kernel: type[Kernel[FormatT]],
+) -> tirx.PrimFunc:
+    """A kernel as a function of its own.
+
+    Parameters
+    ----------
+    name : str
+        Of the function.
+    spec : MatmulSpec
+        The problem.
+    fmt : GatherFormat, DenseFormat or ExpandFormat
+        Of the packed weight.
+    isa : Isa
+        What it is written for.
+    knobs : Knobs
+        Tile sizes.
+    kernel : type
+        Of the kernel.
+
+    Returns
+    -------
+    tirx.PrimFunc
+        Over activations, their scales, stream, scales and compensation of the weight, bias and residual where
+        the epilogue has them, and the result.
+    """
+    rows = spec.rows if isinstance(spec.rows, int) else tirx.Var(spec.rows, INDEX)
+    layout = fmt.activations(knobs.tokens, isa.signed)
+
+    def buffer(name: str, shape: tuple[int | Expr, ...], dtype: str) -> Buffer:
+        return tirx.decl_buffer(shape, dtype, name=name, layout=None)
+
+    n = spec.out_features
+    x = buffer("x", (rows, layout.token_bytes), layout.dtype)
+    x_scales = buffer("x_scales", (rows,), "float32")
+    stream = buffer("stream", fmt.stream_shape, "int8")
+    scales = buffer("scales", (fmt.groups * ROWS,), "float32")
+    compensation = buffer("compensation", (fmt.groups * ROWS,), "int32")
+    bias = buffer("bias", (n,), "float32") if spec.epilogue.bias else None
+    residual = buffer("residual", (rows, n), "float32") if spec.epilogue.residual else None
+    out = buffer("out", (rows, n), spec.out_dtype)
+
+    def result(m: Expr, n: Expr, total: Expr) -> Expr:
+        if not isa.signed:
+            total = total - compensation[n]
+        if spec.out_dtype == "int32":
+            return total
+        value = tirx.Cast("float32", total) * scales[n] * x_scales[m]
+        if bias is not None:
+            value = value + bias[n]
+        value = activate(value, spec.epilogue.activation)
+        return value if residual is None else value + residual[m, n]
+
+    def write(m: Expr, n: Expr, total: Expr) -> Stmt:
+        return tirx.BufferStore(out, result(m, n, total), [m, n])
+
+    body = kernel(Operands(rows, fmt, x, stream, write), isa, knobs).body()
+    extra = [b for b in (bias, residual) if b is not None]
+    return function(name, [x, x_scales, stream, scales, compensation, *extra, out], body)

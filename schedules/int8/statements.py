@@ -41,6 +41,7 @@ __all__ = [
     "splat",
     "vector",
     "vector_bits",
+    "word_view",
 ]
 
 # TVM has no type hints; what these stand for
@@ -59,6 +60,15 @@ def bound(name: str, value: Expr, statements: list[Stmt]) -> Expr:
     var = tirx.Var(name, value.ty)
     statements.append(tirx.Bind(var, value))
     return var
+
+
+def word_view(buffer: Buffer) -> tuple[Buffer, Stmt]:
+    """A flat view of bytes as 32-bit words, and the statement that declares it."""
+    size: int | Expr = 1
+    for extent in buffer.shape:
+        size = size * extent
+    view = tirx.decl_buffer((size // 4,), "int32", name=f"{buffer.name}_words", layout=None)
+    return view, tirx.DeclBuffer(view, data=buffer.data)
 
 
 def over_tiles(
