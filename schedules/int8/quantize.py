@@ -81,7 +81,17 @@ def kernel(
     name : str
         Of the function.
     """
-    return Quantize(spec, vector_bits(target) // 32).function(name)
+    rows = spec.rows if isinstance(spec.rows, int) else tirx.Var(spec.rows, INDEX)
+    layout = spec.layout
+
+    def buffer(name: str, shape: tuple[int | Expr, ...], dtype: str) -> Buffer:
+        return tirx.decl_buffer(shape, dtype, name=name, layout=None)
+
+    x = buffer("x", (rows, layout.in_features), "float32")
+    out = buffer("quantized", (rows, layout.token_bytes), layout.dtype)
+    scales = buffer("x_scales", (rows,), "float32")
+    body = Quantize(layout, rows, vector_bits(target) // 32, x, out, scales).body()
+    return function(name, [x, out, scales], body)
 
 
 class Quantize:
@@ -89,32 +99,34 @@ class Quantize:
 
     Parameters
     ----------
-    spec : QuantizeSpec
-        The problem.
+    layout : ActivationLayout
+        Order of the bytes.
+    rows : int or expression
+        Tokens, M.
     lanes : int
         Float32 elements of a vector register.
+    x : float32 buffer of ``M K`` elements
+        Activations.
+    out : buffer of ``M token_bytes`` elements
+        Gets the bytes.
+    scales : float32 buffer of M elements
+        Gets the scales.
     """
 
-    def __init__(self, spec: QuantizeSpec, lanes: int) -> None:
-        self.layout, self.lanes = spec.layout, lanes
-        self.rows: int | Expr = (
-            spec.rows if isinstance(spec.rows, int) else tirx.Var(spec.rows, INDEX)
-        )
-        layout = spec.layout
-
-        def buffer(name: str, shape: tuple[int | Expr, ...], dtype: str) -> Buffer:
-            return tirx.decl_buffer(shape, dtype, name=name, layout=None)
-
-        self.x = buffer("x", (self.rows, layout.in_features), "float32")
-        self.out = buffer("quantized", (self.rows, layout.token_bytes), layout.dtype)
-        self.scales = buffer("x_scales", (self.rows,), "float32")
-
-    def function(self, name: str) -> tirx.PrimFunc:
-        """The kernel as a function of its own."""
-        return function(name, [self.x, self.out, self.scales], self.body())
+    def __init__(
+        self,
+        layout: ActivationLayout,
+        rows: int | Expr,
+        lanes: int,
+        x: Buffer,
+        out: Buffer,
+        scales: Buffer,
+    ) -> None:
+        self.layout, self.rows, self.lanes = layout, rows, lanes
+        self.x, self.out, self.scales = x, out, scales
 
     def body(self) -> Stmt:
-        """All statements; reads and writes the parameters."""
+        """All statements."""
         self.flat_x, declare_x = flat_view(self.x)
         self.flat_out, declare_out = flat_view(self.out)
         work = self.rows * self.layout.in_features

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from tvm import tirx
+import tvm
+from tvm import s_tir, tirx
 
 from tvm_balanced.format.int8 import ActivationLayout
-from tvm_balanced.schedules.cpu_common import has_feature, vector_bits
+from tvm_balanced.schedules.cpu_common import attempt, has_feature, vector_bits
 from tvm_balanced.schedules.cpu_math import rewrite
 from tvm_balanced.schedules.llvm_nest import (
     INDEX,
@@ -18,6 +19,7 @@ from tvm_balanced.schedules.llvm_nest import (
     ramp,
     sequence,
     splat,
+    substitute,
     vector,
 )
 
@@ -26,7 +28,9 @@ __all__ = [
     "Buffer",
     "Expr",
     "Stmt",
+    "as_kernel_body",
     "as_polynomials",
+    "attempt",
     "bound",
     "constant",
     "flat_view",
@@ -36,12 +40,15 @@ __all__ = [
     "loop",
     "over_tiles",
     "ramp",
+    "rewrite",
     "sequence",
     "share",
     "splat",
+    "substitute",
     "vector",
     "vector_bits",
     "word_view",
+    "workspace",
 ]
 
 # TVM has no type hints; what these stand for
@@ -135,3 +142,28 @@ def function(name: str, params: list[Buffer], body: Stmt) -> tirx.PrimFunc:
 def as_polynomials(value: Expr) -> Expr:
     """A float32 expression with polynomials for its transcendental calls, which vectorise."""
     return rewrite(tirx.PrimFunc([], tirx.Evaluate(value))).body.value
+
+
+def workspace(size: int | Expr, name: str, dtype: str) -> tuple[Buffer, list[Stmt]]:
+    """A flat buffer for one call, and the statements that allocate it.
+
+    It is used through a view: TVM narrows the buffers it sees the accesses of, by an analysis that takes
+    seconds where the batch is symbolic.
+    """
+    whole = tirx.decl_buffer((size,), dtype, name=name, layout=None)
+    view, declare = flat_view(whole)
+    return view, [tirx.AllocBuffer(whole), declare]
+
+
+def as_kernel_body(func: tirx.PrimFunc, out: Buffer, body: Stmt, name: str) -> tirx.PrimFunc:
+    """``func`` with ``body`` in place of all of its blocks, as one block that writes ``out``."""
+    params = [p for p in func.params if tirx.is_buffer_var(p)]
+
+    def whole(buffer: Buffer) -> tirx.BufferRegion:
+        return tirx.BufferRegion(buffer, [tvm.ir.Range(0, extent) for extent in buffer.shape])
+
+    true = tirx.const(True, "bool")
+    reads = [whole(b) for b in params if not b.same_as(out)]
+    inner = s_tir.SBlock([], reads, [whole(out)], name, body)
+    root = s_tir.SBlock([], [], [], "root", s_tir.SBlockRealize([], true, inner))
+    return func.with_body(s_tir.SBlockRealize([], true, root))

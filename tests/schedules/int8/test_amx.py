@@ -81,9 +81,7 @@ def _results(
 @pytest.mark.parametrize("symbolic", [False, True])
 @pytest.mark.parametrize("pattern", ["4:16", "3:7", "9:100", None])
 def test_sums_are_exact(emulated: tvm.target.Target, pattern: str | None, symbolic: bool) -> None:
-    problems = [
-        Problem(pattern, 53, 200, m) for m in ((1, 5, 16, 32, 55) if symbolic else (55,))
-    ]
+    problems = [Problem(pattern, 53, 200, m) for m in ((1, 5, 16, 32, 55) if symbolic else (55,))]
     results = _results(problems, emulated, Knobs(32, (2,), (1,), threads=2), symbolic)
     for problem, out in zip(problems, results, strict=True):
         assert np.array_equal(out, problem.sums), problem.m
@@ -108,9 +106,7 @@ def _sapphire_rapids() -> tvm.target.Target:
 def test_instructions() -> None:
     target = _sapphire_rapids()
     kernels = {
-        name: amx.kernel(
-            MatmulSpec(32, 64, 256, pattern, Epilogue(bias=True)), target, name=name
-        )
+        name: amx.kernel(MatmulSpec(32, 64, 256, pattern, Epilogue(bias=True)), target, name=name)
         for name, pattern in (
             ("dense", None),
             ("expand", BalancedPattern("4:16")),
