@@ -13,7 +13,6 @@ from tvm import relax, tirx
 
 from tests.helpers.int8 import Problem, runs_here, target
 from tvm_balanced import int8_ops, pipeline
-from tvm_balanced.errors import InputError
 from tvm_balanced.format import int8
 from tvm_balanced.schedules.int8 import rule
 from tvm_balanced.schedules.int8.isa import ISAS
@@ -163,9 +162,10 @@ def test_operator_survives_json_and_checks_its_operands() -> None:
     packed = [relax.Var(name, ty) for name, ty in types.items()]
     wide = relax.Var("x", relax.TensorType((3, 131), "float32"))
     builder = relax.BlockBuilder()
-    with pytest.raises(InputError, match="131 features"):
+    # TVM makes its own error of one that crosses it
+    with pytest.raises(RuntimeError, match="131 features"):
         builder.normalize(int8_ops.int8_dense(wide, *packed, fmt))
     x = relax.Var("x", relax.TensorType((3, 130), "float32"))
     short = relax.Var("scales", relax.TensorType((20,), "float32"))
-    with pytest.raises(InputError, match="scales has shape"):
+    with pytest.raises(RuntimeError, match="scales has shape"):
         builder.normalize(int8_ops.int8_dense(x, packed[0], short, packed[2], fmt))
