@@ -30,6 +30,7 @@ rows that lie thousands of bytes apart fall into one set of the first-level cach
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -70,6 +71,11 @@ _SHARES = np.linspace(1.0, 0.4, 25)
 
 def _ceil(value: int, step: int) -> int:
     return -(-value // step)
+
+
+def _nbytes(stream_shape: tuple[int, ...], groups: int) -> int:
+    # a scale and a compensation for each row
+    return math.prod(stream_shape) + 8 * ROWS * groups
 
 
 def _check_shape(out_features: int, in_features: int) -> None:
@@ -386,6 +392,11 @@ class GatherFormat:
         """Shape of the stream of values and indices."""
         return self.groups, self.steps, self.step_bytes
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of stream, scales and compensation."""
+        return _nbytes(self.stream_shape, self.groups)
+
     def byte_blocks(self, register: int) -> tuple[int, int, int, int]:
         """Which block of its window each of the four bytes of a lane belongs to."""
         last = self.window_blocks - 1
@@ -436,6 +447,11 @@ class DenseFormat:
     def stream_shape(self) -> tuple[int, int, int]:
         """Shape of the packed values: 16 registers for each 16 rows by 64 columns."""
         return self.groups, self.windows, REGISTER * ROWS
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of stream, scales and compensation."""
+        return _nbytes(self.stream_shape, self.groups)
 
     def activations(self, tokens: int, signed: bool) -> ActivationLayout:
         """Return the order in which the kernel reads activations; see :class:`ActivationLayout`."""

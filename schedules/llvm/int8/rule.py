@@ -42,6 +42,8 @@ from tvm_balanced.schedules.llvm.int8.statements import (
     workspace,
 )
 
+NAME = "llvm_int8"
+
 # activations computed at a time
 _STAGED = 16
 
