@@ -30,7 +30,6 @@ from tvm_balanced.relay_passes.module_pass import Pass, module_pass
 from tvm_balanced.relay_passes.rewrite_params import with_main
 from tvm_balanced.relay_passes.weight_chain import TRANSPOSE
 from tvm_balanced.relay_passes.weight_sources import Source
-from tvm_balanced.support.tvm_types import Expr
 
 
 def rewrite_dense(formats: Mapping[str, WeightFormat]) -> Pass:

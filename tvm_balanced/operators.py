@@ -54,9 +54,7 @@ class PackedOperator(abc.ABC, Generic[FormatT]):
         """Types of the parameters of a weight that was ``dtype``."""
 
     @abc.abstractmethod
-    def call(
-        self, data: Expr, packed: Sequence[Expr], fmt: FormatT, out_dtype: str
-    ) -> relax.Call:
+    def call(self, data: Expr, packed: Sequence[Expr], fmt: FormatT, out_dtype: str) -> relax.Call:
         """Build the call that multiplies ``data``."""
 
     @abc.abstractmethod

@@ -1,9 +1,9 @@
 """The operator ``relax.nn.balanced_sparse_dense``: registration, type inference, TensorIR.
 
 ``balanced_sparse_dense(data[..., K], values, indices[, scales])`` is ``data @ W.T`` for a packed balanced
-weight ``W (N, K)``; with scales the values are int8, and each row has a scale. What fixes the packed arrays (:class:`~tvm_balanced.format.layout.PackedFormat`) are
-attributes of the call, so that a schedule knows them and a tuning trace never changes an argument's
-shape. Accumulation is float32.
+weight ``W (N, K)``; with scales the values are int8, and each row has a scale. What fixes the packed arrays
+(:class:`~tvm_balanced.format.layout.PackedFormat`) are attributes of the call, so that a schedule knows them
+and a tuning trace never changes an argument's shape. Accumulation is float32.
 """
 
 from __future__ import annotations

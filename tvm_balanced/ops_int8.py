@@ -135,7 +135,9 @@ def int8_dense_te(
         *token, window, byte = at
         k = window * layout.columns + byte
         inside = tirx.all(byte < layout.columns, k < fmt.in_features)
-        ratio = wide(*token, k) * (f(LARGEST) / largest(*token))
+        # a float32 quotient by definition, for whoever evaluates this in float64 too
+        bits = tirx.reinterpret("int32", f(LARGEST) / largest(*token))
+        ratio = wide(*token, k) * tirx.reinterpret("float32", bits)
         shifted = tirx.nearbyint(ratio) + f(ZERO_POINT)
         zero = tirx.const(ZERO_POINT, "uint8")
         return tirx.if_then_else(inside, tirx.Cast("uint8", shifted), zero)

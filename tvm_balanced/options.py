@@ -158,9 +158,7 @@ def make_options(
     return options
 
 
-def _words(
-    name: str, value: str | Mapping[str, str], known: Sequence[str]
-) -> str | dict[str, str]:
+def _words(name: str, value: str | Mapping[str, str], known: Sequence[str]) -> str | dict[str, str]:
     """One of some words, or one a layer."""
     if isinstance(value, str):
         return check_word(name, value, known)

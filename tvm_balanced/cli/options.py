@@ -123,9 +123,7 @@ def parse_buckets(given: str | None) -> list[int] | dict[str, list[int]] | None:
     return {name: sizes} if name else sizes
 
 
-def parse_words(
-    option: str, known: Sequence[str], given: Sequence[str]
-) -> str | dict[str, str]:
+def parse_words(option: str, known: Sequence[str], given: Sequence[str]) -> str | dict[str, str]:
     """Turn ``["always"]`` to ``"always"``, ``["never", "fc1=always"]`` to a mapping, else InputError.
 
     Without a word for all layers, the others get the first of the ``known`` ones.

@@ -14,8 +14,8 @@ from tvm_balanced.format.layout import VALUE_DTYPES, PackedFormat, numpy_dtype
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.format.weights import check_weight, detect_pattern, is_balanced
 from tvm_balanced.model import Model
-from tvm_balanced.options import CompileKeywords, CompileOptions, make_options
 from tvm_balanced.operators import Int8Format, WeightFormat, as_scaled
+from tvm_balanced.options import CompileKeywords, CompileOptions, make_options
 from tvm_balanced.planning.cost import dense_us, int8_us, sparse_us, symbolic_text
 from tvm_balanced.relay_passes.find_dense import DenseLayer
 from tvm_balanced.relay_passes.pack_weights import dense_weight
