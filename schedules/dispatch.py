@@ -123,7 +123,9 @@ def schedule_rest(target: tvm.target.Target) -> tvm.transform.Pass:
 
 
 def spaces(func: tirx.PrimFunc, target: tvm.target.Target) -> list[Space]:
-    """List the spaces of an unscheduled kernel; none without the balanced operator and static shapes."""
+    """List the spaces of an unscheduled kernel; none without one of our operators and static shapes."""
+    if has_int8_block(func):
+        return int8.spaces(func, target)
     operator = find(func)
     if operator is None or operator.rows is None:
         return []

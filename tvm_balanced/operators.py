@@ -146,6 +146,11 @@ def format_of(call: Expr) -> WeightFormat | None:
     return fmt if len(call.args) == 3 else as_scaled(fmt)
 
 
+def format_text(fmt: WeightFormat) -> str:
+    """One line that fixes a format."""
+    return ops.format_text(fmt) if isinstance(fmt, PackedFormat) else ops_int8.format_text(fmt)
+
+
 def as_scaled(fmt: PackedFormat) -> ScaledFormat:
     """Return the same format with int8 values and scales."""
     return ScaledFormat(fmt.out_features, fmt.in_features, fmt.pattern, fmt.layout, fmt.encoding)

@@ -7,14 +7,15 @@ behind it is computed from the sums in registers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 
-from tvm_balanced.format.int8 import DenseFormat, GatherFormat
+from tvm_balanced.format.int8 import REGISTER, DenseFormat, GatherFormat
 from tvm_balanced.ops_int8 import (
     BLOCK_DATA,
     BLOCK_MAGNITUDE,
@@ -25,7 +26,7 @@ from tvm_balanced.ops_int8 import (
 )
 from tvm_balanced.schedules.llvm.int8 import dense, gather
 from tvm_balanced.schedules.llvm.int8.isa import choose
-from tvm_balanced.schedules.llvm.int8.matmul import MatmulSpec, Operands
+from tvm_balanced.schedules.llvm.int8.matmul import Knobs, MatmulSpec, Operands, for_threads
 from tvm_balanced.schedules.llvm.int8.quantize import PARALLEL_ELEMENTS, Quantize
 from tvm_balanced.schedules.llvm.int8.statements import (
     INDEX,
@@ -41,6 +42,7 @@ from tvm_balanced.schedules.llvm.int8.statements import (
     vector_bits,
     workspace,
 )
+from tvm_balanced.schedules.space import Space, powers
 
 NAME = "llvm_int8"
 
@@ -242,21 +244,64 @@ def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | No
         An llvm target.
     """
     parts = take_apart(func)
-    if parts is None:
-        return None
-    body = _body(parts, target)
+    return None if parts is None else _schedule(parts, target, _default_knobs(parts, target))
+
+
+def spaces(func: tirx.PrimFunc, target: tvm.target.Target) -> list[Space]:
+    """List the tile of full height, and how much weight a task has, of a kernel with static shapes."""
+    parts = take_apart(func)
+    if parts is None or not isinstance(parts.rows, int):
+        return []
+    default, isa, rows = _default_knobs(parts, target), choose(target), parts.rows
+    tokens = [size for size in powers(16) if size <= rows]
+    # registers of sums: what is left of 32, or 16, beside weights, indices and activations
+    most = 24 if isa.bytes == REGISTER else 12
+    registers = REGISTER // isa.bytes
+    choices = {
+        "tokens": tuple(tokens),
+        "groups": tuple(size for size in powers(8) if size <= parts.fmt.groups),
+        "sums": (1, 2, 4),
+        "task_kib": (64, 192, 384, 768, 1536),
+    }
+
+    def valid(values: Mapping[str, int]) -> bool:
+        return values["tokens"] * values["groups"] * values["sums"] * registers <= most
+
+    def build(values: Mapping[str, int]) -> s_tir.Schedule:
+        lower = [default.tile(size) for size in tokens if size < values["tokens"]]
+        knobs = dataclasses.replace(
+            default,
+            tokens=values["tokens"],
+            groups=(*(groups for groups, _ in lower), values["groups"]),
+            sums=(*(sums for _, sums in lower), values["sums"]),
+            task_bytes=values["task_kib"] * 1024,
+        )
+        return _schedule(parts, target, for_threads(knobs, _spec(parts), target))
+
+    return [Space(NAME, choices, valid, build)]
+
+
+def _spec(parts: Parts) -> MatmulSpec:
+    fmt, rows = parts.fmt, parts.rows
+    pattern = fmt.pattern if isinstance(fmt, GatherFormat) else None
+    known = rows if isinstance(rows, int) else "m"
+    return MatmulSpec(known, fmt.out_features, fmt.in_features, pattern)
+
+
+def _default_knobs(parts: Parts, target: tvm.target.Target) -> Knobs:
+    rule = gather if isinstance(parts.fmt, GatherFormat) else dense
+    return rule.default_knobs(_spec(parts), target, choose(target))
+
+
+def _schedule(parts: Parts, target: tvm.target.Target, knobs: Knobs) -> s_tir.Schedule:
+    body = _body(parts, target, knobs)
     return s_tir.Schedule(
         tvm.IRModule({"main": as_kernel_body(parts.func, parts.out, body, "int8_dense")})
     )
 
 
-def _body(parts: Parts, target: tvm.target.Target) -> Stmt:
+def _body(parts: Parts, target: tvm.target.Target, knobs: Knobs) -> Stmt:
     fmt, rows, isa = parts.fmt, parts.rows, choose(target)
-    pattern = fmt.pattern if isinstance(fmt, GatherFormat) else None
-    known = rows if isinstance(rows, int) else "m"
-    spec = MatmulSpec(known, fmt.out_features, fmt.in_features, pattern)
-    rule = gather if isinstance(fmt, GatherFormat) else dense
-    knobs = rule.default_knobs(spec, target, isa)
     layout = fmt.activations(knobs.tokens, isa.signed)
     stored, allocate_stored = workspace(rows * layout.token_bytes, "int8_stored", layout.dtype)
     token_scales, allocate_scales = workspace(rows, "int8_token_scales", "float32")
