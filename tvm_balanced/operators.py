@@ -72,7 +72,7 @@ class PackedOperator(abc.ABC, Generic[FormatT]):
 
 
 class _Balanced(PackedOperator[PackedFormat]):
-    suffixes = (".values", ".indices")
+    suffixes: tuple[str, ...] = (".values", ".indices")
 
     def types(self, fmt: PackedFormat, dtype: str) -> list[relax.TensorType]:
         return [
@@ -116,7 +116,8 @@ class _Int8(PackedOperator[Int8Format]):
     def call(
         self, data: Expr, packed: Sequence[Expr], fmt: Int8Format, out_dtype: str
     ) -> relax.Call:
-        return ops_int8.int8_dense(data, *packed, fmt, out_dtype)
+        stream, scales, compensation = packed
+        return ops_int8.int8_dense(data, stream, scales, compensation, fmt, out_dtype)
 
     def pack(self, weight: Array, fmt: Int8Format) -> list[Array]:
         rounded, scales = int8.quantize_weight(weight)

@@ -210,7 +210,10 @@ def skewed(block: Expr, row: Expr, skew: int) -> Expr:
 def _infer_type(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TensorType:
     fmt = format_of(call)
     data, *packed = (arg.ty for arg in call.args)
-    expected = {"values": fmt.values_shape, "indices": fmt.indices_shape}
+    expected: dict[str, tuple[int, ...]] = {
+        "values": fmt.values_shape,
+        "indices": fmt.indices_shape,
+    }
     if len(packed) > len(expected):
         expected["scales"] = (fmt.out_features,)
     for (name, wanted), ty in zip(expected.items(), packed, strict=True):

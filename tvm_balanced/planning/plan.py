@@ -14,7 +14,7 @@ from tvm_balanced.format.layout import VALUE_DTYPES, PackedFormat, numpy_dtype
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.format.weights import check_weight, detect_pattern, is_balanced
 from tvm_balanced.model import Model
-from tvm_balanced.operators import Int8Format, WeightFormat, as_scaled
+from tvm_balanced.operators import ScaledFormat, WeightFormat, as_scaled
 from tvm_balanced.options import CompileKeywords, CompileOptions, make_options
 from tvm_balanced.planning.cost import dense_us, int8_us, sparse_us, symbolic_text
 from tvm_balanced.relay_passes.find_dense import DenseLayer
@@ -198,18 +198,19 @@ class _Case:
         times = self._times(fmt, batches)
         decision, reason = self._compare(fmt, times, batches, assumed)
         dense, sparse, cublas = times
-        predicted = {
-            "pattern": str(pattern),
-            "density": pattern.density,
-            "dense_us": round(dense, 2),
-            "sparse_us": round(sparse, 2),
-            "cublas_us": None if cublas is None else round(cublas, 2),
-        }
-        if decision == "dense":
-            row, kept = self._stays_dense(model, reason)
-            return replace(row, **predicted), kept
-        row = replace(self._dense_row(reason), decision=decision, **predicted)
-        return replace(row, bytes_sparse=self._nbytes(fmt), quantize=self.quantize), fmt
+        row, kept = self._stays_dense(model, reason)
+        if decision == "sparse":
+            row, kept = replace(row, decision=decision, bytes_sparse=self._nbytes(fmt)), fmt
+            row = replace(row, quantize=self.quantize if self._packs(fmt) else "none")
+        row = replace(
+            row,
+            pattern=str(pattern),
+            density=pattern.density,
+            dense_us=round(dense, 2),
+            sparse_us=round(sparse, 2),
+            cublas_us=None if cublas is None else round(cublas, 2),
+        )
+        return row, kept
 
     def _check(self, model: Model) -> None:
         weight = dense_weight(model.params, self.layer)
@@ -240,6 +241,11 @@ class _Case:
         """Whether activations are int8 too."""
         return self.quantize == "int8" and self.layer.in_features <= MOST_COLUMNS
 
+    @staticmethod
+    def _packs(fmt: WeightFormat) -> bool:
+        """Whether a weight of this format is int8."""
+        return isinstance(fmt, ScaledFormat) or not isinstance(fmt, PackedFormat)
+
     def _nbytes(self, fmt: WeightFormat) -> int:
         return fmt.nbytes(self.layer.dtype) if isinstance(fmt, PackedFormat) else fmt.nbytes
 
@@ -266,9 +272,9 @@ class _Case:
     def _times(self, fmt: WeightFormat, batches: list[int]) -> tuple[float, float, float | None]:
         """Predicted microseconds of all uses together: dense, sparse, and by cuBLAS on CUDA."""
         if not isinstance(fmt, PackedFormat):
-            kept: Int8Format = DenseFormat(fmt.out_features, fmt.in_features)
-            by_both = (sum(int8_us(self.spec, m, one) for m in batches) for one in (kept, fmt))
-            return *by_both, None
+            kept = DenseFormat(fmt.out_features, fmt.in_features)
+            by_dense = sum(int8_us(self.spec, m, kept) for m in batches)
+            return by_dense, sum(int8_us(self.spec, m, fmt) for m in batches), None
 
         def dense(kernel: str) -> float:
             n, k = self.layer.out_features, self.layer.in_features

@@ -95,11 +95,12 @@ def _packed_weights(func: tirx.PrimFunc, rng: np.random.Generator) -> dict[Buffe
     """Operands of every packed weight, by parameter."""
     packed: dict[Buffer, Array] = {}
     for block in nodes(func.body, s_tir.SBlock):
+        fmt: WeightFormat
         if FORMAT_ATTR in block.annotations:
-            fmt: WeightFormat = parse_format(str(block.annotations[FORMAT_ATTR]))
+            balanced = parse_format(str(block.annotations[FORMAT_ATTR]))
             _, *operands = tensorir.balanced_operands(block)
             dtype = dtype_of(operands[0])
-            fmt = as_scaled(fmt) if dtype == "int8" else fmt
+            fmt = as_scaled(balanced) if dtype == "int8" else balanced
         elif ops_int8.FORMAT_ATTR in block.annotations:
             fmt = ops_int8.parse_format(str(block.annotations[ops_int8.FORMAT_ATTR]))
             _, *operands = tensorir.int8_operands(func, block)

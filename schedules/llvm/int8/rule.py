@@ -289,8 +289,9 @@ def _spec(parts: Parts) -> MatmulSpec:
 
 
 def _default_knobs(parts: Parts, target: tvm.target.Target) -> Knobs:
-    rule = gather if isinstance(parts.fmt, GatherFormat) else dense
-    return rule.default_knobs(_spec(parts), target, choose(target))
+    balanced = isinstance(parts.fmt, GatherFormat)
+    choice = gather.default_knobs if balanced else dense.default_knobs
+    return choice(_spec(parts), target, choose(target))
 
 
 def _schedule(parts: Parts, target: tvm.target.Target, knobs: Knobs) -> s_tir.Schedule:
