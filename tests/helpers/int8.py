@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import tvm
 
-from tvm_balanced import pruning
 from tvm_balanced.format import int8
-from tvm_balanced.pattern import BalancedPattern
-from tvm_balanced.schedules.int8 import dense, gather
-from tvm_balanced.schedules.int8.isa import ISAS, runs_on
-from tvm_balanced.schedules.int8.matmul import Knobs, MatmulSpec
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.pruning import magnitude as pruning
+from tvm_balanced.schedules.llvm.int8 import dense, gather
+from tvm_balanced.schedules.llvm.int8.isa import ISAS, runs_on
+from tvm_balanced.schedules.llvm.int8.matmul import Knobs, MatmulSpec
 
 # a CPU that has each instruction set
 CPUS = {
