@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import tvm
@@ -30,11 +30,9 @@ import tvm_ffi
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from tvm_balanced.format.layout import PackedFormat
-from tvm_balanced.ops import OP_NAME, balanced_sparse_dense, format_of
+from tvm_balanced.operators import WeightFormat, format_of, joined, operator_for, padded_rows
 from tvm_balanced.relay_passes.find_dense import main_bindings, split_params
 from tvm_balanced.relay_passes.module_pass import Pass, module_pass
-from tvm_balanced.relay_passes.rewrite_dense import VALUES, packed_vars
 from tvm_balanced.relay_passes.rewrite_params import with_main
 from tvm_balanced.relay_passes.weight_chain import call_name
 from tvm_balanced.relay_passes.weight_sources import Source, weight_sources
@@ -51,13 +49,13 @@ class _Member:
 
     var: Expr
     call: Expr
-    fmt: PackedFormat
+    fmt: WeightFormat
     bias: Expr | None
     sum_var: Expr | None
 
     @property
     def weight(self) -> str:
-        return str(self.call.args[1].name.removesuffix(VALUES))
+        return operator_for(self.fmt).weight_name(self.call)
 
     @property
     def end(self) -> Expr:
@@ -70,10 +68,9 @@ class _Group:
     """Operators that become one, and its parameters."""
 
     members: tuple[_Member, ...]
-    values: Expr
-    indices: Expr
+    packed: tuple[Expr, ...]
     bias: Expr | None
-    fmt: PackedFormat
+    fmt: WeightFormat
 
 
 def merge_dense(pays: Callable[[Expr, int], bool]) -> Pass:
@@ -92,10 +89,10 @@ def merge_dense(pays: Callable[[Expr, int], bool]) -> Pass:
         known = weight_sources(mod)
         added: list[Expr] = []
         sources: dict[str, tuple[Source, ...]] = {}
-        for group in {group.values: group for group in groups}.values():
-            added += [group.values, group.indices]
+        for group in {group.packed[0]: group for group in groups}.values():
+            added += group.packed
             weights = [member.call.args[1].name for member in group.members]
-            sources[group.values.name] = tuple(part for name in weights for part in known[name])
+            sources[group.packed[0].name] = tuple(part for name in weights for part in known[name])
             if group.bias is not None:
                 added.append(group.bias)
                 biases = [member.bias.name for member in group.members if member.bias is not None]
@@ -139,17 +136,15 @@ def _members(mod: tvm.IRModule) -> Iterator[tuple[Key, _Member]]:
         for used in relax.analysis.free_vars(value):
             readers.setdefault(used, []).append((var, value))
     for var, value in pairs:
-        if call_name(value) != OP_NAME or value.args[1].name not in packed:
-            continue
         fmt = format_of(value)
-        if fmt.padded_rows != fmt.out_features:
+        if fmt is None or value.args[1].name not in packed:
+            continue
+        if padded_rows(fmt) != fmt.out_features:
             continue  # padding rows would end up between the members
-        bias, sum_var = _bias_behind(var, value, readers.get(var, []), weights)
+        bias, sum_var = _bias_behind(var, value, fmt, readers.get(var, []), weights)
         key = (
             *_source(value.args[0], bindings),
-            fmt.pattern,
-            str(fmt.layout),
-            fmt.encoding,
+            joined(fmt, 1),
             str(value.args[1].ty.dtype),
             str(value.ty.dtype),
             None if bias is None else str(bias.ty.dtype),
@@ -166,7 +161,11 @@ def _source(data: Expr, bindings: dict[Expr, Expr]) -> tuple[Expr, Hashable]:
 
 
 def _bias_behind(
-    var: Expr, call: Expr, readers: list[tuple[Expr, Expr]], weights: set[Expr]
+    var: Expr,
+    call: Expr,
+    fmt: WeightFormat,
+    readers: list[tuple[Expr, Expr]],
+    weights: set[Expr],
 ) -> tuple[Expr, Expr] | tuple[None, None]:
     """Return the bias that the only reader of ``var`` adds to it, and the variable of the sum."""
     if len(readers) != 1:
@@ -177,7 +176,7 @@ def _bias_behind(
     others = [arg for arg in value.args if not arg.same_as(var)]
     if len(others) != 1 or others[0] not in weights or others[0].ty.ndim != 1:
         return None, None
-    if int(others[0].ty.shape[0]) != format_of(call).out_features:
+    if int(others[0].ty.shape[0]) != fmt.out_features:
         return None, None
     return others[0], sum_var
 
@@ -186,15 +185,16 @@ def _make_groups(uses: list[tuple[_Member, ...]]) -> list[_Group]:
     """Return groups over the same weights, which share the joined parameters."""
     first = uses[0][0]
     total = sum(m.fmt.out_features for m in uses[0])
-    fmt = replace(first.fmt, out_features=total)
+    fmt = joined(first.fmt, total)
     name = SEPARATOR.join(m.weight for m in uses[0])
-    values, indices = packed_vars(name, fmt, str(first.call.args[1].ty.dtype))
+    dtype = str(first.call.args[1].ty.dtype)
+    packed = tuple(operator_for(fmt).parameters(name, fmt, dtype))
     biases = [m.bias for m in uses[0] if m.bias is not None]
     bias = None
     if biases:
         ty = relax.TensorType((total,), biases[0].ty.dtype)
         bias = relax.Var(SEPARATOR.join(var.name for var in biases), ty)
-    return [_Group(members, values, indices, bias, fmt) for members in uses]
+    return [_Group(members, packed, bias, fmt) for members in uses]
 
 
 @mutator
@@ -230,7 +230,7 @@ class _Rewriter(PyExprMutator):  # type: ignore[misc]
 
     def _emit(self, group: _Group, member: _Member) -> Expr:
         data, out_dtype = self.visit_expr(member.call.args[0]), str(member.call.ty.dtype)
-        call = balanced_sparse_dense(data, group.values, group.indices, group.fmt, out_dtype)
+        call = operator_for(group.fmt).call(data, group.packed, group.fmt, out_dtype)
         result = self.builder_.emit(call)
         if group.bias is not None:
             result = self.builder_.emit(relax.op.add(result, group.bias))

@@ -10,11 +10,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import tvm
 
-from tvm_balanced.format.packing import pack
-from tvm_balanced.ops import OP_NAME, format_of
+from tvm_balanced.operators import format_of, operator_for
 from tvm_balanced.relay_passes.find_dense import DenseLayer, main_bindings, split_params
-from tvm_balanced.relay_passes.rewrite_dense import INDICES, VALUES
-from tvm_balanced.relay_passes.weight_chain import apply_chain, call_name
+from tvm_balanced.relay_passes.weight_chain import apply_chain
 from tvm_balanced.relay_passes.weight_sources import Source, weight_sources
 from tvm_balanced.support.tensors import Array
 
@@ -32,15 +30,17 @@ def pack_weights(
     sources = weight_sources(mod)
     values: dict[str, Array] = {}
     for _, call in main_bindings(mod["main"]):
-        if call_name(call) != OP_NAME:
+        fmt = format_of(call)
+        if fmt is None:
             continue
-        name, fmt = str(call.args[1].name), format_of(call)
-        if name in values or name not in sources:
+        first, operator = str(call.args[1].name), operator_for(fmt)
+        if first in values or first not in sources:
             continue  # several uses of one weight, or one that was packed before the import
+        name = operator.weight_name(call)
         if progress is not None:
-            progress(name.removesuffix(VALUES))
-        packed = pack(_joined(sources[name], params), fmt.pattern, fmt.layout, fmt.encoding)
-        values[name], values[name.removesuffix(VALUES) + INDICES] = packed.values, packed.indices
+            progress(name)
+        packed = operator.pack(_joined(sources[first], params), fmt)
+        values |= {name + end: array for end, array in zip(operator.suffixes, packed, strict=True)}
     names = [str(var.name) for var in split_params(mod)[1]]
     for name in names:
         if name not in values:

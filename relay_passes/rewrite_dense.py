@@ -1,4 +1,4 @@
-"""Relax pass: dense operators become ``relax.nn.balanced_sparse_dense``.
+"""Relax pass: dense operators become ``relax.nn.balanced_sparse_dense`` or ``relax.nn.int8_dense``.
 
 Before::
 
@@ -24,22 +24,19 @@ import tvm
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from tvm_balanced.format.layout import PackedFormat
-from tvm_balanced.ops import balanced_sparse_dense
+from tvm_balanced.operators import WeightFormat, operator_for
 from tvm_balanced.relay_passes.find_dense import DenseLayer, find_dense
 from tvm_balanced.relay_passes.module_pass import Pass, module_pass
 from tvm_balanced.relay_passes.rewrite_params import with_main
 from tvm_balanced.relay_passes.weight_chain import TRANSPOSE
 from tvm_balanced.relay_passes.weight_sources import Source
-from tvm_balanced.support.tvm_types import Expr
-
-VALUES, INDICES = ".values", ".indices"  # suffixes of a packed weight's two parameters
 
 
-def rewrite_dense(formats: Mapping[str, PackedFormat]) -> Pass:
+def rewrite_dense(formats: Mapping[str, WeightFormat]) -> Pass:
     """Return the pass that rewrites the layers named in ``formats``, each to its packed format.
 
-    In place of the weight ``NAME`` its result has ``NAME.values`` and ``NAME.indices``.
+    In place of the weight ``NAME`` its result has ``NAME.values`` and ``NAME.indices``, or what else the
+    operator of the format reads (:mod:`tvm_balanced.operators`).
     """
 
     def rewrite(mod: tvm.IRModule) -> tvm.IRModule:
@@ -48,10 +45,10 @@ def rewrite_dense(formats: Mapping[str, PackedFormat]) -> Pass:
             return mod
         rewriter = _Rewriter(mod, layers, formats)
         body = rewriter.visit_expr(mod["main"].body)
-        packed = [var for pair in rewriter.packed.values() for var in pair]
+        packed = [var for variables in rewriter.packed.values() for var in variables]
         # a layer's chain leads to (K, N), and packed is (N, K)
         sources = {
-            layer.name + VALUES: (Source(layer.name, (*layer.chain, TRANSPOSE)),)
+            rewriter.packed[layer.name][0].name: (Source(layer.name, (*layer.chain, TRANSPOSE)),)
             for layer in layers
         }
         return with_main(mod, [*mod["main"].params, *packed], body, sources)
@@ -59,26 +56,19 @@ def rewrite_dense(formats: Mapping[str, PackedFormat]) -> Pass:
     return module_pass(rewrite, "rewrite_dense")
 
 
-def packed_vars(name: str, fmt: PackedFormat, dtype: str) -> tuple[Expr, Expr]:
-    """Parameters that hold a packed weight."""
-    return (
-        relax.Var(name + VALUES, relax.TensorType(fmt.values_shape, dtype)),
-        relax.Var(name + INDICES, relax.TensorType(fmt.indices_shape, "uint8")),
-    )
-
-
 @mutator
 class _Rewriter(PyExprMutator):  # type: ignore[misc]
     """Replaces the matmuls of ``layers``."""
 
     def __init__(
-        self, mod: tvm.IRModule, layers: list[DenseLayer], formats: Mapping[str, PackedFormat]
+        self, mod: tvm.IRModule, layers: list[DenseLayer], formats: Mapping[str, WeightFormat]
     ) -> None:
         super().__init__(mod)
         self.formats = {layer.name: formats[layer.name] for layer in layers}
+        dtypes = {layer.name: layer.dtype for layer in layers}
         self.packed = {
-            layer.name: packed_vars(layer.name, formats[layer.name], layer.dtype)
-            for layer in layers
+            name: operator_for(fmt).parameters(name, fmt, dtypes[name])
+            for name, fmt in self.formats.items()
         }
         self.layer_of = {use.var: layer.name for layer in layers for use in layer.uses}
 
@@ -87,8 +77,7 @@ class _Rewriter(PyExprMutator):  # type: ignore[misc]
         if name is None:
             super().visit_var_binding_(binding)
             return
-        values, indices = self.packed[name]
-        call = balanced_sparse_dense(
-            binding.value.args[0], values, indices, self.formats[name], str(binding.var.ty.dtype)
-        )
+        fmt, out_dtype = self.formats[name], str(binding.var.ty.dtype)
+        data = binding.value.args[0]
+        call = operator_for(fmt).call(data, self.packed[name], fmt, out_dtype)
         super().visit_var_binding_(relax.VarBinding(binding.var, call))

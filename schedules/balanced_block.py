@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import tvm_ffi
 from tvm import s_tir, tirx
 
+from tvm_balanced import ops_int8
+from tvm_balanced.format.int8 import DenseFormat, GatherFormat
 from tvm_balanced.format.layout import PackedFormat
 from tvm_balanced.ops import BLOCK_DATA, FORMAT_ATTR, parse_format
 from tvm_balanced.support.tvm_types import Block, Buffer, Stmt
@@ -52,6 +54,35 @@ def sblocks(stmt: Stmt) -> list[Block]:
 
 def _balanced(func: tirx.PrimFunc) -> list[Block]:
     return [block for block in sblocks(func.body) if FORMAT_ATTR in block.annotations]
+
+
+@dataclass(frozen=True)
+class Int8Block:
+    """The int8 operator inside one (fused) PrimFunc: name and rows as of :class:`BalancedBlock`."""
+
+    name: str
+    fmt: GatherFormat | DenseFormat
+    rows: int | None
+
+
+def find_int8(func: tirx.PrimFunc) -> Int8Block | None:
+    """Find the int8 operator in ``func``; None where there is none, or more than one."""
+    blocks = [b for b in sblocks(func.body) if ops_int8.FORMAT_ATTR in b.annotations]
+    if len(blocks) != 1:
+        return None
+    (main,) = blocks
+    extents = [v.dom.extent for v in main.iter_vars if v.iter_type == tirx.IterVar.DataPar][:-1]
+    known = [int(extent) for extent in extents if isinstance(extent, tirx.IntImm)]
+    return Int8Block(
+        name=str(main.name_hint),
+        fmt=ops_int8.parse_format(str(main.annotations[ops_int8.FORMAT_ATTR])),
+        rows=math.prod(known) if len(known) == len(extents) else None,
+    )
+
+
+def main_block(func: tirx.PrimFunc) -> BalancedBlock | Int8Block | None:
+    """Find either operator."""
+    return find(func) or find_int8(func)
 
 
 def has_balanced_block(func: tirx.PrimFunc) -> bool:

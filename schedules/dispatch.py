@@ -13,9 +13,18 @@ from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.schedules.balanced_block import find, has_balanced_block
 from tvm_balanced.schedules.cuda import target as cuda
 from tvm_balanced.schedules.llvm import target as llvm
+from tvm_balanced.schedules.llvm.int8 import rule as int8
+from tvm_balanced.schedules.llvm.int8.rule import has_int8_block
 from tvm_balanced.schedules.llvm.rest import math as cpu_math
 from tvm_balanced.schedules.llvm.rest.rules import ScheduleForCpu
-from tvm_balanced.schedules.rules import Layer, Offer, first_match, replaced, unscheduled
+from tvm_balanced.schedules.rules import (
+    Layer,
+    Offer,
+    first_match,
+    marked,
+    replaced,
+    unscheduled,
+)
 from tvm_balanced.schedules.space import Space
 
 _TARGETS: dict[str, Offer] = {"cuda": cuda, "llvm": llvm}
@@ -80,6 +89,12 @@ class ScheduleBalanced:
         """Schedule the kernels of a module."""
         updated = {}
         for gvar, func in unscheduled(mod):
+            if has_int8_block(func):
+                # TVM's own TensorIR of it is right, if slow: what the rule leaves, the rest takes
+                sch = int8.apply(func, self.target)
+                if sch is not None:
+                    updated[gvar] = marked(sch.mod["main"], int8.NAME)
+                continue
             if not has_balanced_block(func):
                 continue
             if self.target.kind.name == "llvm":
@@ -108,7 +123,9 @@ def schedule_rest(target: tvm.target.Target) -> tvm.transform.Pass:
 
 
 def spaces(func: tirx.PrimFunc, target: tvm.target.Target) -> list[Space]:
-    """List the spaces of an unscheduled kernel; none without the balanced operator and static shapes."""
+    """List the spaces of an unscheduled kernel; none without one of our operators and static shapes."""
+    if has_int8_block(func):
+        return int8.spaces(func, target)
     operator = find(func)
     if operator is None or operator.rows is None:
         return []

@@ -25,7 +25,7 @@ import tvm
 from tvm import s_tir, tirx
 
 from tvm_balanced.schedules import workload as workloads
-from tvm_balanced.schedules.balanced_block import find, has_balanced_block
+from tvm_balanced.schedules.balanced_block import find, main_block
 from tvm_balanced.schedules.cuda import by_rows as cuda_by_rows
 from tvm_balanced.schedules.rules import RULE, marked, replaced, unscheduled
 from tvm_balanced.schedules.space import MismatchError
@@ -48,7 +48,7 @@ class Coverage:
 
     kernel: str
     schedule: str  # ``"tuned"`` (a measured record), ``"estimated"`` (a model's) or ``"default"``
-    balanced: bool  # holds the balanced operator
+    balanced: bool  # holds one of our operators
     # what the record says (kernel and knobs), or which kernel is the default and why there is no record
     note: str
 
@@ -71,7 +71,7 @@ class ScheduleTuned:
             schedule, note, scheduled = self._one(name, func)
             if scheduled is not None:
                 updated[gvar] = scheduled
-            self.coverage.append(Coverage(name, schedule, has_balanced_block(func), note))
+            self.coverage.append(Coverage(name, schedule, main_block(func) is not None, note))
         return replaced(mod, updated)
 
     def name_defaults(self, mod: tvm.IRModule) -> None:

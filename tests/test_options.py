@@ -17,6 +17,7 @@ from tvm_balanced.options import ENCODINGS, CompileKeywords, CompileOptions, mak
 
 FULL = CompileOptions(
     policy={"re:.*": "never", "fc 1": "always"},
+    quantize={"re:.*": "int8", "fc 1": "none"},
     ignore=["re:head.*", "out"],
     buckets={"batch": [8, 1, 8]},
     encoding="u4",
@@ -45,6 +46,8 @@ def test_values_are_brought_into_one_form():
         ({"policy": "maybe"}, 'policy "maybe" is not known; choose auto, always or never'),
         ({"policy": {"fc": "maybe"}}, 'policy for layer fc "maybe" is not known'),
         ({"policy": 3}, "policy is a int, expected a string or a mapping"),
+        ({"quantize": "int7"}, 'quantize "int7" is not known; choose none, int8 or w8'),
+        ({"quantize": {"fc": "fp8"}}, 'quantize for layer fc "fp8" is not known'),
         ({"ignore": [3]}, "ignore holds 3, expected names of layers"),
         ({"buckets": [0]}, "hold a size below 1"),
         ({"buckets": [True]}, "hold a size below 1"),

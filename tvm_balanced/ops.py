@@ -1,9 +1,9 @@
 """The operator ``relax.nn.balanced_sparse_dense``: registration, type inference, TensorIR.
 
-``balanced_sparse_dense(data[..., K], values, indices)`` is ``data @ W.T`` for a packed balanced weight
-``W (N, K)``. What fixes the packed arrays (:class:`~tvm_balanced.format.layout.PackedFormat`) are
-attributes of the call, so that a schedule knows them and a tuning trace never changes an argument's
-shape. Accumulation is float32.
+``balanced_sparse_dense(data[..., K], values, indices[, scales])`` is ``data @ W.T`` for a packed balanced
+weight ``W (N, K)``; with scales the values are int8, and each row has a scale. What fixes the packed arrays
+(:class:`~tvm_balanced.format.layout.PackedFormat`) are attributes of the call, so that a schedule knows them
+and a tuning trace never changes an argument's shape. Accumulation is float32.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def balanced_sparse_dense(
     indices: relax.Expr,
     fmt: PackedFormat,
     out_dtype: str = "float32",
+    scales: relax.Expr | None = None,
 ) -> relax.Call:
     """Build a call of the operator.
 
@@ -68,7 +69,7 @@ def balanced_sparse_dense(
     ----------
     data : (..., K) float32, float16 or bfloat16
         Activations; any rank from 1, any symbolic leading dimension.
-    values : fmt.values_shape, float32, float16 or bfloat16
+    values : fmt.values_shape, float32, float16, bfloat16, or int8 with scales
         Packed non-zeros.
     indices : fmt.indices_shape, uint8
         Packed indices, local to their block.
@@ -76,6 +77,8 @@ def balanced_sparse_dense(
         What becomes the call's attributes.
     out_dtype : str
         Dtype of the result, ``(..., N)``.
+    scales : (N,) float32, optional
+        What the sums of each row are multiplied by.
     """
     attrs = tvm.ir.make_node(
         "ir.DictAttrs",
@@ -87,11 +90,17 @@ def balanced_sparse_dense(
         encoding=fmt.encoding,
         out_dtype=out_dtype,
     )
-    return tvm.ir.Call(tvm.ir.Op.get(OP_NAME), [data, values, indices], attrs)
+    operands = [data, values, indices, *([] if scales is None else [scales])]
+    return tvm.ir.Call(tvm.ir.Op.get(OP_NAME), operands, attrs)
 
 
 def balanced_sparse_dense_te(
-    data: te.Tensor, values: te.Tensor, indices: te.Tensor, fmt: PackedFormat, out_dtype: str
+    data: te.Tensor,
+    values: te.Tensor,
+    indices: te.Tensor,
+    fmt: PackedFormat,
+    out_dtype: str,
+    scales: te.Tensor | None = None,
 ) -> te.Tensor:
     """Write the operator in TensorIR, before any schedule.
 
@@ -101,7 +110,7 @@ def balanced_sparse_dense_te(
        what they had. Schedules stage it (shared memory, registers) or inline it.
     2. ``balanced_sparse_dense[..., n]``: the sum over the ``T`` slots of a row, float32, over the padded
        rows.
-    3. ``balanced_out[..., n]``: cut to N and cast. Left out where it would do nothing.
+    3. ``balanced_out[..., n]``: cut to N, scaled and cast. Left out where it would do nothing.
     """
     batch = list(data.shape[:-1])
     block, nnz, rows = fmt.pattern.block, fmt.pattern.nnz, fmt.layout.rows
@@ -136,11 +145,13 @@ def balanced_sparse_dense_te(
         name=BLOCK_MAIN,
         attrs={"schedule_rule": SCHEDULE_RULE, FORMAT_ATTR: format_text(fmt)},
     )
-    if fmt.padded_rows == fmt.out_features and out_dtype == "float32":
+    if fmt.padded_rows == fmt.out_features and out_dtype == "float32" and scales is None:
         return total
-    return te.compute(
-        (*batch, fmt.out_features), lambda *at: tirx.Cast(out_dtype, total(*at)), name=BLOCK_OUT
-    )
+
+    def out(*at: Expr) -> Expr:
+        return tirx.Cast(out_dtype, total(*at) if scales is None else total(*at) * scales(at[-1]))
+
+    return te.compute((*batch, fmt.out_features), out, name=BLOCK_OUT)
 
 
 def _index(indices: te.Tensor, fmt: PackedFormat, n: Expr, t: Expr) -> Expr:
@@ -199,7 +210,12 @@ def skewed(block: Expr, row: Expr, skew: int) -> Expr:
 def _infer_type(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TensorType:
     fmt = format_of(call)
     data, *packed = (arg.ty for arg in call.args)
-    expected = {"values": fmt.values_shape, "indices": fmt.indices_shape}
+    expected: dict[str, tuple[int, ...]] = {
+        "values": fmt.values_shape,
+        "indices": fmt.indices_shape,
+    }
+    if len(packed) > len(expected):
+        expected["scales"] = (fmt.out_features,)
     for (name, wanted), ty in zip(expected.items(), packed, strict=True):
         if ty.shape is not None and tuple(int(d) for d in ty.shape) != wanted:
             raise InputError(
@@ -221,8 +237,10 @@ def _infer_type(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TensorType:
 def _legalize(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     fmt, out_dtype = format_of(call), str(call.attrs["out_dtype"])
 
-    def balanced_sparse_dense(data: te.Tensor, values: te.Tensor, indices: te.Tensor) -> te.Tensor:
-        return balanced_sparse_dense_te(data, values, indices, fmt, out_dtype)
+    def balanced_sparse_dense(
+        data: te.Tensor, values: te.Tensor, indices: te.Tensor, *scales: te.Tensor
+    ) -> te.Tensor:
+        return balanced_sparse_dense_te(data, values, indices, fmt, out_dtype, *scales)
 
     return bb.call_te(balanced_sparse_dense, *call.args)
 

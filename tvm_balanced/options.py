@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 POLICIES = ("auto", "always", "never")
 ENCODINGS = ("auto", "u8", "u4", "u3", "u2", "bitmap")
 DENSE_KERNELS = ("dlight", "cublas")
+QUANTIZATIONS = ("none", "int8", "w8")
 
 
 class CompileKeywords(TypedDict, total=False):
@@ -25,6 +26,7 @@ class CompileKeywords(TypedDict, total=False):
 
     policy: str | Mapping[str, str]
     ignore: Iterable[str]
+    quantize: str | Mapping[str, str]
     buckets: Sequence[int] | Mapping[str, Sequence[int]] | None
     encoding: str
     dense: str
@@ -46,6 +48,10 @@ class CompileOptions:
         ``"auto"`` (sparse where predicted faster), ``"always"``, ``"never"``, or one of these per layer.
     ignore : iterable of str
         Layers that stay dense, by exact name or ``re:`` pattern.
+    quantize : str or Mapping
+        What linear layers are computed in: ``"none"`` (the dtype of the weight), ``"int8"`` (weights with a
+        scale a row and activations with one a token, sparse and dense layers alike), ``"w8"`` (sparse layers'
+        weights in int8, activations as they are), or one of these per layer. For CPUs.
     buckets : sequence of int or Mapping, optional
         Sizes of a symbolic dimension that get a function with static shapes beside the generic one: of the
         first symbolic dimension, or ``{"batch": [1, 8]}``.
@@ -72,6 +78,7 @@ class CompileOptions:
 
     policy: str | Mapping[str, str] = "auto"
     ignore: Iterable[str] = ()
+    quantize: str | Mapping[str, str] = "none"
     buckets: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     encoding: str = "auto"
     dense: str = "dlight"
@@ -81,7 +88,8 @@ class CompileOptions:
 
     def __post_init__(self) -> None:
         plain = {
-            "policy": _policy(self.policy),
+            "policy": _words("policy", self.policy, POLICIES),
+            "quantize": _words("quantize", self.quantize, QUANTIZATIONS),
             "ignore": _ignore(self.ignore),
             "buckets": _buckets(self.buckets),
             "encoding": check_word("encoding", self.encoding, ENCODINGS),
@@ -150,15 +158,16 @@ def make_options(
     return options
 
 
-def _policy(value: str | Mapping[str, str]) -> str | dict[str, str]:
+def _words(name: str, value: str | Mapping[str, str], known: Sequence[str]) -> str | dict[str, str]:
+    """One of some words, or one a layer."""
     if isinstance(value, str):
-        return check_word("policy", value, POLICIES)
+        return check_word(name, value, known)
     if not isinstance(value, Mapping):
         raise InputError(
-            f"policy is a {type(value).__name__}, expected a string or a mapping from layer names to "
+            f"{name} is a {type(value).__name__}, expected a string or a mapping from layer names to "
             "strings; write it as text"
         )
-    return {str(n): check_word(f"policy for layer {n}", p, POLICIES) for n, p in value.items()}
+    return {str(n): check_word(f"{name} for layer {n}", word, known) for n, word in value.items()}
 
 
 def _ignore(value: Iterable[str]) -> tuple[str, ...]:

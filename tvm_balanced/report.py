@@ -36,7 +36,7 @@ class LayerRow:
     pattern: str | None  # "nnz:block", None when the weight follows none
     density: float  # share of weights kept
     bytes_dense: int  # the weight as it was
-    bytes_sparse: int  # as it would be held packed; as it was when it stays dense
+    bytes_sparse: int  # as it is held: packed, or as it was
     # predicted microseconds of all uses together, None where nothing was predicted: of the dense kernel that
     # would run, and of the sparse one
     dense_us: float | None
@@ -44,6 +44,12 @@ class LayerRow:
     decision: str  # "sparse" or "dense"
     reason: str
     cublas_us: float | None = None  # of cuBLAS, None off CUDA
+    quantize: str = "none"  # "int8", "w8", or "none" for the weight's own dtype
+
+    @property
+    def decided(self) -> str:
+        """The decision in words: ``sparse``, ``dense int8``."""
+        return self.decision + (f" {self.quantize}" if self.quantize != "none" else "")
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,7 @@ class Report(_Rows[LayerRow]):
                 f"{row.bytes_sparse / 1024:.0f}",
                 "-" if row.dense_us is None else f"{row.dense_us:.1f}",
                 "-" if row.sparse_us is None else f"{row.sparse_us:.1f}",
-                row.decision,
+                row.decided,
                 row.reason,
             )
         return table
@@ -195,7 +201,7 @@ class Report(_Rows[LayerRow]):
             if row.dense_us is not None and row.sparse_us is not None:
                 times = f"{row.dense_us:.1f} > {row.sparse_us:.1f}"
             sizes = f"{row.bytes_dense / 1024:.0f}"
-            if row.decision == "sparse":
+            if row.bytes_sparse != row.bytes_dense:
                 sizes += f" > {row.bytes_sparse / 1024:.0f}"
             table.add_row(
                 f"{name}\n  {row.reason}",
@@ -203,7 +209,7 @@ class Report(_Rows[LayerRow]):
                 _rows_text(row),
                 sizes,
                 times,
-                row.decision + (f" {row.pattern}" if row.decision == "sparse" else ""),
+                row.decided + (f" {row.pattern}" if row.decision == "sparse" else ""),
             )
         return table
 

@@ -7,6 +7,8 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import pytest
+
 Chosen = Mapping[str, Any]
 Pair = tuple[tuple[str, Any], tuple[str, Any]]
 
@@ -94,3 +96,13 @@ def all_pairs(
 
 def _count(case: Chosen, missing: Mapping[Pair, None]) -> int:
     return sum(pair in missing for pair in pairs_of(case))
+
+
+def spread(step: int, *axes: Iterable[Any]) -> list[Any]:
+    """Every combination as a ``pytest.param``; all but one in ``step``, which meet all values, are large."""
+    cases = []
+    for chosen in itertools.product(*(list(enumerate(axis)) for axis in axes)):
+        places, values = zip(*chosen, strict=True)
+        marks = () if sum(places) % step == 0 else pytest.mark.large
+        cases.append(pytest.param(*values, marks=marks))
+    return cases

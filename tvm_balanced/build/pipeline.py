@@ -26,8 +26,8 @@ import tvm
 from tvm import relax, tirx
 
 from tvm_balanced.build.dump import device_sources, dump, run_passes
-from tvm_balanced.format.layout import PackedFormat
 from tvm_balanced.model import Model
+from tvm_balanced.operators import WeightFormat
 from tvm_balanced.records.lookup import Choice
 from tvm_balanced.relay_passes.accumulate_float32 import accumulate_float32
 from tvm_balanced.relay_passes.bucket_functions import bucket_dim, bucket_functions
@@ -62,14 +62,14 @@ LLVM_DOT_ROWS = 4
 
 def operator_passes(
     layers: Sequence[DenseLayer],
-    formats: Mapping[str, PackedFormat],
+    formats: Mapping[str, WeightFormat],
     target: TargetSpec,
     dense: str = "dlight",
     buckets: tuple[str, Sequence[int]] | None = None,
 ) -> list[Pass]:
     """Phase 1: layers become sparse, weights take their last form.
 
-    Of the module's ``layers``, those in ``formats`` get that packed format, and the others stay dense:
+    Of the module's ``layers``, those in ``formats`` get that packed format, and the others stay as they are:
     ``"cublas"`` computes them, or ``"dlight"``, the target's own schedules. ``buckets`` are a symbolic
     dimension, and its sizes that get a function of their own.
     """
@@ -139,7 +139,7 @@ def lower_passes(target: tvm.target.Target) -> list[Pass]:
 
 def rewrite_model(
     model: Model,
-    formats: Mapping[str, PackedFormat],
+    formats: Mapping[str, WeightFormat],
     target: TargetSpec,
     progress: Callable[[str], None] | None = None,
     dense: str = "dlight",

@@ -14,7 +14,13 @@ import click
 
 from tvm_balanced.cli.output import Output, set_up_logging
 from tvm_balanced.errors import InputError
-from tvm_balanced.options import DENSE_KERNELS, ENCODINGS, POLICIES, CompileOptions
+from tvm_balanced.options import (
+    DENSE_KERNELS,
+    ENCODINGS,
+    POLICIES,
+    QUANTIZATIONS,
+    CompileOptions,
+)
 
 if TYPE_CHECKING:
     from tvm_balanced.model import Model
@@ -117,31 +123,35 @@ def parse_buckets(given: str | None) -> list[int] | dict[str, list[int]] | None:
     return {name: sizes} if name else sizes
 
 
-def parse_policies(given: Sequence[str]) -> str | dict[str, str]:
-    """Turn ``["always"]`` to ``"always"``, ``["never", "fc1=always"]`` to a mapping, else InputError."""
+def parse_words(option: str, known: Sequence[str], given: Sequence[str]) -> str | dict[str, str]:
+    """Turn ``["always"]`` to ``"always"``, ``["never", "fc1=always"]`` to a mapping, else InputError.
+
+    Without a word for all layers, the others get the first of the ``known`` ones.
+    """
     general: list[str] = []
     single: dict[str, str] = {}
     for text in given:
-        name, equals, policy = text.rpartition("=")
-        if policy not in POLICIES or (equals and not name):
+        name, equals, word = text.rpartition("=")
+        if word not in known or (equals and not name):
+            *most, last = known
             raise InputError(
-                f'--policy "{text}" is not known; give auto, always or never, or LAYER=always'
+                f'{option} "{text}" is not known; give {", ".join(most)} or {last}, or LAYER={known[1]}'
             )
         if equals:
-            single[name] = policy
+            single[name] = word
         else:
-            general.append(policy)
+            general.append(word)
     if len(general) > 1:
-        raise InputError(f"--policy was given as {' and as '.join(general)}; give it once")
-    rest = general[0] if general else "auto"
+        raise InputError(f"{option} was given as {' and as '.join(general)}; give it once")
+    rest = general[0] if general else known[0]
     # of a mapping the later entries win
     return {"re:.*": rest, **single} if single else rest
 
 
-def _policy_words(policy: str | Mapping[str, str]) -> list[str]:
-    if isinstance(policy, str):
-        return ["--policy", policy]
-    return [word for name, choice in policy.items() for word in ("--policy", f"{name}={choice}")]
+def _as_words(option: str, setting: str | Mapping[str, str]) -> list[str]:
+    if isinstance(setting, str):
+        return [option, setting]
+    return [word for name, choice in setting.items() for word in (option, f"{name}={choice}")]
 
 
 def _bucket_words(buckets: Sequence[int] | Mapping[str, Sequence[int]]) -> list[str]:
@@ -173,10 +183,21 @@ KNOBS = {
             "auto|always|never|LAYER=...",
             "Which layers run sparse; repeatable for single layers. Default: auto.",
         ),
-        _policy_words,
-        parse_policies,
+        functools.partial(_as_words, "--policy"),
+        functools.partial(parse_words, "--policy", POLICIES),
     ),
     "ignore": _Knob(ignore_option, functools.partial(repeated, "--ignore")),
+    "quantize": _Knob(
+        repeatable(
+            "--quantize",
+            "quantize",
+            "none|int8|w8|LAYER=...",
+            "Linear layers in int8 on a CPU: weights and activations, or (w8) weights of sparse layers; "
+            "repeatable for single layers. Default: none.",
+        ),
+        functools.partial(_as_words, "--quantize"),
+        functools.partial(parse_words, "--quantize", QUANTIZATIONS),
+    ),
     "buckets": _Knob(
         click.option(
             "--buckets",

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tvm_balanced.format.int8 import ROWS, GatherFormat
 from tvm_balanced.format.layout import PackedFormat, numpy_dtype
 from tvm_balanced.schedules.cuda import by_rows as cuda_by_rows
 from tvm_balanced.schedules.cuda import machine
 from tvm_balanced.schedules.cuda import target as cuda
+from tvm_balanced.schedules.llvm.int8 import isa
 
 if TYPE_CHECKING:
+    from tvm_balanced.operators import Int8Format
     from tvm_balanced.targets.resolve import TargetSpec
 
 
@@ -46,6 +49,16 @@ _LLVM_SPARSE_ARITHMETIC = 0.6
 
 # with 256-bit registers a block of 16 takes two permutes and a blend (1640 us for the same layer)
 _AVX2_SPARSE_ARITHMETIC = 0.4
+
+# arithmetic of int8 kernels over the peak of float32, dense and sparse: seen on one Zen 4 core at M = 32 with
+# benchmarks/int8_operator.py and the instruction sets lowered; the last row is a guess
+_INT8_ARITHMETIC = {
+    "avx512-vbmi": (3.8, 2.5),
+    "avx512-vnni": (3.8, 2.0),
+    "avx-vnni": (3.5, 1.9),
+    "avx2": (1.2, 1.0),
+    "plain": (0.2, 0.2),
+}
 
 
 def dense_us(
@@ -84,6 +97,18 @@ def sparse_us(spec: TargetSpec, rows: int, fmt: PackedFormat, dtype: str) -> flo
     moved += numpy_dtype(dtype).itemsize * rows * (fmt.out_features + fmt.in_features)
     flops = 2.0 * rows * fmt.padded_rows * fmt.slots
     share = _LLVM_SPARSE_ARITHMETIC if spec.vector_bits >= 512 else _AVX2_SPARSE_ARITHMETIC
+    return spec.launch_us + _roofline_us(
+        spec, flops, spec.fp32_tflops, share, moved, _LLVM_BANDWIDTH
+    )
+
+
+def int8_us(spec: TargetSpec, rows: int, fmt: Int8Format) -> float:
+    """Microseconds of ``relax.nn.int8_dense`` on a CPU, from float activations to float results."""
+    dense, sparse = _INT8_ARITHMETIC[isa.choose(spec.target).name]
+    share = sparse if isinstance(fmt, GatherFormat) else dense
+    density = fmt.pattern.density if isinstance(fmt, GatherFormat) else 1.0
+    flops = 2.0 * rows * fmt.groups * ROWS * fmt.in_features * density
+    moved = fmt.nbytes + 4 * rows * (fmt.out_features + fmt.in_features)
     return spec.launch_us + _roofline_us(
         spec, flops, spec.fp32_tflops, share, moved, _LLVM_BANDWIDTH
     )

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 import tvm
 
 from tvm_balanced.errors import InputError
+from tvm_balanced.format.int8 import MOST_COLUMNS, DenseFormat, GatherFormat
 from tvm_balanced.format.layout import VALUE_DTYPES, PackedFormat, numpy_dtype
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.format.weights import check_weight, detect_pattern, is_balanced
 from tvm_balanced.model import Model
+from tvm_balanced.operators import ScaledFormat, WeightFormat, as_scaled
 from tvm_balanced.options import CompileKeywords, CompileOptions, make_options
-from tvm_balanced.planning.cost import dense_us, sparse_us, symbolic_text
+from tvm_balanced.planning.cost import dense_us, int8_us, sparse_us, symbolic_text
 from tvm_balanced.relay_passes.find_dense import DenseLayer
 from tvm_balanced.relay_passes.pack_weights import dense_weight
 from tvm_balanced.report import LayerRow, Report
@@ -32,13 +34,18 @@ MIN_GAIN = 1.05
 # rows of activations assumed where the batch is symbolic and no bucket says more
 ASSUMED_ROWS = 8
 
+_TOO_WIDE = f"its K is above {MOST_COLUMNS}, too wide for sums of int8 products"
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Decisions for a model on a target; ``formats`` holds the layers that run sparse."""
+    """Decisions for a model on a target; ``formats`` holds the layers whose weights are packed.
+
+    These are the sparse ones, and the dense ones that are computed in int8.
+    """
 
     report: Report
-    formats: dict[str, PackedFormat]
+    formats: dict[str, WeightFormat]
     target: TargetSpec
 
 
@@ -100,14 +107,20 @@ def make_plan(
     names = [layer.name for layer in layers]
     ignored = select(options.ignore, names)
     policies = dict.fromkeys(names, "auto") | per_layer(options.policy, names, "policy")
+    quantized = dict.fromkeys(names, "none") | per_layer(options.quantize, names, "quantize")
+    if set(quantized.values()) - {"none"} and spec.kind != "llvm":
+        raise InputError(
+            f"quantize was given for target {spec.name}, and int8 kernels are there for CPUs only; leave it "
+            "out, or compile for llvm"
+        )
     asked = None
     if pattern is not None:
         given = str(pattern) if isinstance(pattern, BalancedPattern) else pattern
         asked = {n: BalancedPattern(p) for n, p in per_layer(given, names, "pattern").items()}
     decided: list[LayerRow] = []
-    formats: dict[str, PackedFormat] = {}
+    formats: dict[str, WeightFormat] = {}
     for layer in layers:
-        case = _Case(layer, spec, options, policies[layer.name])
+        case = _Case(layer, spec, options, policies[layer.name], quantized[layer.name])
         row, fmt = case.decide(model, asked, layer.name in ignored)
         decided.append(row)
         if fmt is not None:
@@ -157,51 +170,84 @@ class _Case:
     spec: TargetSpec
     options: CompileOptions
     policy: str
+    quantize: str
 
     def decide(
         self, model: Model, asked: Mapping[str, BalancedPattern] | None, ignored: bool
-    ) -> tuple[LayerRow, PackedFormat | None]:
-        """Return the report's row, and the format where the layer runs sparse."""
+    ) -> tuple[LayerRow, WeightFormat | None]:
+        """Return the report's row, and the format where the layer's weight is packed."""
         layer = self.layer
         if layer.blocked is not None:
             return self._dense_row(layer.blocked), None
         if ignored:
-            return self._dense_row("ignored by name"), None
+            return self._stays_dense(model, "ignored by name")
         if self.policy == "never":
-            return self._dense_row('policy is "never"'), None
+            return self._stays_dense(model, 'policy is "never"')
         # also of a layer that stays dense: its results would be NaN, and nobody would say why
-        check_weight(dense_weight(model.params, layer), f"the weight of layer {layer.name}")
+        self._check(model)
         pattern = _layer_pattern(model, layer, asked)
         if pattern is None:
-            reason = "its weight follows no balanced pattern; prune it first"
-            return self._dense_row(reason), None
+            return self._stays_dense(
+                model, "its weight follows no balanced pattern; prune it first"
+            )
         if pattern.block > layer.in_features:
             reason = f"pattern {pattern} is wider than its K={layer.in_features}"
-            return self._dense_row(reason), None
+            return self._stays_dense(model, reason)
         batches, assumed = _batches(layer, self.options.sizes)
-        fmt = preferred_format(
-            pattern,
-            layer.out_features,
-            layer.in_features,
-            min(batches) if batches else None,
-            layer.dtype,
-            self.spec.target,
-            self.options.encoding,
-        )
+        fmt = self._sparse_format(pattern, min(batches) if batches else None)
         times = self._times(fmt, batches)
         decision, reason = self._compare(fmt, times, batches, assumed)
         dense, sparse, cublas = times
+        row, kept = self._stays_dense(model, reason)
+        if decision == "sparse":
+            row, kept = replace(row, decision=decision, bytes_sparse=self._nbytes(fmt)), fmt
+            row = replace(row, quantize=self.quantize if self._packs(fmt) else "none")
         row = replace(
-            self._dense_row(reason),
+            row,
             pattern=str(pattern),
             density=pattern.density,
             dense_us=round(dense, 2),
             sparse_us=round(sparse, 2),
             cublas_us=None if cublas is None else round(cublas, 2),
         )
-        if decision == "dense":
-            return row, None
-        return replace(row, decision=decision, bytes_sparse=fmt.nbytes(layer.dtype)), fmt
+        return row, kept
+
+    def _check(self, model: Model) -> None:
+        weight = dense_weight(model.params, self.layer)
+        check_weight(weight, f"the weight of layer {self.layer.name}")
+
+    def _stays_dense(self, model: Model, reason: str) -> tuple[LayerRow, WeightFormat | None]:
+        """Return row and format of a layer whose weight keeps its zeros, if it has any."""
+        row, fmt = self._dense_row(reason), None
+        if self.quantize == "int8":
+            if self.layer.in_features > MOST_COLUMNS:
+                return replace(row, reason=f"{reason}; {_TOO_WIDE}"), None
+            self._check(model)
+            fmt = DenseFormat(self.layer.out_features, self.layer.in_features)
+            row = replace(row, quantize="int8", bytes_sparse=self._nbytes(fmt))
+        return row, fmt
+
+    def _sparse_format(self, pattern: BalancedPattern, rows: int | None) -> WeightFormat:
+        layer = self.layer
+        shape = layer.out_features, layer.in_features
+        if self._by_int8:
+            return GatherFormat(*shape, pattern)
+        target, encoding = self.spec.target, self.options.encoding
+        fmt = preferred_format(pattern, *shape, rows, layer.dtype, target, encoding)
+        return as_scaled(fmt) if self.quantize == "w8" else fmt
+
+    @property
+    def _by_int8(self) -> bool:
+        """Whether activations are int8 too."""
+        return self.quantize == "int8" and self.layer.in_features <= MOST_COLUMNS
+
+    @staticmethod
+    def _packs(fmt: WeightFormat) -> bool:
+        """Whether a weight of this format is int8."""
+        return isinstance(fmt, ScaledFormat) or not isinstance(fmt, PackedFormat)
+
+    def _nbytes(self, fmt: WeightFormat) -> int:
+        return fmt.nbytes(self.layer.dtype) if isinstance(fmt, PackedFormat) else fmt.nbytes
 
     def _dense_row(self, reason: str) -> LayerRow:
         """Return the row of a layer that stays dense, without a prediction."""
@@ -223,8 +269,12 @@ class _Case:
             reason=reason,
         )
 
-    def _times(self, fmt: PackedFormat, batches: list[int]) -> tuple[float, float, float | None]:
+    def _times(self, fmt: WeightFormat, batches: list[int]) -> tuple[float, float, float | None]:
         """Predicted microseconds of all uses together: dense, sparse, and by cuBLAS on CUDA."""
+        if not isinstance(fmt, PackedFormat):
+            kept = DenseFormat(fmt.out_features, fmt.in_features)
+            by_dense = sum(int8_us(self.spec, m, kept) for m in batches)
+            return by_dense, sum(int8_us(self.spec, m, fmt) for m in batches), None
 
         def dense(kernel: str) -> float:
             n, k = self.layer.out_features, self.layer.in_features
@@ -236,7 +286,7 @@ class _Case:
 
     def _compare(
         self,
-        fmt: PackedFormat,
+        fmt: WeightFormat,
         times: tuple[float, float, float | None],
         batches: list[int],
         assumed: bool,
@@ -251,17 +301,19 @@ class _Case:
         if self.policy == "auto" and gain < MIN_GAIN:
             slow = f"dense predicted {1 / gain:.2f}x faster"
             return "dense", (slow if gain < 1 else f"only {gain:.2f}x predicted") + note
-        if self.spec.kind == "cuda" and not assumed and self._by_sparse_mma(fmt, batches):
+        if not assumed and self._by_sparse_mma(fmt, batches):
             note = f", by sparse tensor cores{note}"
-        if any(use.rows is None for use in self.layer.uses):
+        if isinstance(fmt, PackedFormat) and any(use.rows is None for use in self.layer.uses):
             served = symbolic_text(self.spec, fmt, self.layer.dtype, self.options.dense)
             note += f"; any M: {served}" if served else ""
         if self.policy == "always":
             return "sparse", f'policy is "always"; predicted {gain:.2f}x{note}'
         return "sparse", f"predicted {gain:.2f}x faster{note}"
 
-    def _by_sparse_mma(self, fmt: PackedFormat, batches: list[int]) -> bool:
+    def _by_sparse_mma(self, fmt: WeightFormat, batches: list[int]) -> bool:
         """Whether every use of the layer is multiplied by sparse tensor cores."""
+        if self.spec.kind != "cuda" or not isinstance(fmt, PackedFormat):
+            return False
         dtype, target = self.layer.dtype, self.spec.target
         return all(cuda_sparse_mma.choose(fmt, m, dtype, target) is not None for m in batches)
 

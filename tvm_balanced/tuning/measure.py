@@ -140,6 +140,9 @@ def _array(rng: np.random.Generator, dtype: str, shape: tuple[int, ...], bound: 
         return rng.standard_normal(shape, dtype=np.float32).astype(kind)
     if dtype == "uint8" and bound:
         return rng.integers(0, bound, shape, dtype=np.uint8)
+    if dtype == "int8" and bound:
+        # values and indices of one stream of bytes
+        return rng.integers(0, min(bound, 128), shape, dtype=np.int8)
     # any other integer may be an index into an array of unknown length
     return np.zeros(shape, kind)
 

@@ -13,9 +13,9 @@ from tvm import s_tir
 from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as ms
 
-from tvm_balanced.ops import BLOCK_MAIN
 from tvm_balanced.schedules import space as schedules_space
 from tvm_balanced.schedules import workload
+from tvm_balanced.schedules.balanced_block import main_block
 from tvm_balanced.support.tensors import Array
 from tvm_balanced.tuning import estimates as kernel_models
 
@@ -54,7 +54,9 @@ def _design(
     sch: s_tir.Schedule, space: schedules_space.Space, point: Mapping[str, int]
 ) -> s_tir.Schedule:
     """Sample the knobs of ``space``; those that ``point`` has are decided."""
-    block = sch.get_sblock(BLOCK_MAIN)
+    operator = main_block(sch.mod["main"])
+    assert operator is not None, "only kernels with one of our operators have a space"
+    block = sch.get_sblock(operator.name)
     sch.annotate(block, workload.KERNEL, space.kernel)
     for name, values in space.choices.items():
         decided = values.index(point[name]) if name in point else None

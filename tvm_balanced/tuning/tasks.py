@@ -14,11 +14,12 @@ from tvm import relax, tirx
 from tvm.ir.expr import GenericConst
 from tvm.s_tir import meta_schedule as ms
 
+from tvm_balanced import operators
+from tvm_balanced.format.int8 import DenseFormat, GatherFormat
 from tvm_balanced.model import Model
-from tvm_balanced.ops import format_text
 from tvm_balanced.options import CompileOptions
 from tvm_balanced.schedules import workload
-from tvm_balanced.schedules.balanced_block import find
+from tvm_balanced.schedules.balanced_block import main_block
 from tvm_balanced.support.groups import grouped
 from tvm_balanced.support.tvm_types import Block, Expr
 from tvm_balanced.targets.resolve import TargetSpec
@@ -91,7 +92,7 @@ def find_tasks(mod: tvm.IRModule, target: tvm.target.Target, kernels: str = "all
     for gvar, func in mod.functions_items():
         if not isinstance(func, tirx.PrimFunc):
             continue
-        block = find(func)
+        block = main_block(func)
         if block is None and (kernels == "balanced" or (_work(func) or 0) < _LITTLE_WORK):
             continue
         plain = workload.workload(func, target)
@@ -103,8 +104,7 @@ def find_tasks(mod: tvm.IRModule, target: tvm.target.Target, kernels: str = "all
         weights = tuple(calls[0].weights) if calls else ()
         detail, bound = "", 0
         if block is not None:
-            detail = f"{format_text(block.fmt)} M={block.rows}"
-            bound = block.fmt.pattern.block if block.fmt.encoding == "u8" else 256
+            detail, bound = f"{operators.format_text(block.fmt)} M={block.rows}", _bound(block.fmt)
         earlier = tasks.get(key)
         tasks[key] = Task(
             name=earlier.name if earlier else name,
@@ -121,6 +121,13 @@ def feeds_of(tasks: Iterable[Task]) -> dict[Signature, Feed]:
     """Return what is known of the arguments of kernels, by these."""
     infos = ((ms.arg_info.ArgInfo.from_prim_func(task.mod["main"]), task) for task in tasks)
     return {signature([one.as_json() for one in info]): task.feed for info, task in infos}
+
+
+def _bound(fmt: operators.WeightFormat) -> int:
+    """Above what no byte of a weight's indices may be."""
+    if isinstance(fmt, DenseFormat) or fmt.encoding != "u8":
+        return 256
+    return fmt.columns if isinstance(fmt, GatherFormat) else fmt.pattern.block
 
 
 def _work(func: tirx.PrimFunc) -> int | None:

@@ -11,8 +11,10 @@ import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 
-from tvm_balanced.format.layout import PackedFormat
-from tvm_balanced.format.packing import pack
+from tvm_balanced import ops_int8
+from tvm_balanced.format.int8 import DenseFormat
+from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.operators import WeightFormat, as_scaled, operator_for
 from tvm_balanced.ops import FORMAT_ATTR, parse_format
 from tvm_balanced.support.tensors import Array
 from tvm_balanced.support.tvm_types import Block, Buffer, Expr
@@ -90,22 +92,41 @@ def _unwritten(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
 
 def _packed_weights(func: tirx.PrimFunc, rng: np.random.Generator) -> dict[Buffer, Array]:
-    """Values and indices of every packed weight, by parameter."""
+    """Operands of every packed weight, by parameter."""
     packed: dict[Buffer, Array] = {}
     for block in nodes(func.body, s_tir.SBlock):
-        if FORMAT_ATTR not in block.annotations:
+        fmt: WeightFormat
+        if FORMAT_ATTR in block.annotations:
+            balanced = parse_format(str(block.annotations[FORMAT_ATTR]))
+            _, *operands = tensorir.balanced_operands(block)
+            dtype = dtype_of(operands[0])
+            fmt = as_scaled(balanced) if dtype == "int8" else balanced
+        elif ops_int8.FORMAT_ATTR in block.annotations:
+            fmt = ops_int8.parse_format(str(block.annotations[ops_int8.FORMAT_ATTR]))
+            _, *operands = tensorir.int8_operands(func, block)
+            dtype = "float32"
+        else:
             continue
-        fmt: PackedFormat = parse_format(str(block.annotations[FORMAT_ATTR]))
-        _, values, indices = tensorir.balanced_operands(block)
-        if values in packed:
+        if operands[0] in packed:
             continue
-        dense = rng.standard_normal((fmt.out_features, fmt.in_features), np.float32)
-        dense *= _kept_places(fmt, rng)
-        dense /= (fmt.pattern.density * fmt.in_features) ** 0.5
-        dense = dense.astype(array_dtype(dtype_of(values)))
-        weight = pack(dense, fmt.pattern, fmt.layout, fmt.encoding)
-        packed[values], packed[indices] = weight.values, weight.indices
+        weight = _random_weight(fmt, rng).astype(
+            array_dtype("float32" if dtype == "int8" else dtype)
+        )
+        # scales of int8 values, which the operator's block does not read, are any numbers
+        arrays = operator_for(fmt).pack(weight, fmt)
+        packed |= dict(zip(operands, arrays, strict=False))
     return packed
+
+
+def _random_weight(fmt: WeightFormat, rng: np.random.Generator) -> Array:
+    """Return a weight that results of about 1 are made with, float32, in the format's pattern."""
+    pattern = None if isinstance(fmt, DenseFormat) else fmt.pattern
+    dense = rng.standard_normal((fmt.out_features, fmt.in_features), np.float32)
+    if pattern is not None:
+        dense *= _kept_places(fmt.out_features, fmt.in_features, pattern, rng)
+    terms = fmt.in_features * (1.0 if pattern is None else pattern.density)
+    dense /= terms**0.5
+    return dense
 
 
 def symbols_of(func: tirx.PrimFunc) -> list[Expr]:
@@ -130,14 +151,16 @@ def symbol_value(var: Expr, symbols: Mapping[str, int] | int) -> int:
     return symbols[var.name]
 
 
-def _kept_places(fmt: PackedFormat, rng: np.random.Generator) -> Array:
+def _kept_places(
+    out_features: int, in_features: int, pattern: BalancedPattern, rng: np.random.Generator
+) -> Array:
     """Random balanced mask ``(N, K)``; pruning random weights gives as random a one, slowly."""
-    block = fmt.pattern.block
-    chosen = np.argsort(rng.random((_CHOICES, block)), axis=1)[:, : fmt.pattern.nnz]
+    block = pattern.block
+    chosen = np.argsort(rng.random((_CHOICES, block)), axis=1)[:, : pattern.nnz]
     kept = np.zeros((_CHOICES, block), np.bool_)
     np.put_along_axis(kept, chosen, True, axis=1)
-    mask = kept[rng.integers(0, _CHOICES, (fmt.out_features, -(-fmt.in_features // block)))]
-    return mask.reshape(fmt.out_features, -1)[:, : fmt.in_features]
+    mask = kept[rng.integers(0, _CHOICES, (out_features, -(-in_features // block)))]
+    return mask.reshape(out_features, -1)[:, :in_features]
 
 
 # operators without a value, or without a finite one, for some arguments
@@ -284,7 +307,7 @@ class Facts:
         """Parameters to be made smaller, because many products with them are added up."""
         scales: dict[Buffer, float] = {}
         for block in self.blocks:
-            balanced = FORMAT_ATTR in block.annotations
+            balanced = {FORMAT_ATTR, ops_int8.FORMAT_ATTR} & {str(key) for key in block.annotations}
             update = None if balanced else tensorir.reduction(block)
             factors = tensorir.factors_of(update.value) if update and update.is_sum else None
             if factors is None:

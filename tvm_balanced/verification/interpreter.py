@@ -22,7 +22,8 @@ import numpy as np
 import tvm_ffi
 from tvm import tirx
 
-from tvm_balanced.format import reference
+from tvm_balanced import ops_int8
+from tvm_balanced.format import int8, reference
 from tvm_balanced.format.packing import BalancedTensor
 from tvm_balanced.ops import FORMAT_ATTR, parse_format
 from tvm_balanced.support.tensors import Array
@@ -202,6 +203,7 @@ class _Evaluation:
         self.ranges: _Ranges = ()
         self.guard: Value | None = None
         self.steps = 0
+        self.func = func
         self._bind(func, arrays)
 
     # parameters
@@ -365,6 +367,9 @@ class _Evaluation:
         if FORMAT_ATTR in block.annotations:
             self._balanced(block)
             return
+        if ops_int8.FORMAT_ATTR in block.annotations:
+            self._int8(block)
+            return
         starts = [int(self.evaluate(loop.min)) for loop in loops]
         extents = [int(self.evaluate(loop.extent)) for loop in loops]
         ranges = tuple((low, low + n) for low, n in zip(starts, extents, strict=True))
@@ -496,6 +501,20 @@ class _Evaluation:
         out = self.buffers[block.writes[0].source]
         out[..., : fmt.out_features] = result
         out[..., fmt.out_features :] = 0  # rows that the layout adds
+
+    def _int8(self, block: Block) -> None:
+        """Compute the sums of the int8 operator by its definition; what is around them is plain TensorIR."""
+        fmt = ops_int8.parse_format(str(block.annotations[ops_int8.FORMAT_ATTR]))
+        data, stream, scales, compensation = (
+            self.buffers[b] for b in ir.int8_operands(self.func, block)
+        )
+        weight = int8.unpack(int8.Int8Weight(stream, scales, compensation, fmt))
+        inside = data[..., : fmt.activations(1, False).columns]
+        columns = inside.reshape(*inside.shape[:-2], -1)[..., : fmt.in_features]
+        out = self.buffers[block.writes[0].source]
+        # whole numbers below 2**53 are exact in float64
+        out[..., : fmt.out_features] = columns.astype(np.float64) @ weight.T.astype(np.float64)
+        out[..., fmt.out_features :] = 0
 
     # reductions
 

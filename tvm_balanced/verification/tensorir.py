@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import tvm
 import tvm_ffi
-from tvm import tirx
+from tvm import s_tir, tirx
 
+from tvm_balanced import ops_int8
 from tvm_balanced.errors import TvmBalancedError
 from tvm_balanced.format.layout import numpy_dtype
 from tvm_balanced.ops import BLOCK_DATA
@@ -144,9 +145,36 @@ def balanced_operands(block: Block) -> tuple[Buffer, Buffer, Buffer]:
     sources = [region.source for region in block.reads]
     data = [b for b in sources if b.name.startswith(BLOCK_DATA)]
     indices = [b for b in sources if dtype_of(b) == "uint8"]
-    values = [b for b in sources if is_float(dtype_of(b)) and b not in data]
+    values = [b for b in sources if b not in data and b not in indices]
     if not len(data) == len(values) == len(indices) == 1:
         raise KernelReferenceError(
             f"block {block.name_hint} does not read one array each of data, values and indices"
         )
     return data[0], values[0], indices[0]
+
+
+def int8_operands(func: tirx.PrimFunc, block: Block) -> tuple[Buffer, Buffer, Buffer, Buffer]:
+    """Buffers of the activations, stream, scales and compensation of the int8 operator's main block.
+
+    The activations are those that the block reads, quantised; scales and compensation are parameters of
+    ``func``, as the blocks behind it read them.
+    """
+    sources = [region.source for region in block.reads]
+    data = [b for b in sources if b.name.startswith(ops_int8.BLOCK_DATA)]
+    stream = [b for b in sources if b not in data]
+    behind = [
+        region.source
+        for out in nodes(func.body, s_tir.SBlock)
+        if out.name_hint.startswith(ops_int8.BLOCK_OUT)
+        and any(region.source.same_as(block.writes[0].source) for region in out.reads)
+        for region in out.reads
+        if region.source in func.params
+    ]
+    scales = [b for b in behind if dtype_of(b) == "float32"]
+    compensation = [b for b in behind if dtype_of(b) == "int32"]
+    if not len(data) == len(stream) == len(scales) == len(compensation) == 1:
+        raise KernelReferenceError(
+            f"block {block.name_hint} does not stand with one array each of data, stream, scales and "
+            "compensation"
+        )
+    return data[0], stream[0], scales[0], compensation[0]

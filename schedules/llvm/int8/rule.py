@@ -1,0 +1,364 @@
+"""The schedule of ``relax.nn.int8_dense``, fused with element-wise work: one kernel.
+
+The activations are quantised into a workspace of the kernel, in the order that its multiplication
+reads; element-wise work in front of the operator is computed into another one first. What stands
+behind it is computed from the sums in registers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import tvm
+import tvm_ffi
+from tvm import s_tir, tirx
+
+from tvm_balanced.format.int8 import REGISTER, DenseFormat, GatherFormat
+from tvm_balanced.ops_int8 import (
+    BLOCK_DATA,
+    BLOCK_MAGNITUDE,
+    BLOCK_MAIN,
+    BLOCK_SCALE,
+    FORMAT_ATTR,
+    parse_format,
+)
+from tvm_balanced.schedules.llvm.int8 import dense, gather
+from tvm_balanced.schedules.llvm.int8.isa import choose
+from tvm_balanced.schedules.llvm.int8.matmul import Knobs, MatmulSpec, Operands, for_threads
+from tvm_balanced.schedules.llvm.int8.quantize import PARALLEL_ELEMENTS, Quantize
+from tvm_balanced.schedules.llvm.int8.statements import (
+    INDEX,
+    Buffer,
+    Expr,
+    Stmt,
+    as_kernel_body,
+    attempt,
+    loop,
+    rewrite,
+    sequence,
+    substitute,
+    vector_bits,
+    workspace,
+)
+from tvm_balanced.schedules.space import Space, powers
+
+NAME = "llvm_int8"
+
+# activations computed at a time
+_STAGED = 16
+
+_KEPT = (BLOCK_MAGNITUDE, BLOCK_DATA, BLOCK_SCALE, BLOCK_MAIN)
+
+# (batch indices, weight row, integer sum, token's scale) -> the result
+_Result = Callable[[Sequence[Expr], Expr, Expr, Expr], Expr]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A fused kernel taken apart.
+
+    Parameters
+    ----------
+    func : tirx.PrimFunc
+        The kernel, its element-wise work inlined.
+    fmt : GatherFormat or DenseFormat
+        Of the packed weight.
+    batch : tuple of expression
+        Extents of the batch axes.
+    stream, compensation : buffer
+        Packed operands.
+    source : buffer or None
+        Float32 activations ``(..., K)`` to read where they lie.
+    data_at : callable of (batch indices, column) -> expression
+        The activation there.
+    out : buffer
+        The result ``(..., N)``.
+    out_at : callable of (batch indices, row, sum, token's scale) -> expression
+        The result there, from a sum of unsigned activations.
+    """
+
+    func: tirx.PrimFunc
+    fmt: GatherFormat | DenseFormat
+    batch: tuple[Expr, ...]
+    stream: Buffer
+    compensation: Buffer
+    source: Buffer | None
+    data_at: Callable[[Sequence[Expr], Expr], Expr]
+    out: Buffer
+    out_at: _Result
+
+    @property
+    def rows(self) -> int | Expr:
+        """M: an int where every batch axis is static, else an expression."""
+        total: int | Expr = 1
+        for extent in self.batch:
+            total = total * (int(extent) if isinstance(extent, tirx.IntImm) else extent)
+        return total
+
+    def coordinates(self, row: Expr) -> list[Expr]:
+        """Batch indices of the flat ``row``."""
+        at: list[Expr] = []
+        for extent in reversed(self.batch[1:]):
+            at.insert(0, row % extent)
+            row = row // extent
+        return [row, *at] if self.batch else []
+
+
+def has_int8_block(func: tirx.PrimFunc) -> bool:
+    """Whether ``func`` holds the operator's main block."""
+    return _main_block(func) is not None
+
+
+def _main_block(func: tirx.PrimFunc) -> s_tir.SBlock | None:
+    blocks: list[s_tir.SBlock] = []
+    tvm_ffi.structural_walk(func.body, (s_tir.SBlock, blocks.append), order="post")
+    marked = [block for block in blocks if FORMAT_ATTR in block.annotations]
+    return marked[0] if len(marked) == 1 else None
+
+
+def take_apart(func: tirx.PrimFunc) -> Parts | None:
+    """Find the operator and inline all element-wise work into its activations and its result.
+
+    None where there is no operator, more than one, or something fused that is not element-wise.
+    """
+    if not has_int8_block(func):
+        return None
+    sch = s_tir.Schedule(tvm.IRModule({"main": rewrite(func)}))
+    handles = sch.get_child_blocks(sch.get_sblock("root"))
+    for handle in handles[:-1]:
+        if not sch.get(handle).name_hint.startswith(_KEPT) and not attempt(
+            sch.compute_inline, handle
+        ):
+            return None
+    stages = [sch.get(handle) for handle in sch.get_child_blocks(sch.get_sblock("root"))]
+    if len(stages) != len(_KEPT) + 1:
+        return None
+    magnitude, data, scale, main = (
+        next(stage for stage in stages if stage.name_hint.startswith(name)) for name in _KEPT
+    )
+    last = stages[-1]
+    result = _result(last, main.body.buffer, scale.body.buffer)
+    if result is None:
+        return None
+    read = [region.source for region in main.reads]
+    stream = next(b for b in read if not b.same_as(data.body.buffer) and str(b.dtype) == "int8")
+    params = [p for p in sch.mod["main"].params if tirx.is_buffer_var(p)]
+    loads = [load.source for load in _loads(last.body.value)]
+    compensation = next(
+        b for b in loads if str(b.dtype) == "int32" and any(b.same_as(p) for p in params)
+    )
+    axes = [v.var for v in magnitude.iter_vars]
+    value = _activation(magnitude)
+    return Parts(
+        func=sch.mod["main"],
+        fmt=parse_format(str(main.annotations[FORMAT_ATTR])),
+        batch=tuple(v.dom.extent for v in magnitude.iter_vars[:-1]),
+        stream=stream,
+        compensation=compensation,
+        source=_direct_source(value, axes, params),
+        data_at=lambda lead, k: substitute(value, dict(zip(axes, [*lead, k], strict=True))),
+        out=last.body.buffer,
+        out_at=result,
+    )
+
+
+def _loads(value: Expr) -> list[tvm.ir.TensorLoad]:
+    loads: list[tvm.ir.TensorLoad] = []
+    tvm_ffi.structural_walk(value, (tvm.ir.TensorLoad, loads.append), order="post")
+    return loads
+
+
+def _activation(magnitude: s_tir.SBlock) -> Expr:
+    """Return the activation inside the absolute value of the block of magnitudes."""
+    calls: list[tvm.ir.Call] = []
+    tvm_ffi.structural_walk(magnitude.body.value, (tvm.ir.Call, calls.append), order="pre")
+    return next(call.args[0] for call in calls if call.op.name == "tirx.fabs")
+
+
+def _direct_source(value: Expr, axes: list[Expr], params: list[Buffer]) -> Buffer | None:
+    if (
+        isinstance(value, tvm.ir.TensorLoad)
+        and str(value.source.dtype) == "float32"
+        and any(value.source.same_as(p) for p in params)
+        and len(value.indices) == len(axes)
+        and all(i.same_as(a) for i, a in zip(value.indices, axes, strict=True))
+    ):
+        return value.source
+    return None
+
+
+def _result(last: s_tir.SBlock, total: Buffer, scale: Buffer) -> _Result | None:
+    """Return the last block's value as a function of the sum and the token's scale."""
+    axes = [v.var for v in last.iter_vars]
+    store = last.body
+    if not isinstance(store, tirx.BufferStore) or len(axes) != len(total.shape):
+        return None
+    extents = [v.dom.extent for v in last.iter_vars]
+
+    def own(indices: Sequence[Expr]) -> bool:
+        """Whether indices are the block's own axes, or zero along an axis of one."""
+        return len(indices) <= len(axes) and all(
+            index.same_as(axis)
+            or (
+                isinstance(index, tirx.IntImm)
+                and int(index) == 0
+                and isinstance(extent, tirx.IntImm)
+                and int(extent) == 1
+            )
+            for index, axis, extent in zip(indices, axes, extents, strict=False)
+        )
+
+    inner = [load for load in _loads(store.value) if load.source.same_as(total)]
+    inner += [load for load in _loads(store.value) if load.source.same_as(scale)]
+    if not all(own(load.indices) for load in inner) or not own(store.indices):
+        return None
+    if len(store.indices) != len(axes):
+        return None
+    lets: list[tirx.Let] = []
+    tvm_ffi.structural_walk(store.value, (tirx.Let, lets.append), order="post")
+
+    def at(lead: Sequence[Expr], n: Expr, value: Expr, token_scale: Expr) -> Expr:
+        def replace(load: tvm.ir.TensorLoad) -> Expr:
+            if load.source.same_as(total):
+                return value
+            return token_scale if load.source.same_as(scale) else load
+
+        replaced = tvm_ffi.structural_map(store.value, (tvm.ir.TensorLoad, replace))
+        # the result is written out several times, and a variable is defined once only
+        own_lets = {let.var: tirx.Var(let.var.name, let.var.ty) for let in lets}
+        return substitute(replaced, own_lets | dict(zip(axes, [*lead, n], strict=True)))
+
+    return at
+
+
+def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | None:
+    """Schedule ``func``, or None where it does not hold the operator with element-wise work only.
+
+    Parameters
+    ----------
+    func : tirx.PrimFunc
+        The operator, fused with element-wise work.
+    target : tvm.target.Target
+        An llvm target.
+    """
+    parts = take_apart(func)
+    return None if parts is None else _schedule(parts, target, _default_knobs(parts, target))
+
+
+def spaces(func: tirx.PrimFunc, target: tvm.target.Target) -> list[Space]:
+    """List the tile of full height, and how much weight a task has, of a kernel with static shapes."""
+    parts = take_apart(func)
+    if parts is None or not isinstance(parts.rows, int):
+        return []
+    default, isa, rows = _default_knobs(parts, target), choose(target), parts.rows
+    tokens = [size for size in powers(16) if size <= rows]
+    # registers of sums: what is left of 32, or 16, beside weights, indices and activations
+    most = 24 if isa.bytes == REGISTER else 12
+    registers = REGISTER // isa.bytes
+    choices = {
+        "tokens": tuple(tokens),
+        "groups": tuple(size for size in powers(8) if size <= parts.fmt.groups),
+        "sums": (1, 2, 4),
+        "task_kib": (64, 192, 384, 768, 1536),
+    }
+
+    def valid(values: Mapping[str, int]) -> bool:
+        return values["tokens"] * values["groups"] * values["sums"] * registers <= most
+
+    def build(values: Mapping[str, int]) -> s_tir.Schedule:
+        lower = [default.tile(size) for size in tokens if size < values["tokens"]]
+        knobs = dataclasses.replace(
+            default,
+            tokens=values["tokens"],
+            groups=(*(groups for groups, _ in lower), values["groups"]),
+            sums=(*(sums for _, sums in lower), values["sums"]),
+            task_bytes=values["task_kib"] * 1024,
+        )
+        return _schedule(parts, target, for_threads(knobs, _spec(parts), target))
+
+    return [Space(NAME, choices, valid, build)]
+
+
+def _spec(parts: Parts) -> MatmulSpec:
+    fmt, rows = parts.fmt, parts.rows
+    pattern = fmt.pattern if isinstance(fmt, GatherFormat) else None
+    known = rows if isinstance(rows, int) else "m"
+    return MatmulSpec(known, fmt.out_features, fmt.in_features, pattern)
+
+
+def _default_knobs(parts: Parts, target: tvm.target.Target) -> Knobs:
+    balanced = isinstance(parts.fmt, GatherFormat)
+    choice = gather.default_knobs if balanced else dense.default_knobs
+    return choice(_spec(parts), target, choose(target))
+
+
+def _schedule(parts: Parts, target: tvm.target.Target, knobs: Knobs) -> s_tir.Schedule:
+    body = _body(parts, target, knobs)
+    return s_tir.Schedule(
+        tvm.IRModule({"main": as_kernel_body(parts.func, parts.out, body, "int8_dense")})
+    )
+
+
+def _body(parts: Parts, target: tvm.target.Target, knobs: Knobs) -> Stmt:
+    fmt, rows, isa = parts.fmt, parts.rows, choose(target)
+    layout = fmt.activations(knobs.tokens, isa.signed)
+    stored, allocate_stored = workspace(rows * layout.token_bytes, "int8_stored", layout.dtype)
+    token_scales, allocate_scales = workspace(rows, "int8_token_scales", "float32")
+    statements = [*allocate_stored, *allocate_scales]
+    data = parts.source
+    if data is None:
+        data, allocate = workspace(rows * fmt.in_features, "int8_staged", "float32")
+        statements += [*allocate, _stage(parts, data)]
+    statements.append(
+        Quantize(layout, rows, vector_bits(target) // 32, data, stored, token_scales).body()
+    )
+
+    def write(m: Expr, n: Expr, total: Expr) -> Stmt:
+        lead = parts.coordinates(m)
+        if isa.signed:
+            # what the result subtracts again
+            total = total + parts.compensation[n]
+        value = parts.out_at(lead, n, total, token_scales[m])
+        return tirx.BufferStore(parts.out, value, [*lead, n])
+
+    if isinstance(fmt, GatherFormat):
+        operands = Operands(rows, fmt, stored, parts.stream, write)
+        statements.append(gather.Gather(operands, isa, knobs).body())
+    else:
+        dense_operands = Operands(rows, fmt, stored, parts.stream, write)
+        statements.append(dense.Dense(dense_operands, isa, knobs).body())
+    return sequence(statements)
+
+
+def _stage(parts: Parts, staged: Buffer) -> Stmt:
+    """Compute the activations, float32."""
+    k = parts.fmt.in_features
+
+    def row(m: Expr) -> Stmt:
+        lead = parts.coordinates(m)
+
+        def element(e: Expr) -> Stmt:
+            value = tirx.Cast("float32", parts.data_at(lead, e))
+            return tirx.BufferStore(staged, value, [m * k + e])
+
+        def vector(begin: Expr, width: int) -> Stmt:
+            kind = tirx.ForKind.VECTORIZED
+            return loop(width, lambda e: element(begin + e), kind, name="e")
+
+        whole, rest = divmod(k, _STAGED)
+        pieces = [loop(whole, lambda c: vector(c * _STAGED, _STAGED), name="c")] if whole else []
+        if rest:
+            pieces.append(vector(tirx.const(whole * _STAGED, INDEX), rest))
+        return sequence(pieces)
+
+    def rows(parallel: bool) -> Stmt:
+        kind = tirx.ForKind.PARALLEL if parallel else tirx.ForKind.SERIAL
+        return loop(parts.rows, row, kind, name="m")
+
+    work = parts.rows * k
+    if isinstance(work, int):
+        return rows(work >= PARALLEL_ELEMENTS)
+    many = work >= tirx.const(PARALLEL_ELEMENTS, INDEX)
+    return tirx.IfThenElse(many, rows(True), rows(False))
