@@ -55,7 +55,7 @@ def test_large_weights_are_packed_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
     problem = Problem("3:16", 75, 100, 1)
     whole = problem.packed
     # parts of 21 rows, which no group of 16 ends with
-    monkeypatch.setattr("tvm_balanced.packing._CHUNK_ELEMENTS", 2100)
+    monkeypatch.setattr("tvm_balanced.format.weights.CHUNK_ELEMENTS", 2100)
     assert np.array_equal(replace(problem).packed.stream, whole.stream)
 
 
