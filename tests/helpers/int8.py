@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import tvm
 
-from tvm_balanced.pruning.magnitude import prune_weight
 from tvm_balanced.format import int8
 from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.pruning.magnitude import prune_weight
 from tvm_balanced.schedules.llvm.int8 import dense, gather
 from tvm_balanced.schedules.llvm.int8.isa import ISAS, runs_on
 from tvm_balanced.schedules.llvm.int8.matmul import Knobs, MatmulSpec

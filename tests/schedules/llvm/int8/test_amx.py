@@ -15,6 +15,7 @@ import pytest
 import tvm
 from tvm import tirx
 
+from tests.helpers.covering import each_value, grid
 from tests.helpers.int8 import Problem, runs_here
 from tvm_balanced.errors import InputError
 from tvm_balanced.format import int8
@@ -77,9 +78,11 @@ def _results(
         yield out.numpy()
 
 
+_EACH = {"pattern": ("4:16", "3:7", "9:100", None), "symbolic": (True, False)}
+
+
 @needs_expansion
-@pytest.mark.parametrize("symbolic", [False, True])
-@pytest.mark.parametrize("pattern", ["4:16", "3:7", "9:100", None])
+@grid(_EACH, each_value(_EACH))
 def test_sums_are_exact(emulated: tvm.target.Target, pattern: str | None, symbolic: bool) -> None:
     problems = [Problem(pattern, 53, 200, m) for m in ((1, 5, 16, 32, 55) if symbolic else (55,))]
     results = _results(problems, emulated, Knobs(32, (2,), (1,), threads=2), symbolic)

@@ -11,6 +11,7 @@ import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.covering import each_value, grid
 from tests.helpers.int8 import CPUS, Problem, run, runs_here, target
 from tvm_balanced.errors import InputError
 from tvm_balanced.format import int8
@@ -31,8 +32,10 @@ def check_isa(isa: str) -> None:
         pytest.skip(f"this CPU has not {isa}")
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("isa", ISAS)
+_EACH = {"isa": list(ISAS), "pattern": PATTERNS}
+
+
+@grid(_EACH, each_value(_EACH))
 def test_sums_are_exact(isa: str, pattern: str | None) -> None:
     check_isa(isa)
     problem = Problem(pattern, 37, 300, 6)
@@ -63,11 +66,12 @@ def cases(draw: st.DrawFn) -> tuple[Problem, Knobs, bool]:
     return problem, knobs, draw(st.booleans())
 
 
+@pytest.mark.parametrize("examples", [4, pytest.param(24, marks=pytest.mark.large)])
 @pytest.mark.parametrize("isa", ISAS)
-def test_sums_are_exact_whatever_the_knobs(isa: str) -> None:
+def test_sums_are_exact_whatever_the_knobs(isa: str, examples: int) -> None:
     check_isa(isa)
 
-    @settings(max_examples=6 if isa == "plain" else 12, deadline=None)
+    @settings(max_examples=examples, deadline=None)
     @given(cases())
     def each(case: tuple[Problem, Knobs, bool]) -> None:
         problem, knobs, symbolic = case
@@ -87,8 +91,10 @@ def test_results_are_scaled_in_one_order(isa: str, pattern: str | None) -> None:
     assert np.array_equal(run(problem, problem.spec(), isa), want)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("pattern", ["8:16", None])
+_SYMBOLIC = {"isa": list(ISAS), "pattern": ("8:16", None)}
+
+
+@grid(_SYMBOLIC, each_value(_SYMBOLIC))
 def test_one_symbolic_kernel_takes_every_number_of_tokens(isa: str, pattern: str | None) -> None:
     check_isa(isa)
     cpu = target(isa)
@@ -137,9 +143,10 @@ ACTIVATIONS = {
 }
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("pattern", ["4:16", None])
+_EPILOGUES = {"isa": list(ISAS), "activation": list(ACTIVATIONS), "pattern": ("4:16", None)}
+
+
+@grid(_EPILOGUES, each_value(_EPILOGUES, times=2))
 def test_epilogue(isa: str, activation: str, pattern: str | None) -> None:
     check_isa(isa)
     problem = Problem(pattern, 37, 128, 5)

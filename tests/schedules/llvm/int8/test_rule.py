@@ -11,6 +11,7 @@ import pytest
 import tvm
 from tvm import relax, tirx
 
+from tests.helpers.covering import grid
 from tests.helpers.int8 import Problem, runs_here, target
 from tvm_balanced import ops_int8 as int8_ops
 from tvm_balanced.build import pipeline
@@ -78,10 +79,14 @@ def _operands(problem: Problem) -> list[Any]:
     return list(int8_ops.packed_arrays(problem.packed))
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("lead", [(), (5,), (2, 3), ("b", 7)])
-@pytest.mark.parametrize("pattern", ["4:16", "3:24", None])
-@pytest.mark.parametrize("isa", ["avx512-vbmi", "avx2", "plain"])
+@grid(
+    {
+        "isa": ["avx512-vbmi", "avx2", "plain"],
+        "pattern": ["4:16", "3:24", None],
+        "lead": [(), (5,), (2, 3), ("b", 7)],
+        "fused": [False, True],
+    }
+)
 def test_results(isa: str, pattern: str | None, lead: tuple[int | str, ...], fused: bool) -> None:
     if not runs_here(isa):
         pytest.skip(f"this CPU has not {isa}")
