@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable, Mapping
 
 import tvm
 from tvm import relax, te, tirx
@@ -245,22 +246,50 @@ def _legalize(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     return bb.call_te(balanced_sparse_dense, *call.args)
 
 
-def register() -> None:
-    """Make the operator known to TVM; doing it again changes nothing."""
+def register_operator(
+    name: str,
+    summary: str,
+    arguments: Mapping[str, str],
+    infer_type: Callable[[relax.Call, relax.BlockBuilder], relax.TensorType],
+    legalize: Callable[[relax.BlockBuilder, relax.Call], relax.Expr],
+) -> None:
+    """Make an operator on tensors known to TVM; doing it again changes nothing.
+
+    Parameters
+    ----------
+    name : str
+        Its name in TVM.
+    summary : str
+        What it computes, in a line.
+    arguments : mapping of str to str
+        Its operands in order, and what each holds.
+    infer_type, legalize : callable
+        The type of a call, and the TensorIR that a call becomes.
+    """
     from tvm.ir import _ffi_api
 
-    if OP_NAME in tvm.ir.Op.list_op_names():
+    if name in tvm.ir.Op.list_op_names():
         return
-    _ffi_api.RegisterOp(OP_NAME, "data @ W.T for a packed balanced weight W (N, K).")
-    op = tvm.ir.Op.get(OP_NAME)
-    op.set_num_inputs(3)
-    op.add_argument("data", "Tensor", "Activations (..., K).")
-    op.add_argument("values", "Tensor", "Packed non-zeros.")
-    op.add_argument("indices", "Tensor", "Packed indices, local to their block.")
+    _ffi_api.RegisterOp(name, summary)
+    op = tvm.ir.Op.get(name)
+    op.set_num_inputs(len(arguments))
+    for argument, holds in arguments.items():
+        op.add_argument(argument, "Tensor", holds)
     op.set_attrs_type_key("ir.DictAttrs")
     op.set_attr("FPurity", True)
-    op.set_attr("FInferType", _infer_type)
-    register_legalize(OP_NAME)(_legalize)
+    op.set_attr("FInferType", infer_type)
+    register_legalize(name)(legalize)
+
+
+def register() -> None:
+    """Make the operator known to TVM; doing it again changes nothing."""
+    arguments = {
+        "data": "Activations (..., K).",
+        "values": "Packed non-zeros.",
+        "indices": "Packed indices, local to their block.",
+    }
+    summary = "data @ W.T for a packed balanced weight W (N, K)."
+    register_operator(OP_NAME, summary, arguments, _infer_type, _legalize)
     # TVMScript looks operators up as attributes of relax.op.nn
     relax.op.nn.balanced_sparse_dense = balanced_sparse_dense
 

@@ -8,11 +8,10 @@ is an attribute of the call.
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any
 
 import tvm
 from tvm import relax, te, tirx
-from tvm.relax.transform.legalize_ops.common import register_legalize
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.int8 import (
@@ -27,8 +26,8 @@ from tvm_balanced.format.int8 import (
     Int8Weight,
 )
 from tvm_balanced.format.pattern import BalancedPattern
-
-Expr: TypeAlias = Any  # tvm.ir.Expr
+from tvm_balanced.ops import register_operator
+from tvm_balanced.support.tvm_types import Expr
 
 OP_NAME = "relax.nn.int8_dense"
 
@@ -191,7 +190,7 @@ def _slot(
     return value, index + tirx.Cast("int32", block * fmt.slots_pattern.block)
 
 
-def _infer_type(call: relax.Call, _ctx: object) -> relax.TensorType:
+def _infer_type(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TensorType:
     fmt = parse_format(str(call.attrs["format"]))
     data, *packed = (arg.ty for arg in call.args)
     for (name, expected), ty in zip(operand_types(fmt).items(), packed, strict=True):
@@ -231,21 +230,14 @@ def packed_arrays(weight: Int8Weight) -> tuple[Any, Any, Any]:
 
 def register() -> None:
     """Make the operator known to TVM; doing it again changes nothing."""
-    from tvm.ir import _ffi_api
-
-    if OP_NAME in tvm.ir.Op.list_op_names():
-        return
-    _ffi_api.RegisterOp(OP_NAME, "data @ W.T for a packed int8 weight W (N, K).")
-    op = tvm.ir.Op.get(OP_NAME)
-    op.set_num_inputs(4)
-    op.add_argument("data", "Tensor", "Activations (..., K).")
-    op.add_argument("stream", "Tensor", "Packed values and indices.")
-    op.add_argument("scales", "Tensor", "Of the weight's rows.")
-    op.add_argument("compensation", "Tensor", "128 times the sums of the weight's rows.")
-    op.set_attrs_type_key("ir.DictAttrs")
-    op.set_attr("FPurity", True)
-    op.set_attr("FInferType", _infer_type)
-    register_legalize(OP_NAME)(_legalize)
+    arguments = {
+        "data": "Activations (..., K).",
+        "stream": "Packed values and indices.",
+        "scales": "Scales of the weight's rows.",
+        "compensation": "128 times the sums of the weight's rows.",
+    }
+    summary = "data @ W.T for a packed int8 weight W (N, K)."
+    register_operator(OP_NAME, summary, arguments, _infer_type, _legalize)
     # TVMScript looks operators up as attributes of relax.op.nn
     relax.op.nn.int8_dense = int8_dense
 

@@ -59,7 +59,9 @@ def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | No
 
 def schedule(parts: nest.Parts, lanes: int, knobs: BatchLanesKnobs) -> s_tir.Schedule:
     """Write the kernel out for ``knobs``."""
-    return nest.assemble(parts, body(parts, lanes, knobs), "balanced_batch_lanes")
+    return nest.assemble(
+        parts.func, parts.epilogue.output, body(parts, lanes, knobs), "balanced_batch_lanes"
+    )
 
 
 def body(parts: nest.Parts, lanes: int, knobs: BatchLanesKnobs) -> Stmt:

@@ -80,7 +80,7 @@ def take_apart(func: tirx.PrimFunc) -> Parts | None:
     if len(stages) not in (2, 3) or not stages[0].name_hint.startswith(BLOCK_DATA):
         return None
     inlined = sch.mod["main"]
-    operator, epilogue = find(inlined), _epilogue(stages[1], *stages[2:])
+    operator, epilogue = find(inlined), epilogue_of(stages[1], *stages[2:])
     if operator is None or epilogue is None:
         return None
     return Parts(
@@ -119,8 +119,13 @@ def _direct_source(block: Block, func: tirx.PrimFunc, fmt: PackedFormat) -> Buff
     return load.source if analyzer.can_prove_equal(load.indices[-1], column) else None
 
 
-def _epilogue(main: Block, last: Block | None = None) -> Epilogue | None:
-    """Read what the last block makes of the sums; None where it is not element-wise."""
+def epilogue_of(
+    main: Block, last: Block | None = None, token_scale: Buffer | None = None
+) -> Epilogue | None:
+    """Read what the last block makes of the sums; None where it is not element-wise.
+
+    The result's last axis is a row of the weight, which ``token_scale`` has no place for.
+    """
     total = main.body.buffer
     if last is None:
         axes = [v.var for v in main.iter_vars[:-1]]
@@ -136,11 +141,14 @@ def _epilogue(main: Block, last: Block | None = None) -> Epilogue | None:
         one = isinstance(extent, tirx.IntImm) and int(extent) == 1
         return bool(index.same_as(axis) or (zero and one))
 
-    places = [
-        load.indices for load in fused_kernel.loads(store.value) if load.source.same_as(total)
-    ]
-    for place in (*places, store.indices):
-        if len(place) != len(axes) or not all(map(own, place, axes, extents)):
+    places = [(store.indices, len(axes))]
+    for load in fused_kernel.loads(store.value):
+        if load.source.same_as(total):
+            places.append((load.indices, len(axes)))
+        elif token_scale is not None and load.source.same_as(token_scale):
+            places.append((load.indices, len(axes) - 1))
+    for place, count in places:
+        if len(place) != count or not all(map(own, place, axes, extents)):
             return None
     return Epilogue(store.buffer, axes, store.value, total)
 
@@ -228,13 +236,13 @@ def local(size: int, name: str, dtype: str = "float32") -> Buffer:
     return tirx.decl_buffer((size,), dtype, name=name, scope="local", layout=None)
 
 
-def workspace(size: Expr, name: str) -> tuple[Buffer, list[Stmt]]:
-    """Make a float32 buffer for this call, and the statements that allocate it.
+def workspace(size: Expr, name: str, dtype: str = "float32") -> tuple[Buffer, list[Stmt]]:
+    """Make a flat buffer for this call, and the statements that allocate it.
 
     It is used through a view: TVM narrows the buffers it sees the accesses of, by an analysis that takes
     seconds where the batch is symbolic.
     """
-    buffer = tirx.decl_buffer((size,), "float32", name=name, layout=None)
+    buffer = tirx.decl_buffer((size,), dtype, name=name, layout=None)
     view, declare = flat_view(buffer)
     return view, [tirx.AllocBuffer(buffer), declare]
 
@@ -314,11 +322,10 @@ def store_rows(parts: Parts, m: Expr, n: Expr, lanes: int, totals: Buffer, first
     return tirx.IfThenElse(n + lanes <= count, write(lanes), part)
 
 
-def assemble(parts: Parts, body: Stmt, name: str) -> s_tir.Schedule:
-    """Put ``body``, in a block ``name``, in place of all blocks of the kernel."""
-    output = parts.epilogue.output
-    params = [p for p in parts.func.params if tirx.is_buffer_var(p)]
+def assemble(func: tirx.PrimFunc, output: Buffer, body: Stmt, name: str) -> s_tir.Schedule:
+    """Put ``body``, in a block ``name`` that writes ``output``, in place of all blocks of a kernel."""
+    params = [p for p in func.params if tirx.is_buffer_var(p)]
     reads = [fused_kernel.whole(b) for b in params if not b.same_as(output)]
     inner = s_tir.SBlock([], reads, [fused_kernel.whole(output)], name, body)
-    func = fused_kernel.with_root(parts.func, s_tir.SBlockRealize([], True, inner))
+    func = fused_kernel.with_root(func, s_tir.SBlockRealize([], True, inner))
     return s_tir.Schedule(tvm.IRModule({"main": func}))

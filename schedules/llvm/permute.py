@@ -94,7 +94,7 @@ def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | No
     permuted = PermuteKernel(parts, lanes, knobs).body()
     by_lanes = batch_lanes.body(parts, lanes, batch_lanes.BatchLanesKnobs())
     body = tirx.IfThenElse(parts.rows < limit, permuted, by_lanes)
-    return nest.assemble(parts, body, "balanced_permute")
+    return nest.assemble(parts.func, parts.epilogue.output, body, "balanced_permute")
 
 
 def _suited(func: tirx.PrimFunc, target: tvm.target.Target) -> tuple[nest.Parts, int, int] | None:
@@ -122,7 +122,8 @@ def batch_limit(lanes: int, registers: int) -> int | None:
 
 def schedule(parts: nest.Parts, lanes: int, knobs: PermuteKnobs) -> s_tir.Schedule:
     """Write the kernel out for ``knobs``."""
-    return nest.assemble(parts, PermuteKernel(parts, lanes, knobs).body(), "balanced_permute")
+    body = PermuteKernel(parts, lanes, knobs).body()
+    return nest.assemble(parts.func, parts.epilogue.output, body, "balanced_permute")
 
 
 def spaces(func: tirx.PrimFunc, target: tvm.target.Target) -> list[Space]:

@@ -16,6 +16,7 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
 SMALL = {
     "crossover": ("-o OUT --pattern 4:16", 100),
     "expand_report": ("--arch sm_90 --pattern 2:4 -o OUT", 5),
+    "int8_operator": ("--shapes 32x64 --m 1 --peers onnxruntime --seconds 0.01 -o OUT", 9),
     "shape_report": ("--set minilm --m 1 --pattern 4:16 --dtype float32 --arch sm_80 -o OUT", 3),
     # simulating needs GPGPU-Sim
     "simulate_gather": ("compare benchmarks/results/gather_simulated.csv --output OUT", 20),

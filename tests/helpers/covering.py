@@ -94,15 +94,31 @@ def all_pairs(
     return cases
 
 
+def each_value(axes: Mapping[str, Sequence[Any]], times: int = 1) -> list[dict[str, Any]]:
+    """The fewest cases that hold every value of every axis, axes going round at their own lengths.
+
+    Parameters
+    ----------
+    axes : mapping of str to sequence
+        Values of each axis.
+    times : int
+        How often values of the longest axis come.
+    """
+    count = times * max(map(len, axes.values()))
+    return [{axis: values[i % len(values)] for axis, values in axes.items()} for i in range(count)]
+
+
+def grid(
+    axes: Mapping[str, Sequence[Any]], always: Sequence[Chosen] | None = None
+) -> pytest.MarkDecorator:
+    """Parametrize a test over a whole grid, of which all but ``always`` (every pair) is ``large``."""
+    kept = all_pairs(axes, lambda _: True) if always is None else always
+    params = []
+    for values in itertools.product(*axes.values()):
+        marks = () if dict(zip(axes, values, strict=True)) in kept else (pytest.mark.large,)
+        params.append(pytest.param(*values, marks=marks))
+    return pytest.mark.parametrize(list(axes), params)
+
+
 def _count(case: Chosen, missing: Mapping[Pair, None]) -> int:
     return sum(pair in missing for pair in pairs_of(case))
-
-
-def spread(step: int, *axes: Iterable[Any]) -> list[Any]:
-    """Every combination as a ``pytest.param``; all but one in ``step``, which meet all values, are large."""
-    cases = []
-    for chosen in itertools.product(*(list(enumerate(axis)) for axis in axes)):
-        places, values = zip(*chosen, strict=True)
-        marks = () if sum(places) % step == 0 else pytest.mark.large
-        cases.append(pytest.param(*values, marks=marks))
-    return cases

@@ -12,7 +12,7 @@ import tvm
 
 from tvm_balanced.format import int8
 from tvm_balanced.format.pattern import BalancedPattern
-from tvm_balanced.pruning import magnitude as pruning
+from tvm_balanced.pruning.magnitude import prune_weight
 from tvm_balanced.schedules.llvm.int8 import dense, gather
 from tvm_balanced.schedules.llvm.int8.isa import ISAS, runs_on
 from tvm_balanced.schedules.llvm.int8.matmul import Knobs, MatmulSpec
@@ -69,7 +69,7 @@ class Problem:
             return weight
         pattern = BalancedPattern(self.pattern)
         wide = np.pad(weight, ((0, 0), (0, max(0, pattern.block - self.k))))
-        return np.ascontiguousarray(pruning.prune_weight(wide, pattern)[:, : self.k])
+        return np.ascontiguousarray(prune_weight(wide, pattern)[:, : self.k])
 
     @cached_property
     def packed(self) -> int8.Int8Weight:

@@ -295,19 +295,17 @@ class ActivationLayout:
         return out
 
 
-# --- balanced weights
+# --- formats of weights
 
 
 @dataclass(frozen=True)
-class GatherFormat:
-    """Everything that fixes the arrays of a balanced int8 weight.
+class _Format:
+    """What every packed int8 weight has.
 
     Parameters
     ----------
     out_features, in_features : int
         N and K of the dense weight.
-    pattern : BalancedPattern
-        What the weight follows; any block up to 256.
 
     Raises
     ------
@@ -317,10 +315,32 @@ class GatherFormat:
 
     out_features: int
     in_features: int
-    pattern: BalancedPattern
 
     def __post_init__(self) -> None:
         _check_shape(self.out_features, self.in_features)
+
+    @property
+    def groups(self) -> int:
+        """Groups of 16 rows."""
+        return _ceil(self.out_features, ROWS)
+
+
+@dataclass(frozen=True)
+class _BalancedFormat(_Format):
+    """What every balanced one has.
+
+    Parameters
+    ----------
+    pattern : BalancedPattern
+        What the weight follows; any block up to 256.
+    """
+
+    pattern: BalancedPattern
+
+
+@dataclass(frozen=True)
+class GatherFormat(_BalancedFormat):
+    """Everything that fixes the arrays of a balanced int8 weight."""
 
     @cached_property
     def slots_pattern(self) -> BalancedPattern:
@@ -383,11 +403,6 @@ class GatherFormat:
         return self.step_registers * REGISTER * (3 if self.encoding == "u4" else 4) // 2
 
     @property
-    def groups(self) -> int:
-        """Groups of 16 rows."""
-        return _ceil(self.out_features, ROWS)
-
-    @property
     def stream_shape(self) -> tuple[int, int, int]:
         """Shape of the stream of values and indices."""
         return self.groups, self.steps, self.step_bytes
@@ -413,30 +428,8 @@ class GatherFormat:
 
 
 @dataclass(frozen=True)
-class DenseFormat:
-    """Everything that fixes the arrays of a dense int8 weight.
-
-    Parameters
-    ----------
-    out_features, in_features : int
-        N and K.
-
-    Raises
-    ------
-    InputError
-        For an empty weight, or one with more columns than sums of int8 products hold.
-    """
-
-    out_features: int
-    in_features: int
-
-    def __post_init__(self) -> None:
-        _check_shape(self.out_features, self.in_features)
-
-    @property
-    def groups(self) -> int:
-        """Groups of 16 rows."""
-        return _ceil(self.out_features, ROWS)
+class DenseFormat(_Format):
+    """Everything that fixes the arrays of a dense int8 weight."""
 
     @property
     def windows(self) -> int:
@@ -459,42 +452,18 @@ class DenseFormat:
 
 
 @dataclass(frozen=True)
-class ExpandFormat:
+class ExpandFormat(_BalancedFormat):
     """Everything that fixes the arrays of a balanced int8 weight that is expanded to dense tiles.
 
     The tile of 16 rows by 64 columns in the order of a dense weight's, without its zeros, and
     behind it one bit for each of its 1024 bytes, 64-byte line by line, low bits first. Balance
     bounds the values of every tile, so that tiles lie at equal distances.
-
-    Parameters
-    ----------
-    out_features, in_features : int
-        N and K of the dense weight.
-    pattern : BalancedPattern
-        What the weight follows; any block up to 256.
-
-    Raises
-    ------
-    InputError
-        For an empty weight, or one with more columns than sums of int8 products hold.
     """
-
-    out_features: int
-    in_features: int
-    pattern: BalancedPattern
-
-    def __post_init__(self) -> None:
-        _check_shape(self.out_features, self.in_features)
 
     @property
     def dense(self) -> DenseFormat:
         """The format of the expanded tiles."""
         return DenseFormat(self.out_features, self.in_features)
-
-    @property
-    def groups(self) -> int:
-        """Groups of 16 rows."""
-        return self.dense.groups
 
     @property
     def windows(self) -> int:
@@ -642,24 +611,7 @@ def pack_dense(weight: Bytes, scales: Floats) -> Int8Weight:
 def pack_expand(weight: Bytes, scales: Floats, pattern: BalancedPattern) -> Int8Weight:
     """Pack a balanced int8 weight for the kernels that expand it to dense tiles.
 
-    Parameters
-    ----------
-    weight : (N, K) int8
-        From :func:`quantize_weight`; at most ``nnz`` non-zeros in each block.
-    scales : (N,) float32
-        Of the rows.
-    pattern : BalancedPattern
-        What the weight follows.
-
-    Returns
-    -------
-    Int8Weight
-        Exact: :func:`unpack` gives ``weight`` back.
-
-    Raises
-    ------
-    InputError
-        When a block holds more non-zeros than the pattern keeps, or scales do not fit.
+    Parameters, exactness and errors are those of :func:`pack_balanced`.
     """
     dense = pack_dense(weight, scales)
     for rows in row_chunks(weight):

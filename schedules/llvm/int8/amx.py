@@ -28,14 +28,9 @@ from tvm_balanced.schedules.llvm.int8.matmul import (
     as_function,
     for_threads,
 )
-from tvm_balanced.schedules.llvm.int8.statements import (
-    Buffer,
-    Expr,
-    Stmt,
-    has_feature,
-    loop,
-    sequence,
-)
+from tvm_balanced.schedules.llvm.nest import loop, sequence
+from tvm_balanced.schedules.llvm.rest.common import has_feature
+from tvm_balanced.support.tvm_types import Buffer, Expr, Stmt
 
 FEATURES = ("amx-tile", "amx-int8")
 EXPAND_FEATURES = (*FEATURES, "avx512vbmi2", "avx512bw", "popcnt")

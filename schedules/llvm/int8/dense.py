@@ -24,16 +24,9 @@ from tvm_balanced.schedules.llvm.int8.matmul import (
     as_function,
     for_threads,
 )
-from tvm_balanced.schedules.llvm.int8.statements import (
-    Buffer,
-    Expr,
-    Stmt,
-    bound,
-    loop,
-    ramp,
-    sequence,
-    vector,
-)
+from tvm_balanced.schedules.llvm.int8.statements import bound
+from tvm_balanced.schedules.llvm.nest import loop, ramp, sequence, vector
+from tvm_balanced.support.tvm_types import Buffer, Expr, Stmt
 
 # quads of columns written out in the body of the innermost loop
 _QUADS = 4

@@ -24,18 +24,9 @@ from tvm_balanced.schedules.llvm.int8.matmul import (
     as_function,
     for_threads,
 )
-from tvm_balanced.schedules.llvm.int8.statements import (
-    INDEX,
-    Buffer,
-    Expr,
-    Stmt,
-    bound,
-    constant,
-    loop,
-    ramp,
-    sequence,
-    vector,
-)
+from tvm_balanced.schedules.llvm.int8.statements import bound, constant
+from tvm_balanced.schedules.llvm.nest import INDEX, loop, ramp, sequence, vector
+from tvm_balanced.support.tvm_types import Buffer, Expr, Stmt
 
 # lookups written out in the body of the innermost loop
 _UNROLL = 256

@@ -27,7 +27,10 @@ from tvm import tirx
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.int8 import LANE, QUAD, REGISTER
-from tvm_balanced.schedules.llvm.int8.statements import Expr, constant, has_feature, vector
+from tvm_balanced.schedules.llvm.int8.statements import constant
+from tvm_balanced.schedules.llvm.nest import vector
+from tvm_balanced.schedules.llvm.rest.common import has_feature
+from tvm_balanced.support.tvm_types import Expr
 
 # a byte of an index with the highest bit set makes vpshufb give zero
 _NOTHING = 0x80

@@ -22,22 +22,15 @@ from tvm_balanced.format.int8 import ROWS, DenseFormat, Format, GatherFormat
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.schedules.llvm.int8.isa import Isa
 from tvm_balanced.schedules.llvm.int8.statements import (
-    INDEX,
-    Buffer,
-    Expr,
-    Stmt,
     as_polynomials,
     constant,
-    flat_view,
     function,
-    local,
-    loop,
     over_tiles,
-    ramp,
-    sequence,
     share,
     word_view,
 )
+from tvm_balanced.schedules.llvm.nest import INDEX, flat_view, local, loop, ramp, sequence
+from tvm_balanced.support.tvm_types import Buffer, Expr, Stmt
 
 FormatT = TypeVar("FormatT", bound=Format)
 

@@ -15,24 +15,19 @@ from tvm import tirx
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.int8 import LARGEST, LEAST_MAGNITUDE, ZERO_POINT, ActivationLayout
-from tvm_balanced.schedules.llvm.int8.statements import (
+from tvm_balanced.schedules.llvm.int8.statements import bound, constant, function, over_tiles
+from tvm_balanced.schedules.llvm.nest import (
     INDEX,
-    Buffer,
-    Expr,
-    Stmt,
-    bound,
-    constant,
     flat_view,
-    function,
     local,
     loop,
-    over_tiles,
     ramp,
     sequence,
     splat,
     vector,
-    vector_bits,
 )
+from tvm_balanced.schedules.llvm.rest.common import vector_bits
+from tvm_balanced.support.tvm_types import Buffer, Expr, Stmt
 
 # float32 elements from which threads pay for waking them
 PARALLEL_ELEMENTS = 1 << 16

@@ -24,25 +24,17 @@ from tvm_balanced.ops_int8 import (
     FORMAT_ATTR,
     parse_format,
 )
+from tvm_balanced.schedules import fused_kernel
+from tvm_balanced.schedules.fused_kernel import Epilogue
 from tvm_balanced.schedules.llvm.int8 import dense, gather
 from tvm_balanced.schedules.llvm.int8.isa import choose
 from tvm_balanced.schedules.llvm.int8.matmul import Knobs, MatmulSpec, Operands, for_threads
 from tvm_balanced.schedules.llvm.int8.quantize import PARALLEL_ELEMENTS, Quantize
-from tvm_balanced.schedules.llvm.int8.statements import (
-    INDEX,
-    Buffer,
-    Expr,
-    Stmt,
-    as_kernel_body,
-    attempt,
-    loop,
-    rewrite,
-    sequence,
-    substitute,
-    vector_bits,
-    workspace,
-)
+from tvm_balanced.schedules.llvm.nest import INDEX, assemble, epilogue_of, loop, sequence, workspace
+from tvm_balanced.schedules.llvm.rest.common import attempt, vector_bits
+from tvm_balanced.schedules.llvm.rest.math import rewrite
 from tvm_balanced.schedules.space import Space, powers
+from tvm_balanced.support.tvm_types import Buffer, Expr, Stmt
 
 NAME = "llvm_int8"
 
@@ -50,9 +42,6 @@ NAME = "llvm_int8"
 _STAGED = 16
 
 _KEPT = (BLOCK_MAGNITUDE, BLOCK_DATA, BLOCK_SCALE, BLOCK_MAIN)
-
-# (batch indices, weight row, integer sum, token's scale) -> the result
-_Result = Callable[[Sequence[Expr], Expr, Expr, Expr], Expr]
 
 
 @dataclass(frozen=True)
@@ -73,10 +62,10 @@ class Parts:
         Float32 activations ``(..., K)`` to read where they lie.
     data_at : callable of (batch indices, column) -> expression
         The activation there.
-    out : buffer
-        The result ``(..., N)``.
-    out_at : callable of (batch indices, row, sum, token's scale) -> expression
-        The result there, from a sum of unsigned activations.
+    epilogue : Epilogue
+        The result ``(..., N)`` of the sums of unsigned activations.
+    token_scale : buffer
+        The tokens' scales that it reads, over the batch axes.
     """
 
     func: tirx.PrimFunc
@@ -86,24 +75,25 @@ class Parts:
     compensation: Buffer
     source: Buffer | None
     data_at: Callable[[Sequence[Expr], Expr], Expr]
-    out: Buffer
-    out_at: _Result
+    epilogue: Epilogue
+    token_scale: Buffer
 
     @property
     def rows(self) -> int | Expr:
         """M: an int where every batch axis is static, else an expression."""
-        total: int | Expr = 1
-        for extent in self.batch:
-            total = total * (int(extent) if isinstance(extent, tirx.IntImm) else extent)
-        return total
+        return fused_kernel.product(self.batch)
 
     def coordinates(self, row: Expr) -> list[Expr]:
         """Batch indices of the flat ``row``."""
-        at: list[Expr] = []
-        for extent in reversed(self.batch[1:]):
-            at.insert(0, row % extent)
-            row = row // extent
-        return [row, *at] if self.batch else []
+        return fused_kernel.unravel(row, self.batch)
+
+    def result_at(self, at: Sequence[Expr], total: Expr, scale: Expr) -> Expr:
+        """Write the result out at its indices, of the sum ``total`` and the token's scale."""
+
+        def place(load: Expr) -> Expr:
+            return scale if load.source.same_as(self.token_scale) else load
+
+        return tvm_ffi.structural_map(self.epilogue.value_at(at, total), (tvm.ir.TensorLoad, place))
 
 
 def has_int8_block(func: tirx.PrimFunc) -> bool:
@@ -139,13 +129,14 @@ def take_apart(func: tirx.PrimFunc) -> Parts | None:
         next(stage for stage in stages if stage.name_hint.startswith(name)) for name in _KEPT
     )
     last = stages[-1]
-    result = _result(last, main.body.buffer, scale.body.buffer)
-    if result is None:
+    token_scale = scale.body.buffer
+    epilogue = epilogue_of(main, last, token_scale)
+    if epilogue is None:
         return None
     read = [region.source for region in main.reads]
     stream = next(b for b in read if not b.same_as(data.body.buffer) and str(b.dtype) == "int8")
     params = [p for p in sch.mod["main"].params if tirx.is_buffer_var(p)]
-    loads = [load.source for load in _loads(last.body.value)]
+    loads = [load.source for load in fused_kernel.loads(last.body.value)]
     compensation = next(
         b for b in loads if str(b.dtype) == "int32" and any(b.same_as(p) for p in params)
     )
@@ -158,16 +149,12 @@ def take_apart(func: tirx.PrimFunc) -> Parts | None:
         stream=stream,
         compensation=compensation,
         source=_direct_source(value, axes, params),
-        data_at=lambda lead, k: substitute(value, dict(zip(axes, [*lead, k], strict=True))),
-        out=last.body.buffer,
-        out_at=result,
+        data_at=lambda lead, k: fused_kernel.substitute(
+            value, dict(zip(axes, [*lead, k], strict=True))
+        ),
+        epilogue=epilogue,
+        token_scale=token_scale,
     )
-
-
-def _loads(value: Expr) -> list[tvm.ir.TensorLoad]:
-    loads: list[tvm.ir.TensorLoad] = []
-    tvm_ffi.structural_walk(value, (tvm.ir.TensorLoad, loads.append), order="post")
-    return loads
 
 
 def _activation(magnitude: s_tir.SBlock) -> Expr:
@@ -182,55 +169,10 @@ def _direct_source(value: Expr, axes: list[Expr], params: list[Buffer]) -> Buffe
         isinstance(value, tvm.ir.TensorLoad)
         and str(value.source.dtype) == "float32"
         and any(value.source.same_as(p) for p in params)
-        and len(value.indices) == len(axes)
-        and all(i.same_as(a) for i, a in zip(value.indices, axes, strict=True))
+        and fused_kernel.same(value.indices, axes)
     ):
         return value.source
     return None
-
-
-def _result(last: s_tir.SBlock, total: Buffer, scale: Buffer) -> _Result | None:
-    """Return the last block's value as a function of the sum and the token's scale."""
-    axes = [v.var for v in last.iter_vars]
-    store = last.body
-    if not isinstance(store, tirx.BufferStore) or len(axes) != len(total.shape):
-        return None
-    extents = [v.dom.extent for v in last.iter_vars]
-
-    def own(indices: Sequence[Expr]) -> bool:
-        """Whether indices are the block's own axes, or zero along an axis of one."""
-        return len(indices) <= len(axes) and all(
-            index.same_as(axis)
-            or (
-                isinstance(index, tirx.IntImm)
-                and int(index) == 0
-                and isinstance(extent, tirx.IntImm)
-                and int(extent) == 1
-            )
-            for index, axis, extent in zip(indices, axes, extents, strict=False)
-        )
-
-    inner = [load for load in _loads(store.value) if load.source.same_as(total)]
-    inner += [load for load in _loads(store.value) if load.source.same_as(scale)]
-    if not all(own(load.indices) for load in inner) or not own(store.indices):
-        return None
-    if len(store.indices) != len(axes):
-        return None
-    lets: list[tirx.Let] = []
-    tvm_ffi.structural_walk(store.value, (tirx.Let, lets.append), order="post")
-
-    def at(lead: Sequence[Expr], n: Expr, value: Expr, token_scale: Expr) -> Expr:
-        def replace(load: tvm.ir.TensorLoad) -> Expr:
-            if load.source.same_as(total):
-                return value
-            return token_scale if load.source.same_as(scale) else load
-
-        replaced = tvm_ffi.structural_map(store.value, (tvm.ir.TensorLoad, replace))
-        # the result is written out several times, and a variable is defined once only
-        own_lets = {let.var: tirx.Var(let.var.name, let.var.ty) for let in lets}
-        return substitute(replaced, own_lets | dict(zip(axes, [*lead, n], strict=True)))
-
-    return at
 
 
 def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | None:
@@ -296,9 +238,7 @@ def _default_knobs(parts: Parts, target: tvm.target.Target) -> Knobs:
 
 def _schedule(parts: Parts, target: tvm.target.Target, knobs: Knobs) -> s_tir.Schedule:
     body = _body(parts, target, knobs)
-    return s_tir.Schedule(
-        tvm.IRModule({"main": as_kernel_body(parts.func, parts.out, body, "int8_dense")})
-    )
+    return assemble(parts.func, parts.epilogue.output, body, "int8_dense")
 
 
 def _body(parts: Parts, target: tvm.target.Target, knobs: Knobs) -> Stmt:
@@ -316,12 +256,12 @@ def _body(parts: Parts, target: tvm.target.Target, knobs: Knobs) -> Stmt:
     )
 
     def write(m: Expr, n: Expr, total: Expr) -> Stmt:
-        lead = parts.coordinates(m)
+        at = [*parts.coordinates(m), n]
         if isa.signed:
             # what the result subtracts again
             total = total + parts.compensation[n]
-        value = parts.out_at(lead, n, total, token_scales[m])
-        return tirx.BufferStore(parts.out, value, [*lead, n])
+        value = parts.result_at(at, total, token_scales[m])
+        return tirx.BufferStore(parts.epilogue.output, value, at)
 
     if isinstance(fmt, GatherFormat):
         operands = Operands(rows, fmt, stored, parts.stream, write)

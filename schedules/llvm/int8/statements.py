@@ -1,55 +1,16 @@
-"""The statements that these kernels are built from, and what they need of the other llvm schedules."""
+"""Statements that the int8 kernels share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import tvm
-from tvm import s_tir, tirx
+from tvm import tirx
 
 from tvm_balanced.format.int8 import ActivationLayout
-from tvm_balanced.schedules.fused_kernel import substitute
-from tvm_balanced.schedules.llvm.nest import (
-    INDEX,
-    flat_view,
-    local,
-    loop,
-    ramp,
-    sequence,
-    splat,
-    vector,
-)
-from tvm_balanced.schedules.llvm.rest.common import attempt, has_feature, vector_bits
+from tvm_balanced.schedules.fused_kernel import product
+from tvm_balanced.schedules.llvm.nest import INDEX, loop, sequence, splat
 from tvm_balanced.schedules.llvm.rest.math import rewrite
 from tvm_balanced.support.tvm_types import Buffer, Expr, Stmt
-
-__all__ = [
-    "INDEX",
-    "Buffer",
-    "Expr",
-    "Stmt",
-    "as_kernel_body",
-    "as_polynomials",
-    "attempt",
-    "bound",
-    "constant",
-    "flat_view",
-    "function",
-    "has_feature",
-    "local",
-    "loop",
-    "over_tiles",
-    "ramp",
-    "rewrite",
-    "sequence",
-    "share",
-    "splat",
-    "substitute",
-    "vector",
-    "vector_bits",
-    "word_view",
-    "workspace",
-]
 
 
 def constant(value: int, lanes: int, dtype: str = "int32") -> Expr:
@@ -66,10 +27,8 @@ def bound(name: str, value: Expr, statements: list[Stmt]) -> Expr:
 
 def word_view(buffer: Buffer) -> tuple[Buffer, Stmt]:
     """Return a flat view of bytes as 32-bit words, and the statement that declares it."""
-    size: int | Expr = 1
-    for extent in buffer.shape:
-        size = size * extent
-    view = tirx.decl_buffer((size // 4,), "int32", name=f"{buffer.name}_words", layout=None)
+    size = product(buffer.shape) // 4
+    view = tirx.decl_buffer((size,), "int32", name=f"{buffer.name}_words", layout=None)
     return view, tirx.DeclBuffer(view, data=buffer.data)
 
 
@@ -137,28 +96,3 @@ def function(name: str, params: list[Buffer], body: Stmt) -> tirx.PrimFunc:
 def as_polynomials(value: Expr) -> Expr:
     """Return a float32 expression with polynomials for its transcendental calls, which vectorise."""
     return rewrite(tirx.PrimFunc([], tirx.Evaluate(value))).body.value
-
-
-def workspace(size: int | Expr, name: str, dtype: str) -> tuple[Buffer, list[Stmt]]:
-    """Return a flat buffer for one call, and the statements that allocate it.
-
-    It is used through a view: TVM narrows the buffers it sees the accesses of, by an analysis that takes
-    seconds where the batch is symbolic.
-    """
-    whole = tirx.decl_buffer((size,), dtype, name=name, layout=None)
-    view, declare = flat_view(whole)
-    return view, [tirx.AllocBuffer(whole), declare]
-
-
-def as_kernel_body(func: tirx.PrimFunc, out: Buffer, body: Stmt, name: str) -> tirx.PrimFunc:
-    """``func`` with ``body`` in place of all of its blocks, as one block that writes ``out``."""
-    params = [p for p in func.params if tirx.is_buffer_var(p)]
-
-    def whole(buffer: Buffer) -> tirx.BufferRegion:
-        return tirx.BufferRegion(buffer, [tvm.ir.Range(0, extent) for extent in buffer.shape])
-
-    true = tirx.const(True, "bool")
-    reads = [whole(b) for b in params if not b.same_as(out)]
-    inner = s_tir.SBlock([], reads, [whole(out)], name, body)
-    root = s_tir.SBlock([], [], [], "root", s_tir.SBlockRealize([], true, inner))
-    return func.with_body(s_tir.SBlockRealize([], true, root))

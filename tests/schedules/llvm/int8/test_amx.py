@@ -15,7 +15,7 @@ import pytest
 import tvm
 from tvm import tirx
 
-from tests.helpers.covering import spread
+from tests.helpers.covering import each_value, grid
 from tests.helpers.int8 import Problem, runs_here
 from tvm_balanced.errors import InputError
 from tvm_balanced.format import int8
@@ -78,10 +78,11 @@ def _results(
         yield out.numpy()
 
 
+_EACH = {"pattern": ("4:16", "3:7", "9:100", None), "symbolic": (True, False)}
+
+
 @needs_expansion
-@pytest.mark.parametrize(
-    ("pattern", "symbolic"), spread(4, ("4:16", "3:7", "9:100", None), (False, True))
-)
+@grid(_EACH, each_value(_EACH))
 def test_sums_are_exact(emulated: tvm.target.Target, pattern: str | None, symbolic: bool) -> None:
     problems = [Problem(pattern, 53, 200, m) for m in ((1, 5, 16, 32, 55) if symbolic else (55,))]
     results = _results(problems, emulated, Knobs(32, (2,), (1,), threads=2), symbolic)
@@ -90,11 +91,11 @@ def test_sums_are_exact(emulated: tvm.target.Target, pattern: str | None, symbol
 
 
 @needs_expansion
-@pytest.mark.parametrize(("pattern", "tile"), spread(3, ("8:16", None), ((32, 1), (16, 2), (4, 1))))
+@pytest.mark.parametrize(("tokens", "groups"), [(32, 1), (16, 2), (4, 1)])
+@pytest.mark.parametrize("pattern", ["8:16", None])
 def test_sums_are_exact_whatever_the_knobs(
-    emulated: tvm.target.Target, pattern: str | None, tile: tuple[int, int]
+    emulated: tvm.target.Target, pattern: str | None, tokens: int, groups: int
 ) -> None:
-    tokens, groups = tile
     problem = Problem(pattern, 64, 100, 37)
     knobs = Knobs(tokens, (groups,), (1,), token_parts=2)
     (out,) = _results([problem], emulated, knobs)

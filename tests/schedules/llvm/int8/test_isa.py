@@ -1,10 +1,11 @@
 """Which instructions each CPU gets: none that it lacks, and those that make the kernels fast.
 
-LLVM ends the process where an instruction is missing, so all CPUs are compiled for in a process of its own.
+LLVM ends the process where an instruction is missing, so CPUs are compiled for in a process of its own.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -39,6 +40,9 @@ _X86 = {
 }
 _ARM = {"neoverse-n1": "aarch64-linux-gnu", "apple-m1": "arm64-apple-macos"}
 
+# one for each instruction set, and one of another kind
+_ALWAYS = ("x86-64", "haswell", "cascadelake", "icelake-server", "alderlake", "neoverse-n1")
+
 _LACKING = {
     "plain": ("zmm", "ymm", "vpshufb", "vpdpbusd"),
     "avx2": ("vpdpbusd", "vpermb", "vpermi2b"),
@@ -72,25 +76,18 @@ json.dump(out, sys.stdout)
 """
 
 
-# one for each instruction set, and another architecture
-_ALWAYS = ("haswell", "icelake-server", "neoverse-n1")
-
-
 def _cpus(names: Iterable[str]) -> list[Any]:
-    marks = {name: () if name in _ALWAYS else pytest.mark.large for name in names}
-    return [pytest.param(name, marks=marks[name]) for name in names]
+    return [
+        pytest.param(name, marks=() if name in _ALWAYS else pytest.mark.large) for name in names
+    ]
 
 
-@pytest.fixture(scope="module")
-def assembly(request: pytest.FixtureRequest) -> Mapping[str, tuple[str, Mapping[str, str]]]:
-    asked = {
-        item.callspec.params["cpu"]
-        for item in request.session.items
-        if "assembly" in item.fixturenames
-    }
+@functools.cache
+def _assembly(always: bool) -> Mapping[str, tuple[str, Mapping[str, str]]]:
+    """Instruction set and texts of kernels, by CPU: of those always tested, or of the others."""
     configs: dict[str, dict[str, str]] = {name: {"kind": "llvm", "mcpu": name} for name in _X86}
     configs |= {n: {"kind": "llvm", "mcpu": n, "mtriple": t} for n, t in _ARM.items()}
-    configs = {name: config for name, config in configs.items() if name in asked}
+    configs = {name: config for name, config in configs.items() if (name in _ALWAYS) == always}
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM], input=json.dumps(configs), text=True, capture_output=True
     )
@@ -100,9 +97,9 @@ def assembly(request: pytest.FixtureRequest) -> Mapping[str, tuple[str, Mapping[
 
 
 @pytest.mark.parametrize("cpu", _cpus(_X86))
-def test_instructions(assembly: Mapping[str, tuple[str, Mapping[str, str]]], cpu: str) -> None:
+def test_instructions(cpu: str) -> None:
     isa, gather, dense = _X86[cpu]
-    chosen, texts = assembly[cpu]
+    chosen, texts = _assembly(cpu in _ALWAYS)[cpu]
     assert chosen == isa
     for name, wanted in (("4:16", gather), ("3:24", gather), ("9:200", gather), ("None", dense)):
         assert [word for word in wanted if not re.search(word, texts[name])] == [], name
@@ -111,8 +108,6 @@ def test_instructions(assembly: Mapping[str, tuple[str, Mapping[str, str]]], cpu
 
 
 @pytest.mark.parametrize("cpu", _cpus(_ARM))
-def test_other_processors_get_plain_code(
-    assembly: Mapping[str, tuple[str, Mapping[str, str]]], cpu: str
-) -> None:
-    chosen, texts = assembly[cpu]
+def test_other_processors_get_plain_code(cpu: str) -> None:
+    chosen, texts = _assembly(cpu in _ALWAYS)[cpu]
     assert chosen == "plain" and set(texts) == {"4:16", "3:24", "9:200", "None", "quantize"}

@@ -11,7 +11,7 @@ import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.covering import spread
+from tests.helpers.covering import each_value, grid
 from tests.helpers.int8 import CPUS, Problem, run, runs_here, target
 from tvm_balanced.errors import InputError
 from tvm_balanced.format import int8
@@ -32,7 +32,10 @@ def check_isa(isa: str) -> None:
         pytest.skip(f"this CPU has not {isa}")
 
 
-@pytest.mark.parametrize(("isa", "pattern"), spread(5, ISAS, PATTERNS))
+_EACH = {"isa": list(ISAS), "pattern": PATTERNS}
+
+
+@grid(_EACH, each_value(_EACH))
 def test_sums_are_exact(isa: str, pattern: str | None) -> None:
     check_isa(isa)
     problem = Problem(pattern, 37, 300, 6)
@@ -63,18 +66,11 @@ def cases(draw: st.DrawFn) -> tuple[Problem, Knobs, bool]:
     return problem, knobs, draw(st.booleans())
 
 
-def test_sums_are_exact_whatever_the_knobs() -> None:
-    _whatever_the_knobs(next(name for name in ISAS if runs_here(name)), 4)
-
-
-@pytest.mark.large
+@pytest.mark.parametrize("examples", [4, pytest.param(24, marks=pytest.mark.large)])
 @pytest.mark.parametrize("isa", ISAS)
-def test_sums_are_exact_whatever_the_knobs_with_every_instruction_set(isa: str) -> None:
+def test_sums_are_exact_whatever_the_knobs(isa: str, examples: int) -> None:
     check_isa(isa)
-    _whatever_the_knobs(isa, 12)
 
-
-def _whatever_the_knobs(isa: str, examples: int) -> None:
     @settings(max_examples=examples, deadline=None)
     @given(cases())
     def each(case: tuple[Problem, Knobs, bool]) -> None:
@@ -85,7 +81,8 @@ def _whatever_the_knobs(isa: str, examples: int) -> None:
     each()
 
 
-@pytest.mark.parametrize(("isa", "pattern"), spread(2, ISAS, ("4:16", None)))
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("pattern", ["4:16", None])
 def test_results_are_scaled_in_one_order(isa: str, pattern: str | None) -> None:
     check_isa(isa)
     problem = Problem(pattern, 48, 256, 3)
@@ -94,7 +91,10 @@ def test_results_are_scaled_in_one_order(isa: str, pattern: str | None) -> None:
     assert np.array_equal(run(problem, problem.spec(), isa), want)
 
 
-@pytest.mark.parametrize(("isa", "pattern"), spread(2, ISAS, ("8:16", None)))
+_SYMBOLIC = {"isa": list(ISAS), "pattern": ("8:16", None)}
+
+
+@grid(_SYMBOLIC, each_value(_SYMBOLIC))
 def test_one_symbolic_kernel_takes_every_number_of_tokens(isa: str, pattern: str | None) -> None:
     check_isa(isa)
     cpu = target(isa)
@@ -114,14 +114,10 @@ def test_one_symbolic_kernel_takes_every_number_of_tokens(isa: str, pattern: str
         assert np.array_equal(out.numpy(), problem.sums), m
 
 
-@pytest.mark.parametrize(
-    ("pattern", "symbolic", "shape"),
-    spread(2, ("4:16", None), (False, True), ((512, 40), (20, 1100))),
-)
-def test_threads_share_rows_and_tokens(
-    pattern: str | None, symbolic: bool, shape: tuple[int, int]
-) -> None:
-    n, m = shape
+@pytest.mark.parametrize("symbolic", [False, True])
+@pytest.mark.parametrize("pattern", ["4:16", None])
+@pytest.mark.parametrize(("n", "m"), [(512, 40), (20, 1100)])
+def test_threads_share_rows_and_tokens(pattern: str | None, n: int, m: int, symbolic: bool) -> None:
     isa = next(name for name in ISAS if runs_here(name))
     problem = Problem(pattern, n, 512, m)
     spec = problem.spec(symbolic, out_dtype="int32")
@@ -147,9 +143,10 @@ ACTIVATIONS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("isa", "activation", "pattern"), spread(5, ISAS, ACTIVATIONS, ("4:16", None))
-)
+_EPILOGUES = {"isa": list(ISAS), "activation": list(ACTIVATIONS), "pattern": ("4:16", None)}
+
+
+@grid(_EPILOGUES, each_value(_EPILOGUES, times=2))
 def test_epilogue(isa: str, activation: str, pattern: str | None) -> None:
     check_isa(isa)
     problem = Problem(pattern, 37, 128, 5)

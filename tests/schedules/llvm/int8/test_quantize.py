@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tvm
 
+from tests.helpers.covering import grid
 from tests.helpers.int8 import runs_here
 from tvm_balanced.errors import InputError
 from tvm_balanced.format import int8
@@ -35,15 +36,18 @@ def _tie(x: Any, layout: int8.ActivationLayout, scales: Any) -> Any:
     return np.abs(layout.arrange(near.astype(np.int8)).astype(int) - layout.arrange(0 * near)) > 0
 
 
-@pytest.mark.parametrize("symbolic", [False, True])
-@pytest.mark.parametrize("signed", [False, True])
-@pytest.mark.parametrize(
-    ("pattern", "k"), [("4:16", 384), ("3:7", 300), ("9:100", 250), (None, 17)]
+@grid(
+    {
+        "mcpu": list(CPUS),
+        "shape": [("4:16", 384), ("3:7", 300), ("9:100", 250), (None, 17)],
+        "signed": [False, True],
+        "symbolic": [False, True],
+    }
 )
-@pytest.mark.parametrize("mcpu", CPUS)
 def test_bytes_and_scales(
-    mcpu: str, pattern: str | None, k: int, signed: bool, symbolic: bool
+    mcpu: str, shape: tuple[str | None, int], signed: bool, symbolic: bool
 ) -> None:
+    pattern, k = shape
     if not runs_here(CPUS[mcpu]):
         pytest.skip(f"this CPU does not run code for {mcpu}")
     fmt = (

@@ -11,7 +11,7 @@ import pytest
 import tvm
 from tvm import relax, tirx
 
-from tests.helpers.covering import spread
+from tests.helpers.covering import grid
 from tests.helpers.int8 import Problem, runs_here, target
 from tvm_balanced import ops_int8 as int8_ops
 from tvm_balanced.build import pipeline
@@ -79,15 +79,13 @@ def _operands(problem: Problem) -> list[Any]:
     return list(int8_ops.packed_arrays(problem.packed))
 
 
-@pytest.mark.parametrize(
-    ("isa", "pattern", "lead", "fused"),
-    spread(
-        6,
-        ("avx512-vbmi", "avx2", "plain"),
-        ("4:16", "3:24", None),
-        ((), (5,), (2, 3), ("b", 7)),
-        (False, True),
-    ),
+@grid(
+    {
+        "isa": ["avx512-vbmi", "avx2", "plain"],
+        "pattern": ["4:16", "3:24", None],
+        "lead": [(), (5,), (2, 3), ("b", 7)],
+        "fused": [False, True],
+    }
 )
 def test_results(isa: str, pattern: str | None, lead: tuple[int | str, ...], fused: bool) -> None:
     if not runs_here(isa):
