@@ -41,11 +41,32 @@ def in_threads(call: Call, callers: int, threads: int) -> Serve:
     """
 
     def serve(seconds: float) -> Served:
-        gate = threading.Barrier(callers)
+        begun: list[float] = []
+        # when all are warm
+        gate = threading.Barrier(callers, action=lambda: begun.append(time.perf_counter()))
+
+        def caller() -> _End:
+            """Call again and again; the time is up for all at once."""
+            if hasattr(os, "sched_setaffinity"):
+                # of this thread, and of those that it starts
+                os.sched_setaffinity(0, host.cpus()[:threads])
+            try:
+                for _ in range(WARM_UP):
+                    result = call()
+            except BaseException:
+                gate.abort()
+                raise
+            gate.wait()
+            calls = 0
+            while time.perf_counter() - begun[0] < seconds:
+                result = call()
+                calls += 1
+            return _End(calls, time.perf_counter(), result)
+
         with _pools_of(threads_each(threads, callers)), ThreadPoolExecutor(callers) as pool:
-            work = [pool.submit(_call, call, gate, seconds, threads) for _ in range(callers)]
+            work = [pool.submit(caller) for _ in range(callers)]
         ends = [one.result() for one in _true_errors_first(work)]
-        wall = max(end.stop for end in ends) - min(end.start for end in ends)
+        wall = max(end.stop for end in ends) - begun[0]
         return Served(sum(end.calls for end in ends) / wall, [end.result for end in ends])
 
     return serve
@@ -72,28 +93,8 @@ def by_turns(serves: Mapping[str, Serve], seconds: float) -> dict[str, Served | 
 @dataclass(frozen=True)
 class _End:
     calls: int
-    start: float
     stop: float
     result: Any
-
-
-def _call(call: Call, gate: threading.Barrier, seconds: float, threads: int) -> _End:
-    """Call again and again, from when all callers are warm."""
-    if hasattr(os, "sched_setaffinity"):
-        # of this thread, and of those that it starts
-        os.sched_setaffinity(0, host.cpus()[:threads])
-    try:
-        for _ in range(WARM_UP):
-            result = call()
-    except BaseException:
-        gate.abort()
-        raise
-    gate.wait()
-    calls, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        result = call()
-        calls += 1
-    return _End(calls, start, time.perf_counter(), result)
 
 
 def _true_errors_first(work: Sequence[Future[_End]]) -> list[Future[_End]]:
