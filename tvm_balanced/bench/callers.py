@@ -42,8 +42,13 @@ def in_threads(call: Call, callers: int, threads: int) -> Serve:
 
     def serve(seconds: float) -> Served:
         begun: list[float] = []
-        # when all are warm
-        gate = threading.Barrier(callers, action=lambda: begun.append(time.perf_counter()))
+
+        def begin() -> None:
+            # threads of the callers' new pools spin before they first sleep
+            rest()
+            begun.append(time.perf_counter())
+
+        gate = threading.Barrier(callers, action=begin)
 
         def caller() -> _End:
             """Call again and again; the time is up for all at once."""

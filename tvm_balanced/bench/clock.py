@@ -43,7 +43,7 @@ _COPY_BYTES = {"cuda": 512 << 20, "cpu": 128 << 20}
 # libraries' threads go on spinning for a while (TVM's for 0.1 s), and would take a core from the next
 # contender
 _REST_S = 0.02
-_MOST_RESTS = 25
+_MOST_RESTS = 100
 _MOST_SAMPLES = 2000
 _SLEEP_CYCLES = 1_000_000  # half a millisecond, longer than Python takes to queue a call
 
@@ -190,7 +190,7 @@ def copies_for(num_bytes: int, cache_bytes: int, device: str) -> tuple[int, bool
 
 
 def rest() -> None:
-    """Wait until no thread of this process spins, half a second at most."""
+    """Wait until no thread of this process spins, two seconds at most."""
     for _ in range(_MOST_RESTS):
         before = time.process_time()
         time.sleep(_REST_S)
