@@ -9,7 +9,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -39,6 +39,8 @@ def in_threads(call: Call, callers: int, threads: int) -> Serve:
 
     TVM and PyTorch have a pool of threads for every thread that calls: each gets its share of the budget.
     """
+    # the same ones at every turn: what a thread that ended leaves of its pool goes late, if at all
+    pool = ThreadPoolExecutor(callers)
 
     def serve(seconds: float) -> Served:
         begun: list[float] = []
@@ -68,8 +70,9 @@ def in_threads(call: Call, callers: int, threads: int) -> Serve:
                 calls += 1
             return _End(calls, time.perf_counter(), result)
 
-        with _pools_of(threads_each(threads, callers)), ThreadPoolExecutor(callers) as pool:
+        with _pools_of(threads_each(threads, callers)):
             work = [pool.submit(caller) for _ in range(callers)]
+            wait(work)
         ends = [one.result() for one in _true_errors_first(work)]
         wall = max(end.stop for end in ends) - begun[0]
         return Served(sum(end.calls for end in ends) / wall, [end.result for end in ends])

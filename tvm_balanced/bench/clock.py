@@ -194,7 +194,7 @@ def rest() -> None:
     for _ in range(_MOST_RESTS):
         before = time.process_time()
         time.sleep(_REST_S)
-        if time.process_time() - before < _REST_S / 20:
+        if time.process_time() - before < _REST_S / 10:
             return
 
 
