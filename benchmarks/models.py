@@ -1,4 +1,4 @@
-"""Whole models end to end against PyTorch eager and ``torch.compile``: one table, one CSV.
+"""Whole models end to end against PyTorch and other engines, float and int8: one table, one CSV.
 
 The models are those of ``tests/helpers/zoo.py`` in their stated sizes, with random weights: time does not
 depend on them, and quality is not measured here (``tvm-balanced demo`` does).
@@ -11,14 +11,18 @@ import functools
 import importlib.util
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from tvm_balanced.bench.engines import ENGINES, ModelCase, installed_engines
 from tvm_balanced.bench.operators import DTYPES, make_machine
+from tvm_balanced.options import QUANTIZATIONS
 
 MODELS = ("minilm", "lstm", "llama_decode")
+_TRANSFORMERS = ("minilm", "llama_decode")
 _MINILM = {
     "vocab_size": 30522,
     "hidden_size": 384,
@@ -42,26 +46,55 @@ def _zoo() -> Any:
     return module
 
 
-def _minilm(size: str) -> Any:
+def _minilm(size: str, shape: tuple[int, int]) -> Any:
     import torch
     from transformers import BertConfig, BertModel
 
     zoo = _zoo()
     if size == "small":
-        return zoo.ZOO["minilm"].make(size)
-    ids = torch.randint(0, _MINILM["vocab_size"], (1, 32))
-    bert = BertModel(BertConfig(**_MINILM), add_pooling_layer=False)
-    return zoo.Built(zoo.Encoder(bert), (ids, torch.ones_like(ids)))
+        module, words = zoo.ZOO["minilm"].make(size).module, 100
+    else:
+        bert = BertModel(BertConfig(**_MINILM), add_pooling_layer=False)
+        module, words = zoo.Encoder(bert), _MINILM["vocab_size"]
+    ids = torch.randint(0, words, shape)
+    return zoo.Built(module, (ids, torch.ones_like(ids)))
 
 
-def build(name: str, size: str, dtype: str) -> Any:
-    """Return a model of the zoo in a dtype: ``module`` and ``inputs``."""
+def build(name: str, size: str, dtype: str, shape: tuple[int, int] = (1, 32)) -> Any:
+    """Return a model of the zoo in a dtype: ``module`` and ``inputs``, MiniLM's of ``shape``."""
     import torch
 
     known = _zoo().ZOO[name]
-    make = _minilm if name == "minilm" else known.make
+    make = functools.partial(_minilm, shape=shape) if name == "minilm" else known.make
     entry = dataclasses.replace(known, make=make, dtype=getattr(torch, dtype))
     return entry.build(size)
+
+
+def _words(choices: Sequence[str]) -> Callable[..., tuple[str, ...]]:
+    """Return a callback that splits an option at its commas."""
+
+    def split(context: object, option: object, text: str) -> tuple[str, ...]:
+        words = tuple(word for word in text.split(",") if word)
+        for word in words:
+            if word not in choices:
+                raise click.BadParameter(f'"{word}" is not one of {", ".join(choices)}')
+        return words
+
+    return split
+
+
+def _counts(context: object, option: object, text: str) -> tuple[int, ...]:
+    words = text.split(",")
+    if not all(word.isdigit() and int(word) > 0 for word in words):
+        raise click.BadParameter(f'"{text}" is not numbers above zero with commas between')
+    return tuple(map(int, words))
+
+
+def _sizes(context: object, option: object, text: str) -> tuple[tuple[int, int], ...]:
+    pairs = [word.split("x") for word in text.split(",")]
+    if not all(len(pair) == 2 and all(n.isdigit() and int(n) > 0 for n in pair) for pair in pairs):
+        raise click.BadParameter(f'"{text}" is not BATCHxTOKENS with commas between')
+    return tuple((int(batch), int(tokens)) for batch, tokens in pairs)
 
 
 @click.command()
@@ -77,6 +110,35 @@ def build(name: str, size: str, dtype: str) -> Any:
 @click.option("--size", type=click.Choice(["small", "stated"]), default="stated")
 @click.option("--pattern", "patterns", multiple=True, default=("4:16", "2:16"), show_default=True)
 @click.option("--policy", type=click.Choice(["auto", "always"]), default="auto", show_default=True)
+@click.option(
+    "--quantize",
+    callback=_words(QUANTIZATIONS),
+    default="none",
+    show_default=True,
+    help="What this package computes in, a contender each: none,int8,w8.",
+)
+@click.option(
+    "--peers",
+    callback=_words((*ENGINES, "none")),
+    default=",".join(installed_engines()),
+    show_default="those installed",
+    help=f"Other engines, on a CPU: {','.join(ENGINES)}, or none.",
+)
+@click.option(
+    "--callers",
+    callback=_counts,
+    default="1",
+    show_default=True,
+    help="1: time of a call; more: calls a second of so many threads that call at once.",
+)
+@click.option(
+    "--input-size",
+    "shapes",
+    callback=_sizes,
+    default="1x32",
+    show_default=True,
+    help="MiniLM's, batch x tokens: 1x32,8x64.",
+)
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: float16 on a GPU, else float32.")
 @click.option("--target", default="auto", show_default=True, help="auto, cuda or llvm.")
 @click.option("--threads", type=click.IntRange(1), help="On a CPU. Default: all cores.")
@@ -89,6 +151,10 @@ def main(
     size: str,
     patterns: tuple[str, ...],
     policy: str,
+    quantize: tuple[str, ...],
+    peers: tuple[str, ...],
+    callers: tuple[int, ...],
+    shapes: tuple[tuple[int, int], ...],
     dtype: str | None,
     target: str,
     threads: int | None,
@@ -99,28 +165,34 @@ def main(
 ) -> None:
     """Time whole models and print one table of ratios."""
     from tvm_balanced.bench import results
-    from tvm_balanced.bench.models import ModelCase, measure_model
+    from tvm_balanced.bench.models import ModelContest, measure_model
 
     path = Path(destination) if destination else None
     if path is not None and path.exists():
         results.read(path, results.MODEL_COLUMNS)
     machine = make_machine(target, threads)
     dtype = dtype or ("float16" if machine.kind == "cuda" else "float32")
+    contest = ModelContest(
+        patterns=patterns,
+        quantize=quantize,
+        policy=policy,
+        peers=[name for name in peers if name != "none"] if machine.kind == "llvm" else (),
+        callers=callers,
+        seconds=seconds,
+        compiled=not no_compile,
+    )
     rows: list[dict[str, Any]] = []
-    for name in models:
+    for name, shape in ((m, s) for m in models for s in (shapes if m == "minilm" else shapes[:1])):
         try:
-            built = build(name, size, dtype)
+            built = build(name, size, dtype, shape)
         except ImportError as error:
             click.echo(f"{name} is left out: {error}", err=True)
             continue
         made = measure_model(
-            ModelCase(name, built.module, built.inputs, dtype),
+            ModelCase(name, built.module, built.inputs, dtype, name in _TRANSFORMERS),
             machine,
-            patterns=patterns,
-            policy=policy,
-            seconds=seconds,
+            contest,
             threads=threads,
-            compiled=not no_compile,
             tell=lambda step: click.echo(step, err=True),
         )
         rows += made
@@ -139,25 +211,29 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
     where = f"{rows[0]['device']} ({rows[0]['kind']})" if rows else "nothing was measured"
     table = Table(title=f"whole models on {where}, end to end", title_justify="left")
-    for heading in ("model", "contender", "sparse layers", "ms, median", "p20-p80", "speedup"):
-        table.add_column(heading, justify="left" if heading in ("model", "contender") else "right")
-    for heading in ("device MiB", "error", "note"):
+    words = ("model", "inputs", "contender")
+    for heading in (*words, "callers", "sparse", "int8", "ms, median", "p20-p80", "calls/s"):
+        table.add_column(heading, justify="left" if heading in words else "right")
+    for heading in ("speedup", "device MiB", "error", "L2 error", "note"):
         table.add_column(heading, justify="right")
     for row in rows:
         timed = "ms" in row
         peak = row.get("peak_device_bytes")
         table.add_row(
             row["model"],
+            row["inputs"].partition(" ")[0],
             row["contender"],
-            str(row.get("sparse_layers") or ""),
+            str(row.get("callers", "")),
+            *(str(row.get(column) or "") for column in ("sparse_layers", "int8_layers")),
             f"{row['ms']:.2f}" if timed else "-",
             f"{row['p20_ms']:.2f}-{row['p80_ms']:.2f}" if timed else "-",
+            f"{row['calls_per_s']:.4g}" if "calls_per_s" in row else "-",
             f"{row['ratio']:.2f}x" if "ratio" in row else "-",
             "" if peak is None else f"{peak / 2**20:.0f}",
-            f"{row['error']:.0e}" if "error" in row else "-",
+            *(f"{row[name]:.0e}" if name in row else "-" for name in ("error", "relative_l2")),
             row.get("note", ""),
         )
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 
@@ -166,39 +165,3 @@ def test_layers_of_a_library_are_problems(tmp_path):
     dense = tb.load(tb.compile(model, "llvm", policy="never").save(tmp_path / "d.tvmb"))
     with pytest.raises(InputError, match="no layer that runs sparse"):
         library_problems(dense)
-
-
-def test_whole_model_rows(machine):
-    from tvm_balanced.bench.models import ModelCase, measure_model
-
-    torch.manual_seed(0)
-    module = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.ReLU(), torch.nn.Linear(96, 32))
-    rows = measure_model(
-        ModelCase("mlp", module.eval(), (torch.randn(2, 64),)), machine,
-        patterns=("4:16",), policy="always", seconds=0.02, compiled=False,
-    )  # fmt: skip
-    assert [row["contender"] for row in rows] == [
-        "PyTorch eager",
-        "tvm-balanced, dense",
-        "tvm-balanced, 4:16",
-    ]
-    assert [row["sparse_layers"] for row in rows] == [0, 0, 2]
-    for row in rows:
-        assert set(row) <= set(results.MODEL_COLUMNS)
-        assert row["error"] < 1e-4
-        assert row["ratio"] == rows[0]["ms"] / row["ms"]
-    # the module that was given keeps its weights
-    assert all(np.count_nonzero(p.detach().numpy()) == p.numel() for p in module.parameters())
-
-
-def test_whole_model_that_does_not_agree_is_not_timed(machine, monkeypatch):
-    from tvm_balanced.bench import models as benchmark_models
-
-    monkeypatch.setattr(benchmark_models, "_load", lambda module, model: None)
-    module = torch.nn.Linear(64, 32).eval()
-    rows = benchmark_models.measure_model(
-        benchmark_models.ModelCase("linear", module, (torch.randn(2, 64),)), machine,
-        patterns=("2:16",), policy="always", seconds=0.02, compiled=False,
-    )  # fmt: skip
-    assert "ms" in rows[0] and "ms" not in rows[2]
-    assert "not timed: error" in rows[2]["note"]

@@ -16,7 +16,12 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
 SMALL = {
     "crossover": ("-o OUT --pattern 4:16", 100),
     "expand_report": ("--arch sm_90 --pattern 2:4 -o OUT", 5),
-    "int8_operator": ("--shapes 32x64 --m 1 --peers onnxruntime --seconds 0.01 -o OUT", 9),
+    "int8_operator": ("--shapes 64x64 --m 1 --peers torch --seconds 0.01 -o OUT", 9),
+    "models": (
+        "--model minilm --size small --input-size 1x4 --pattern 4:16 --quantize int8 --policy always"
+        " --peers torch-int8 --callers 1,2 --threads 1 --no-compile --seconds 0.01 --target llvm -o OUT",
+        8,
+    ),
     "shape_report": ("--set minilm --m 1 --pattern 4:16 --dtype float32 --arch sm_80 -o OUT", 3),
     # simulating needs GPGPU-Sim
     "simulate_gather": ("compare benchmarks/results/gather_simulated.csv --output OUT", 20),
@@ -24,10 +29,6 @@ SMALL = {
 LARGE = {
     "build_times": ("--json", 0),
     "compare_releases": (f"minilm --python now={sys.executable} --seconds 5 -o OUT", 1),
-    "models": (
-        "--model lstm --size small --pattern 4:16 --no-compile --seconds 0.01 --target llvm -o OUT",
-        2,
-    ),
     "tuning_sweep": ("operator --n 64 --k 32 --m 1 --pattern 4:16 --trials 2 -o OUT", 3),
 }
 
@@ -64,6 +65,29 @@ def test_smallest_form(script: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("script", LARGE)
 def test_smallest_form_of_slow_ones(script: str, tmp_path: Path) -> None:
     _rows(script, *LARGE[script], tmp_path / "out.csv")
+
+
+@pytest.mark.large
+def test_every_engine_that_is_installed_takes_part(tmp_path: Path) -> None:
+    out = tmp_path / "out.csv"
+    models = "--model minilm --model lstm --size small --target llvm --pattern 4:16 --no-compile"
+    _run("models", f"{models} --quantize none,int8,w8 --callers 1,4 --seconds 0.05 -o OUT", out)
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {"onnxruntime", "onnxruntime-int8", "torch-int8"} <= {row["contender"] for row in rows}
+    assert all(row["calls_per_s"] for row in rows), [row["note"] for row in rows]
+
+
+def test_models_say_what_an_option_takes() -> None:
+    for given, expected in (
+        ("--peers tensorrt", '"tensorrt" is not one of onnxruntime'),
+        ("--quantize int4", '"int4" is not one of none, int8, w8'),
+        ("--callers 0", '"0" is not numbers above zero'),
+        ("--input-size 32", '"32" is not BATCHxTOKENS'),
+    ):
+        command = [sys.executable, "benchmarks/models.py", *given.split()]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and expected in done.stderr
 
 
 def test_shipping_records_reads_what_is_shipped(tmp_path: Path) -> None:

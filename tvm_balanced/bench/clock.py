@@ -32,16 +32,18 @@ GRAPH_CALLS = 20
 METHODS = ("graph", "events")
 
 # each contender's time is cut in so many parts
-_TURNS = 4
-_WARM_UP = 3
+TURNS = 4
+WARM_UP = 3
 
 # copies of a weight; more of them are not worth the time to make them
 _MOST_COPIES = {"cuda": 256, "cpu": 2048}
 _TWICE = 2.2
 _COPY_BYTES = {"cuda": 512 << 20, "cpu": 128 << 20}
 
-# libraries' threads go on spinning for a while, and would take a core from the next contender
+# libraries' threads go on spinning for a while (TVM's for 0.1 s), and would take a core from the next
+# contender
 _REST_S = 0.02
+_MOST_RESTS = 100
 _MOST_SAMPLES = 2000
 _SLEEP_CYCLES = 1_000_000  # half a millisecond, longer than Python takes to queue a call
 
@@ -141,11 +143,11 @@ class Clock:
             except Exception as error:
                 problems[name] = short(error)
         samples: dict[str, list[float]] = {name: [] for name in ready}
-        for _, (name, one) in itertools.product(range(_TURNS), ready.items()):
+        for _, (name, one) in itertools.product(range(TURNS), ready.items()):
             if name in problems:
                 continue
             try:
-                samples[name] += self._turn(one, seconds / _TURNS)
+                samples[name] += self._turn(one, seconds / TURNS)
             except Exception as error:
                 problems[name] = short(error)
         return {
@@ -187,6 +189,15 @@ def copies_for(num_bytes: int, cache_bytes: int, device: str) -> tuple[int, bool
     return (1, True) if needed > _MOST_COPIES[device] else (needed, False)
 
 
+def rest() -> None:
+    """Wait until no thread of this process spins, two seconds at most."""
+    for _ in range(_MOST_RESTS):
+        before = time.process_time()
+        time.sleep(_REST_S)
+        if time.process_time() - before < _REST_S / 10:
+            return
+
+
 def last_cache_bytes(folder: str = "/sys/devices/system/cpu/cpu0/cache") -> int:
     """Return the largest cache of the first CPU in bytes; 32 MiB where the system does not say."""
     sizes = []
@@ -214,9 +225,9 @@ class CpuClock(Clock):
 
     def _turn(self, ready: _Ready, seconds: float) -> list[float]:
         load = ready.load
-        time.sleep(_REST_S)
+        rest()
         begin = time.perf_counter()
-        for _ in range(_WARM_UP):
+        for _ in range(WARM_UP):
             load.next()()
             if time.perf_counter() - begin > seconds:
                 # what warming up does for a call as long as this is lost in it
@@ -292,7 +303,7 @@ class CudaClock(Clock):
         import torch
 
         with torch.cuda.stream(self._stream):
-            for _ in range(_WARM_UP):
+            for _ in range(WARM_UP):
                 for call in calls[:GRAPH_CALLS]:
                     call()
         torch.cuda.synchronize(self.device)

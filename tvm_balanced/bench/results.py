@@ -51,6 +51,7 @@ MODEL_COLUMNS = (
     *("ms", "p20_ms", "p80_ms", "samples", "ratio"),
     *("error", "sparse_layers", "peak_device_bytes", "note"),
     *ENVIRONMENT,
+    *("quantize", "int8_layers", "relative_l2", "callers", "calls_per_s"),
 )
 
 # what makes two rows measurements of the same thing
