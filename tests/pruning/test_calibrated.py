@@ -179,7 +179,7 @@ def test_distillation_recovers_and_keeps_zeros(form):
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"method": "guess"}, "choose magnitude, wanda or sparsegpt"),
+        ({"method": "guess"}, "choose magnitude, wanda, sparsegpt, reconstruct or"),
         ({"batches": []}, "no calibration inputs"),
         ({"pattern": "2:32"}, "only K=24 columns"),
         ({"ignore": ["nobody"]}, "matches none"),
