@@ -27,8 +27,12 @@ def samples(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "options, form",
-    [(("--method", "wanda"), "npz"), (("--method", "sparsegpt", "--distill", "5"), "safetensors")],
-    ids=["wanda", "sparsegpt-distilled"],
+    [
+        (("--method", "wanda"), "npz"),
+        (("--method", "sparsegpt", "--distill", "5"), "safetensors"),
+        (("--memory", "0", "--budget", "1s", "--quantize", "int8"), "npz"),
+    ],
+    ids=["wanda", "sparsegpt-distilled", "reconstructed-distilled"],
 )
 def test_weights_are_written_and_compile(run, pt2_mlp, samples, tmp_path, options, form):
     out, given = tmp_path / "sparse.safetensors", samples
@@ -86,7 +90,12 @@ def test_goal_is_chosen_per_layer(run, pt2_mlp, samples, tmp_path):
     "model, options, says",
     [
         ("pt2_mlp", ["--method", "wanda"], "give --calibration FILE"),
-        ("pt2_mlp", ["--calibration", "{x}"], "looks at no input"),
+        ("pt2_mlp", ["--method", "magnitude", "--calibration", "{x}"], "looks at no input"),
+        ("pt2_mlp", ["--calibration", "{x}", "--quantize", "int8"], "there is none"),
+        ("pt2_mlp", ["--calibration", "{x}", "--budget", "soon"], "is no time"),
+        ("pt2_mlp", ["--calibration", "{x}", "--budget", "1m", "--distill", "2"], "one of them"),
+        ("pt2_mlp", ["--calibration", "{x}", "--budget", "0.0001s"], "too short"),
+        ("pt2_mlp", ["--calibration", "{x}", "--memory", "much"], "is no size"),
         ("pt2_mlp", ["--max-loss", "much", "--calibration", "{x}"], "is no share"),
         (
             "pt2_mlp",
@@ -110,6 +119,11 @@ def test_goal_is_chosen_per_layer(run, pt2_mlp, samples, tmp_path):
     ids=[
         "no inputs",
         "unused inputs",
+        "nothing to train",
+        "no time",
+        "steps and time",
+        "too little time",
+        "no size",
         "loss",
         "speedup",
         "onnx",

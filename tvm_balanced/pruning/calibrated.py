@@ -3,9 +3,9 @@
 Wanda (Sun et al., 2023, arXiv 2306.11695) scores a weight by its magnitude times the norm of its input;
 SparseGPT (Frantar and Alistarh, 2023, arXiv 2301.00774) goes through a row from left to right, cuts where the
 second-order error is least and lets the weights to the right make up for it. Reconstruction
-(:mod:`tvm_balanced.pruning.reconstruct`) has each layer answer as the dense model's does, on the inputs of the
-pruned one. All under the balanced constraint: every block of a row keeps ``nnz``. Layers are pruned in the
-order of use, each from the inputs that the layers before it, already pruned, give it.
+(:mod:`tvm_balanced.pruning.reconstruct`) has each layer answer as the dense model's does, on the inputs of
+the pruned one. All under the balanced constraint: every block of a row keeps ``nnz``. Layers are pruned in
+the order of use, each from the inputs that the layers before it, already pruned, give it.
 
 A layer is a matrix that the model multiplies by, whether by a module or by an exported program; which ones
 says :mod:`tvm_balanced.pruning.watching`.

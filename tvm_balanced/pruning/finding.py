@@ -43,21 +43,25 @@ class Finder(Watch):
         return list(self._layers.values())
 
     def product(self, product: Product) -> torch.Tensor:
+        """List the weight."""
         self._note(product)
         return product.compute()
 
     def residual(
         self, product: Product, result: torch.Tensor, other: torch.Tensor, add: Function
     ) -> torch.Tensor:
+        """Note that the layer has a residual."""
         if id(product.weight) in self._layers:
             self._layers[id(product.weight)].residual = True
         out: torch.Tensor = add()
         return out
 
     def embedding(self, table: torch.Tensor) -> None:
+        """Note the table, which cannot be pruned."""
         self._tables.add(id(table))
 
     def recurrent(self, layer: Recurrent) -> Sequence[Any]:
+        """List both weights."""
         self._note(layer.input_product())
         done: Sequence[Any] = layer.compute()
         self._note(layer.state_product(done[0]))
@@ -93,11 +97,13 @@ class Collector(Watch):
         self.inputs = Inputs(full)
 
     def product(self, product: Product) -> torch.Tensor:
+        """Take in the inputs if they are the layer's."""
         if product.weight is self._layer.weight:
             self.inputs.add(product.inputs().float())
         return product.compute()
 
     def recurrent(self, layer: Recurrent) -> Sequence[Any]:
+        """Take in the inputs, or the states, if they are the layer's."""
         done: Sequence[Any] = layer.compute()
         for product in (layer.input_product(), layer.state_product(done[0])):
             self.product(product)

@@ -125,10 +125,12 @@ def scan(
                 progress(f"{row.name} at {form}")
             assert planned.sparse_us is not None
             with torch.no_grad():
-                before = layer.weight.detach().clone()
+                changed = [x for x in (layer.weight, layer.bias) if x is not None]
+                before = [x.detach().clone() for x in changed]
                 prune_calibrated(module, {row.name: form}, batches, method)
                 loss = 1 - agreement(module, teacher, batches)
-                layer.weight.copy_(before)
+                for parameter, value in zip(changed, before, strict=True):
+                    parameter.copy_(value)
             options.append(Option(form, planned.sparse_us, max(loss, 0.0)))
         choices.append(LayerChoice(row.name, row.shape, options[0], dense_us, tuple(options)))
     total = sum(layer.dense_us for layer in choices)

@@ -31,12 +31,14 @@ class States(Watch):
         return self._sums or self._products
 
     def state(self, data: torch.Tensor, before: torch.Tensor | None) -> None:
+        """Collect a state, in place of the same one not normalised."""
         if before is not None and self._sums and self._sums[-1] is before:
             self._sums[-1] = data
         else:
             self._sums.append(data)
 
     def product(self, product: Product) -> torch.Tensor:
+        """Compute a product, rounded where that is asked for."""
         weight, data = None, None
         if self._quantize != "none" and id(product.weight) in self._quantized:
             matrix = round_rows(matrix_of(product.weight, product.kind))

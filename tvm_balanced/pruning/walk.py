@@ -146,7 +146,10 @@ class Walk:
         return [
             storage
             for place, storage in storages.items()
-            if place not in self._kept and storage.nbytes() and storage.device.type == "cpu"
+            if place not in self._kept
+            and storage.nbytes()
+            and storage.device.type == "cpu"
+            and storage.resizable()
         ]
 
 
