@@ -124,7 +124,8 @@ class Walk:
         with path.open("wb") as file:
             for storage in self._storages():
                 size = storage.nbytes()
-                _bytes_of(storage).numpy().tofile(file)
+                # a copy, as memory that NumPy shares cannot be given back
+                _bytes_of(storage).clone().numpy().tofile(file)
                 storage.resize_(0)
                 self._spilled.append((storage, size))
         self.bytes = 0
@@ -135,7 +136,7 @@ class Walk:
         with self._path.open("rb") as file:
             for storage, size in self._spilled:
                 storage.resize_(size)
-                _bytes_of(storage).numpy()[:] = np.fromfile(file, np.uint8, size)
+                _bytes_of(storage).copy_(torch.from_numpy(np.fromfile(file, np.uint8, size)))
         self._path.unlink()
         self._path, self._spilled = None, []
 
