@@ -36,8 +36,8 @@ _WARM_UP = 0.05
 _QUANTIZED_FROM = 2 / 3
 # evaluations of a training, and how many without a gain end it
 _EVALUATIONS, _PATIENCE = 20, 6
-# one batch in so many is held out
-_HELD_OUT = 10
+# one batch in so many is held out, up to a number
+_HELD_OUT, _MOST_HELD = 10, 8
 # steps whose time is measured, and the fewest that are worth it
 _MEASURED, _LEAST = 2, 10
 
@@ -56,7 +56,8 @@ class Distillation:
         ``"int8"`` trains the last third with weights and activations rounded to int8 as the compiled
         layers round them, ``"w8"`` with weights alone, ``"none"`` without.
     held_out : sequence of tuple, optional
-        Inputs by which the best weights are chosen; a tenth of the batches when left out, if there are ten.
+        Inputs by which the best weights are chosen; a tenth of the batches, and no more than eight, when
+        left out, if there are ten.
 
     Raises
     ------
@@ -170,8 +171,9 @@ class _Training:
         self.held = list(settings.held_out)
         self.batches = list(batches)
         if not self.held and len(batches) >= _HELD_OUT:
-            self.held = self.batches[::_HELD_OUT]
-            self.batches = [x for i, x in enumerate(batches) if i % _HELD_OUT]
+            apart = range(0, len(batches), max(_HELD_OUT, -(-len(batches) // _MOST_HELD)))
+            self.held = [batches[i] for i in apart]
+            self.batches = [x for i, x in enumerate(batches) if i not in apart]
         frozen = {layer.name for layer in layers if layer.blocked is not None}
         frozen |= select(ignore, [layer.name for layer in layers])
         # a convolution that was pruned by name is trained too
@@ -216,7 +218,7 @@ class _Training:
         seconds, total = (
             (math.inf, steps) if isinstance(steps, int) else self._plan(steps, progress)
         )
-        often = max(1, total // _EVALUATIONS)
+        often = max(_LEAST, total // _EVALUATIONS)
         best = _Best(self.parameters)
         losses: list[float] = []
         rounded = False
