@@ -51,17 +51,20 @@ class States(Watch):
 
 def round_rows(weight: torch.Tensor) -> torch.Tensor:
     """Return a weight (N, K) as int8 holds it; the gradient is that of the weight itself."""
-    scale = weight.detach().abs().amax(dim=1, keepdim=True) / LARGEST
+    given = weight.detach()
+    scale = given.abs().amax(dim=1, keepdim=True) / LARGEST
     divisor = torch.where(scale > 0, scale, torch.inf)
-    values = (weight.detach() / divisor).round().clamp(-LARGEST, LARGEST) * scale
-    return weight + (values - weight).detach()
+    # quotients in float64, as everywhere, so that ties go the same way
+    values = (given.double() / divisor).round().clamp(-LARGEST, LARGEST).to(scale.dtype) * scale
+    return weight + (values - given)
 
 
 def round_tokens(data: torch.Tensor) -> torch.Tensor:
     """Return activations (..., K) as int8 holds them; the gradient is that of the activations."""
-    largest = data.detach().abs().amax(dim=-1, keepdim=True).clamp_min(LEAST_MAGNITUDE)
-    values = (data.detach() * (LARGEST / largest)).round() * (largest / LARGEST)
-    return data + (values - data).detach()
+    given = data.detach()
+    largest = given.abs().amax(dim=-1, keepdim=True).clamp_min(LEAST_MAGNITUDE)
+    values = (given.double() * (LARGEST / largest)).round().to(given.dtype) * (largest / LARGEST)
+    return data + (values - given)
 
 
 def state_loss(given: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> torch.Tensor:
