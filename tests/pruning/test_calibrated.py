@@ -12,9 +12,10 @@ from torch import nn
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.format.weights import is_balanced
-from tvm_balanced.pruning.calibrated import prune_calibrated, sparsegpt, wanda
+from tvm_balanced.pruning.calibrated import prune_calibrated
 from tvm_balanced.pruning.distillation import distill
-from tvm_balanced.pruning.layers import find_linear
+from tvm_balanced.pruning.finding import find_linear
+from tvm_balanced.pruning.second_order import sparsegpt, wanda
 
 FORM = BalancedPattern("2:8")
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tvm_balanced.errors import InputError, TvmBalancedError
+from tvm_balanced.errors import InputError
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.pruning.choice import Patterns, check_blocks, choose_layers
 from tvm_balanced.pruning.layers import (
@@ -30,9 +30,9 @@ from tvm_balanced.pruning.layers import (
     Progress,
     call_model,
     evaluation_mode,
-    find_linear,
 )
 from tvm_balanced.pruning.masks import largest_of_blocks
+from tvm_balanced.pruning.second_order import sparsegpt, wanda
 from tvm_balanced.report import PrunedLayer
 from tvm_balanced.support.optional import need
 from tvm_balanced.support.tensors import to_numpy
@@ -49,9 +49,6 @@ if TYPE_CHECKING:
 _MASKS = {"reconstruct": "admm", "reconstruct-sparsegpt": "sparsegpt"}
 
 METHODS = ("magnitude", "wanda", "sparsegpt", *_MASKS)
-
-# of the mean of the second moments' diagonal, added to it: what SparseGPT does
-_DAMPING = 0.01
 
 # of the machine's memory: what halted runs may hold where nothing is said
 _MEMORY_SHARE = 0.4
@@ -101,6 +98,8 @@ def prune_calibrated(
     pass of the inputs, for reconstruction two. Sums run in float32.
     """
     torch = need("torch", "torch", "pruning with calibration")
+    from tvm_balanced.pruning.finding import find_linear
+
     check_word("method", method, METHODS)
     if not batches:
         raise InputError("there are no calibration inputs; give at least one batch")
@@ -315,66 +314,3 @@ def _choose(
                 f"the weight of layer {layer.name} holds NaN or Inf; mend the model or ignore this layer"
             )
     return patterns, skipped
-
-
-def wanda(weight: torch.Tensor, pattern: BalancedPattern, moments: torch.Tensor) -> torch.Tensor:
-    """Keep what is largest by magnitude times the norm of its input.
-
-    ``weight`` (N, K) float32 is not changed, ``moments`` (K,) float32 are the sums of the squared inputs.
-    """
-    # an input that is always zero decides nothing: there the magnitude does, behind all others
-    score = weight.abs() * moments.sqrt()
-    tie = weight.abs() / weight.abs().max().clamp_min(1e-30)
-    score = score + 1e-12 * score.max() * tie
-    return weight * largest_of_blocks(score, pattern.nnz, pattern.block)
-
-
-def sparsegpt(
-    weight: torch.Tensor, pattern: BalancedPattern, moments: torch.Tensor
-) -> torch.Tensor:
-    """Cut where the output changes least, and let the weights to the right make up for it.
-
-    ``weight`` (N, K) float32 is not changed, ``moments`` (K, K) float32 is ``X.T @ X`` of the inputs.
-    """
-    import torch
-
-    factor = _inverse_factor(moments)
-    diagonal = factor.diagonal()
-    work = weight.double()
-    columns = work.shape[1]
-    mask = torch.empty_like(weight, dtype=torch.bool)
-    for start in range(0, columns, pattern.block):
-        stop = min(start + pattern.block, columns)
-        # where the weights are by now: those to the left have pushed their errors over here
-        score = (work[:, start:stop] / diagonal[start:stop]).square()
-        mask[:, start:stop] = largest_of_blocks(score, pattern.nnz, pattern.block)
-        errors = torch.zeros_like(work[:, start:stop])
-        for column in range(start, stop):
-            error = work[:, column] / diagonal[column]
-            error = error.masked_fill(mask[:, column], 0)
-            work[:, column:stop] -= error[:, None] * factor[column, column:stop]
-            errors[:, column - start] = error
-        work[:, stop:] -= errors @ factor[start:stop, stop:]
-    return work.float().masked_fill(~mask, 0)
-
-
-def _inverse_factor(moments: torch.Tensor) -> torch.Tensor:
-    """Upper triangular U with ``U.T @ U`` the inverse of the damped moments, in float64."""
-    import torch
-
-    damped = moments.double()
-    diagonal = damped.diagonal()
-    # an input that is always zero would leave the matrix singular; any number does
-    diagonal[diagonal == 0] = 1
-    step = _DAMPING * float(diagonal.mean())
-    for _ in range(6):
-        diagonal += step
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper: torch.Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-            return upper
-        step *= 10
-    raise TvmBalancedError(
-        "the second moments of a layer's input cannot be inverted, however much they are damped; "
-        "give more calibration inputs, or use the method wanda"
-    )

@@ -17,7 +17,6 @@ from tvm_balanced.pruning.layers import (
     Progress,
     call_model,
     evaluation_mode,
-    find_linear,
 )
 from tvm_balanced.selection import select
 from tvm_balanced.support.optional import need
@@ -133,6 +132,8 @@ def distill(
         seconds_of(steps)
     if not batches:
         raise InputError("there are no inputs to distil from; give at least one batch")
+    from tvm_balanced.pruning.finding import find_linear
+
     training = _Training(
         module, teacher, batches, settings, find_linear(module, batches[0]), ignore
     )
@@ -206,7 +207,8 @@ class _Training:
         """Return what served best on MiniLM: 2e-4 with half of the weights, 8e-4 with a quarter."""
         zeros = sum(int(zero.sum()) for zero in self.masks.values())
         kept = 1 - zeros / max(1, sum(zero.numel() for zero in self.masks.values()))
-        return min(1e-3, 2e-4 * (0.5 / max(kept, 0.1)) ** 2)
+        fewer = 0.5 / max(kept, 0.1)
+        return min(1e-3, 2e-4 * fewer * fewer)
 
     def run(self, steps: int | str, rate: float | None, progress: Progress) -> float:
         """Train, and leave the best weights; returns their loss."""
@@ -274,14 +276,14 @@ class _Training:
                 if weight.grad is not None:
                     weight.grad.masked_fill_(zero, 0)
         optimizer.step()
-        return loss.item()
+        return float(loss.detach())
 
     def evaluate(self, rounded: bool) -> float:
         """Return the mean loss on the held-out inputs."""
         import torch
 
         with torch.no_grad():
-            return sum(self.loss(batch, rounded).item() for batch in self.held) / len(self.held)
+            return sum(float(self.loss(batch, rounded)) for batch in self.held) / len(self.held)
 
     def loss(self, batch: Batch, rounded: bool) -> torch.Tensor:
         """Return the loss on a batch, ``rounded`` to int8 where the settings say so."""

@@ -8,13 +8,33 @@ from typing import Any
 
 import torch
 
-from tvm_balanced.pruning.layers import LinearLayer
+from tvm_balanced.errors import InputError
+from tvm_balanced.pruning.layers import Batch, LinearLayer, call_model, evaluation_mode
 from tvm_balanced.pruning.reconstruct import Inputs
 from tvm_balanced.pruning.watching import Function, Product, Recurrent, Watch
 
 CONVOLUTION = (
     "it is a convolution, which the compiler keeps dense; name it with a pattern to prune it"
 )
+
+
+def find_linear(module: torch.nn.Module, batch: Batch) -> list[LinearLayer]:
+    """Linear layers of a model, in the order in which it uses them on the positional inputs ``batch``.
+
+    Each weight is listed once; those that an embedding reads too, and those in no floating dtype, are
+    blocked. ``module`` may be that of an exported program, ``program.module()``. Raises InputError when
+    the model has no linear layer on this input, or does not run on it.
+    """
+    finder = Finder(module)
+    with evaluation_mode(module), torch.no_grad(), finder:
+        call_model(module, batch)
+    layers = finder.layers()
+    if not layers:
+        raise InputError(
+            f"{type(module).__name__} calls no linear layer on these inputs, so there is nothing to prune; "
+            "give a model with linear layers"
+        )
+    return layers
 
 
 class Finder(Watch):

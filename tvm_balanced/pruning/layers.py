@@ -49,29 +49,6 @@ class EverythingSeen(Exception):
     """Raised by a watcher to end a model's run: what it was for has been seen."""
 
 
-def find_linear(module: torch.nn.Module, batch: Batch) -> list[LinearLayer]:
-    """Linear layers of a model, in the order in which it uses them on the positional inputs ``batch``.
-
-    Each weight is listed once; those that an embedding reads too, and those in no floating dtype, are
-    blocked. ``module`` may be that of an exported program, ``program.module()``. Raises InputError when
-    the model has no linear layer on this input, or does not run on it.
-    """
-    import torch
-
-    from tvm_balanced.pruning.finding import Finder
-
-    finder = Finder(module)
-    with evaluation_mode(module), torch.no_grad(), finder:
-        call_model(module, batch)
-    layers = finder.layers()
-    if not layers:
-        raise InputError(
-            f"{type(module).__name__} calls no linear layer on these inputs, so there is nothing to prune; "
-            "give a model with linear layers"
-        )
-    return layers
-
-
 def agreement(module: torch.nn.Module, teacher: torch.nn.Module, batches: Sequence[Batch]) -> float:
     """Mean cosine, sample by sample, of a model's first output to a teacher's.
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from tvm_balanced.errors import TvmBalancedError
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.pruning.masks import largest_of_blocks
+from tvm_balanced.pruning.second_order import WIDE, damped_cholesky, precision_for, sparsegpt
 
 # ridges, of the mean of the moments' diagonal: of the dense target, and of the rows' equations
 _TARGET_RIDGE = 0.01
@@ -25,11 +25,9 @@ _ITERATIONS = 50
 _FIRST_PENALTY = 0.3
 _PENALTY_GROWTH = 1.06
 
-# from here an eigendecomposition takes minutes, and SparseGPT's mask is taken instead
-_ADMM_COLUMNS = 6144
 # operations of exact solutions from which conjugate gradients are taken, and their iterations
 _EXACT_WORK = 2e12
-_GRADIENT_STEPS = 12
+_GRADIENT_STEPS = 6
 
 # numbers of the equations that are solved at once
 _CHUNK = 2**25
@@ -121,7 +119,10 @@ def reconstruct(
     assert inputs.total is not None and inputs.square is not None
     assert answers.total is not None and answers.cross is not None and answers.square is not None
     count = inputs.count
-    moments, cross = inputs.square / count, answers.cross / count
+    wide = inputs.square.shape[0] > WIDE
+    # layers that share a wide input sum it up again rather than keep it
+    moments = inputs.square.div_(count) if wide else inputs.square / count
+    cross = answers.cross / count
     mean, answer = (inputs.total / count).float(), (answers.total / count).float()
     power = answers.square.sum() / count
     if biased:
@@ -132,8 +133,8 @@ def reconstruct(
     scale = _DEFICIENT if damped else 1.0
     level = float(moments.diagonal().mean().clamp_min(1e-20))
     target = _ridge_target(weight, moments, cross, scale * _TARGET_RIDGE * level)
-    kept = choose_mask(target, moments, pattern, mask)
-    solved = least_squares(target, moments, kept, scale * _ROW_RIDGE * level)
+    kept, start = choose_mask(target, moments, pattern, mask)
+    solved = least_squares(target, moments, kept, scale * _ROW_RIDGE * level, start)
     error = power - 2 * (solved * cross).sum(dtype=torch.float64)
     error += ((solved @ moments) * solved).sum(dtype=torch.float64)
     loss = float((error / power.clamp_min(1e-30)).clamp(0, None))
@@ -144,34 +145,24 @@ def _ridge_target(
     weight: torch.Tensor, moments: torch.Tensor, cross: torch.Tensor, ridge: float
 ) -> torch.Tensor:
     """Return the dense weights of least squared error, with a ridge towards those given."""
-    damped = moments.double()
+    damped = moments.to(precision_for(moments.shape[0]), copy=True)
     damped.diagonal().add_(ridge)
-    right = (cross + ridge * weight).double().T
-    return torch.cholesky_solve(right, _cholesky(damped, ridge)).T.float()
-
-
-def _cholesky(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Return the lower factor of matrices, damped further where rounding made them indefinite."""
-    for _ in range(6):
-        lower, failed = torch.linalg.cholesky_ex(matrix)
-        if not bool(failed.any()):
-            return lower
-        matrix.diagonal(dim1=-2, dim2=-1).add_(ridge)
-        ridge *= 10
-    raise TvmBalancedError(
-        "the second moments of a layer's input cannot be inverted, however much they are damped; "
-        "give more calibration inputs, or use the method wanda"
-    )
+    lower = damped_cholesky(damped, ridge)
+    del damped  # gigabytes for a wide layer
+    right = (cross + ridge * weight).to(lower.dtype).T
+    return torch.cholesky_solve(right, lower).T.float()
 
 
 def choose_mask(
     target: torch.Tensor, moments: torch.Tensor, pattern: BalancedPattern, how: str
-) -> torch.Tensor:
-    """Return which weights to keep, (N, K) bool, for a target (N, K) and moments (K, K) of its inputs."""
-    if how == "sparsegpt" or moments.shape[0] > _ADMM_COLUMNS:
-        from tvm_balanced.pruning.calibrated import sparsegpt
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which weights to keep, (N, K) bool, and weights under that mask that are near.
 
-        return sparsegpt(target, pattern, moments) != 0
+    ``target`` (N, K) are the dense weights wanted, ``moments`` (K, K) those of its inputs.
+    """
+    if how == "sparsegpt" or moments.shape[0] > WIDE:
+        weight = sparsegpt(target, pattern, moments)
+        return weight != 0, weight
     # to inputs of variance one, so that magnitudes say what matters
     scale = moments.diagonal().clamp_min(1e-12).sqrt()
     wanted = target * scale
@@ -188,17 +179,24 @@ def choose_mask(
         sparse = shifted * kept
         dual += penalty * (dense - sparse)
         penalty *= _PENALTY_GROWTH
-    return kept
+    return kept, sparse / scale
 
 
 def least_squares(
-    target: torch.Tensor, moments: torch.Tensor, kept: torch.Tensor, ridge: float
+    target: torch.Tensor,
+    moments: torch.Tensor,
+    kept: torch.Tensor,
+    ridge: float,
+    start: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the weights under a mask nearest to a target as its inputs weigh them, with a ridge to it."""
+    """Return the weights under a mask nearest to a target as its inputs weigh them, with a ridge to it.
+
+    The solution is exact, but for large layers, where some steps lead to it from ``start``.
+    """
     counts = kept.sum(dim=1)
     most = int(counts.max())
     if len(target) * most**3 / 3 > _EXACT_WORK or int(counts.min()) != most:
-        return _conjugate_gradients(target, moments, kept, ridge)
+        return conjugate_gradients(target, moments, kept, ridge, start)
     order = torch.sort(kept.byte(), dim=1, descending=True, stable=True).indices[:, :most]
     full = moments.double()
     pull = target.double() @ full + ridge * target
@@ -209,17 +207,20 @@ def least_squares(
         equations = full[place[:, :, None], place[:, None, :]]
         equations.diagonal(dim1=1, dim2=2).add_(ridge)
         right = pull[start : start + step].gather(1, place)
-        solved = torch.cholesky_solve(right[..., None], _cholesky(equations, ridge))
+        solved = torch.cholesky_solve(right[..., None], damped_cholesky(equations, ridge))
         out[start : start + step].scatter_(1, place, solved[..., 0].float())
     return out
 
 
-def _conjugate_gradients(
-    target: torch.Tensor, moments: torch.Tensor, kept: torch.Tensor, ridge: float
+def conjugate_gradients(
+    target: torch.Tensor,
+    moments: torch.Tensor,
+    kept: torch.Tensor,
+    ridge: float,
+    start: torch.Tensor,
 ) -> torch.Tensor:
-    """Solve all rows' equations at once, by products with the moments alone."""
-    # of (weights - target): its moments are the error
-    weights = target * kept
+    """Near the solution of all rows' equations at once, by products with the moments alone."""
+    weights = start * kept
     scale = (moments.diagonal() + ridge).reciprocal()
     left = ((target - weights) @ moments + ridge * (target - weights)).mul_(kept)
     direction = left * scale

@@ -55,7 +55,8 @@ class Progressed:
         path = self._path(row.name)
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
-            np.savez(file, row=np.array(json.dumps(asdict(row))), **arrays)
+            values = {"row": np.array(json.dumps(asdict(row))), **arrays}
+            np.savez(file, allow_pickle=False, **values)
         os.replace(partial, path)
 
     def load(self, name: str) -> tuple[PrunedLayer, dict[str, Array]] | None:

@@ -20,7 +20,7 @@ from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.model import Model
 from tvm_balanced.planning.plan import plan
 from tvm_balanced.pruning.calibrated import prune_calibrated
-from tvm_balanced.pruning.layers import Batch, Progress, agreement, find_linear
+from tvm_balanced.pruning.layers import Batch, Progress, agreement
 from tvm_balanced.selection import select
 from tvm_balanced.support.tensors import Array
 
@@ -102,6 +102,8 @@ def scan(
     these are, and as :func:`tvm_balanced.plan`.
     """
     import torch
+
+    from tvm_balanced.pruning.finding import find_linear
 
     forms = [str(BalancedPattern(form)) for form in candidates]
     teacher = copy.deepcopy(module)
