@@ -1,0 +1,65 @@
+"""How far embeddings still say the same about which things are alike."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tvm_balanced.errors import InputError
+from tvm_balanced.support.tensors import Array
+
+
+def neighbour_overlap(given: Array, wanted: Array, count: int = 10) -> float:
+    """Return recall@``count``: the share of each vector's nearest ones that are the same in both.
+
+    Parameters
+    ----------
+    given, wanted : numpy.ndarray
+        Embeddings of the same samples by two models, (samples, width) each; nearest by cosine.
+    count : int
+        Neighbours of a sample, itself left out.
+
+    Returns
+    -------
+    float
+        Mean over samples, 0 to 1.
+
+    Raises
+    ------
+    InputError
+        For arrays of other shapes, or not more than ``count`` samples.
+    """
+    _check(given, wanted, count)
+    near = []
+    for similar in (_similarities(given), _similarities(wanted)):
+        np.fill_diagonal(similar, -np.inf)
+        near.append(np.argpartition(-similar, count - 1, axis=1)[:, :count])
+    shared = [np.intersect1d(a, b).size for a, b in zip(*near, strict=True)]
+    return float(np.mean(shared) / count)
+
+
+def rank_correlation(given: Array, wanted: Array) -> float:
+    """Return Spearman's correlation of the similarities of all pairs of samples, one model to another.
+
+    ``given`` and ``wanted`` are embeddings of the same samples, (samples, width) each, at least three.
+    Raises InputError for arrays of other shapes.
+    """
+    from scipy.stats import spearmanr
+
+    _check(given, wanted, 2)
+    pairs = np.triu_indices(len(given), 1)
+    return float(spearmanr(_similarities(given)[pairs], _similarities(wanted)[pairs]).statistic)
+
+
+def _similarities(embeddings: Array) -> Array:
+    wide = embeddings.astype(np.float64)
+    unit = wide / np.linalg.norm(wide, axis=1, keepdims=True).clip(1e-30)
+    similar: Array = unit @ unit.T
+    return similar
+
+
+def _check(given: Array, wanted: Array, count: int) -> None:
+    if given.ndim != 2 or wanted.ndim != 2 or not len(given) == len(wanted) > count:
+        raise InputError(
+            f"embeddings of shapes {list(given.shape)} and {list(wanted.shape)} were given, expected two of "
+            f"the same samples, one a row, and more than {count} of them"
+        )
