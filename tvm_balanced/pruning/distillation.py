@@ -206,8 +206,8 @@ class _Training:
     def usual_rate(self) -> float:
         """Return what served best on MiniLM: 2e-4 with half of the weights, 8e-4 with a quarter."""
         zeros = sum(int(zero.sum()) for zero in self.masks.values())
-        kept = 1 - zeros / max(1, sum(zero.numel() for zero in self.masks.values()))
-        fewer = 0.5 / max(kept, 0.1)
+        kept: float = 1 - zeros / max(1, sum(zero.numel() for zero in self.masks.values()))
+        fewer: float = 0.5 / max(kept, 0.1)
         return min(1e-3, 2e-4 * fewer * fewer)
 
     def run(self, steps: int | str, rate: float | None, progress: Progress) -> float:
