@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -78,6 +79,22 @@ def test_int8_is_rounded_as_compiled_layers_round():
     assert torch.equal(round_tokens(tie), fake_quantized.tokens(tie))
     weight = torch.cat([torch.randn(5, 509), torch.zeros(1, 509), tie])
     torch.testing.assert_close(round_rows(weight), fake_quantized.rows(weight), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("quantize, close", [("none", 1e-5), ("int8", 1e-3)])
+def test_compiled_libraries_have_the_quality_of_the_module(quantize, close):
+    module, teacher = pruned()
+    (data,) = batches(1)
+    library = tb.compile(
+        tb.from_torch(module, data), "llvm", policy="always", quantize=quantize, logs=False
+    )
+    wanted = teacher(*data).detach().numpy()
+    ids = {id(p) for p in module.parameters() if p.ndim == 2}
+    with torch.no_grad(), States(quantize, ids):
+        ours = module(*data).numpy()
+    cosines = [(got * wanted).sum(axis=-1) for got in (np.asarray(library(data[0].numpy())), ours)]
+    assert cosines[0] == pytest.approx(cosines[1], abs=close)
+    assert all(row.decision == "sparse" for row in library.report)
 
 
 def test_gradients_pass_roundings():
