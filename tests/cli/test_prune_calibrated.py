@@ -30,7 +30,7 @@ def samples(tmp_path_factory):
     [
         (("--method", "wanda"), "npz"),
         (("--method", "sparsegpt", "--distill", "5"), "safetensors"),
-        (("--memory", "0", "--budget", "1s", "--quantize", "int8"), "npz"),
+        (("--memory", "0", "--budget", "1s", "--quantize", "int8", "--metric", "recall"), "npz"),
     ],
     ids=["wanda", "sparsegpt-distilled", "reconstructed-distilled"],
 )
@@ -46,6 +46,8 @@ def test_weights_are_written_and_compile(run, pt2_mlp, samples, tmp_path, option
     )
     assert answer.code == 0, answer.err
     assert answer.json["pruned_layers"] == 2 and 0.5 < answer.json["cosine"] <= 1
+    scores = {"cosine", "recall", "rank"} if "--metric" in options else {"cosine"}
+    assert set(answer.json["scores"]) == scores and min(answer.json["scores"].values()) > 0.3
     tensors, metadata = read_checkpoint(out)
     assert json.loads(metadata[PATTERNS_KEY]) == {"fc1.weight": "4:16", "fc2.weight": "4:16"}
     for name in ("fc1.weight", "fc2.weight"):

@@ -86,6 +86,13 @@ METHODS = ("magnitude", "wanda", "sparsegpt", "reconstruct", "reconstruct-sparse
     click.Choice(QUANTIZATIONS),
     "What the model will be compiled with: the last third of a distillation rounds to it.",
 )
+@with_default(
+    "--metric",
+    "cosine",
+    click.Choice(("cosine", "recall")),
+    "Score of the first output against the dense model's; recall is for embeddings: whether the ten nearest "
+    "samples are the same, and the ranks of all similarities.",
+)
 @click.option(
     "--memory",
     metavar="SIZE",
@@ -153,17 +160,24 @@ def command(
         output=None if job.dry_run else str(job.path),
         layers=report.to_json(),
         method=job.method_used,
-        cosine=done.cosine,
+        cosine=done.scores.get("cosine"),
+        scores=dict(done.scores),
         pruned_layers=len(report.changed),
     )
     output.show(report)
     output.show("nothing written (dry run)" if job.dry_run else f"written: {job.path}")
     if selection is not None:
         output.show(_choice(selection, wanted["target"]))
-    if done.cosine is not None:
+    if done.scores:
+        names = {
+            "cosine": "mean cosine",
+            "recall": "overlap of the 10 nearest",
+            "rank": "rank correlation of similarities",
+        }
+        text = ", ".join(f"{names[name]} {value:.4f}" for name, value in done.scores.items())
         output.show(
-            f"mean cosine of the first output to the dense model's: {done.cosine:.4f}, on the calibration "
-            "inputs themselves; expect less on others"
+            f"first output against the dense model's: {text}, on the calibration inputs themselves; expect "
+            "less on others"
         )
     output.next(_next(job, pattern, input_shapes, wanted if goal else {}))
 
@@ -183,6 +197,7 @@ def _next(
             words += ["--method", job.method_used, "--calibration", str(job.calibration)]
             words += (["--distill", str(job.distill)] if job.distill else []) + budget
             words += [] if job.quantize == "none" else ["--quantize", job.quantize]
+            words += [] if job.metric == "cosine" else ["--metric", job.metric]
         flags = {"target": "--target", "speedup": "--target-speedup", "max_loss": "--max-loss"}
         for name, flag in flags.items():
             words += [flag, str(goal[name])] if goal.get(name) is not None else []

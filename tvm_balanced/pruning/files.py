@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ class PrunedFile:
     """What was done, and for calibrated pruning how near the model still is and what was chosen."""
 
     report: PruningReport
-    cosine: float | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
     selection: Selection | None = None
 
 
@@ -59,6 +59,7 @@ class FilePruning:
     quantize: str = "none"
     memory: int | None = None
     resume: Path | None = None
+    metric: str = "cosine"
 
     def __post_init__(self) -> None:
         if self.pattern is None:
@@ -148,12 +149,13 @@ class FilePruning:
             self.quantize,
             self.memory,
             self.resume,
+            self.metric,
         )
-        pruned, cosine, selection = prune_program(
+        pruned, scores, selection = prune_program(
             self.source, wanted, self.calibration, settings, progress
         )
         self._write(pruned.params, {}, pruned.patterns)
-        return PrunedFile(pruned.pruned, cosine, selection)
+        return PrunedFile(pruned.pruned, scores, selection)
 
     def _checkpoint(self, progress: Progress) -> PruningReport:
         from tvm_balanced.frontend import checkpoint

@@ -14,6 +14,7 @@ from tvm_balanced.errors import InputError
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.model import Model
 from tvm_balanced.pruning.layers import Batch, Progress, agreement
+from tvm_balanced.pruning.neighbours import embedding_scores
 from tvm_balanced.report import PruningReport
 from tvm_balanced.support.tensors import Array, read_tensors, to_numpy, to_torch
 
@@ -137,7 +138,8 @@ class Goal:
 class ProgramPruning:
     """How a program is pruned: as :func:`tvm_balanced.prune` and :func:`tvm_balanced.distill` have it.
 
-    ``steps`` are those of the distillation, or its time, 0 for none, and ``quantize`` what it rounds to.
+    ``steps`` are those of the distillation, or its time, 0 for none, and ``quantize`` what it rounds to;
+    ``metric`` is ``"cosine"``, or ``"recall"`` for scores of embeddings beside it.
     """
 
     method: str
@@ -146,6 +148,7 @@ class ProgramPruning:
     quantize: str = "none"
     memory: int | None = None
     resume: Path | None = None
+    metric: str = "cosine"
 
 
 def prune_program(
@@ -154,11 +157,11 @@ def prune_program(
     inputs: Path,
     settings: ProgramPruning,
     progress: Progress,
-) -> tuple[Model, float, Selection | None]:
+) -> tuple[Model, dict[str, float], Selection | None]:
     """Prune a ``.pt2`` from calibration inputs, and distil it where the settings say so.
 
-    Returned are the imported model with the new weights, the mean cosine of its first output to the dense
-    model's on the calibration inputs, and what was chosen per layer where a goal was given. Raises
+    Returned are the imported model with the new weights, how near its first output is to the dense model's
+    on the calibration inputs, and what was chosen per layer where a goal was given. Raises
     InputError as :func:`tvm_balanced.pruning.calibrated.prune_calibrated`, for files that cannot be used,
     and for a goal that cannot be reached.
     """
@@ -206,6 +209,8 @@ def prune_program(
     state = module.state_dict()
     changed = {n: to_numpy(state[n]).copy() for n in imported.params if n in state}
     noted = {row.name: BalancedPattern(row.pattern) for row in rows if row.pattern is not None}
-    cosine = agreement(module, teacher, batches)
+    scores = {"cosine": agreement(module, teacher, batches)}
+    if settings.metric == "recall":
+        scores |= embedding_scores(module, teacher, batches)
     pruned = imported.with_params(changed, patterns=noted, pruned=PruningReport(rows))
-    return pruned, cosine, selection
+    return pruned, scores, selection

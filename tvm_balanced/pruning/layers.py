@@ -52,25 +52,31 @@ class EverythingSeen(Exception):
 def agreement(module: torch.nn.Module, teacher: torch.nn.Module, batches: Sequence[Batch]) -> float:
     """Mean cosine, sample by sample, of a model's first output to a teacher's.
 
-    Raises InputError when the first output of the teacher is no floating-point tensor.
+    Raises InputError as :func:`first_outputs`.
     """
     import torch
 
-    cosines = []
-    with evaluation_mode(module), evaluation_mode(teacher), torch.no_grad():
-        for batch in batches:
-            result, expected = (
-                torch.utils._pytree.tree_leaves(call_model(part, batch))[0]
-                for part in (module, teacher)
-            )
-            if not (isinstance(expected, torch.Tensor) and expected.is_floating_point()):
-                raise InputError(
-                    "the model's first output is no floating-point tensor, so no loss can be told; let "
-                    "the model return its logits or embeddings first"
-                )
-            a, b = (x.flatten(1).double() if x.ndim > 1 else x[:, None] for x in (result, expected))
-            cosines.append(torch.nn.functional.cosine_similarity(a, b, dim=1))
+    pairs = zip(first_outputs(module, batches), first_outputs(teacher, batches), strict=True)
+    cosines = [torch.nn.functional.cosine_similarity(a, b, dim=1) for a, b in pairs]
     return float(torch.cat(cosines).mean())
+
+
+def first_outputs(module: torch.nn.Module, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
+    """Yield a model's first output for every batch, (samples, values) float64.
+
+    Raises InputError when it is no floating-point tensor.
+    """
+    import torch
+
+    for batch in batches:
+        with evaluation_mode(module), torch.no_grad():
+            out = torch.utils._pytree.tree_leaves(call_model(module, batch))[0]
+        if not (isinstance(out, torch.Tensor) and out.is_floating_point()):
+            raise InputError(
+                "the model's first output is no floating-point tensor, so no loss can be told; let "
+                "the model return its logits or embeddings first"
+            )
+        yield out.double().flatten(1) if out.ndim > 1 else out.double()[:, None]
 
 
 def call_model(module: torch.nn.Module, batch: Batch) -> object:

@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from tvm_balanced.errors import InputError
+from tvm_balanced.pruning.layers import Batch, first_outputs
 from tvm_balanced.support.tensors import Array
+
+if TYPE_CHECKING:
+    import torch
+
+
+def embedding_scores(
+    module: torch.nn.Module, teacher: torch.nn.Module, batches: Sequence[Batch]
+) -> dict[str, float]:
+    """Return ``"recall"`` at 10 and ``"rank"`` correlation of a model's first output to a teacher's.
+
+    Raises InputError for a first output that is no floating-point tensor, or too few samples.
+    """
+    given, wanted = (
+        np.concatenate([out.cpu().numpy() for out in first_outputs(part, batches)])
+        for part in (module, teacher)
+    )
+    return {
+        "recall": neighbour_overlap(given, wanted),
+        "rank": rank_correlation(given, wanted),
+    }
 
 
 def neighbour_overlap(given: Array, wanted: Array, count: int = 10) -> float:
