@@ -20,15 +20,6 @@ from tvm_balanced.pruning.second_order import sparsegpt, wanda
 FORM = BalancedPattern("2:8")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
-
-
 class Net(nn.Module):
     """Query and key read one input; the decoder is tied to the embedding; ``twice`` runs twice."""
 

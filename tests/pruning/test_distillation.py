@@ -17,15 +17,6 @@ from tvm_balanced.pruning.distillation import Distillation, distill, seconds_of
 from tvm_balanced.pruning.states import States, output_loss, round_rows, round_tokens, state_loss
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
-
-
 class Encoder(nn.Module):
     """Two residual branches, the second not normalised, and an embedding of length 1."""
 

@@ -27,15 +27,6 @@ from tvm_balanced.pruning.reconstruct import (
 FORM = BalancedPattern("4:16")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
-
-
 def correlated(rows: int, columns: int) -> torch.Tensor:
     mix = torch.randn(12, columns, generator=torch.Generator().manual_seed(1))
     return torch.randn(rows, 12) @ mix + 0.5 * torch.randn(rows, columns) + 0.3
@@ -71,7 +62,7 @@ def test_conjugate_gradients_come_to_the_exact_solution():
         return float((((weight - target) @ moments) * (weight - target)).sum())
 
     lost = [error(x) for x in (exact, near, start, target * kept)]
-    assert lost[1] < 1.1 * lost[0] and lost[0] < 0.95 * lost[2] < 0.5 * lost[3], lost
+    assert lost[1] < 1.1 * lost[0] and lost[0] < 0.5 * lost[2] < lost[3], lost
 
 
 @pytest.mark.parametrize("columns", [64, 56], ids=["whole blocks", "a short last block"])
