@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tvm_balanced._version import __version__
 
 if TYPE_CHECKING:
+    from tvm_balanced import calibration as calibration
     from tvm_balanced.bench.layers import benchmark as benchmark
     from tvm_balanced.build.compiler import compile as compile
     from tvm_balanced.errors import ArtifactError as ArtifactError
@@ -59,10 +60,12 @@ _HOME = {
 }
 
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
-__all__ = ["__version__", *sorted(_MODULES)]
+__all__ = ["__version__", "calibration", *sorted(_MODULES)]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "calibration":
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -61,6 +61,8 @@ class PrunedLayer:
     pattern: str | None
     kept_energy: float  # share of the weight's squared norm that is left
     skipped: str | None  # why the layer was left as it was; None when it was pruned
+    loss: float | None = None  # of reconstruction: share of its output's variance that is lost
+    note: str = ""  # what to know of a pruned layer
 
 
 Row = TypeVar("Row", bound=LayerRow | PrunedLayer)
@@ -225,16 +227,19 @@ class PruningReport(_Rows[PrunedLayer]):
     def tables(self, width: int = WIDE) -> list[Table]:
         """One table; layers are equal here only where nothing was done to them."""
         table = table_of(self.title or "pruned layers", ("layer",), no_wrap=True)
-        for heading in ("N x K", "pattern", "energy kept"):
+        lossy = any(row.loss is not None for row in self)
+        for heading in ("N x K", "pattern", "energy kept", *(("loss",) if lossy else ())):
             table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("left alone because", overflow="fold")
+        noted = any(row.note for row in self)
+        table.add_column("note" if noted else "left alone because", overflow="fold")
         for name, row in self.grouped(width):
             table.add_row(
                 name,
                 f"{row.shape[0]} x {row.shape[1]}",
                 row.pattern or "-",
                 f"{row.kept_energy:.1%}",
-                row.skipped or "",
+                *(("-" if row.loss is None else f"{row.loss:.2%}",) if lossy else ()),
+                row.skipped or row.note,
             )
         table.caption = f"{len(self.changed)} of {len(self)} dense layers pruned"
         return [table]

@@ -27,8 +27,12 @@ def samples(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "options, form",
-    [(("--method", "wanda"), "npz"), (("--method", "sparsegpt", "--distill", "5"), "safetensors")],
-    ids=["wanda", "sparsegpt-distilled"],
+    [
+        (("--method", "wanda"), "npz"),
+        (("--method", "sparsegpt", "--distill", "5"), "safetensors"),
+        (("--memory", "0", "--budget", "1s", "--quantize", "int8", "--metric", "recall"), "npz"),
+    ],
+    ids=["wanda", "sparsegpt-distilled", "reconstructed-distilled"],
 )
 def test_weights_are_written_and_compile(run, pt2_mlp, samples, tmp_path, options, form):
     out, given = tmp_path / "sparse.safetensors", samples
@@ -42,6 +46,8 @@ def test_weights_are_written_and_compile(run, pt2_mlp, samples, tmp_path, option
     )
     assert answer.code == 0, answer.err
     assert answer.json["pruned_layers"] == 2 and 0.5 < answer.json["cosine"] <= 1
+    scores = {"cosine", "recall", "rank"} if "--metric" in options else {"cosine"}
+    assert set(answer.json["scores"]) == scores and min(answer.json["scores"].values()) > 0.3
     tensors, metadata = read_checkpoint(out)
     assert json.loads(metadata[PATTERNS_KEY]) == {"fc1.weight": "4:16", "fc2.weight": "4:16"}
     for name in ("fc1.weight", "fc2.weight"):
@@ -86,7 +92,12 @@ def test_goal_is_chosen_per_layer(run, pt2_mlp, samples, tmp_path):
     "model, options, says",
     [
         ("pt2_mlp", ["--method", "wanda"], "give --calibration FILE"),
-        ("pt2_mlp", ["--calibration", "{x}"], "looks at no input"),
+        ("pt2_mlp", ["--method", "magnitude", "--calibration", "{x}"], "looks at no input"),
+        ("pt2_mlp", ["--calibration", "{x}", "--quantize", "int8"], "there is none"),
+        ("pt2_mlp", ["--calibration", "{x}", "--budget", "soon"], "is no time"),
+        ("pt2_mlp", ["--calibration", "{x}", "--budget", "1m", "--distill", "2"], "one of them"),
+        ("pt2_mlp", ["--calibration", "{x}", "--budget", "0.0001s"], "too short"),
+        ("pt2_mlp", ["--calibration", "{x}", "--memory", "much"], "is no size"),
         ("pt2_mlp", ["--max-loss", "much", "--calibration", "{x}"], "is no share"),
         (
             "pt2_mlp",
@@ -110,6 +121,11 @@ def test_goal_is_chosen_per_layer(run, pt2_mlp, samples, tmp_path):
     ids=[
         "no inputs",
         "unused inputs",
+        "nothing to train",
+        "no time",
+        "steps and time",
+        "too little time",
+        "no size",
         "loss",
         "speedup",
         "onnx",

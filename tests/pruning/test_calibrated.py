@@ -12,20 +12,12 @@ from torch import nn
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.format.weights import is_balanced
-from tvm_balanced.pruning.calibrated import prune_calibrated, sparsegpt, wanda
+from tvm_balanced.pruning.calibrated import prune_calibrated
 from tvm_balanced.pruning.distillation import distill
-from tvm_balanced.pruning.layers import find_linear
+from tvm_balanced.pruning.finding import find_linear
+from tvm_balanced.pruning.second_order import sparsegpt, wanda
 
 FORM = BalancedPattern("2:8")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 class Net(nn.Module):
@@ -179,7 +171,7 @@ def test_distillation_recovers_and_keeps_zeros(form):
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"method": "guess"}, "choose magnitude, wanda or sparsegpt"),
+        ({"method": "guess"}, "choose magnitude, wanda, sparsegpt, reconstruct or"),
         ({"batches": []}, "no calibration inputs"),
         ({"pattern": "2:32"}, "only K=24 columns"),
         ({"ignore": ["nobody"]}, "matches none"),

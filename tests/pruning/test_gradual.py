@@ -19,15 +19,6 @@ from tvm_balanced.pruning.masks import largest_of_blocks
 WIDTH = 32
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
-
-
 def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(WIDTH, 48), nn.ReLU(), nn.LayerNorm(48), nn.Linear(48, 16))
 

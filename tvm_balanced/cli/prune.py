@@ -21,6 +21,7 @@ from tvm_balanced.cli.options import (
 )
 from tvm_balanced.cli.output import Output
 from tvm_balanced.errors import InputError
+from tvm_balanced.options import QUANTIZATIONS
 from tvm_balanced.report import JsonObject, table_of
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 # those of calibration.METHODS, which --help must not import
-METHODS = ("magnitude", "wanda", "sparsegpt")
+METHODS = ("magnitude", "wanda", "sparsegpt", "reconstruct", "reconstruct-sparsegpt")
 
 
 @click.command(name="prune")
@@ -56,11 +57,11 @@ METHODS = ("magnitude", "wanda", "sparsegpt")
 )
 @target_option
 @ignore_option
-@with_default(
+@click.option(
     "--method",
-    "magnitude",
-    click.Choice(METHODS),
-    "How weights are chosen; wanda and sparsegpt need --calibration and a .pt2.",
+    type=click.Choice(METHODS),
+    help="How weights are chosen: reconstruct with --calibration, else magnitude; all others need "
+    "--calibration and a .pt2.",
 )
 @click.option(
     "--calibration",
@@ -73,6 +74,35 @@ METHODS = ("magnitude", "wanda", "sparsegpt")
     default=0,
     metavar="STEPS",
     help="Steps of distillation from the dense model on the calibration inputs.",
+)
+@click.option(
+    "--budget",
+    metavar="TIME",
+    help="Time of distillation instead of --distill: 10m, 30m or 2h; the steps are planned from theirs.",
+)
+@with_default(
+    "--quantize",
+    "none",
+    click.Choice(QUANTIZATIONS),
+    "What the model will be compiled with: the last third of a distillation rounds to it.",
+)
+@with_default(
+    "--metric",
+    "cosine",
+    click.Choice(("cosine", "recall")),
+    "Score of the first output against the dense model's; recall is for embeddings: whether the ten nearest "
+    "samples are the same, and the ranks of all similarities.",
+)
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    help="Activations that may be held in memory, such as 4G; the rest lies on disk.  "
+    "[default: two fifths of the machine's]",
+)
+@click.option(
+    "--resume",
+    metavar="FOLDER",
+    help="Keep pruned layers here; the same command, when interrupted, goes on behind them.",
 )
 @click.option("-o", "--output", "destination", metavar="PATH", help="File to write.")
 @overwrite_option
@@ -91,7 +121,7 @@ def command(
 
     An .onnx file becomes an .onnx file with other weights; of a .pt2 or a .safetensors checkpoint the
     weights are written as .safetensors. Without retraining a model loses accuracy: check it. A few hundred
-    inputs (--calibration) save much of it, and distillation on them (--distill) more; both take a .pt2.
+    inputs (--calibration) save much of it, and distillation on them (--budget 30m) more; both take a .pt2.
 
     \b
     Example:
@@ -102,12 +132,15 @@ def command(
 
     wanted = {name: given.pop(name) for name in ("speedup", "max_loss", "target")}
     goal = _goal(**wanted, pattern=pattern)
+    memory, resume = given.pop("memory"), given.pop("resume")
     job = FilePruning(
         Path(model),
         goal or pattern,
         output=Path(destination) if destination else None,
         shapes=shapes,
         calibration=Path(calibration) if calibration else None,
+        memory=None if memory is None else _size(memory),
+        resume=None if resume is None else Path(resume),
         **given,
     )
     with output.progress("prune") as tell:
@@ -126,18 +159,25 @@ def command(
         speedup=None if selection is None else selection.speedup,
         output=None if job.dry_run else str(job.path),
         layers=report.to_json(),
-        method=job.method,
-        cosine=done.cosine,
+        method=job.method_used,
+        cosine=done.scores.get("cosine"),
+        scores=dict(done.scores),
         pruned_layers=len(report.changed),
     )
     output.show(report)
     output.show("nothing written (dry run)" if job.dry_run else f"written: {job.path}")
     if selection is not None:
         output.show(_choice(selection, wanted["target"]))
-    if done.cosine is not None:
+    if done.scores:
+        names = {
+            "cosine": "mean cosine",
+            "recall": "overlap of the 10 nearest",
+            "rank": "rank correlation of similarities",
+        }
+        text = ", ".join(f"{names[name]} {value:.4f}" for name, value in done.scores.items())
         output.show(
-            f"mean cosine of the first output to the dense model's: {done.cosine:.4f}, on the calibration "
-            "inputs themselves; expect less on others"
+            f"first output against the dense model's: {text}, on the calibration inputs themselves; expect "
+            "less on others"
         )
     output.next(_next(job, pattern, input_shapes, wanted if goal else {}))
 
@@ -147,14 +187,17 @@ def _next(
 ) -> str:
     """Return the same without ``--dry-run``, or the compilation of what was written."""
     words = ["tvm-balanced"]
+    budget = [] if job.budget is None else ["--budget", job.budget]
     shapes = repeated("--input-shape", input_shapes)
     if job.dry_run:
         words += ["prune", str(job.source)]
         words += [] if pattern is None else ["--pattern", pattern]
         words += shapes + repeated("--ignore", job.ignore)
         if job.calibrated:
-            words += ["--method", job.method, "--calibration", str(job.calibration)]
-            words += ["--distill", str(job.distill)] if job.distill else []
+            words += ["--method", job.method_used, "--calibration", str(job.calibration)]
+            words += (["--distill", str(job.distill)] if job.distill else []) + budget
+            words += [] if job.quantize == "none" else ["--quantize", job.quantize]
+            words += [] if job.metric == "cosine" else ["--metric", job.metric]
         flags = {"target": "--target", "speedup": "--target-speedup", "max_loss": "--max-loss"}
         for name, flag in flags.items():
             words += [flag, str(goal[name])] if goal.get(name) is not None else []
@@ -165,6 +208,18 @@ def _next(
         graph = "MODEL.pt2" if job.source.suffix == ".safetensors" else str(job.source)
         words += ["compile", graph, "--weights", str(job.path), "-o", "model.tvmb"]
     return shlex.join(words)
+
+
+def _size(text: str) -> int:
+    """Return bytes of a size such as 512M or 4G."""
+    unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:].upper(), 0)
+    try:
+        size = int(float(text[:-1]) * unit) if unit else int(text)
+    except ValueError:
+        size = -1
+    if size < 0:
+        raise InputError(f'--memory "{text}" is no size; write for example 512M or 4G') from None
+    return size
 
 
 def _goal(

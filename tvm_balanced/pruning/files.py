@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.pruning.distillation import seconds_of
 from tvm_balanced.pruning.layers import Progress
 from tvm_balanced.report import PruningReport
 from tvm_balanced.support.files import check_output
@@ -24,7 +25,7 @@ class PrunedFile:
     """What was done, and for calibrated pruning how near the model still is and what was chosen."""
 
     report: PruningReport
-    cosine: float | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
     selection: Selection | None = None
 
 
@@ -33,7 +34,8 @@ class FilePruning:
     """What is to be pruned, how, and where the result goes, checked when it is made.
 
     ``pattern`` is one for all layers, or what to reach; without ``output`` it is ``SOURCE-pruned`` beside
-    the source. Methods other than magnitude, ``distill`` (steps) and a goal need ``calibration``.
+    the source. Methods other than magnitude, distillation, by steps (``distill``) or time (``budget``), and
+    a goal need ``calibration``.
 
     Raises
     ------
@@ -50,9 +52,14 @@ class FilePruning:
     overwrite: bool = False
     ignore: tuple[str, ...] = ()
     shapes: Mapping[str, tuple[int | str, ...]] | None = None
-    method: str = "magnitude"
+    method: str | None = None
     calibration: Path | None = None
     distill: int = 0
+    budget: str | None = None
+    quantize: str = "none"
+    memory: int | None = None
+    resume: Path | None = None
+    metric: str = "cosine"
 
     def __post_init__(self) -> None:
         if self.pattern is None:
@@ -69,13 +76,22 @@ class FilePruning:
             )
         if self.calibrated and self.calibration is None:
             raise InputError(
-                "a method other than magnitude, --distill and a goal need inputs to look at; give "
+                "a method other than magnitude, --distill, --budget and a goal need inputs to look at; give "
                 "--calibration FILE"
+            )
+        if self.distill and self.budget is not None:
+            raise InputError("--distill and --budget both say how long to distil; give one of them")
+        if self.budget is not None:
+            seconds_of(self.budget)
+        if self.quantize != "none" and not self.steps:
+            raise InputError(
+                "--quantize is trained for in a distillation, and there is none; give --budget 10m, or "
+                "quantise when compiling alone"
             )
         if self.calibration is not None and not self.calibrated:
             raise InputError(
                 "--calibration was given, but pruning by magnitude without --distill looks at no input; "
-                "add --method sparsegpt, or leave it out"
+                "leave --method out, or --calibration"
             )
         if self.calibrated and self.source.suffix in (".onnx", ".safetensors"):
             raise InputError(
@@ -98,10 +114,20 @@ class FilePruning:
         return default if self.output is None else self.output
 
     @property
+    def steps(self) -> int | str:
+        """Steps or time of distillation, 0 for none."""
+        return self.distill if self.budget is None else self.budget
+
+    @property
+    def method_used(self) -> str:
+        """The method that was given; else reconstruction where there are inputs, and magnitude without."""
+        return self.method or ("magnitude" if self.calibration is None else "reconstruct")
+
+    @property
     def calibrated(self) -> bool:
         """Whether the model is run on inputs."""
         goal = not isinstance(self.pattern, str)
-        return self.method != "magnitude" or self.distill > 0 or goal
+        return self.method_used != "magnitude" or bool(self.steps) or goal
 
     def run(self, progress: Progress) -> PrunedFile:
         """Prune and, unless it is a dry run, write; errors are those of :func:`tvm_balanced.prune`."""
@@ -112,15 +138,24 @@ class FilePruning:
         return PrunedFile(self._model(progress))
 
     def _calibrated(self, progress: Progress) -> PrunedFile:
-        from tvm_balanced.pruning.inputs import prune_program
+        from tvm_balanced.pruning.inputs import ProgramPruning, prune_program
 
         assert self.calibration is not None and self.pattern is not None
         wanted = BalancedPattern(self.pattern) if isinstance(self.pattern, str) else self.pattern
-        pruned, cosine, selection = prune_program(
-            self.source, wanted, self.calibration, self.method, self.ignore, self.distill, progress
+        settings = ProgramPruning(
+            self.method_used,
+            tuple(self.ignore),
+            self.steps,
+            self.quantize,
+            self.memory,
+            self.resume,
+            self.metric,
+        )
+        pruned, scores, selection = prune_program(
+            self.source, wanted, self.calibration, settings, progress
         )
         self._write(pruned.params, {}, pruned.patterns)
-        return PrunedFile(pruned.pruned, cosine, selection)
+        return PrunedFile(pruned.pruned, scores, selection)
 
     def _checkpoint(self, progress: Progress) -> PruningReport:
         from tvm_balanced.frontend import checkpoint

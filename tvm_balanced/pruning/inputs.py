@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from tvm_balanced.errors import InputError
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.model import Model
 from tvm_balanced.pruning.layers import Batch, Progress, agreement
+from tvm_balanced.pruning.neighbours import embedding_scores
 from tvm_balanced.report import PruningReport
 from tvm_balanced.support.tensors import Array, read_tensors, to_numpy, to_torch
 
@@ -133,19 +134,34 @@ class Goal:
     max_loss: float | None = None
 
 
+@dataclass(frozen=True)
+class ProgramPruning:
+    """How a program is pruned: as :func:`tvm_balanced.prune` and :func:`tvm_balanced.distill` have it.
+
+    ``steps`` are those of the distillation, or its time, 0 for none, and ``quantize`` what it rounds to;
+    ``metric`` is ``"cosine"``, or ``"recall"`` for scores of embeddings beside it.
+    """
+
+    method: str
+    ignore: tuple[str, ...] = ()
+    steps: int | str = 0
+    quantize: str = "none"
+    memory: int | None = None
+    resume: Path | None = None
+    metric: str = "cosine"
+
+
 def prune_program(
     path: Path,
     pattern: BalancedPattern | Goal,
     inputs: Path,
-    method: str,
-    ignore: Iterable[str],
-    steps: int,
+    settings: ProgramPruning,
     progress: Progress,
-) -> tuple[Model, float, Selection | None]:
-    """Prune a ``.pt2`` from calibration inputs, and distil it for ``steps`` steps.
+) -> tuple[Model, dict[str, float], Selection | None]:
+    """Prune a ``.pt2`` from calibration inputs, and distil it where the settings say so.
 
-    Returned are the imported model with the new weights, the mean cosine of its first output to the dense
-    model's on the calibration inputs, and what was chosen per layer where a goal was given. Raises
+    Returned are the imported model with the new weights, how near its first output is to the dense model's
+    on the calibration inputs, and what was chosen per layer where a goal was given. Raises
     InputError as :func:`tvm_balanced.pruning.calibrated.prune_calibrated`, for files that cannot be used,
     and for a goal that cannot be reached.
     """
@@ -153,7 +169,7 @@ def prune_program(
     from tvm_balanced.frontend.archive import load_exported
     from tvm_balanced.pruning import sensitivity
     from tvm_balanced.pruning.calibrated import prune_calibrated
-    from tvm_balanced.pruning.distillation import distill
+    from tvm_balanced.pruning.distillation import Distillation, distill
 
     arrays = read_inputs(inputs)
     progress("import the model")
@@ -162,7 +178,7 @@ def prune_program(
     batches = batches_for(program, arrays, inputs)
     module = program.module()
     teacher = copy.deepcopy(module)
-    ignore = tuple(ignore)
+    method, ignore = settings.method, settings.ignore
     selection: Selection | None = None
     patterns: BalancedPattern | dict[str, str]
     if isinstance(pattern, Goal):
@@ -184,12 +200,17 @@ def prune_program(
             )
     else:
         patterns = pattern
-    rows = prune_calibrated(module, patterns, batches, method, ignore, progress)
-    if steps:
-        distill(module, teacher, batches, steps, ignore=ignore, progress=progress)
+    rows = prune_calibrated(
+        module, patterns, batches, method, ignore, progress, settings.memory, settings.resume
+    )
+    if settings.steps:
+        trained = Distillation(quantize=settings.quantize)
+        distill(module, teacher, batches, settings.steps, None, ignore, progress, trained)
     state = module.state_dict()
     changed = {n: to_numpy(state[n]).copy() for n in imported.params if n in state}
     noted = {row.name: BalancedPattern(row.pattern) for row in rows if row.pattern is not None}
-    cosine = agreement(module, teacher, batches)
+    scores = {"cosine": agreement(module, teacher, batches)}
+    if settings.metric == "recall":
+        scores |= embedding_scores(module, teacher, batches)
     pruned = imported.with_params(changed, patterns=noted, pruned=PruningReport(rows))
-    return pruned, cosine, selection
+    return pruned, scores, selection

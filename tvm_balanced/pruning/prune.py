@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 from tvm_balanced.errors import InputError
@@ -34,6 +35,8 @@ def prune(
     calibration: Sequence[Batch],
     method: str = ...,
     progress: Progress | None = ...,
+    memory: int | None = ...,
+    resume: str | os.PathLike[str] | None = ...,
 ) -> PruningReport: ...
 def prune(
     model: Model | str | os.PathLike[str] | torch.nn.Module,
@@ -43,6 +46,8 @@ def prune(
     calibration: Sequence[Batch] | None = None,
     method: str | None = None,
     progress: Progress | None = None,
+    memory: int | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> Model | PruningReport:
     """Prune the dense layers of a model once to a balanced pattern, without retraining.
 
@@ -60,9 +65,17 @@ def prune(
     calibration : sequence of tuple, optional
         Positional inputs of the module, a few hundred unlabelled samples in all.
     method : str, optional
-        ``"sparsegpt"`` (when left out), ``"wanda"`` or ``"magnitude"``, for a module.
+        For a module: ``"reconstruct"`` (when left out), which has every layer answer as the dense model's
+        does, ``"reconstruct-sparsegpt"``, the same with a mask that takes less time, ``"sparsegpt"``,
+        ``"wanda"`` or ``"magnitude"``.
     progress : callable, optional
-        Called with the name of each layer before it is pruned.
+        Called with the name of each layer before it is pruned, and after reconstruction with its loss.
+    memory : int, optional
+        Bytes of activations that calibration may hold; what is more lies on disk meanwhile. Two fifths of
+        the machine's memory when left out.
+    resume : path-like, optional
+        Folder of pruned layers: a pruning that was interrupted, of the same model, inputs and settings,
+        goes on behind them, to the same result.
 
     Returns
     -------
@@ -72,8 +85,10 @@ def prune(
     Raises
     ------
     InputError
-        For an unknown pattern, method or name, a block larger than a layer's K, NaN or Inf in a weight,
-        calibration that does not go with the model, or when no layer is left to prune.
+        For an unknown pattern, method or name, a block larger than a layer's K, NaN or Inf in a weight or
+        an activation, calibration that does not go with the model, or when no layer is left to prune.
+    OutputError
+        When ``resume`` cannot be written.
     """
     if isinstance(model, str | os.PathLike):
         from tvm_balanced.frontend import load_model
@@ -98,5 +113,14 @@ def prune(
         )
     from tvm_balanced.pruning.calibrated import prune_calibrated
 
-    rows = prune_calibrated(model, pattern, calibration, method or "sparsegpt", ignore, progress)
+    rows = prune_calibrated(
+        model,
+        pattern,
+        calibration,
+        method or "reconstruct",
+        ignore,
+        progress,
+        memory,
+        None if resume is None else Path(resume),
+    )
     return PruningReport(rows)

@@ -20,7 +20,7 @@ from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.model import Model
 from tvm_balanced.planning.plan import plan
 from tvm_balanced.pruning.calibrated import prune_calibrated
-from tvm_balanced.pruning.layers import Batch, Progress, agreement, find_linear
+from tvm_balanced.pruning.layers import Batch, Progress, agreement
 from tvm_balanced.selection import select
 from tvm_balanced.support.tensors import Array
 
@@ -103,6 +103,8 @@ def scan(
     """
     import torch
 
+    from tvm_balanced.pruning.finding import find_linear
+
     forms = [str(BalancedPattern(form)) for form in candidates]
     teacher = copy.deepcopy(module)
     layers = {layer.name: layer for layer in find_linear(module, batches[0])}
@@ -125,10 +127,12 @@ def scan(
                 progress(f"{row.name} at {form}")
             assert planned.sparse_us is not None
             with torch.no_grad():
-                before = layer.weight.detach().clone()
+                changed = [x for x in (layer.weight, layer.bias) if x is not None]
+                before = [x.detach().clone() for x in changed]
                 prune_calibrated(module, {row.name: form}, batches, method)
                 loss = 1 - agreement(module, teacher, batches)
-                layer.weight.copy_(before)
+                for parameter, value in zip(changed, before, strict=True):
+                    parameter.copy_(value)
             options.append(Option(form, planned.sparse_us, max(loss, 0.0)))
         choices.append(LayerChoice(row.name, row.shape, options[0], dense_us, tuple(options)))
     total = sum(layer.dense_us for layer in choices)
