@@ -35,7 +35,7 @@ import numpy.typing as npt
 from tvm_balanced._tensors import write_tensors
 from tvm_balanced._version import __version__
 from tvm_balanced.cuda_source import file_stem, split_kernels
-from tvm_balanced.errors import ArtifactError, OutputError
+from tvm_balanced.errors import ArtifactError, InputError, OutputError
 from tvm_balanced.targets import TargetSpec
 from tvm_balanced.toolchain import ExportedLibrary
 
@@ -216,7 +216,7 @@ def describe_functions(
             FunctionEntry(
                 name,
                 inputs,
-                _output_entries(function.ret_ty),
+                _output_entries(function),
                 tuple(stored),
                 returns_tuple=isinstance(function.ret_ty, relax.TupleType),
                 limits=_limits(function),
@@ -229,6 +229,11 @@ def describe_functions(
 def _tensor_entry(name: str, ty: Any) -> TensorEntry:
     from tvm import tirx
 
+    if ty.shape is None:
+        raise InputError(
+            f"the shape of {name} depends on the data, which a library cannot state; fix the "
+            "sizes of the inputs (input_shapes), or leave this output out of the model"
+        )
     shape = tuple(
         int(extent)
         if isinstance(extent, tirx.IntImm)
@@ -239,8 +244,10 @@ def _tensor_entry(name: str, ty: Any) -> TensorEntry:
     return TensorEntry(name, str(ty.dtype), shape)
 
 
-def _output_entries(ty: Any) -> tuple[TensorEntry, ...]:
-    return tuple(_tensor_entry(f"output_{i}", leaf) for i, leaf in enumerate(_leaves(ty)))
+def _output_entries(function: Any) -> tuple[TensorEntry, ...]:
+    leaves = _leaves(function.ret_ty)
+    names = function.attrs.get("output_names") or [f"output_{i}" for i in range(len(leaves))]
+    return tuple(_tensor_entry(str(n), leaf) for n, leaf in zip(names, leaves, strict=True))
 
 
 def _limits(function: Any) -> dict[str, int]:

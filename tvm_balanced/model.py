@@ -72,22 +72,10 @@ class Model:
         return replace(self, params={**self.params, **changed}, **fields)
 
     def dense_layers(self) -> list[DenseLayer]:
-        """The dense operators whose weight is a parameter, in the order of use.
-
-        Raises
-        ------
-        InputError
-            When there is none: nothing in the model can become sparse.
-        """
+        """The dense operators whose weight is a parameter, in the order of use."""
         from tvm_balanced.relay_passes.find_dense import find_dense
 
-        layers = find_dense(self.mod, list(self.params))
-        if not layers:
-            raise InputError(
-                f"{self.name} has no dense layer with a constant weight, so nothing in it can become "
-                "sparse; give a model with linear layers (matmul, Gemm, nn.Linear)"
-            )
-        return layers
+        return find_dense(self.mod, list(self.params))
 
     def prune(
         self,
@@ -126,6 +114,11 @@ class Model:
         if isinstance(pattern, BalancedPattern):
             pattern = str(pattern)
         layers = self.dense_layers()
+        if not layers:
+            raise InputError(
+                f"{self.name} has no dense layer with a constant weight, so nothing in it can become "
+                "sparse; give a model with linear layers (matmul, Gemm, nn.Linear)"
+            )
         names = [layer.name for layer in layers]
         ignored = select(ignore, names)
         wanted = {

@@ -26,6 +26,8 @@ def from_onnx(
     source: onnx.ModelProto | str | os.PathLike[str],
     input_shapes: Mapping[str, Shape] | None = None,
     name: str | None = None,
+    *,
+    input_values: Mapping[str, Any] | None = None,
 ) -> Model:
     """Import an ONNX model.
 
@@ -53,7 +55,6 @@ def from_onnx(
         When onnx or onnxslim is not installed.
     """
     onnx = need("onnx", "onnx", "importing an ONNX model")
-    onnxslim = need("onnxslim", "onnx", "importing an ONNX model")
     if isinstance(source, (str, os.PathLike)):
         model = _read(source)
         name = name or os.path.splitext(os.path.basename(os.fspath(source)))[0]
@@ -71,15 +72,10 @@ def from_onnx(
         raise InputError(
             f"{name} is not a valid ONNX model: {first_line(error)}; export it again"
         ) from error
+    from tvm_balanced.frontend.onnx_prepare import prepare
+
     _set_shapes(model, input_shapes or {}, name)
-    try:
-        # fusing would give the weights names of its own
-        slim = onnxslim.slim(model, skip_optimizations=["graph_fusion"])
-    except Exception as error:
-        raise InputError(
-            f"the shapes in {name} cannot be inferred: {first_line(error)}; set all of input_shapes"
-        ) from error
-    return _convert(slim, name)
+    return _convert(prepare(model, dict(input_values or {}), name), name)
 
 
 def _read(path: str | os.PathLike[str]) -> Any:
@@ -162,45 +158,15 @@ def _identifier(text: str) -> str:
 
 
 def _convert(model: Any, name: str) -> Model:
-    import tvm
-    from tvm import relax
-    from tvm.relax.frontend.onnx import from_onnx as tvm_from_onnx
-
     from tvm_balanced.frontend.bound_indices import bound_indices
+    from tvm_balanced.frontend.onnx_importer import Importer
     from tvm_balanced.relay_passes.rewrite_params import drop_unused_weights
 
-    if any(node.op_type == "If" for node in model.graph.node):
-        raise InputError(
-            f"{name} has data-dependent control flow (operator If), which is not supported; "
-            "export one branch of it"
-        )
-    try:
-        # the importer prints what it raises, and warns of every renamed input
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            mod = tvm_from_onnx(model, keep_params_in_input=True)
-    except tvm.error.OpNotImplemented as error:
-        operators = ", ".join(sorted(first_line(error).rpartition(":")[2].strip().split(", ")))
-        raise InputError(
-            f"TVM's importer does not know the ONNX operator {operators} in {name}; "
-            "export the model without it"
-        ) from error
-    except Exception as error:
-        raise InputError(
-            f"{name} cannot be imported: {first_line(error)}; set all of input_shapes to numbers, "
-            "or export the model with another opset"
-        ) from error
-    func = mod["main"]
-    count = int(func.attrs["num_input"])
-    weights = list(func.params[count:])
-    arrays = {
-        var.name: tensor.numpy()
-        for var, tensor in zip(weights, func.attrs.get("params", []), strict=True)
-    }
-    mod.update_func(mod.get_global_var("main"), func.without_attr("params"))
-    # a literal can be fused into a kernel, a parameter of one element only passed to it
-    literals = {var.name for var in weights if arrays[var.name].size <= 1}
-    mod = relax.transform.BindParams("main", {n: arrays[n] for n in literals})(mod)
-    names = [var.name for var in weights if var.name not in literals]
-    mod, names = drop_unused_weights(bound_indices(mod), names)
-    return Model(mod, {n: arrays[n] for n in names}, name)
+    opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    importer = Importer(opset, name)
+    # TVM's importer prints what it raises
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mod = importer.convert(model.graph)
+    mod, names = drop_unused_weights(bound_indices(mod), list(importer.arrays))
+    return Model(mod, {n: importer.arrays[n] for n in names}, name)

@@ -1,0 +1,148 @@
+"""An ONNX node as converters see it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tvm import relax, tirx
+
+from tvm_balanced.errors import InputError
+from tvm_balanced.frontend.onnx_values import Array, Known
+from tvm_balanced.packing import numpy_dtype
+
+if TYPE_CHECKING:
+    import onnx
+
+    from tvm_balanced.frontend.onnx_importer import Importer
+
+
+class OnnxCall:
+    """Operands and attributes of one node.
+
+    Parameters
+    ----------
+    importer : Importer
+        Which holds the tensors that were made so far.
+    node : onnx.NodeProto
+        The node.
+    attrs : Mapping[str, Any]
+        Its attributes.
+    """
+
+    def __init__(self, importer: Importer, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> None:
+        self.importer = importer
+        self.node = node
+        self.attrs = attrs
+        self.bb = importer.bb
+        self.opset = importer.opset
+
+    def __len__(self) -> int:
+        return len(self.node.input)
+
+    def has(self, index: int) -> bool:
+        """Whether operand ``index`` is given."""
+        return index < len(self.node.input) and bool(self.node.input[index])
+
+    def expr(self, index: int) -> Any:
+        """Operand ``index`` as a Relax expression, None where it is left out."""
+        return self.importer.expr(self.node.input[index]) if self.has(index) else None
+
+    def known(self, index: int) -> Known | None:
+        """The value of operand ``index``, where it is known."""
+        return self.importer.known(self.node.input[index]) if self.has(index) else None
+
+    def elements(self, index: int) -> list[Any] | None:
+        """The elements of operand ``index``, numbers or expressions; None where it is left out.
+
+        Raises
+        ------
+        InputError
+            Where they are known only when the model runs.
+        """
+        if not self.has(index):
+            return None
+        value = self.known(index)
+        if value is None:
+            raise InputError(
+                f"{self.describe()} needs {self.node.input[index]} as a constant, but it depends on data; "
+                "fix it with input_values (--set), or export the model with it as a constant"
+            )
+        return [
+            element.item() if isinstance(element, np.generic) else element
+            for element in value.array.ravel()
+        ]
+
+    def numbers(self, index: int) -> list[Any] | None:
+        """As :meth:`elements`, numbers only."""
+        elements = self.elements(index)
+        if elements is not None and not all(isinstance(e, int | float) for e in elements):
+            symbols = ", ".join(str(e) for e in elements if not isinstance(e, int | float))
+            raise InputError(
+                f"{self.describe()} needs {self.node.input[index]} as numbers, but it depends on the "
+                f"dimension {symbols}; give that dimension a number in input_shapes"
+            )
+        return elements
+
+    def scalar(self, index: int, default: Any = None) -> Any:
+        """The one number of operand ``index``."""
+        numbers = self.numbers(index)
+        return default if numbers is None else numbers[0]
+
+    def attr(self, name: str, default: Any = None) -> Any:
+        """An attribute; text as ``str``."""
+        value = self.attrs.get(name, default)
+        return value.decode() if isinstance(value, bytes) else value
+
+    def emit(self, expr: Any) -> Any:
+        """Bind an expression to a variable."""
+        return self.bb.emit(expr)
+
+    def te(self, function: Any, *args: Any, **named: Any) -> Any:
+        """Emit a tensor expression."""
+        return self.bb.emit_te(function, *args, **named)
+
+    def describe(self) -> str:
+        """The node, for messages."""
+        from tvm_balanced.frontend.onnx_importer import describe
+
+        return f"{describe(self.node)} of {self.importer.name}"
+
+    def refuse(self, why: str, way_out: str = "export the model without it") -> InputError:
+        """The error that says what of this node is not supported."""
+        return InputError(f"{self.describe()} is not supported: {why}; {way_out}")
+
+
+def shape_of(expr: Any) -> list[Any]:
+    """Dimensions, as int where they are numbers.
+
+    Raises
+    ------
+    InputError
+        Where even their number is unknown.
+    """
+    if expr.ty.shape is None:
+        raise InputError(
+            f"the shape of {getattr(expr, 'name', 'a tensor')} depends on data, which is not supported; "
+            "set all of input_shapes, or fix what decides it with input_values (--set)"
+        )
+    return [int(dim) if isinstance(dim, tirx.IntImm) else dim for dim in expr.ty.shape]
+
+
+def dtype_of(expr: Any) -> str:
+    """The dtype's name."""
+    return str(expr.ty.dtype)
+
+
+def constant(value: Any, dtype: str) -> Any:
+    """A Relax constant; the value is copied."""
+    return relax.const(np.array(value, numpy_dtype(dtype)), dtype)
+
+
+def is_real(dtype: str) -> bool:
+    """Whether the dtype has NaN."""
+    return "float" in dtype
+
+
+__all__ = ["Array", "OnnxCall", "constant", "dtype_of", "is_real", "shape_of"]
