@@ -66,15 +66,17 @@ def from_onnx(
             f"cannot import a {type(source).__name__}; give the path of a .onnx file or a ModelProto"
         )
     name = name or model.graph.name or "model"
+    from tvm_balanced.frontend.onnx_prepare import prepare
+    from tvm_balanced.frontend.onnx_prepare.shapes import complete_outputs
+
+    _set_shapes(model, input_shapes or {}, name)
+    complete_outputs(model)
     try:
         onnx.checker.check_model(model)
     except Exception as error:
         raise InputError(
             f"{name} is not a valid ONNX model: {first_line(error)}; export it again"
         ) from error
-    from tvm_balanced.frontend.onnx_prepare import prepare
-
-    _set_shapes(model, input_shapes or {}, name)
     return _convert(prepare(model, dict(input_values or {}), name), name)
 
 
@@ -121,7 +123,7 @@ def _set_shapes(model: Any, shapes: Mapping[str, Shape], name: str) -> None:
         if value.name in shapes:
             wanted = tuple(shapes[value.name])
             rank = len(tensor.shape.dim)
-            if rank != len(wanted):
+            if rank != len(wanted) and tensor.HasField("shape"):
                 raise InputError(
                     f"input {value.name} of {name} has {rank} dimensions, but input_shapes gives {wanted}; "
                     f"give {rank}"

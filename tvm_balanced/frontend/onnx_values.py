@@ -21,6 +21,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 # numbers beyond this many elements are data, not shapes
 MOST_ELEMENTS = 4096
 
+# elements that an operator may make of a few numbers
+MOST_MADE = 1 << 22
+
 _DYNAMIC = frozenset(
     "If Loop Scan RandomNormal RandomUniform RandomNormalLike RandomUniformLike Multinomial Bernoulli "
     "Dropout".split()
@@ -171,6 +174,8 @@ def evaluate(
     """What a node makes of arrays, by ONNX's own reference; None where it cannot say."""
     from onnx.reference import ReferenceEvaluator
 
+    if _made(node.op_type, arrays) > MOST_MADE:
+        return None
     names = [name for name, array in zip(node.input, arrays, strict=True) if array is not None]
     inputs = {
         name: array for name, array in zip(node.input, arrays, strict=True) if array is not None
@@ -191,6 +196,19 @@ def evaluate(
         return None
     by_name = iter(results)
     return [np.asarray(next(by_name)) if name else np.zeros(0, np.float32) for name in node.output]
+
+
+def _made(kind: str, arrays: Sequence[Array | None]) -> float:
+    """Elements of the result, for the operators whose operands say it; 0 for others."""
+    first, second = ([*arrays, None, None])[:2]
+    if kind == "ConstantOfShape" and first is not None:
+        return float(np.prod(first.astype(float)))
+    if kind in ("Expand", "Tile") and first is not None and second is not None:
+        return float(np.prod(np.maximum(second.astype(float), 1)) * first.size)
+    if kind == "Range":
+        start, limit, delta = (float(a.reshape(-1)[0]) for a in arrays if a is not None)
+        return abs((limit - start) / delta) if delta else np.inf
+    return 0.0
 
 
 def _elem_type(array: Array) -> int:
