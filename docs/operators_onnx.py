@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
 
 RIGHT, REFUSED, WRONG, CRASHED = "right", "refused", "wrong", "crashed"
 LIMIT_S = 120
@@ -32,7 +33,7 @@ _PARAMETERS = frozenset(
     "axes axis shape repeats tiles starts ends steps pads split k K depth sizes scales size roi M cond start "
     "limit delta iou_threshold score_threshold max_output_boxes_per_class output_shape target_shape window_length "
     "dft_length num_mel_bins sample_rate lower_edge_hertz upper_edge_hertz frame_step frame_length "
-    "ratio training_mode sequence_lens position".split()
+    "ratio training_mode position constant_value".split()
 )
 _TRAINING = frozenset(
     "Adagrad Adam Momentum Gradient GraphCall NegativeLogLikelihoodLoss SoftmaxCrossEntropyLoss".split()
@@ -109,7 +110,7 @@ def _parameters(case: Any) -> dict[str, Any]:
             for i, value in enumerate(node.input):
                 formal = schema.inputs[min(i, len(schema.inputs) - 1)].name
                 if value in inputs and formal in _PARAMETERS:
-                    fixed[value] = np.asarray(inputs[value])
+                    fixed[value] = _array(inputs[value])
     return fixed
 
 
@@ -127,7 +128,7 @@ def _attempt(case: Any, fixed: dict[str, Any]) -> tuple[str, str]:
         library = tb.compile(model, "llvm", logs=False)
         for inputs, expected in case.data_sets:
             feeds = {
-                n: np.asarray(x)
+                n: _array(x)
                 for n, x in zip(names, inputs, strict=False)
                 if x is not None and n not in fixed
             }
@@ -147,7 +148,7 @@ def difference(got: Sequence[Any], expected: Sequence[Any], case: Any) -> str:
     if len(got) != len(expected):
         return f"{len(got)} outputs, expected {len(expected)}"
     for i, (value, want) in enumerate(zip(got, expected, strict=True)):
-        array, right = np.asarray(value), np.asarray(want)
+        array, right = np.asarray(value), _array(want)
         if array.dtype != right.dtype or array.shape != right.shape:
             return (
                 f"output {i} is {array.dtype}{array.shape}, expected {right.dtype}{right.shape}"
@@ -163,6 +164,12 @@ def difference(got: Sequence[Any], expected: Sequence[Any], case: Any) -> str:
             with np.errstate(invalid="ignore"):
                 return f"output {i}: largest error {np.nanmax(np.abs(a - b)):.3g}"
     return ""
+
+
+def _array(value: Any) -> np.ndarray[Any, Any]:
+    if isinstance(value, onnx.TensorProto):
+        value = onnx.numpy_helper.to_array(value)
+    return np.asarray(value)
 
 
 def sweep(names: Sequence[str]) -> Iterator[Outcome]:

@@ -68,7 +68,8 @@ class TensorEntry:
     dtype : str
         ``"float32"``, ``"bfloat16"``, ...
     shape : tuple of int or str
-        A string is a symbolic extent: a name, equal wherever it recurs, or an expression of names.
+        A string is a symbolic extent: a name, equal wherever it recurs, an expression of names, or ``"?"``
+        where it depends on the data.
     """
 
     name: str
@@ -230,10 +231,12 @@ def _tensor_entry(name: str, ty: Any) -> TensorEntry:
     from tvm import tirx
 
     if ty.shape is None:
-        raise InputError(
-            f"the shape of {name} depends on the data, which a library cannot state; fix the "
-            "sizes of the inputs (input_shapes), or leave this output out of the model"
-        )
+        if ty.ndim < 0:
+            raise InputError(
+                f"even the number of dimensions of {name} depends on the data, which a library cannot "
+                "state; leave this output out of the model"
+            )
+        return TensorEntry(name, str(ty.dtype), ("?",) * ty.ndim)
     shape = tuple(
         int(extent)
         if isinstance(extent, tirx.IntImm)

@@ -15,6 +15,8 @@ from tvm.relax.frontend.onnx import onnx_frontend
 from tvm_balanced.errors import InputError
 from tvm_balanced.frontend.onnx_operators import CONVERTERS
 from tvm_balanced.frontend.onnx_operators.call import OnnxCall, constant
+from tvm_balanced.frontend.onnx_prepare.control_flow import copy_graph
+from tvm_balanced.frontend.onnx_prepare.initializers import constant_tensor
 from tvm_balanced.frontend.onnx_values import (
     MOST_ELEMENTS,
     Array,
@@ -27,7 +29,7 @@ from tvm_balanced.frontend.optional import first_line
 
 # operators that read a sequence or an optional, which the importer holds as tuples
 _UNSUPPORTED = frozenset(
-    "If Loop Scan Optional OptionalGetElement OptionalHasElement SequenceConstruct SequenceEmpty "
+    "Loop Scan Optional OptionalGetElement OptionalHasElement SequenceConstruct SequenceEmpty "
     "SequenceErase SequenceInsert SequenceLength SequenceAt SplitToSequence ConcatFromSequence".split()
 )
 
@@ -123,6 +125,8 @@ class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
     def _check(self, graph: onnx.GraphProto) -> None:
         missing = {}
         for position, node in enumerate(graph.node):
+            if node.op_type == "If":
+                continue  # known to be one branch or not when its condition is
             if node.op_type in _UNSUPPORTED or not (
                 _operator(node) in CONVERTERS
                 or (node.domain in ("", "ai.onnx") and node.op_type in _tvm_operators())
@@ -130,11 +134,11 @@ class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
                 missing.setdefault(_operator(node), f"{describe(node)}, number {position}")
         if missing:
             listed = ", ".join(f"{name} ({where})" for name, where in sorted(missing.items()))
-            control = [name for name in ("If", "Loop", "Scan") if name in missing]
+            control = [name for name in ("Loop", "Scan") if name in missing]
             if control:
                 raise InputError(
-                    f"{self.name} has control flow that depends on data: {listed}; export one branch of it, "
-                    "or fix what decides it with input_values (--set)"
+                    f"{self.name} has control flow that depends on data: {listed}; export it without, or fix "
+                    "what decides it with input_values (--set)"
                 )
             raise InputError(
                 f"{self.name} holds an ONNX operator that is not supported: {listed}; export the model "
@@ -195,12 +199,49 @@ class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
                 for name, result in zip(node.output, results, strict=True):
                     self._set_known(name, result)
                 return
+        if node.op_type == "If":
+            self._branch(node, attrs)
+            return
         converter = CONVERTERS.get(_operator(node))
         if converter is not None:
             result = converter(OnnxCall(self, node, attrs))
         else:
-            result = self._by_tvm(node)
+            result = self.by_tvm(node)
         self._store(node, result)
+
+    def _branch(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> None:
+        """Convert the branch that is taken, where shapes decide it."""
+        condition = self.known(node.input[0])
+        if condition is None or not condition.is_static:
+            raise InputError(
+                f"{self.name} has control flow that depends on data: {describe(node)}; export one branch of "
+                "it, or fix what decides it with input_values (--set)"
+            )
+        branch = attrs["then_branch" if condition.array.reshape(-1)[0] else "else_branch"]
+        nodes, outputs, constants = copy_graph(branch, f"{node.output[0]}/", {})
+        for name, array in constants.items():
+            self._add_constant(name, array)
+        graph = onnx.GraphProto()
+        graph.node.extend(nodes)
+        self._check(graph)
+        for inner in nodes:
+            if inner.op_type == "Constant":
+                tensor = constant_tensor(inner)
+                if tensor is not None:
+                    self._add_constant(inner.output[0], onnx_frontend.get_numpy(tensor))
+                    continue
+            self._convert_node(inner)
+        for inner_name, name in zip(outputs, node.output, strict=False):
+            if inner_name in self._known:
+                self._set_known(name, self._known[inner_name])
+            else:
+                self._nodes[name] = self.expr(inner_name)
+
+    def _add_constant(self, name: str, array: Array) -> None:
+        if array.size <= MOST_ELEMENTS and array.dtype.kind in "biuf":
+            self._known[name] = Known(array, array.dtype.name)
+        else:
+            self._nodes[name] = constant(array, array.dtype.name)
 
     def _set_known(self, name: str, value: Known) -> None:
         self._known[name] = value
@@ -226,7 +267,8 @@ class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
         self._set_known(node.output[0], result)
         return True
 
-    def _by_tvm(self, node: onnx.NodeProto) -> Any:
+    def by_tvm(self, node: onnx.NodeProto) -> Any:
+        """What TVM's own converter makes of a node."""
         attrs = self._parse_attr(node.attribute)
         attrs["tvm_custom"] = {"name": node.name, "num_outputs": len(node.output)}
         inputs = onnx_frontend.onnx_input()

@@ -21,6 +21,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 # numbers beyond this many elements are data, not shapes
 MOST_ELEMENTS = 4096
 
+_REFERENCE_FROM = {"DequantizeLinear": 19}
+
 # elements that an operator may make of a few numbers
 MOST_MADE = 1 << 22
 
@@ -186,6 +188,8 @@ def evaluate(
         [helper.make_tensor_value_info(n, _elem_type(inputs[n]), None) for n in dict.fromkeys(names)],
         [onnx.ValueInfoProto(name=name) for name in node.output if name],
     )
+    # the reference has the newer ones only, which take all that the older took
+    opset = max(opset, _REFERENCE_FROM.get(node.op_type, 1))
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
     try:
         with np.errstate(all="ignore"):
@@ -385,7 +389,8 @@ def _transpose(ev: Evaluator, attrs: Mapping[str, Any], data: Known) -> Known:
 
 
 def _expand(ev: Evaluator, attrs: Mapping[str, Any], data: Known, shape: Known) -> Known:
-    target = np.broadcast_shapes(data.array.shape, tuple(int(size) for size in _static(shape)))
+    sizes = (1 if size == -1 else int(size) for size in _static(shape))
+    target = np.broadcast_shapes(data.array.shape, tuple(sizes))
     return known(np.broadcast_to(_objects(data), target), data.dtype)
 
 

@@ -3,10 +3,28 @@
 from collections.abc import Callable
 from typing import Any
 
-from tvm_balanced.frontend.onnx_operators import arrangement, elementwise, recurrent
+from tvm_balanced.frontend.onnx_operators import (
+    arrangement,
+    contrib,
+    elementwise,
+    products,
+    quantization,
+    recurrent,
+    reductions,
+    sampling,
+)
+
+_FAMILIES = (
+    arrangement,
+    contrib,
+    elementwise,
+    products,
+    quantization,
+    recurrent,
+    reductions,
+    sampling,
+)
 
 CONVERTERS: dict[str, Callable[..., Any]] = {
-    **arrangement.CONVERTERS,
-    **elementwise.CONVERTERS,
-    **recurrent.CONVERTERS,
+    name: converter for family in _FAMILIES for name, converter in family.CONVERTERS.items()
 }

@@ -222,21 +222,50 @@ class _Resolver:
     def _copy(
         self, graph: onnx.GraphProto, prefix: str, bound: Mapping[str, str]
     ) -> tuple[list[onnx.NodeProto], list[str]]:
-        names = dict(bound)
-        for tensor in graph.initializer:
-            names[tensor.name] = prefix + tensor.name
-            self.folder.add(names[tensor.name], numpy_helper.to_array(tensor))
-        nodes = []
-        for node in graph.node:
-            copy = onnx.NodeProto()
-            copy.CopyFrom(node)
-            for output in node.output:
-                if output:
-                    names[output] = prefix + output
-            _rename_all(copy, names)
-            copy.name = prefix + node.name if node.name else ""
-            nodes.append(copy)
-        return nodes, [names.get(output.name, output.name) for output in graph.output]
+        nodes, outputs, constants = copy_graph(graph, prefix, bound)
+        for name, array in constants.items():
+            self.folder.add(name, array)
+        return nodes, outputs
+
+
+def copy_graph(
+    graph: onnx.GraphProto, prefix: str, bound: Mapping[str, str]
+) -> tuple[list[onnx.NodeProto], list[str], dict[str, Array]]:
+    """A subgraph's nodes under names of their own.
+
+    Parameters
+    ----------
+    graph : onnx.GraphProto
+        The body of a loop, or a branch.
+    prefix : str
+        What the new names start with.
+    bound : Mapping[str, str]
+        The body's inputs and what they are outside.
+
+    Returns
+    -------
+    nodes : list of onnx.NodeProto
+    outputs : list of str
+        What the subgraph's outputs are called now.
+    constants : dict of str to numpy.ndarray
+        Its initializers.
+    """
+    names = dict(bound)
+    constants = {}
+    for tensor in graph.initializer:
+        names[tensor.name] = prefix + tensor.name
+        constants[names[tensor.name]] = numpy_helper.to_array(tensor)
+    nodes = []
+    for node in graph.node:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        for output in node.output:
+            if output:
+                names[output] = prefix + output
+        _rename_all(copy, names)
+        copy.name = prefix + node.name if node.name else ""
+        nodes.append(copy)
+    return nodes, [names.get(output.name, output.name) for output in graph.output], constants
 
 
 def _rename_all(node: onnx.NodeProto, names: Mapping[str, str]) -> None:

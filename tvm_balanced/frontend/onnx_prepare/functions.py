@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import onnx
 
+from tvm_balanced.errors import InputError
+from tvm_balanced.frontend.optional import first_line
+
 # defined by ONNX as functions of simpler operators, and either unknown to TVM or wrong there
 _BY_DEFINITION = (
-    "Attention Bernoulli BlackmanWindow Celu CenterCropPad HammingWindow HannWindow NegativeLogLikelihoodLoss "
+    "Attention Bernoulli Celu CenterCropPad NegativeLogLikelihoodLoss "
     "RotaryEmbedding SoftmaxCrossEntropyLoss Swish SwiGLU"
 ).split()
 
 
 def inline(model: onnx.ModelProto) -> onnx.ModelProto:
     """Calls of functions become the functions' nodes."""
-    from onnx import inliner
+    from onnx import inliner, shape_inference
 
     if model.functions:
         model = inliner.inline_local_functions(model)
     wanted = {("", name) for name in _BY_DEFINITION}
     if any((node.domain, node.op_type) in wanted for node in _nodes(model.graph)):
-        model = inliner.inline_selected_functions(model, sorted(wanted), False, True)
+        # some are defined by the types of their operands
+        typed = shape_inference.infer_shapes(model)
+        try:
+            model = inliner.inline_selected_functions(typed, sorted(wanted), False, True)
+        except RuntimeError as error:
+            used = sorted({n.op_type for n in _nodes(model.graph)} & set(_BY_DEFINITION))
+            raise InputError(
+                f"ONNX's definition of {', '.join(used)} cannot be used here ({first_line(error)}); export "
+                "the model with another opset"
+            ) from error
     return model
 
 

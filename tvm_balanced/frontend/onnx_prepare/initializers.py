@@ -41,7 +41,7 @@ def lift_constants(model: onnx.ModelProto) -> None:
     """``Constant`` nodes become initializers of their outputs' names."""
     kept = []
     for node in model.graph.node:
-        tensor = _constant(node) if node.op_type == "Constant" else None
+        tensor = constant_tensor(node) if node.op_type == "Constant" else None
         if tensor is None:
             kept.append(node)
         else:
@@ -51,7 +51,8 @@ def lift_constants(model: onnx.ModelProto) -> None:
         model.graph.node.extend(kept)
 
 
-def _constant(node: onnx.NodeProto) -> onnx.TensorProto | None:
+def constant_tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    """The value of a ``Constant`` node; None for text, which nothing that can be imported reads."""
     (attribute,) = node.attribute
     name = node.output[0]
     if attribute.name == "value":
@@ -62,7 +63,7 @@ def _constant(node: onnx.NodeProto) -> onnx.TensorProto | None:
     if attribute.name == "sparse_value":
         return _dense(attribute.sparse_tensor, name)
     dtype = _CONSTANT_KINDS.get(attribute.name)
-    if dtype is None:  # text, which nothing that can be imported reads
+    if dtype is None:
         return None
     return numpy_helper.from_array(np.array(helper.get_attribute_value(attribute), dtype), name)
 
