@@ -46,7 +46,7 @@ def fold_weights(
         Values of the weights, in the order of the parameters. Not changed.
     keep_transposed : collection of str
         Weights ``(N, K)`` whose kernels like them so: a bare transpose of these is left for
-        ``FuseTransposeMatmul``.
+        ``FuseTransposes``.
 
     Returns
     -------

@@ -15,6 +15,7 @@ from tvm import relax
 
 from tvm_balanced.records import Choice
 from tvm_balanced.relay_passes.clean_names import CleanKernelNames
+from tvm_balanced.relay_passes.fuse_transposes import FuseTransposes
 from tvm_balanced.relay_passes.lift_workspaces import LiftWorkspaces, with_signatures_of
 from tvm_balanced.schedules.dispatch import ScheduleBalanced, schedule_rest
 from tvm_balanced.schedules.tuned import ScheduleTuned
@@ -28,7 +29,7 @@ def fuse_passes() -> list[Any]:
     return [
         relax.backend.DispatchSampling(),
         relax.backend.DispatchSortScan(),
-        relax.transform.FuseTransposeMatmul(),
+        FuseTransposes(),
         relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),
         relax.transform.FoldConstant(),

@@ -116,8 +116,8 @@ class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
             for element in value.array.ravel()
         ]
         out = self.bb.emit(relax.op.shape_to_tensor(relax.ShapeExpr(dims)))
-        if value.array.ndim != 1:
-            out = self.bb.emit(relax.op.reshape(out, value.array.shape))
+        # said for a list too, as the tensor of a shape knows no size
+        out = self.bb.emit(relax.op.reshape(out, value.array.shape))
         if value.dtype != "int64":
             out = self.bb.emit(relax.op.astype(out, value.dtype))
         return out
@@ -304,11 +304,18 @@ class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
         for name, value in zip(node.output, result, strict=False):
             if name:
                 # emitted here, so that readers share it
-                self._nodes[name] = (
-                    value
-                    if isinstance(value, relax.Var | relax.ShapeExpr | tvm.ir.GenericConst)
-                    else self.bb.emit(value)
-                )
+                if not isinstance(value, relax.Var | relax.ShapeExpr | tvm.ir.GenericConst):
+                    value = self.bb.emit(value)
+                self._nodes[name] = self._with_shape(name, value)
+
+    def _with_shape(self, name: str, value: Any) -> Any:
+        """A tensor whose sizes have names: new ones where they depend on the data."""
+        ty = value.ty
+        if not isinstance(ty, relax.TensorType) or ty.ndim < 0 or isinstance(ty.shape, relax.ShapeExpr):
+            return value
+        label = "".join(c if c.isalnum() else "_" for c in name)
+        dims = [tirx.Var(f"size_{label}_{i}", "int64") for i in range(ty.ndim)]
+        return self.bb.match_cast(value, relax.TensorType(dims, ty.dtype))
 
 
 def describe(node: onnx.NodeProto) -> str:

@@ -10,7 +10,8 @@ from tvm import relax, sym, tirx, topi
 
 from tvm_balanced.frontend.onnx_operators.call import OnnxCall, constant, dtype_of, shape_of
 
-_FAR = 2**31 - 1  # exporters write the largest int32 or int64 for "to the end"
+# no dimension is that long: exporters write this and more for "to the end"
+_FAR = 10**8
 
 
 def reshape(call: OnnxCall) -> Any:
@@ -156,8 +157,8 @@ def _range(call: OnnxCall, dim: Any, start: Any, end: Any, step: int) -> tuple[A
         first, last, _ = slice(start, None if step < 0 and end < -dim else end, step).indices(dim)
         return first, last if step < 0 else max(first, last)
     if step < 0:
-        first = dim - 1 if isinstance(start, int) and start in (-1, _FAR) else None
-        last = -1 if isinstance(end, int) and end < -_FAR // 2 else None
+        first = dim - 1 if isinstance(start, int) and (start == -1 or start >= _FAR) else None
+        last = -1 if isinstance(end, int) and end <= -_FAR else None
         if first is None or last is None:
             raise call.refuse(
                 "it runs backwards over part of a symbolic dimension",
@@ -320,6 +321,27 @@ def split(call: OnnxCall) -> Any:
     return parts
 
 
+def concat(call: OnnxCall) -> Any:
+    """``Concat``; sizes that must be equal are checked at run time where they are not known to be."""
+    parts = [call.expr(i) for i in range(len(call))]
+    shapes = [shape_of(part) for part in parts]
+    rank = len(shapes[0])
+    axis = call.attr("axis") % rank
+    parts = [p for p, s in zip(parts, shapes, strict=True) if s[axis] != 0] or parts[:1]
+    shapes = [shape_of(part) for part in parts]
+    if len(parts) == 1:
+        return parts[0]
+    best = [
+        next((s[i] for s in shapes if isinstance(s[i], int)), shapes[0][i]) for i in range(rank)
+    ]
+    for at, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
+        wanted = [shape[i] if i == axis else best[i] for i in range(rank)]
+        if not all(map(_equal, wanted, shape)):
+            ty = relax.TensorType(_dims(wanted), dtype_of(part))
+            parts[at] = call.bb.match_cast(part, ty)
+    return relax.op.concat(parts, axis)
+
+
 CONVERTERS: dict[str, Callable[[OnnxCall], Any]] = {
     "Reshape": reshape,
     "Expand": expand,
@@ -331,4 +353,5 @@ CONVERTERS: dict[str, Callable[[OnnxCall], Any]] = {
     "Unsqueeze": unsqueeze,
     "Flatten": flatten,
     "Split": split,
+    "Concat": concat,
 }

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
+from tvm_balanced.frontend.onnx_operators.arrangement import _dims
+
 from tvm_balanced.frontend.onnx_operators.call import OnnxCall, constant, dtype_of, shape_of
 
 # beyond this many steps the unrolled code takes minutes to compile
@@ -52,7 +54,9 @@ class _Cell:
 
     def product(self, state: Any, weight: Any) -> Any:
         """``state`` of every direction times that direction's recurrent weight."""
-        out = self.call.emit(relax.op.matmul(state, weight))
+        # a transpose for each product, which then is part of its kernel
+        transposed = self.call.emit(relax.op.permute_dims(weight, [1, 0]))
+        out = self.call.emit(relax.op.matmul(state, transposed))
         if self.directions == 1:
             return out
         width = self.gates * self.hidden
@@ -63,8 +67,8 @@ class _Cell:
                         relax.op.strided_slice(
                             out,
                             [0, 1],
-                            [d * self.batch, d * width],
-                            [(d + 1) * self.batch, (d + 1) * width],
+                            [_prim(d * self.batch), d * width],
+                            [_prim((d + 1) * self.batch), (d + 1) * width],
                             assume_inbound=True,
                         )
                     )
@@ -83,9 +87,9 @@ class _Cell:
 
     def by_direction(self, array: Any, width: int) -> Any:
         """``(directions, width)`` to rows as states have them, ``(directions * batch, width)``."""
-        wide = self.call.emit(relax.op.reshape(array, (self.directions, 1, width)))
-        wide = self.call.emit(relax.op.broadcast_to(wide, (self.directions, self.batch, width)))
-        return self.call.emit(relax.op.reshape(wide, (self.directions * self.batch, width)))
+        wide = self.call.emit(relax.op.reshape(array, _shape(self.directions, 1, width)))
+        wide = self.call.emit(relax.op.broadcast_to(wide, _shape(self.directions, self.batch, width)))
+        return self.call.emit(relax.op.reshape(wide, _shape(self.directions * self.batch, width)))
 
 
 Step = Callable[[_Cell, Any, Any, Any, Any, Any], tuple[Any, Any]]
@@ -178,10 +182,7 @@ def _layer(call: OnnxCall, gates: int, activations: Sequence[str], step: Step) -
     given, bias = _given(cell, data)
     rows, hidden = cell.directions * cell.batch, cell.hidden
     weight = call.emit(
-        relax.op.permute_dims(
-            call.emit(relax.op.reshape(call.expr(2), (cell.directions * gates * hidden, hidden))),
-            [1, 0],
-        )
+        relax.op.reshape(call.expr(2), _shape(cell.directions * gates * hidden, hidden))
     )
     dtype = dtype_of(data)
     lengths = _lengths(cell)
@@ -191,9 +192,10 @@ def _layer(call: OnnxCall, gates: int, activations: Sequence[str], step: Step) -
             state = call.expr(index)
             if batch_first:
                 state = call.emit(relax.op.permute_dims(state, [1, 0, 2]))
-            states.append(call.emit(relax.op.reshape(state, (rows, hidden))))
+            states.append(call.emit(relax.op.reshape(state, _shape(rows, hidden))))
         else:
-            states.append(constant(np.zeros((rows, hidden)), dtype))
+            zero = constant(0, dtype)
+            states.append(call.emit(relax.op.full(_shape(rows, hidden), zero, dtype)))
     h, c = states
     parts = (
         [given]
@@ -206,7 +208,7 @@ def _layer(call: OnnxCall, gates: int, activations: Sequence[str], step: Step) -
     )
     outputs = []
     for at, part in enumerate(parts):
-        flat = call.emit(relax.op.reshape(part, (rows, gates * hidden)))
+        flat = call.emit(relax.op.reshape(part, _shape(rows, gates * hidden)))
         new_h, new_c = step(cell, flat, h, c, weight, bias)
         shown = new_h
         if lengths is not None:
@@ -222,12 +224,11 @@ def _layer(call: OnnxCall, gates: int, activations: Sequence[str], step: Step) -
 
 def _cell(call: OnnxCall, data: Any, gates: int, activations: Sequence[str]) -> _Cell:
     steps, batch, _ = shape_of(data)
-    for size, what in ((steps, "length"), (batch, "batch")):
-        if not isinstance(size, int):
-            raise call.refuse(
-                f"the {what} {size} of its sequences is symbolic",
-                "give that dimension a number in input_shapes",
-            )
+    if not isinstance(steps, int):
+        raise call.refuse(
+            f"the length {steps} of its sequences is symbolic",
+            "give that dimension a number in input_shapes",
+        )
     if steps > MOST_STEPS:
         raise call.refuse(
             f"it runs over {steps} steps, and at most {MOST_STEPS} are unrolled", "import shorter sequences"
@@ -252,7 +253,7 @@ def _given(cell: _Cell, data: Any) -> tuple[Any, Any]:
     ``(steps, directions * batch, gates * hidden)``, the second direction's steps in reverse.
     """
     call, width = cell.call, cell.gates * cell.hidden
-    weight = call.emit(relax.op.reshape(call.expr(1), (cell.directions * width, shape_of(data)[2])))
+    weight = call.emit(relax.op.reshape(call.expr(1), _shape(cell.directions * width, shape_of(data)[2])))
     out = call.emit(relax.op.matmul(data, call.emit(relax.op.permute_dims(weight, [1, 0]))))
     bias = None
     if call.has(3):
@@ -268,7 +269,7 @@ def _given(cell: _Cell, data: Any) -> tuple[Any, Any]:
             bias = cell.by_direction(second, width)
         else:
             first = call.emit(relax.op.add(first, second))
-        flat = call.emit(relax.op.reshape(first, (cell.directions * width,)))
+        flat = call.emit(relax.op.reshape(first, _shape(cell.directions * width,)))
         out = call.emit(relax.op.add(out, flat))
     if cell.directions == 1:
         reverse = call.attr("direction", "forward") == "reverse"
@@ -292,9 +293,9 @@ def _lengths(cell: _Cell) -> Any:
     if known is not None and known.is_static and (known.array >= cell.steps).all():
         return None
     lengths = call.emit(relax.op.astype(call.expr(4), "int32"))
-    lengths = call.emit(relax.op.reshape(lengths, (1, cell.batch)))
-    lengths = call.emit(relax.op.broadcast_to(lengths, (cell.directions, cell.batch)))
-    return call.emit(relax.op.reshape(lengths, (cell.directions * cell.batch, 1)))
+    lengths = call.emit(relax.op.reshape(lengths, _shape(1, cell.batch)))
+    lengths = call.emit(relax.op.broadcast_to(lengths, _shape(cell.directions, cell.batch)))
+    return call.emit(relax.op.reshape(lengths, _shape(cell.directions * cell.batch, 1)))
 
 
 def _valid(cell: _Cell, lengths: Any, at: int) -> Any:
@@ -303,8 +304,19 @@ def _valid(cell: _Cell, lengths: Any, at: int) -> Any:
     if cell.directions == 1:
         time = np.array(last if cell.call.attr("direction", "forward") == "reverse" else at)
     else:
-        time = np.repeat([at, last], cell.batch)[:, None]
+        column = constant(np.array([[at], [last]]), "int32")
+        column = cell.call.emit(relax.op.broadcast_to(column, _shape(2, cell.batch)))
+        column = cell.call.emit(relax.op.reshape(column, _shape(2 * cell.batch, 1)))
+        return cell.call.emit(relax.op.less(column, lengths))
     return cell.call.emit(relax.op.less(constant(time, "int32"), lengths))
+
+
+def _shape(*sizes: Any) -> Any:
+    return relax.ShapeExpr(_dims(sizes))
+
+
+def _prim(value: Any) -> Any:
+    return value if isinstance(value, int) else relax.prim_value(value)
 
 
 def _results(cell: _Cell, outputs: Sequence[Any], h: Any, c: Any, batch_first: bool) -> list[Any]:
@@ -312,7 +324,7 @@ def _results(cell: _Cell, outputs: Sequence[Any], h: Any, c: Any, batch_first: b
     call, shape = cell.call, (cell.directions, cell.batch, cell.hidden)
     results = []
     if call.node.output[0]:
-        stacked = _join(call, [call.emit(relax.op.reshape(o, (1, *shape))) for o in outputs])
+        stacked = _join(call, [call.emit(relax.op.reshape(o, _shape(1, *shape))) for o in outputs])
         reverse = call.attr("direction", "forward") == "reverse"
         if cell.directions == 2:
             halves = [
@@ -329,7 +341,7 @@ def _results(cell: _Cell, outputs: Sequence[Any], h: Any, c: Any, batch_first: b
     else:
         results.append(h)
     for state in (h, c):
-        state = call.emit(relax.op.reshape(state, shape))
+        state = call.emit(relax.op.reshape(state, _shape(*shape)))
         results.append(
             call.emit(relax.op.permute_dims(state, [1, 0, 2])) if batch_first else state
         )

@@ -130,14 +130,19 @@ class _Axis:
         self.scale = scale
         default = "half_pixel" if call.opset >= 11 else "asymmetric"
         self.transform = call.attr("coordinate_transformation_mode", default)
+        rounding = "round_prefer_floor" if call.opset >= 11 else "floor"
+        self.nearest = call.attr("nearest_mode", rounding)
         self.mode = call.attr("mode", "nearest")
         if self.mode == "bilinear":
             self.mode = "linear"
+        sizes_by_scale = size is None and isinstance(dim, int)
         if self.transform == "tf_crop_and_resize" and isinstance(dim, int) and size is None:
             size = int(np.floor(dim * (roi[1] - roi[0]) * scale))
         if size is None and isinstance(dim, int):
             size = int(np.floor(np.float64(dim) * np.float64(np.float32(scale))))
         self.size = size
+        # between the corners lies what the scale says, be it no whole number
+        self.length = float(np.float32(scale)) * dim if sizes_by_scale else size
         crops = self.transform == "tf_crop_and_resize" and tuple(roi) != (0.0, 1.0)
         same = isinstance(size, int) and isinstance(dim, int) and size == dim
         self.is_identity = not crops and (scale == 1 if not isinstance(size, int) else same and scale == 1)
@@ -178,7 +183,7 @@ class _Axis:
         """Nearest elements of a symbolic dimension, a whole number of times as large."""
         call, scale = self.call, self.scale
         whole = scale is not None and float(scale) == int(scale)
-        floors = self.transform == "asymmetric" and call.attr("nearest_mode", "floor") == "floor"
+        floors = self.transform == "asymmetric" and self.nearest == "floor"
         if self.mode != "nearest" or not whole or not (floors or self.transform == "half_pixel"):
             raise call.refuse(
                 f"it resizes the symbolic dimension {self.dim} by other than a whole number of nearest "
@@ -205,7 +210,8 @@ class _Axis:
         if self.transform == "pytorch_half_pixel":
             return (x + 0.5) / scale - 0.5 if size > 1 else np.zeros(1)
         if self.transform == "align_corners":
-            return x * (dim - 1) / (size - 1) if size > 1 else np.zeros(1)
+            last = self.length - 1
+            return x * (dim - 1) / last if last else np.zeros(size)
         if self.transform == "asymmetric":
             return x / scale
         if self.transform == "tf_crop_and_resize":
@@ -219,7 +225,7 @@ class _Axis:
         """Per element of the result: positions in the source and their weights."""
         source = self._source()
         if self.mode == "nearest":
-            positions = _nearest(source, self.call.attr("nearest_mode", "round_prefer_floor"))
+            positions = _nearest(source, self.nearest)
             return np.clip(positions, 0, self.dim - 1)[:, None], np.ones((len(source), 1))
         # a filter that is as wide as the elements that become one
         stretch = 1.0

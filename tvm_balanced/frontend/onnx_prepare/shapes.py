@@ -31,7 +31,7 @@ def static_shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for value in [*model.graph.input, *model.graph.value_info]:
         tensor = value.type.tensor_type
-        dims = [dim.dim_value if dim.HasField("dim_value") else None for dim in tensor.shape.dim]
+        dims = [dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim]
         if tensor.HasField("shape") and None not in dims:
             shapes[value.name] = tuple(dim or 0 for dim in dims)
     return shapes
