@@ -259,10 +259,13 @@ def write_onnx(source: Path, path: Path, changed: Mapping[str, Array], overwrite
     if absent:
         raise InputError(
             f"the weight {absent[0]} is computed inside {source}, so it cannot be replaced there; "
-            "fold the file's constants first (onnxslim), or add it to --ignore"
+            "store it there as an initializer, or add it to --ignore"
         )
     for name, array in changed.items():
         tensor = stored[name]
+        old = numpy_helper.to_array(tensor)
+        if old.dtype != array.dtype and old.dtype.kind in "iu":
+            array = _with_zeros(model, name, old, array, source)
         tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), tensor.name))
     try:
         data = model.SerializeToString()
@@ -271,6 +274,45 @@ def write_onnx(source: Path, path: Path, changed: Mapping[str, Array], overwrite
             f"{source} holds more than one protobuf can ({error}); prune the .pt2 of the model instead"
         ) from error
     write_whole(path, lambda part: _write_bytes(part, data), overwrite)
+
+
+def _with_zeros(model: Any, name: str, old: Array, new: Array, source: Path) -> Array:
+    """Quantised integers whose values are 0 where ``new`` is, that is, their zero point."""
+    from onnx import numpy_helper
+
+    arrays = {tensor.name: tensor for tensor in model.graph.initializer}
+    # data, and where the zero point stands behind it
+    places = {
+        "DequantizeLinear": (0, 2),
+        "MatMulInteger": (1, 3),
+        "ConvInteger": (1, 3),
+        "QLinearMatMul": (3, 5),
+        "QLinearConv": (3, 5),
+        "MatMulIntegerToFloat": (1, 5),
+        "DynamicQuantizeMatMul": (1, 3),
+    }
+    for node in model.graph.node:
+        data, zero = places.get(node.op_type, (-1, -1))
+        if not (0 <= data < len(node.input) and node.input[data] == name) or new.shape != old.shape:
+            continue
+        points = arrays.get(node.input[zero]) if zero < len(node.input) else None
+        if points is None and zero < len(node.input) and node.input[zero]:
+            break
+        value = np.zeros((), old.dtype) if points is None else numpy_helper.to_array(points)
+        if value.size == 1:
+            return np.where(new == 0, value.reshape(()), old)
+        axis = -1
+        for attribute in node.attribute:
+            axis = int(attribute.i) if attribute.name == "axis" else axis
+        if node.op_type == "DequantizeLinear" and not any(a.name == "axis" for a in node.attribute):
+            axis = 1
+        shape = [1] * old.ndim
+        shape[axis] = value.size
+        return np.where(new == 0, value.reshape(shape), old)
+    raise InputError(
+        f"the weight {name} is quantised in {source} in a way that cannot be written back; add it to "
+        "--ignore"
+    )
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

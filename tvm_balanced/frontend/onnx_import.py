@@ -34,25 +34,29 @@ def from_onnx(
     Parameters
     ----------
     source : onnx.ModelProto, str or path
-        Never changed. Shape arithmetic that the exporter left in the graph is folded first, by onnxslim.
+        Never changed.
     input_shapes : Mapping[str, sequence of int or str], optional
         Shapes of inputs, in place of those in the file; a string is a symbolic dimension, and equal strings
         are equal dimensions. ``{"x": (1, 128)}`` or ``{"ids": ("batch", 128)}``.
     name : str, optional
         For messages and reports; the stem of the file name or the name of the graph where not given.
+    input_values : Mapping[str, array or number], optional
+        Values of inputs that are the same in every call; the compiled model does not take these inputs.
+        What they decide (a branch, a number of turns, a shape) is decided at import: ``{"sr": 16000}``.
 
     Returns
     -------
     Model
-        Weights by their initializer names.
+        Weights by their initializer names, inputs and outputs by the file's.
 
     Raises
     ------
     InputError
-        For a file that is not a whole ONNX model, names in ``input_shapes`` that are no inputs, shapes of
-        another rank, or an operator that TVM does not know.
+        For a file that is not a whole ONNX model, names in ``input_shapes`` or ``input_values`` that are no
+        inputs, shapes of another rank, an operator that is not supported, or what depends on data where
+        it must be known.
     ToolchainError
-        When onnx or onnxslim is not installed.
+        When onnx is not installed.
     """
     onnx = need("onnx", "onnx", "importing an ONNX model")
     if isinstance(source, (str, os.PathLike)):
@@ -163,7 +167,7 @@ def _convert(model: Any, name: str) -> Model:
     from tvm_balanced.frontend.onnx_importer import Importer
     from tvm_balanced.relay_passes.rewrite_params import drop_unused_weights
 
-    opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
     importer = Importer(opset, name)
     # TVM's importer prints what it raises
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
