@@ -30,13 +30,58 @@ LIMIT_S = 120
 
 # operands that the files of exporters hold as constants: they decide shapes
 _PARAMETERS = frozenset(
-    "axes axis shape repeats tiles starts ends steps pads split k K depth sizes scales size roi M cond start "
-    "limit delta iou_threshold score_threshold max_output_boxes_per_class output_shape target_shape window_length "
-    "dft_length num_mel_bins sample_rate lower_edge_hertz upper_edge_hertz frame_step frame_length "
-    "ratio training_mode position constant_value".split()
+    [
+        "axes",
+        "axis",
+        "shape",
+        "repeats",
+        "tiles",
+        "starts",
+        "ends",
+        "steps",
+        "pads",
+        "split",
+        "k",
+        "K",
+        "depth",
+        "sizes",
+        "scales",
+        "size",
+        "roi",
+        "M",
+        "cond",
+        "start",
+        "limit",
+        "delta",
+        "iou_threshold",
+        "score_threshold",
+        "max_output_boxes_per_class",
+        "output_shape",
+        "target_shape",
+        "window_length",
+        "dft_length",
+        "num_mel_bins",
+        "sample_rate",
+        "lower_edge_hertz",
+        "upper_edge_hertz",
+        "frame_step",
+        "frame_length",
+        "ratio",
+        "training_mode",
+        "position",
+        "constant_value",
+    ]
 )
 _TRAINING = frozenset(
-    "Adagrad Adam Momentum Gradient GraphCall NegativeLogLikelihoodLoss SoftmaxCrossEntropyLoss".split()
+    [
+        "Adagrad",
+        "Adam",
+        "Momentum",
+        "Gradient",
+        "GraphCall",
+        "NegativeLogLikelihoodLoss",
+        "SoftmaxCrossEntropyLoss",
+    ]
 )
 
 
@@ -150,9 +195,7 @@ def difference(got: Sequence[Any], expected: Sequence[Any], case: Any) -> str:
     for i, (value, want) in enumerate(zip(got, expected, strict=True)):
         array, right = np.asarray(value), _array(want)
         if array.dtype != right.dtype or array.shape != right.shape:
-            return (
-                f"output {i} is {array.dtype}{array.shape}, expected {right.dtype}{right.shape}"
-            )
+            return f"output {i} is {array.dtype}{array.shape}, expected {right.dtype}{right.shape}"
         if right.dtype.kind in "biuOSU":
             if not np.array_equal(array, right):
                 return f"output {i} differs in {int((array != right).sum())} of {array.size}"
@@ -194,9 +237,7 @@ def sweep(names: Sequence[str]) -> Iterator[Outcome]:
             worker.kill()
             worker.join()
             label, opset = operator(node_cases()[name].model)
-            yield Outcome(
-                name, label, opset, CRASHED, False, "the process ended, or took too long"
-            )
+            yield Outcome(name, label, opset, CRASHED, False, "the process ended, or took too long")
             worker = None
     if pipe is not None:
         pipe.close()
@@ -254,8 +295,7 @@ def _summary(label: str, status: Counter[str]) -> str:
     count = sum(status.values()) or 1
     wrong = status[WRONG] + status[CRASHED]
     return (
-        f"| {label} | {status[RIGHT]} | {status[REFUSED]} | {wrong} | "
-        f"{status[RIGHT] / count:.1%} |"
+        f"| {label} | {status[RIGHT]} | {status[REFUSED]} | {wrong} | {status[RIGHT] / count:.1%} |"
     )
 
 

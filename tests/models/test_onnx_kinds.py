@@ -1,4 +1,4 @@
-"""Kinds of ONNX files that people have, each a small one: imported, pruned, compiled, compared with ONNX Runtime."""
+"""Kinds of ONNX files that people have: imported, pruned, compiled, compared with ONNX Runtime."""
 
 import numpy as np
 import onnx
@@ -187,7 +187,9 @@ def test_convolutions_only():
         node("Relu", ["y"], ["r"]),
         node("GlobalAveragePool", ["r"], ["z"]),
     ]
-    model = make(nodes, [("x", F, [1, 3, 16, 16])], [("z", F, [1, 8, 1, 1])], {"w": rand(8, 3, 3, 3)})
+    model = make(
+        nodes, [("x", F, [1, 3, 16, 16])], [("z", F, [1, 8, 1, 1])], {"w": rand(8, 3, 3, 3)}
+    )
     check(model, {"x": rand(1, 3, 16, 16)}, sparse=[])
     with pytest.raises(InputError, match="no dense layer with a constant weight"):
         from_onnx(model).prune("4:16")
@@ -222,7 +224,13 @@ def test_functions_of_the_model():
     ]
     weights = {"w1": rand(64, 64), "w2": rand(64, 32)}
     model = make(
-        nodes, [("x", F, [2, 64])], [("z", F, [2, 32])], weights, 17, ["my.domain"], functions=[block]
+        nodes,
+        [("x", F, [2, 64])],
+        [("z", F, [2, 32])],
+        weights,
+        17,
+        ["my.domain"],
+        functions=[block],
     )
     check(model, {"x": rand(2, 64)}, sparse=["w1", "w2"], prune="4:16")
 
@@ -265,7 +273,9 @@ def loop(trips, condition="c"):
     else:
         weights["n"] = np.array(trips)
     outputs = [("z", F, [2, 64]), ("all", F, ["t", 2, 64])]
-    return make([node("Loop", ["n", "yes", "x"], ["z", "all"], body=body)], inputs, outputs, weights)
+    return make(
+        [node("Loop", ["n", "yes", "x"], ["z", "all"], body=body)], inputs, outputs, weights
+    )
 
 
 @pytest.mark.parametrize("condition", ["c", "going"])
@@ -332,7 +342,13 @@ def recurrent(kind, gates, directions, steps=6, batch=2, width=64, hidden=64, **
     states = ["h0", "c0"] if kind == "LSTM" else ["h0"]
     outputs = ["y", "yh", "yc"][: 1 + len(states)]
     nodes = [
-        node(kind, ["x", "W", "R", "b", attrs.pop("lengths", ""), *states], outputs, hidden_size=hidden, **attrs),
+        node(
+            kind,
+            ["x", "W", "R", "b", attrs.pop("lengths", ""), *states],
+            outputs,
+            hidden_size=hidden,
+            **attrs,
+        ),
         node("Transpose", ["y"], ["t"], perm=[0, 2, 1, 3]),
         node("Reshape", ["t", "shape"], ["s"]),
         node("MatMul", ["s", "out"], ["z"]),
@@ -452,7 +468,14 @@ def test_weights_of_four_bits():
     packed = RNG.integers(0, 256, (n, k // block, block // 2)).astype(np.uint8)
     nodes = [
         node(
-            "MatMulNBits", ["x", "q", "s"], ["z"], domain="com.microsoft", K=k, N=n, bits=4, block_size=block
+            "MatMulNBits",
+            ["x", "q", "s"],
+            ["z"],
+            domain="com.microsoft",
+            K=k,
+            N=n,
+            bits=4,
+            block_size=block,
         )
     ]
     weights = {"q": packed, "s": np.abs(rand(n * k // block)) + 0.01}
@@ -477,7 +500,13 @@ def transformer_block(mask):
         node("SkipLayerNormalization", ["d", "h", "g", "beta"], ["z"], epsilon=1e-12, **MS),
     ]
     weights = {"qkv": rand(64, 192), "qkvb": rand(192), "wo": rand(64, 64), "bo": rand(64)}
-    weights |= {"g": rand(64), "beta": rand(64), "w1": rand(64, 128), "b1": rand(128), "w2": rand(128, 64)}
+    weights |= {
+        "g": rand(64),
+        "beta": rand(64),
+        "w1": rand(64, 128),
+        "b1": rand(128),
+        "w2": rand(128, 64),
+    }
     inputs = [("x", F, [2, 6, 64]), ("mask", I32, list(mask.shape))]
     return make(nodes, inputs, [("z", F, [2, 6, 64])], weights, domains=["com.microsoft"])
 
@@ -546,7 +575,12 @@ def test_grouped_queries_with_rotary_positions():
 )
 def test_activations_of_the_optimizer(op, more):
     model = make(
-        [node(op, ["x"], ["z"], **MS, **more)], [("x", F, [4, 9])], [("z", F, [4, 9])], {}, 17, [MS["domain"]]
+        [node(op, ["x"], ["z"], **MS, **more)],
+        [("x", F, [4, 9])],
+        [("z", F, [4, 9])],
+        {},
+        17,
+        [MS["domain"]],
     )
     check(model, {"x": rand(4, 9) * 10}, sparse=[], tol=1e-3)
 
@@ -579,7 +613,9 @@ def test_numbers_that_are_none(op, more):
 
     x = np.array([[np.nan, 1, -2], [np.inf, 0, 1], [-np.inf, -3, 200], [0.3, -0.1, 4]], np.float32)
     weights = {f"c{i}": value for i, value in enumerate(more)}
-    model = make([node(op, ["x", *weights], ["z"])], [("x", F, [4, 3])], [("z", F, None)], weights, 18)
+    model = make(
+        [node(op, ["x", *weights], ["z"])], [("x", F, [4, 3])], [("z", F, None)], weights, 18
+    )
     library = tb.compile(from_onnx(model), "llvm", logs=False)
     (expected,) = ReferenceEvaluator(model).run(None, {"x": x})
     np.testing.assert_allclose(library(x), expected, rtol=1e-5, atol=1e-6)

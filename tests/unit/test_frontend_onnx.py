@@ -102,7 +102,10 @@ def test_unnamed_dimensions_become_symbols():
 
 
 def test_an_unknown_operator_is_named():
-    with pytest.raises(InputError, match=r"an ONNX operator that is not supported: Det \(node d \(Det\), number 5\)"):
+    with pytest.raises(
+        InputError,
+        match=r"an ONNX operator that is not supported: Det \(node d \(Det\), number 5\)",
+    ):
         from_onnx(_with_node("Det"), {"x.1": (3, 8)})
 
 

@@ -29,8 +29,21 @@ from tvm_balanced.frontend.optional import first_line
 
 # operators that read a sequence or an optional, which the importer holds as tuples
 _UNSUPPORTED = frozenset(
-    "Loop Scan Optional OptionalGetElement OptionalHasElement SequenceConstruct SequenceEmpty "
-    "SequenceErase SequenceInsert SequenceLength SequenceAt SplitToSequence ConcatFromSequence".split()
+    [
+        "Loop",
+        "Scan",
+        "Optional",
+        "OptionalGetElement",
+        "OptionalHasElement",
+        "SequenceConstruct",
+        "SequenceEmpty",
+        "SequenceErase",
+        "SequenceInsert",
+        "SequenceLength",
+        "SequenceAt",
+        "SplitToSequence",
+        "ConcatFromSequence",
+    ]
 )
 
 
@@ -70,9 +83,7 @@ class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
             with bb.dataflow():
                 self._construct_nodes(graph)
                 outputs = [self._nodes[output.name] for output in graph.output]
-                result = bb.emit_output(
-                    outputs[0] if len(outputs) == 1 else relax.Tuple(outputs)
-                )
+                result = bb.emit_output(outputs[0] if len(outputs) == 1 else relax.Tuple(outputs))
             bb.emit_func_output(result)
         if self.limits:
             attrs["tir_var_upper_bound"] = self.limits
@@ -110,7 +121,7 @@ class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
     def tensor(self, value: Known) -> Any:
         """A known value as a tensor."""
         if value.is_static:
-                return constant(value.array, value.dtype)
+            return constant(value.array, value.dtype)
         dims = [
             tirx.const(element, "int64") if isinstance(element, int) else element
             for element in value.array.ravel()
@@ -311,7 +322,11 @@ class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
     def _with_shape(self, name: str, value: Any) -> Any:
         """A tensor whose sizes have names: new ones where they depend on the data."""
         ty = value.ty
-        if not isinstance(ty, relax.TensorType) or ty.ndim < 0 or isinstance(ty.shape, relax.ShapeExpr):
+        if (
+            not isinstance(ty, relax.TensorType)
+            or ty.ndim < 0
+            or isinstance(ty.shape, relax.ShapeExpr)
+        ):
             return value
         label = "".join(c if c.isalnum() else "_" for c in name)
         dims = [tirx.Var(f"size_{label}_{i}", "int64") for i in range(ty.ndim)]
@@ -332,6 +347,3 @@ def _operator(node: onnx.NodeProto) -> str:
 def _tvm_operators() -> Mapping[str, Callable[..., Any]]:
     operators: Mapping[str, Callable[..., Any]] = onnx_frontend._get_convert_map()
     return operators
-
-
-__all__ = ["Array", "Importer", "describe"]

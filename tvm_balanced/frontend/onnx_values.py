@@ -27,8 +27,18 @@ _REFERENCE_FROM = {"DequantizeLinear": 19}
 MOST_MADE = 1 << 22
 
 _DYNAMIC = frozenset(
-    "If Loop Scan RandomNormal RandomUniform RandomNormalLike RandomUniformLike Multinomial Bernoulli "
-    "Dropout".split()
+    [
+        "If",
+        "Loop",
+        "Scan",
+        "RandomNormal",
+        "RandomUniform",
+        "RandomNormalLike",
+        "RandomUniformLike",
+        "Multinomial",
+        "Bernoulli",
+        "Dropout",
+    ]
 )
 
 
@@ -185,7 +195,10 @@ def evaluate(
     graph = helper.make_graph(
         [node],
         "node",
-        [helper.make_tensor_value_info(n, _elem_type(inputs[n]), None) for n in dict.fromkeys(names)],
+        [
+            helper.make_tensor_value_info(n, _elem_type(inputs[n]), None)
+            for n in dict.fromkeys(names)
+        ],
         [onnx.ValueInfoProto(name=name) for name in node.output if name],
     )
     # the reference has the newer ones only, which take all that the older took
@@ -481,4 +494,3 @@ _RULES: dict[str, Callable[..., Any]] = {
     "Split": _split,
     "ScatterND": _scatter_nd,
 }
-

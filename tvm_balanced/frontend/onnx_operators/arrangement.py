@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 from tvm import relax, sym, tirx, topi
 
-from tvm_balanced.frontend.onnx_operators.call import OnnxCall, constant, dtype_of, shape_of
+from tvm_balanced.frontend.onnx_operators.call import (
+    OnnxCall,
+    constant,
+    dims,
+    dtype_of,
+    equal_sizes,
+    product,
+    shape_of,
+)
 
 # no dimension is that long: exporters write this and more for "to the end"
 _FAR = 10**8
@@ -25,19 +33,19 @@ def reshape(call: OnnxCall) -> Any:
     if any(_is(size, -1) for size in target):
         at = next(i for i, size in enumerate(target) if _is(size, -1))
         target[at] = _rest(call, old, target[:at] + target[at + 1 :])
-    return relax.op.reshape(data, relax.ShapeExpr(_dims(target)))
+    return relax.op.reshape(data, relax.ShapeExpr(dims(target)))
 
 
 def _rest(call: OnnxCall, old: Sequence[Any], others: Sequence[Any]) -> Any:
     """The product of ``old`` over that of ``others``; equal symbols cancel."""
     above, below = list(old), []
     for size in others:
-        match = next((i for i, dim in enumerate(above) if _equal(dim, size)), None)
+        match = next((i for i, dim in enumerate(above) if equal_sizes(dim, size)), None)
         if match is None:
             below.append(size)
         else:
             del above[match]
-    count, divisor = _product(above), _product(below)
+    count, divisor = product(above), product(below)
     if isinstance(count, int) and isinstance(divisor, int):
         if divisor == 0 or count % divisor:
             raise call.refuse(f"{old} elements do not fill {others}", "export the model again")
@@ -45,25 +53,8 @@ def _rest(call: OnnxCall, old: Sequence[Any], others: Sequence[Any]) -> Any:
     return sym.Analyzer().simplify(count // divisor)
 
 
-def _product(dims: Sequence[Any]) -> Any:
-    out: Any = 1
-    for dim in dims:
-        out = out * dim
-    return out
-
-
 def _is(size: Any, number: int) -> bool:
     return isinstance(size, int) and size == number
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    return bool(sym.Analyzer().can_prove_equal(a, b))
-
-
-def _dims(sizes: Sequence[Any]) -> list[Any]:
-    return [tirx.const(size, "int64") if isinstance(size, int) else size for size in sizes]
 
 
 def expand(call: OnnxCall) -> Any:
@@ -72,9 +63,9 @@ def expand(call: OnnxCall) -> Any:
     target = call.elements(1)
     assert target is not None
     shape = broadcast(call, shape_of(data), target)
-    if len(shape) == len(shape_of(data)) and all(map(_equal, shape, shape_of(data))):
+    if len(shape) == len(shape_of(data)) and all(map(equal_sizes, shape, shape_of(data))):
         return data
-    return relax.op.broadcast_to(data, relax.ShapeExpr(_dims(shape)))
+    return relax.op.broadcast_to(data, relax.ShapeExpr(dims(shape)))
 
 
 def broadcast(call: OnnxCall, a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
@@ -83,13 +74,14 @@ def broadcast(call: OnnxCall, a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
     pairs = zip([1] * (rank - len(a)) + list(a), [1] * (rank - len(b)) + list(b), strict=True)
     out = []
     for x, y in pairs:
-        if _is(x, 1) or _equal(x, y):
+        if _is(x, 1) or equal_sizes(x, y):
             out.append(y)
         elif _is(y, 1):
             out.append(x)
         else:
             raise call.refuse(
-                f"it is not known whether {x} and {y} are one size", "give both numbers in input_shapes"
+                f"it is not known whether {x} and {y} are one size",
+                "give both numbers in input_shapes",
             )
     return out
 
@@ -220,7 +212,7 @@ def constant_of_shape(call: OnnxCall) -> Any:
     shape = call.elements(0)
     assert shape is not None
     number = constant(array.reshape(()), array.dtype.name)
-    return relax.op.full(relax.ShapeExpr(_dims(shape)), number, array.dtype.name)
+    return relax.op.full(relax.ShapeExpr(dims(shape)), number, array.dtype.name)
 
 
 def tile(call: OnnxCall) -> Any:
@@ -241,9 +233,9 @@ def tile(call: OnnxCall) -> Any:
         split += [1, dim]
         wide += [count, dim]
         merged.append(dim if _is(count, 1) else dim * count)
-    data = call.emit(relax.op.reshape(data, relax.ShapeExpr(_dims(split))))
-    data = call.emit(relax.op.broadcast_to(data, relax.ShapeExpr(_dims(wide))))
-    return relax.op.reshape(data, relax.ShapeExpr(_dims(merged)))
+    data = call.emit(relax.op.reshape(data, relax.ShapeExpr(dims(split))))
+    data = call.emit(relax.op.broadcast_to(data, relax.ShapeExpr(dims(wide))))
+    return relax.op.reshape(data, relax.ShapeExpr(dims(merged)))
 
 
 def _empty(data: Any, repeats: Sequence[int]) -> Any:
@@ -285,7 +277,7 @@ def flatten(call: OnnxCall) -> Any:
     axis = call.attr("axis", 1)
     axis = axis + len(shape) if axis < 0 else axis
     return relax.op.reshape(
-        data, relax.ShapeExpr(_dims([_product(shape[:axis]), _product(shape[axis:])]))
+        data, relax.ShapeExpr(dims([product(shape[:axis]), product(shape[axis:])]))
     )
 
 
@@ -336,8 +328,8 @@ def concat(call: OnnxCall) -> Any:
     ]
     for at, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
         wanted = [shape[i] if i == axis else best[i] for i in range(rank)]
-        if not all(map(_equal, wanted, shape)):
-            ty = relax.TensorType(_dims(wanted), dtype_of(part))
+        if not all(map(equal_sizes, wanted, shape)):
+            ty = relax.TensorType(dims(wanted), dtype_of(part))
             parts[at] = call.bb.match_cast(part, ty)
     return relax.op.concat(parts, axis)
 

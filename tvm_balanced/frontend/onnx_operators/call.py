@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tvm import relax, tirx
+from tvm import relax, sym, tirx
 
 from tvm_balanced.errors import InputError
-from tvm_balanced.frontend.onnx_values import Array, Known
+from tvm_balanced.frontend.onnx_values import Known
 from tvm_balanced.packing import numpy_dtype
 
 if TYPE_CHECKING:
@@ -130,6 +130,26 @@ def shape_of(expr: Any) -> list[Any]:
     return [int(dim) if isinstance(dim, tirx.IntImm) else dim for dim in expr.ty.shape]
 
 
+def dims(sizes: Sequence[Any]) -> list[Any]:
+    """Sizes as Relax has them."""
+    return [tirx.const(size, "int64") if isinstance(size, int) else size for size in sizes]
+
+
+def product(sizes: Sequence[Any]) -> Any:
+    """The number of elements."""
+    out: Any = 1
+    for size in sizes:
+        out = out * size
+    return out
+
+
+def equal_sizes(a: Any, b: Any) -> bool:
+    """Whether two sizes are known to be equal."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return bool(sym.Analyzer().can_prove_equal(a, b))
+
+
 def dtype_of(expr: Any) -> str:
     """The dtype's name."""
     return str(expr.ty.dtype)
@@ -143,6 +163,3 @@ def constant(value: Any, dtype: str) -> Any:
 def is_real(dtype: str) -> bool:
     """Whether the dtype has NaN."""
     return "float" in dtype
-
-
-__all__ = ["Array", "OnnxCall", "constant", "dtype_of", "is_real", "shape_of"]

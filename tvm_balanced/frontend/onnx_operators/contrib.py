@@ -9,8 +9,13 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from tvm_balanced.frontend.onnx_operators.arrangement import _dims
-from tvm_balanced.frontend.onnx_operators.call import OnnxCall, constant, dtype_of, shape_of
+from tvm_balanced.frontend.onnx_operators.call import (
+    OnnxCall,
+    constant,
+    dims,
+    dtype_of,
+    shape_of,
+)
 
 
 def attention(call: OnnxCall) -> Any:
@@ -73,16 +78,14 @@ def attend(
 def _heads(call: OnnxCall, data: Any, heads: int) -> Any:
     """``(batch, length, width)`` to ``(batch, heads, length, width / heads)``."""
     batch, length, width = shape_of(data)
-    shape = relax.ShapeExpr(_dims([batch, length, heads, width // heads]))
+    shape = relax.ShapeExpr(dims([batch, length, heads, width // heads]))
     return call.emit(relax.op.permute_dims(call.emit(relax.op.reshape(data, shape)), [0, 2, 1, 3]))
 
 
 def _merge(call: OnnxCall, data: Any) -> Any:
     batch, heads, length, size = shape_of(data)
     data = call.emit(relax.op.permute_dims(data, [0, 2, 1, 3]))
-    return call.emit(
-        relax.op.reshape(data, relax.ShapeExpr(_dims([batch, length, heads * size])))
-    )
+    return call.emit(relax.op.reshape(data, relax.ShapeExpr(dims([batch, length, heads * size]))))
 
 
 def _mask(call: OnnxCall, index: int, batch: Any, length: Any, total: Any) -> Any:
@@ -92,7 +95,7 @@ def _mask(call: OnnxCall, index: int, batch: Any, length: Any, total: Any) -> An
     if len(shape) == 1:
         if not _same(shape[0], batch):
             raise call.refuse("its mask holds starts and ends")
-        positions = call.emit(relax.op.arange(0, _dims([total])[0], 1, dtype_of(mask)))
+        positions = call.emit(relax.op.arange(0, dims([total])[0], 1, dtype_of(mask)))
         lengths = call.emit(relax.op.expand_dims(mask, 1))
         mask = call.emit(relax.op.less(call.emit(relax.op.expand_dims(positions, 0)), lengths))
     elif len(shape) == 4:
@@ -109,14 +112,16 @@ def _same(a: Any, b: Any) -> bool:
     return a == b if isinstance(a, int) and isinstance(b, int) else a is b or str(a) == str(b)
 
 
-def _causal(call: OnnxCall, length: Any, total: Any, past: Any, dtype: str, window: int = -1) -> Any:
+def _causal(
+    call: OnnxCall, length: Any, total: Any, past: Any, dtype: str, window: int = -1
+) -> Any:
     """What hides later positions, and those before ``window``."""
-    rows = call.emit(relax.op.arange(0, _dims([length])[0], 1, "int64"))
+    rows = call.emit(relax.op.arange(0, dims([length])[0], 1, "int64"))
     if not (isinstance(past, int) and past == 0):
         offset = call.importer.tensor(_scalar(past))
         rows = call.emit(relax.op.add(rows, offset))
     rows = call.emit(relax.op.expand_dims(rows, 1))
-    columns = call.emit(relax.op.arange(0, _dims([total])[0], 1, "int64"))
+    columns = call.emit(relax.op.arange(0, dims([total])[0], 1, "int64"))
     columns = call.emit(relax.op.expand_dims(columns, 0))
     seen = call.emit(relax.op.less_equal(columns, rows))
     if window > 0:
@@ -218,7 +223,7 @@ def group_query_attention(call: OnnxCall) -> Any:
         assert shape_of(query)[3] == size
     past: Any = shape_of(call.expr(3))[2] if call.has(3) else 0
     if call.attr("do_rotary", 0):
-        rows = call.emit(relax.op.arange(0, _dims([length])[0], 1, "int64"))
+        rows = call.emit(relax.op.arange(0, dims([length])[0], 1, "int64"))
         rows = call.emit(relax.op.add(rows, call.importer.tensor(_scalar(past))))
         tables = [call.emit(relax.op.take(call.expr(i), rows, 0)) for i in (7, 8)]
         twisted = bool(call.attr("rotary_interleaved", 0))
@@ -241,10 +246,10 @@ def _repeat(call: OnnxCall, data: Any, count: int) -> Any:
         return data
     batch, heads, length, size = shape_of(data)
     wide = call.emit(relax.op.expand_dims(data, 2))
-    shape = relax.ShapeExpr(_dims([batch, heads, count, length, size]))
+    shape = relax.ShapeExpr(dims([batch, heads, count, length, size]))
     wide = call.emit(relax.op.broadcast_to(wide, shape))
     return call.emit(
-        relax.op.reshape(wide, relax.ShapeExpr(_dims([batch, heads * count, length, size])))
+        relax.op.reshape(wide, relax.ShapeExpr(dims([batch, heads * count, length, size])))
     )
 
 
@@ -259,11 +264,9 @@ def rotate(call: OnnxCall, data: Any, cos: Any, sin: Any, interleaved: bool = Fa
     if len(shape_of(cos)) == 3:
         cos, sin = (call.emit(relax.op.expand_dims(x, 1)) for x in (cos, sin))
     if interleaved:
-        pairs = relax.ShapeExpr(_dims([batch, heads, length, half, 2]))
+        pairs = relax.ShapeExpr(dims([batch, heads, length, half, 2]))
         split = call.emit(relax.op.reshape(data, pairs))
-        first, second = (
-            call.emit(relax.op.take(split, constant(i, "int64"), 4)) for i in range(2)
-        )
+        first, second = (call.emit(relax.op.take(split, constant(i, "int64"), 4)) for i in range(2))
     else:
         first, second = (
             call.emit(
@@ -277,9 +280,7 @@ def rotate(call: OnnxCall, data: Any, cos: Any, sin: Any, interleaved: bool = Fa
     if interleaved:
         both = [emit(relax.op.expand_dims(x, 4)) for x in (real, imaginary)]
         out = emit(relax.op.concat(both, axis=4))
-        out = emit(
-            relax.op.reshape(out, relax.ShapeExpr(_dims([batch, heads, length, 2 * half])))
-        )
+        out = emit(relax.op.reshape(out, relax.ShapeExpr(dims([batch, heads, length, 2 * half]))))
     else:
         out = emit(relax.op.concat([real, imaginary], axis=3))
     return out if rest is None else emit(relax.op.concat([out, rest], axis=3))
@@ -297,7 +298,7 @@ def rotary_embedding(call: OnnxCall) -> Any:
         data = _heads(call, data, heads)
     length = shape_of(data)[2]
     if len(shape_of(positions)) == 1:
-        rows = call.emit(relax.op.arange(0, _dims([length])[0], 1, "int64"))
+        rows = call.emit(relax.op.arange(0, dims([length])[0], 1, "int64"))
         positions = call.emit(relax.op.add(rows, positions))
     tables = [call.emit(relax.op.take(call.expr(i), positions, 0)) for i in (2, 3)]
     out = rotate(call, data, *tables, interleaved=bool(call.attr("interleaved", 0)))
@@ -346,17 +347,19 @@ def embed_layer_normalization(call: OnnxCall) -> Any:
     if call.has(8):
         places = call.expr(8)
     else:
-        places = call.emit(relax.op.arange(0, _dims([length])[0], 1, "int64"))
+        places = call.emit(relax.op.arange(0, dims([length])[0], 1, "int64"))
     total = call.emit(relax.op.add(total, call.emit(relax.op.take(call.expr(3), places, 0))))
     if call.has(1) and call.has(4):
-        total = call.emit(relax.op.add(total, call.emit(relax.op.take(call.expr(4), call.expr(1), 0))))
+        total = call.emit(
+            relax.op.add(total, call.emit(relax.op.take(call.expr(4), call.expr(1), 0)))
+        )
     out = normalize(call, total, call.expr(5), call.expr(6), call.attr("epsilon", 1e-12))
     if call.has(7):
         mask = call.emit(relax.op.astype(call.expr(7), "int32"))
         lengths = call.emit(relax.op.sum(mask, 1))
     else:
         lengths = call.emit(
-            relax.op.full(relax.ShapeExpr(_dims([batch])), constant(0, "int32"), "int32")
+            relax.op.full(relax.ShapeExpr(dims([batch])), constant(0, "int32"), "int32")
         )
     return [out, lengths, total]
 

@@ -152,9 +152,7 @@ def mod(call: OnnxCall) -> Any:
     zero = constant(0, dtype)
     signs = [call.emit(relax.op.less(x, zero)) for x in (rest, divisor)]
     differ = call.emit(relax.op.logical_xor(*signs))
-    moved = call.emit(
-        relax.op.logical_and(differ, call.emit(relax.op.not_equal(rest, zero)))
-    )
+    moved = call.emit(relax.op.logical_and(differ, call.emit(relax.op.not_equal(rest, zero))))
     return relax.op.where(moved, call.emit(relax.op.add(rest, divisor)), rest)
 
 
@@ -228,16 +226,30 @@ def cast_like(call: OnnxCall) -> Any:
 
 
 _DTYPES = frozenset(
-    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float32 float64".split()
+    [
+        "bool",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint8",
+        "uint16",
+        "uint32",
+        "uint64",
+        "float16",
+        "bfloat16",
+        "float32",
+        "float64",
+    ]
 )
 
 
 def _cast(call: OnnxCall, dtype: str) -> Any:
     known = call.known(0)
-    if known is not None and known.is_static and known.dtype in _DTYPES - {"bfloat16"}:
-        if dtype in _DTYPES - {"bfloat16"}:
-            with np.errstate(all="ignore"):
-                return Known(known.array.astype(dtype), dtype)
+    plain = _DTYPES - {"bfloat16"}
+    if known is not None and known.is_static and {known.dtype, dtype} <= plain:
+        with np.errstate(all="ignore"):
+            return Known(known.array.astype(dtype), dtype)
     data = call.expr(0)
     old = dtype_of(data)
     for name in (old, dtype):
@@ -291,9 +303,7 @@ def one_hot(call: OnnxCall) -> Any:
     shape = [depth if i == axis else 1 for i in range(rank)]
     classes = constant(np.arange(depth).reshape(shape), "int64")
     hot = call.emit(relax.op.equal(call.emit(relax.op.expand_dims(indices, axis)), classes))
-    off, on = (
-        call.emit(relax.op.take(values, constant(i, "int64"), 0)) for i in range(2)
-    )
+    off, on = (call.emit(relax.op.take(values, constant(i, "int64"), 0)) for i in range(2))
     return relax.op.where(hot, on, off)
 
 

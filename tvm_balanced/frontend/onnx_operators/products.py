@@ -7,8 +7,15 @@ from typing import Any
 
 from tvm import relax
 
-from tvm_balanced.frontend.onnx_operators.arrangement import _dims, _equal, _product
-from tvm_balanced.frontend.onnx_operators.call import OnnxCall, constant, dtype_of, shape_of
+from tvm_balanced.frontend.onnx_operators.call import (
+    OnnxCall,
+    constant,
+    dims,
+    dtype_of,
+    equal_sizes,
+    product,
+    shape_of,
+)
 
 
 def matmul(call: OnnxCall) -> Any:
@@ -28,15 +35,15 @@ def einsum(call: OnnxCall) -> Any:
     spare = iter("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
     if "..." in equation:
         rank = max(
-            len(shape_of(x)) - len(t.replace("...", "")) for x, t in zip(operands, terms, strict=True)
+            len(shape_of(x)) - len(t.replace("...", ""))
+            for x, t in zip(operands, terms, strict=True)
         )
         dots = "".join(next(c for c in spare if c not in equation) for _ in range(rank))
         counts = [
-            len(shape_of(x)) - len(t.replace("...", "")) for x, t in zip(operands, terms, strict=True)
+            len(shape_of(x)) - len(t.replace("...", ""))
+            for x, t in zip(operands, terms, strict=True)
         ]
-        terms = [
-            t.replace("...", dots[rank - n :]) for t, n in zip(terms, counts, strict=True)
-        ]
+        terms = [t.replace("...", dots[rank - n :]) for t, n in zip(terms, counts, strict=True)]
         result = result.replace("...", dots) if arrow else dots
     if not arrow:
         letters = sorted(c for c in set("".join(terms)) if c.islower() or c.isupper())
@@ -80,8 +87,8 @@ def _pair(
     }
     for c in shared:
         if not (
-            _equal(shape_of(a)[first.index(c)], sizes[c])
-            and _equal(shape_of(b)[second.index(c)], sizes[c])
+            equal_sizes(shape_of(a)[first.index(c)], sizes[c])
+            and equal_sizes(shape_of(b)[second.index(c)], sizes[c])
         ):
             raise call.refuse(f"its dimension {c} is broadcast")
     left = _arranged(call, a, first, [batch, rows, inner], sizes)
@@ -90,7 +97,7 @@ def _pair(
     order = [*batch, *rows, *columns]
     shape = [sizes[c] for c in order]
     if len(shape) != len(shape_of(out)):
-        out = call.emit(relax.op.reshape(out, relax.ShapeExpr(_dims(shape))))
+        out = call.emit(relax.op.reshape(out, relax.ShapeExpr(dims(shape))))
     return "".join(order), out
 
 
@@ -102,10 +109,10 @@ def _arranged(
     if "".join(order) != term:
         value = call.emit(relax.op.permute_dims(value, [term.index(c) for c in order]))
     batch, first, second = ([sizes[c] for c in group] for group in groups)
-    shape = [*batch, _product(first), _product(second)]
+    shape = [*batch, product(first), product(second)]
     if len(shape) == len(order):
         return value
-    return call.emit(relax.op.reshape(value, relax.ShapeExpr(_dims(shape))))
+    return call.emit(relax.op.reshape(value, relax.ShapeExpr(dims(shape))))
 
 
 def gemm(call: OnnxCall) -> Any:

@@ -9,7 +9,12 @@ import numpy as np
 from onnx import helper
 from tvm import relax
 
-from tvm_balanced.frontend.onnx_operators.call import OnnxCall, constant, dtype_of, shape_of
+from tvm_balanced.frontend.onnx_operators.call import (
+    OnnxCall,
+    constant,
+    dtype_of,
+    shape_of,
+)
 
 _RANGES = {name: np.iinfo(name) for name in ("int8", "uint8", "int16", "uint16", "int32")}
 
@@ -56,7 +61,9 @@ def dequantize(call: OnnxCall) -> Any:
         data = call.emit(
             relax.op.subtract(call.emit(relax.op.astype(data, wide)), _along(call, 2, wide))
         )
-    scaled = relax.op.multiply(call.emit(relax.op.astype(data, "float32")), _along(call, 1, "float32"))
+    scaled = relax.op.multiply(
+        call.emit(relax.op.astype(data, "float32")), _along(call, 1, "float32")
+    )
     number = call.attr("output_dtype", 0)
     out = helper.tensor_dtype_to_np_dtype(number).name if number else dtype
     return scaled if out == "float32" else relax.op.astype(call.emit(scaled), out)

@@ -13,9 +13,13 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from tvm_balanced.frontend.onnx_operators.arrangement import _dims
-
-from tvm_balanced.frontend.onnx_operators.call import OnnxCall, constant, dtype_of, shape_of
+from tvm_balanced.frontend.onnx_operators.call import (
+    OnnxCall,
+    constant,
+    dims,
+    dtype_of,
+    shape_of,
+)
 
 # beyond this many steps the unrolled code takes minutes to compile
 MOST_STEPS = 1024
@@ -88,7 +92,9 @@ class _Cell:
     def by_direction(self, array: Any, width: int) -> Any:
         """``(directions, width)`` to rows as states have them, ``(directions * batch, width)``."""
         wide = self.call.emit(relax.op.reshape(array, _shape(self.directions, 1, width)))
-        wide = self.call.emit(relax.op.broadcast_to(wide, _shape(self.directions, self.batch, width)))
+        wide = self.call.emit(
+            relax.op.broadcast_to(wide, _shape(self.directions, self.batch, width))
+        )
         return self.call.emit(relax.op.reshape(wide, _shape(self.directions * self.batch, width)))
 
 
@@ -146,9 +152,7 @@ def _gru_step(
 
 def _gru_gates(cell: _Cell, given: Any, product: Any) -> tuple[Any, Any]:
     emit, f = cell.call.emit, cell.activations[0]
-    both = emit(
-        f(emit(relax.op.add(cell.gate(given, 0, 2), cell.gate(product, 0, 2))))
-    )
+    both = emit(f(emit(relax.op.add(cell.gate(given, 0, 2), cell.gate(product, 0, 2)))))
     return cell.gate(both, 0), cell.gate(both, 1)
 
 
@@ -231,7 +235,8 @@ def _cell(call: OnnxCall, data: Any, gates: int, activations: Sequence[str]) -> 
         )
     if steps > MOST_STEPS:
         raise call.refuse(
-            f"it runs over {steps} steps, and at most {MOST_STEPS} are unrolled", "import shorter sequences"
+            f"it runs over {steps} steps, and at most {MOST_STEPS} are unrolled",
+            "import shorter sequences",
         )
     if call.attr("clip", 0):
         raise call.refuse("it clips its gates (clip)")
@@ -253,7 +258,9 @@ def _given(cell: _Cell, data: Any) -> tuple[Any, Any]:
     ``(steps, directions * batch, gates * hidden)``, the second direction's steps in reverse.
     """
     call, width = cell.call, cell.gates * cell.hidden
-    weight = call.emit(relax.op.reshape(call.expr(1), _shape(cell.directions * width, shape_of(data)[2])))
+    weight = call.emit(
+        relax.op.reshape(call.expr(1), _shape(cell.directions * width, shape_of(data)[2]))
+    )
     out = call.emit(relax.op.matmul(data, call.emit(relax.op.permute_dims(weight, [1, 0]))))
     bias = None
     if call.has(3):
@@ -269,7 +276,14 @@ def _given(cell: _Cell, data: Any) -> tuple[Any, Any]:
             bias = cell.by_direction(second, width)
         else:
             first = call.emit(relax.op.add(first, second))
-        flat = call.emit(relax.op.reshape(first, _shape(cell.directions * width,)))
+        flat = call.emit(
+            relax.op.reshape(
+                first,
+                _shape(
+                    cell.directions * width,
+                ),
+            )
+        )
         out = call.emit(relax.op.add(out, flat))
     if cell.directions == 1:
         reverse = call.attr("direction", "forward") == "reverse"
@@ -312,7 +326,7 @@ def _valid(cell: _Cell, lengths: Any, at: int) -> Any:
 
 
 def _shape(*sizes: Any) -> Any:
-    return relax.ShapeExpr(_dims(sizes))
+    return relax.ShapeExpr(dims(sizes))
 
 
 def _prim(value: Any) -> Any:
@@ -342,9 +356,7 @@ def _results(cell: _Cell, outputs: Sequence[Any], h: Any, c: Any, batch_first: b
         results.append(h)
     for state in (h, c):
         state = call.emit(relax.op.reshape(state, _shape(*shape)))
-        results.append(
-            call.emit(relax.op.permute_dims(state, [1, 0, 2])) if batch_first else state
-        )
+        results.append(call.emit(relax.op.permute_dims(state, [1, 0, 2])) if batch_first else state)
     return results
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from tvm_balanced.frontend.onnx_operators.arrangement import _dims
 from tvm_balanced.frontend.onnx_operators.call import (
     OnnxCall,
     constant,
+    dims,
     dtype_of,
     is_real,
     shape_of,
@@ -142,7 +142,7 @@ def _filled(call: OnnxCall, shape: Sequence[Any], value: float, dtype: str) -> A
         else:
             limits = np.iinfo(dtype)
             value = limits.max if value > 0 else limits.min
-    return relax.op.full(relax.ShapeExpr(_dims(shape)), constant(value, dtype), dtype)
+    return relax.op.full(relax.ShapeExpr(dims(shape)), constant(value, dtype), dtype)
 
 
 def layer_normalization(call: OnnxCall) -> Any:

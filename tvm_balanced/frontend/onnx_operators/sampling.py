@@ -10,10 +10,10 @@ import onnx
 from onnx import helper
 from tvm import relax, tirx, topi
 
-from tvm_balanced.frontend.onnx_operators.arrangement import _dims
 from tvm_balanced.frontend.onnx_operators.call import (
     OnnxCall,
     constant,
+    dims,
     dtype_of,
     shape_of,
 )
@@ -71,7 +71,9 @@ def _resized(
     return data
 
 
-def _from_sizes(call: OnnxCall, dims: Sequence[Any], sizes: list[Any]) -> tuple[list[Any], list[Any]]:
+def _from_sizes(
+    call: OnnxCall, dims: Sequence[Any], sizes: list[Any]
+) -> tuple[list[Any], list[Any]]:
     """Scales of the axes, and sizes under the policy that keeps the aspect ratio."""
     policy = call.attr("keep_aspect_ratio_policy", "stretch")
     if policy == "stretch":
@@ -145,7 +147,9 @@ class _Axis:
         self.length = float(np.float32(scale)) * dim if sizes_by_scale else size
         crops = self.transform == "tf_crop_and_resize" and tuple(roi) != (0.0, 1.0)
         same = isinstance(size, int) and isinstance(dim, int) and size == dim
-        self.is_identity = not crops and (scale == 1 if not isinstance(size, int) else same and scale == 1)
+        self.is_identity = not crops and (
+            scale == 1 if not isinstance(size, int) else same and scale == 1
+        )
 
     def apply(self, data: Any, axis: int) -> Any:
         """The data resized along ``axis``."""
@@ -166,9 +170,7 @@ class _Axis:
         else:
             matrix = np.zeros((self.dim, len(positions)))
             for tap in range(positions.shape[1]):
-                np.add.at(
-                    matrix, (positions[:, tap], np.arange(len(positions))), weights[:, tap]
-                )
+                np.add.at(matrix, (positions[:, tap], np.arange(len(positions))), weights[:, tap])
             rank = len(shape_of(data))
             order = [i for i in range(rank) if i != axis] + [axis]
             last = call.emit(relax.op.permute_dims(data, order))
@@ -193,9 +195,9 @@ class _Axis:
         shape = shape_of(data)
         wide = [*shape[: axis + 1], int(scale), *shape[axis + 1 :]]
         out = call.emit(relax.op.expand_dims(data, axis + 1))
-        out = call.emit(relax.op.broadcast_to(out, relax.ShapeExpr(_dims(wide))))
+        out = call.emit(relax.op.broadcast_to(out, relax.ShapeExpr(dims(wide))))
         merged = [*shape[:axis], shape[axis] * int(scale), *shape[axis + 1 :]]
-        return call.emit(relax.op.reshape(out, relax.ShapeExpr(_dims(merged))))
+        return call.emit(relax.op.reshape(out, relax.ShapeExpr(dims(merged))))
 
     def _source(self) -> Array:
         """Where each element of the result lies in the source."""
@@ -340,7 +342,8 @@ def conv_transpose(call: OnnxCall) -> Any:
         rank = len(spatial)
         wanted = list(wanted)[-rank:]
         strides, dilations, extra = (
-            list(call.attr(n, [d] * rank)) for n, d in (("strides", 1), ("dilations", 1), ("output_padding", 0))
+            list(call.attr(n, [d] * rank))
+            for n, d in (("strides", 1), ("dilations", 1), ("output_padding", 0))
         )
         before, after = [], []
         for i in range(rank):
@@ -415,9 +418,9 @@ def dft(call: OnnxCall) -> Any:
     order = [i for i in range(rank - 1) if i != axis] + [axis, rank - 1]
     moved = call.emit(relax.op.permute_dims(data, order)) if order != list(range(rank)) else data
     lead = shape_of(moved)[:-2]
-    flat = call.emit(relax.op.reshape(moved, relax.ShapeExpr(_dims([*lead, used * parts]))))
+    flat = call.emit(relax.op.reshape(moved, relax.ShapeExpr(dims([*lead, used * parts]))))
     out = call.emit(relax.op.matmul(flat, constant(table, dtype_of(data))))
-    out = call.emit(relax.op.reshape(out, relax.ShapeExpr(_dims([*lead, count, 2]))))
+    out = call.emit(relax.op.reshape(out, relax.ShapeExpr(dims([*lead, count, 2]))))
     if order == list(range(rank)):
         return out
     return relax.op.permute_dims(out, [order.index(i) for i in range(rank)])

@@ -1,9 +1,9 @@
-"""Steps on ``If``, ``Loop`` and ``Scan``: a branch that is known is taken, turns that are known are unrolled."""
+"""Steps on ``If``, ``Loop`` and ``Scan``: known branches are taken, known turns unrolled."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -209,7 +209,9 @@ class _Resolver:
             states = outputs[: len(states)]
             for one, output in zip(collected, outputs[len(states) :], strict=True):
                 one.append(output)
-        loop = _Loop(node, body, 0, 0, self._constant(node, "over", np.array(False)), states, collected)
+        loop = _Loop(
+            node, body, 0, 0, self._constant(node, "over", np.array(False)), states, collected
+        )
         self.todo.extendleft(reversed([*turns, loop]))
         self.changed = True
         return True

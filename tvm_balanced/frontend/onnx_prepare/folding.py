@@ -13,13 +13,44 @@ from tvm_balanced.frontend.onnx_values import evaluate
 
 # they only move elements or change their dtype: a weight behind them is found where it is
 _MOVES = frozenset(
-    "Identity Transpose Reshape Squeeze Unsqueeze Flatten Cast CastLike Expand Tile".split()
+    [
+        "Identity",
+        "Transpose",
+        "Reshape",
+        "Squeeze",
+        "Unsqueeze",
+        "Flatten",
+        "Cast",
+        "CastLike",
+        "Expand",
+        "Tile",
+    ]
 )
 # what they make has the weight's elements in their places: it is the weight
-_KEEPS_PLACES = frozenset("DequantizeLinear Mul Div Cast Where Identity Add Sub".split())
+_KEEPS_PLACES = frozenset(
+    ["DequantizeLinear", "Mul", "Div", "Cast", "Where", "Identity", "Add", "Sub"]
+)
 _NEVER = frozenset(
-    "If Loop Scan RandomNormal RandomUniform RandomNormalLike RandomUniformLike Multinomial Bernoulli "
-    "Constant Dropout QuantizeLinear DynamicQuantizeLinear LSTM GRU RNN Optional SequenceEmpty".split()
+    [
+        "If",
+        "Loop",
+        "Scan",
+        "RandomNormal",
+        "RandomUniform",
+        "RandomNormalLike",
+        "RandomUniformLike",
+        "Multinomial",
+        "Bernoulli",
+        "Constant",
+        "Dropout",
+        "QuantizeLinear",
+        "DynamicQuantizeLinear",
+        "LSTM",
+        "GRU",
+        "RNN",
+        "Optional",
+        "SequenceEmpty",
+    ]
 )
 
 
@@ -51,9 +82,7 @@ class Folder:
     def __init__(self, model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.model = model
         self.shapes = shapes
-        self.opset = next(
-            (o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1
-        )
+        self.opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
         self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
         self._arrays: dict[str, Array] = {}
         self._later: dict[str, Callable[[], Array | None]] = {}

@@ -8,10 +8,17 @@ from tvm_balanced.errors import InputError
 from tvm_balanced.frontend.optional import first_line
 
 # defined by ONNX as functions of simpler operators, and either unknown to TVM or wrong there
-_BY_DEFINITION = (
-    "Attention Bernoulli Celu CenterCropPad NegativeLogLikelihoodLoss "
-    "RotaryEmbedding SoftmaxCrossEntropyLoss Swish SwiGLU"
-).split()
+_BY_DEFINITION = [
+    "Attention",
+    "Bernoulli",
+    "Celu",
+    "CenterCropPad",
+    "NegativeLogLikelihoodLoss",
+    "RotaryEmbedding",
+    "SoftmaxCrossEntropyLoss",
+    "Swish",
+    "SwiGLU",
+]
 
 
 def inline(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -29,7 +29,7 @@ def _dense(sparse: onnx.SparseTensorProto, name: str) -> onnx.TensorProto:
     shape = tuple(sparse.dims)
     out = np.zeros(shape, values.dtype)
     flat = indices if indices.ndim == 1 else np.ravel_multi_index(tuple(indices.T), shape)
-    if flat.size and not (0 <= flat.min() and flat.max() < out.size):
+    if flat.size and not (flat.min() >= 0 and flat.max() < out.size):
         raise InputError(
             f"the sparse initializer {name} has an index outside its shape {shape}; export it again"
         )

@@ -12,7 +12,13 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from tvm_balanced.frontend.onnx_prepare.builder import Array, Builder, Initializers, readers, replace
+from tvm_balanced.frontend.onnx_prepare.builder import (
+    Array,
+    Builder,
+    Initializers,
+    readers,
+    replace,
+)
 
 _FLOAT, _INT32 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32
 _MS = "com.microsoft"
@@ -37,7 +43,13 @@ def lower_quantized(model: onnx.ModelProto) -> None:
             (_MS, "QLinearLeakyRelu"): _unary("LeakyRelu", "alpha"),
             (_MS, "QLinearGlobalAveragePool"): _unary("GlobalAveragePool"),
             (_MS, "QLinearAveragePool"): _unary(
-                "AveragePool", "auto_pad", "ceil_mode", "count_include_pad", "kernel_shape", "pads", "strides"
+                "AveragePool",
+                "auto_pad",
+                "ceil_mode",
+                "count_include_pad",
+                "kernel_shape",
+                "pads",
+                "strides",
             ),
             (_MS, "QLinearSoftmax"): _unary("Softmax", "axis"),
             (_MS, "QLinearConcat"): _qlinear_concat,
@@ -115,7 +127,12 @@ def _qgemm(b: Builder) -> bool:
     if b.input(6):
         scale = b.op("Mul", b.input(1), b.input(4))
         operands.append(b.op("Mul", b.op("Cast", b.input(6), to=_FLOAT), scale))
-    attrs = {"transA": b.attr("transA", 0), "transB": int(transposed), "alpha": alpha, "beta": alpha}
+    attrs = {
+        "transA": b.attr("transA", 0),
+        "transB": int(transposed),
+        "alpha": alpha,
+        "beta": alpha,
+    }
     if b.input(7):
         _quantize(b, b.op("Gemm", *operands, **attrs), 7)
     else:
