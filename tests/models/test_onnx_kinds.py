@@ -363,7 +363,8 @@ def recurrent(kind, gates, directions, steps=6, batch=2, width=64, hidden=64, **
         "out": rand(directions * hidden, 32),
     }
     results = [("z", F, [steps, batch, 32]), *((o, F, shape) for o in outputs[1:])]
-    feeds = {"x": rand(steps, 3 if isinstance(batch, str) else batch, width)}
+    size = [6 if isinstance(steps, str) else steps, 3 if isinstance(batch, str) else batch]
+    feeds = {"x": rand(*size, width)}
     for state in states:
         feeds[state] = rand(directions, len(feeds["x"][0]), hidden)
     return make(nodes, inputs, results, weights), feeds

@@ -147,8 +147,10 @@ def _set_shapes(model: Any, shapes: Mapping[str, Shape], name: str) -> None:
                         "number or a name"
                     )
         for axis, dim in enumerate(tensor.shape.dim):
-            # some exporters write -1 or 0 for a size that they do not know
-            if dim.dim_value <= 0 and not dim.dim_param.isidentifier():
+            # some exporters write -1 for a size that they do not know
+            if dim.dim_value < 0 or (
+                not dim.HasField("dim_value") and not dim.dim_param.isidentifier()
+            ):
                 dim.dim_param = f"{_identifier(value.name)}_{axis}"
     if shapes:  # shapes further on were inferred from the old ones
         del graph.value_info[:]

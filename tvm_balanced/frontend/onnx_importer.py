@@ -14,7 +14,7 @@ from tvm.relax.frontend.onnx import onnx_frontend
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.frontend.onnx_operators import CONVERTERS
-from tvm_balanced.frontend.onnx_operators.call import OnnxCall, constant
+from tvm_balanced.frontend.onnx_operators.call import DTYPES, OnnxCall, constant
 from tvm_balanced.frontend.onnx_prepare.control_flow import copy_graph
 from tvm_balanced.frontend.onnx_prepare.initializers import constant_tensor
 from tvm_balanced.frontend.onnx_values import (
@@ -174,6 +174,26 @@ class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
             self._nodes[tensor.name] = var
             self.arrays[tensor.name] = array
             self._params[tensor.name] = (var, array)
+
+    def _parse_graph_input(self, graph: onnx.GraphProto) -> None:
+        symbols: dict[str, Any] = {}
+        for value in graph.input:
+            tensor = value.type.tensor_type
+            shape = [
+                symbols.setdefault(dim.dim_param, tirx.Var(dim.dim_param, "int64"))
+                if dim.dim_param
+                else int(dim.dim_value)
+                for dim in tensor.shape.dim
+            ]
+            dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+            if dtype not in DTYPES:
+                raise InputError(
+                    f"input {value.name} of {self.name} is {dtype}, which is not supported; export the model "
+                    f"with one of {', '.join(sorted(DTYPES))}"
+                )
+            self._inputs[value.name] = self._nodes[value.name] = self._new_var(
+                value.name, shape=shape, dtype=dtype
+            )
 
     def _construct_nodes(self, graph: onnx.GraphProto) -> None:
         for position, node in enumerate(graph.node):

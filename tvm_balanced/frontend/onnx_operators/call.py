@@ -17,6 +17,25 @@ if TYPE_CHECKING:
 
     from tvm_balanced.frontend.onnx_importer import Importer
 
+# what the compiler has kernels for
+DTYPES = frozenset(
+    [
+        "bool",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint8",
+        "uint16",
+        "uint32",
+        "uint64",
+        "float16",
+        "bfloat16",
+        "float32",
+        "float64",
+    ]
+)
+
 
 class OnnxCall:
     """Operands and attributes of one node.

@@ -10,6 +10,7 @@ from onnx import helper
 from tvm import relax
 
 from tvm_balanced.frontend.onnx_operators.call import (
+    DTYPES,
     OnnxCall,
     constant,
     dtype_of,
@@ -225,35 +226,16 @@ def cast_like(call: OnnxCall) -> Any:
     return _cast(call, known.dtype if known is not None else dtype_of(call.expr(1)))
 
 
-_DTYPES = frozenset(
-    [
-        "bool",
-        "int8",
-        "int16",
-        "int32",
-        "int64",
-        "uint8",
-        "uint16",
-        "uint32",
-        "uint64",
-        "float16",
-        "bfloat16",
-        "float32",
-        "float64",
-    ]
-)
-
-
 def _cast(call: OnnxCall, dtype: str) -> Any:
     known = call.known(0)
-    plain = _DTYPES - {"bfloat16"}
+    plain = DTYPES - {"bfloat16"}
     if known is not None and known.is_static and {known.dtype, dtype} <= plain:
         with np.errstate(all="ignore"):
             return Known(known.array.astype(dtype), dtype)
     data = call.expr(0)
     old = dtype_of(data)
     for name in (old, dtype):
-        if name not in _DTYPES:
+        if name not in DTYPES:
             raise call.refuse(f"it casts from {old} to {dtype}")
     if old == dtype:
         return data

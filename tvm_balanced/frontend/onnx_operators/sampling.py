@@ -383,6 +383,11 @@ def roi_align(call: OnnxCall) -> Any:
     return call.importer.by_tvm(call.node)
 
 
+def non_max_suppression(call: OnnxCall) -> Any:
+    """``NonMaxSuppression``, whose code TVM cannot compile."""
+    raise call.refuse("it selects as many boxes as the data says", "export the model up to it")
+
+
 def dft(call: OnnxCall) -> Any:
     """``DFT`` and its inverse, as a product with the matrix of the transform."""
     data = call.expr(0)
@@ -433,4 +438,6 @@ CONVERTERS: dict[str, Callable[[OnnxCall], Any]] = {
     "ConvTranspose": conv_transpose,
     "RoiAlign": roi_align,
     "DFT": dft,
+    "NonMaxSuppression": non_max_suppression,
+    "AllClassNMS": non_max_suppression,
 }
