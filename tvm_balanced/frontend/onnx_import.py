@@ -82,7 +82,8 @@ def from_onnx(
         raise InputError(
             f"{name} is not a valid ONNX model: {first_line(error)}; export it again"
         ) from error
-    return _convert(prepare(model, dict(input_values or {}), name), name)
+    places = {output: i for i, node in enumerate(model.graph.node) for output in node.output}
+    return _convert(prepare(model, dict(input_values or {}), name), name, places)
 
 
 def _read(path: str | os.PathLike[str]) -> Any:
@@ -165,13 +166,13 @@ def _identifier(text: str) -> str:
     return cleaned if cleaned[:1].isalpha() else f"d{cleaned}"
 
 
-def _convert(model: Any, name: str) -> Model:
+def _convert(model: Any, name: str, places: Mapping[str, int]) -> Model:
     from tvm_balanced.frontend.onnx_importer import Importer
     from tvm_balanced.relay_passes.bound_indices import bound_indices
     from tvm_balanced.relay_passes.rewrite_params import drop_unused_weights
 
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
-    importer = Importer(opset, name)
+    importer = Importer(opset, name, places)
     # TVM's importer prints what it raises
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")

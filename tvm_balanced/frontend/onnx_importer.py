@@ -62,12 +62,15 @@ class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
         The version of ONNX's own operators that the model uses.
     name : str
         The model's, for messages.
+    places : Mapping[str, int], optional
+        By the names of their outputs the numbers of the file's nodes, for messages.
     """
 
-    def __init__(self, opset: int, name: str) -> None:
+    def __init__(self, opset: int, name: str, places: Mapping[str, int] | None = None) -> None:
         super().__init__({}, "float32", keep_params_in_input=True, sanitize=False)
         self.opset = opset
         self.name = name
+        self._places = places or {}
         self.limits: dict[str, int] = {}
         self.arrays: dict[str, Array] = {}
         self._known: dict[str, Known] = {}
@@ -141,14 +144,14 @@ class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
 
     def _check(self, graph: onnx.GraphProto) -> None:
         missing: dict[str, str] = {}
-        for position, node in enumerate(graph.node):
+        for node in graph.node:
             if node.op_type == "If":
                 continue  # known to be one branch or not when its condition is
             if node.op_type in _UNSUPPORTED or not (
                 operator_name(node) in CONVERTERS
                 or (node.domain in ("", "ai.onnx") and node.op_type in _tvm_operators())
             ):
-                missing.setdefault(operator_name(node), f"{describe(node)}, number {position}")
+                missing.setdefault(operator_name(node), self._placed(node))
         if missing:
             listed = ", ".join(f"{name} ({where})" for name, where in sorted(missing.items()))
             control = [name for name in ("Loop", "Scan") if name in missing]
@@ -202,20 +205,27 @@ class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
             )
 
     def _construct_nodes(self, graph: onnx.GraphProto) -> None:
-        for position, node in enumerate(graph.node):
+        for node in graph.node:
             try:
                 self._convert_node(node)
             except InputError:
                 raise
             except Exception as error:
                 raise InputError(
-                    f"{self.name} cannot be imported: {describe(node)}, number {position} of the graph, on "
+                    f"{self.name} cannot be imported: {self._placed(node)}, on "
                     f"{', '.join(map(self._operand_text, node.input))}: {first_line(error)}"
                 ) from error
         for output in graph.output:
             self.expr(output.name)
             if not isinstance(self._nodes[output.name], relax.Var):
                 self._nodes[output.name] = self.bb.emit(self._nodes[output.name])
+
+    def _placed(self, node: onnx.NodeProto) -> str:
+        """Return a node's name, and its number where it is one of the file's."""
+        place = next(
+            (self._places[output] for output in node.output if output in self._places), None
+        )
+        return describe(node) if place is None else f"{describe(node)}, number {place}"
 
     def _operand_text(self, name: str) -> str:
         node = self._nodes.get(name)
