@@ -130,6 +130,9 @@ def _fold_epilogue(func: tirx.PrimFunc, main: _Nest, rest: list[_Nest]) -> Epilo
 
         value = tvm_ffi.structural_map(store.value, (tvm.ir.TensorLoad, inline))
         written = store.buffer
+        # a slice reads at its own axes too
+        if not same_extents(written.shape, total.shape):
+            return None
         known[written] = (nest.axes, value)
     return Epilogue(written, *known[written], total) if _is_parameter(written, func) else None
 
@@ -142,6 +145,14 @@ def same(indices: Sequence[Expr], axes: Sequence[tirx.Var]) -> bool:
     """Whether indices are these axes, in order."""
     return len(indices) == len(axes) and all(
         index.same_as(axis) for index, axis in zip(indices, axes, strict=True)
+    )
+
+
+def same_extents(shape: Sequence[Expr], other: Sequence[Expr]) -> bool:
+    """Whether two shapes are equal for certain."""
+    analyzer = tvm.sym.Analyzer()
+    return len(shape) == len(other) and all(
+        analyzer.can_prove_equal(a, b) for a, b in zip(shape, other, strict=True)
     )
 
 
