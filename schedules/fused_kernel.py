@@ -79,7 +79,9 @@ def take_apart(func: tirx.PrimFunc, operator: BalancedBlock) -> FusedKernel | No
     if not all(_is_parameter(buffer, func) for buffer in operands):
         return None
     epilogue = _fold_epilogue(func, main, rest)
-    if epilogue is None or len(epilogue.axes) != len(data.reads[0].shape):
+    # what slices the result reads at its own axes too
+    shape = [*data.reads[0].shape[:-1], operator.fmt.out_features]
+    if epilogue is None or not same_extents(epilogue.output.shape, shape):
         return None
     return FusedKernel(func, operator, data.reads[0], epilogue)
 
@@ -130,9 +132,6 @@ def _fold_epilogue(func: tirx.PrimFunc, main: _Nest, rest: list[_Nest]) -> Epilo
 
         value = tvm_ffi.structural_map(store.value, (tvm.ir.TensorLoad, inline))
         written = store.buffer
-        # a slice reads at its own axes too
-        if not same_extents(written.shape, total.shape):
-            return None
         known[written] = (nest.axes, value)
     return Epilogue(written, *known[written], total) if _is_parameter(written, func) else None
 
