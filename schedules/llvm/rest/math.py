@@ -147,7 +147,8 @@ def rewrite(func: tirx.PrimFunc) -> tirx.PrimFunc:
     """
 
     def replace(call: Expr) -> Expr:
-        if not isinstance(call.op, tvm.ir.Op) or str(call.ty.dtype) != "float32":
+        # an address has no dtype
+        if not isinstance(call.op, tvm.ir.Op) or str(getattr(call.ty, "dtype", "")) != "float32":
             return call
         name = call.op.name
         if name in _UNARY:

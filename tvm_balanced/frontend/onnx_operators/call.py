@@ -138,6 +138,12 @@ class OnnxCall:
         """Bind an expression to a variable."""
         return self.bb.emit(expr)
 
+    def is_nan(self, data: Any) -> Any:
+        """Emit where ``data`` is NaN; bfloat16 has no kernel of its own for that."""
+        if dtype_of(data) == "bfloat16":
+            data = self.emit(relax.op.astype(data, "float32"))
+        return self.emit(relax.op.isnan(data))
+
     def te(self, function: Any, *args: Any, **named: Any) -> Any:
         """Emit a tensor expression."""
         return self.bb.emit_te(function, *args, **named)

@@ -56,7 +56,7 @@ def _extreme(beyond: Callable[[Any, Any], Any]) -> Callable[[OnnxCall], Any]:
             other = call.expr(index)
             first = call.emit(beyond(out, other))
             if is_real(dtype_of(out)):
-                first = call.emit(relax.op.logical_or(first, call.emit(relax.op.isnan(out))))
+                first = call.emit(relax.op.logical_or(first, call.is_nan(out)))
             out = call.emit(relax.op.where(first, out, other))
         return out
 
@@ -268,7 +268,9 @@ def eye_like(call: OnnxCall) -> Any:
     data = call.expr(0)
     number = call.attr("dtype")
     dtype = dtype_of(data) if number is None else helper.tensor_dtype_to_np_dtype(number).name
-    return relax.op.eye_like(data, call.attr("k", 0), dtype)
+    # TVM's kernel has the dtype of the operand, whatever it is told
+    ones = call.emit(relax.op.eye_like(data, call.attr("k", 0)))
+    return relax.op.astype(ones, dtype)
 
 
 def one_hot(call: OnnxCall) -> Any:
@@ -312,5 +314,6 @@ CONVERTERS: dict[str, Callable[[OnnxCall], Any]] = {
     "Where": where,
     "Equal": equal,
     "EyeLike": eye_like,
+    "IsNaN": lambda call: call.is_nan(call.expr(0)),
     "OneHot": one_hot,
 }

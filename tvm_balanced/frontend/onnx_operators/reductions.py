@@ -24,7 +24,7 @@ def _plain(operator: Callable[..., Any]) -> Reduce:
     return lambda call, data, axes, keep: call.emit(operator(data, list(axes), keep))
 
 
-def _extreme(operator: Callable[..., Any]) -> Reduce:
+def _extreme(operator: Callable[..., Any], identity: float) -> Reduce:
     def reduce(call: OnnxCall, data: Any, axes: Sequence[int], keep: bool) -> Any:
         dtype = dtype_of(data)
         if dtype == "bool":
@@ -34,11 +34,17 @@ def _extreme(operator: Callable[..., Any]) -> Reduce:
         out = call.emit(operator(data, list(axes), keep))
         if not is_real(dtype):
             return out
-        # comparisons skip NaN; a sum over it is NaN
-        flags = call.emit(relax.op.astype(call.emit(relax.op.isnan(data)), "int32"))
-        any_nan = call.emit(
-            relax.op.greater(call.emit(relax.op.max(flags, list(axes), keep)), constant(0, "int32"))
-        )
+        # TVM's comparisons skip NaN and begin at the outermost finite number, not at infinity;
+        # 2 and more stand for NaN, 0 for the infinity that is the identity
+        inner = call.emit(relax.op.not_equal(data, constant(identity, dtype)))
+        nan = call.is_nan(data)
+        inner, nan = (call.emit(relax.op.astype(flag, "int32")) for flag in (inner, nan))
+        twice = call.emit(relax.op.multiply(nan, constant(2, "int32")))
+        kinds = call.emit(relax.op.add(inner, twice))
+        most = call.emit(relax.op.max(kinds, list(axes), keep))
+        none = call.emit(relax.op.equal(most, constant(0, "int32")))
+        any_nan = call.emit(relax.op.greater(most, constant(1, "int32")))
+        out = call.emit(relax.op.where(none, constant(identity, dtype), out))
         return call.emit(relax.op.where(any_nan, constant(np.nan, dtype), out))
 
     return reduce
@@ -66,8 +72,8 @@ _REDUCE: dict[str, tuple[Reduce, float]] = {
     "ReduceSum": (_plain(_SUM), 0),
     "ReduceMean": (_plain(relax.op.mean), np.nan),
     "ReduceProd": (_plain(relax.op.prod), 1),
-    "ReduceMax": (_extreme(_MAX), -np.inf),
-    "ReduceMin": (_extreme(_MIN), np.inf),
+    "ReduceMax": (_extreme(_MAX, -np.inf), -np.inf),
+    "ReduceMin": (_extreme(_MIN, np.inf), np.inf),
     "ReduceL1": (
         lambda call, data, axes, keep: _plain(_SUM)(
             call, call.emit(relax.op.abs(data)), axes, keep
@@ -142,7 +148,8 @@ def _filled(call: OnnxCall, shape: Sequence[Any], value: float, dtype: str) -> A
         else:
             limits = np.iinfo(dtype)
             value = limits.max if value > 0 else limits.min
-    return relax.op.full(relax.ShapeExpr(dims(shape)), constant(value, dtype), dtype)
+    # TVM's full fails for infinity
+    return relax.op.broadcast_to(constant(value, dtype), relax.ShapeExpr(dims(shape)))
 
 
 def layer_normalization(call: OnnxCall) -> Any:

@@ -1,6 +1,6 @@
 """Writes ``docs/operators-onnx.md``: the node cases of ``onnx.backend.test`` through the whole compiler.
 
-``python docs/operators_onnx.py [--only REGEX] [--details FILE] [-o docs/operators-onnx.md]``
+``python -m tests.helpers.onnx_operators [--only REGEX] [--details FILE] [-o docs/operators-onnx.md]``
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ class Outcome:
     text: str
 
 
+@functools.cache
 def node_cases() -> dict[str, Any]:
     """Return the cases that the installed onnx makes, by name."""
     from onnx.backend.test.loader import load_model_tests
@@ -266,9 +267,9 @@ def table(outcomes: Sequence[Outcome], counted: frozenset[str]) -> str:
     lines = [
         "# ONNX operators",
         "",
-        f"Written by `python docs/operators_onnx.py` with onnx {onnx.__version__}: the node cases that "
-        "`onnx.backend.test` states, imported, compiled for llvm, called, and compared with the stated "
-        "outputs. *Constants* counts the right ones in which operands that decide shapes (`axes`, `shape`, "
+        f"Written by `python -m tests.helpers.onnx_operators` with onnx {onnx.__version__}: "
+        "the node cases that `onnx.backend.test` states, imported, compiled for llvm, called, and compared "
+        "with the stated outputs. *Constants* counts the right ones in which operands that decide shapes (`axes`, `shape`, "
         "`pads`, ...) had to be constants, as they are in the files that exporters write.",
         "",
         "| cases | right | refused | wrong | share right |",
@@ -309,9 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="regular expression of names of cases")
     parser.add_argument("--details", type=Path, help="also write every outcome, a JSON line each")
-    parser.add_argument(
-        "-o", "--output", type=Path, default=Path(__file__).parent / "operators-onnx.md"
-    )
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs/operators-onnx.md"))
     options = parser.parse_args(arguments)
     cases = node_cases()
     names = sorted(n for n in cases if re.search(options.only, n))
@@ -327,8 +326,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n".join(table(outcomes, counted).splitlines()[4:8]))
     return any(outcome.status in (WRONG, CRASHED) for outcome in outcomes)
 
-
-node_cases = functools.lru_cache(node_cases)
 
 if __name__ == "__main__":
     sys.exit(main())
