@@ -268,9 +268,10 @@ def table(outcomes: Sequence[Outcome], counted: frozenset[str]) -> str:
         "# ONNX operators",
         "",
         f"Written by `python -m tests.helpers.onnx_operators` with onnx {onnx.__version__}: "
-        "the node cases that `onnx.backend.test` states, imported, compiled for llvm, called, and compared "
-        "with the stated outputs. *Constants* counts the right ones in which operands that decide shapes (`axes`, `shape`, "
-        "`pads`, ...) had to be constants, as they are in the files that exporters write.",
+        "the node cases that `onnx.backend.test` states, imported, compiled for llvm, called, "
+        "and compared with the stated outputs. *Constants* counts the right ones in which operands "
+        "that decide shapes (`axes`, `shape`, `pads`, ...) had to be constants, as they are in the "
+        "files that exporters write.",
         "",
         "| cases | right | refused | wrong | share right |",
         "|---|---|---|---|---|",

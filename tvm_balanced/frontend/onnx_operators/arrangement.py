@@ -337,6 +337,18 @@ def concat(call: OnnxCall) -> Any:
     return relax.op.concat(parts, axis)
 
 
+def space_to_depth(call: OnnxCall) -> Any:
+    """``SpaceToDepth``; TVM's leaves the mode unread, which opset 28 brings."""
+    data, block = call.expr(0), call.attr("blocksize")
+    n, c, h, w = shape_of(data)
+    split = [n, c, h // block, block, w // block, block]
+    axes = [0, 1, 3, 5, 2, 4] if call.attr("mode", "DCR") == "CRD" else [0, 3, 5, 1, 2, 4]
+    data = call.emit(relax.op.reshape(data, relax.ShapeExpr(dims(split))))
+    data = call.emit(relax.op.permute_dims(data, axes))
+    shape = [n, c * block * block, h // block, w // block]
+    return relax.op.reshape(data, relax.ShapeExpr(dims(shape)))
+
+
 CONVERTERS: dict[str, Callable[[OnnxCall], Any]] = {
     "Reshape": reshape,
     "Expand": expand,
@@ -349,4 +361,5 @@ CONVERTERS: dict[str, Callable[[OnnxCall], Any]] = {
     "Flatten": flatten,
     "Split": split,
     "Concat": concat,
+    "SpaceToDepth": space_to_depth,
 }
