@@ -35,7 +35,7 @@ def fold_weights(keep_transposed: Collection[str] = ()) -> Pass:
     """Return the pass that replaces chains on weights by their results, under the weights' names.
 
     ``keep_transposed`` are weights ``(N, K)`` whose kernels like them so: a bare transpose of these is left
-    for ``FuseTransposeMatmul``.
+    for ``fuse_transposes``.
     """
 
     def fold(mod: tvm.IRModule) -> tvm.IRModule:

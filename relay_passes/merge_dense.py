@@ -93,7 +93,7 @@ def merge_dense(pays: Callable[[Expr, int], bool]) -> Pass:
             added += group.packed
             weights = [member.call.args[1].name for member in group.members]
             sources[group.packed[0].name] = tuple(part for name in weights for part in known[name])
-            if group.bias is not None:
+            if group.bias is not None and group.bias.name not in sources:
                 added.append(group.bias)
                 biases = [member.bias.name for member in group.members if member.bias is not None]
                 sources[group.bias.name] = tuple(Source(name) for name in biases)
@@ -114,7 +114,8 @@ def _find_groups(mod: tvm.IRModule, pays: Callable[[Expr, int], bool]) -> list[_
             continue
         if pays(members[0].call.args[0], sum(m.fmt.out_features for m in members)):
             by_weights.setdefault(names, []).append(tuple(members))
-    groups = []
+    groups: list[_Group] = []
+    shared: dict[tuple[Expr, ...], Expr] = {}
     for names, uses in by_weights.items():
         # a weight that is also used apart from the others would be held twice
         if any(total_uses[name] != len(uses) for name in names):
@@ -122,7 +123,7 @@ def _find_groups(mod: tvm.IRModule, pays: Callable[[Expr, int], bool]) -> list[_
         # nor may one use add its bias and another not, or the joined weights would differ
         if len({tuple(m.bias for m in members) for members in uses}) > 1:
             continue
-        groups += _make_groups(uses)
+        groups += _make_groups(uses, shared)
     return groups
 
 
@@ -181,19 +182,24 @@ def _bias_behind(
     return others[0], sum_var
 
 
-def _make_groups(uses: list[tuple[_Member, ...]]) -> list[_Group]:
-    """Return groups over the same weights, which share the joined parameters."""
+def _make_groups(
+    uses: list[tuple[_Member, ...]], shared: dict[tuple[Expr, ...], Expr]
+) -> list[_Group]:
+    """Return groups over the same weights, which share the joined parameters.
+
+    ``shared`` holds the biases of all groups: what a file stores once may be the bias of several.
+    """
     first = uses[0][0]
     total = sum(m.fmt.out_features for m in uses[0])
     fmt = joined(first.fmt, total)
     name = SEPARATOR.join(m.weight for m in uses[0])
     dtype = str(first.call.args[1].ty.dtype)
     packed = tuple(operator_for(fmt).parameters(name, fmt, dtype))
-    biases = [m.bias for m in uses[0] if m.bias is not None]
+    biases = tuple(m.bias for m in uses[0] if m.bias is not None)
     bias = None
     if biases:
         ty = relax.TensorType((total,), biases[0].ty.dtype)
-        bias = relax.Var(SEPARATOR.join(var.name for var in biases), ty)
+        bias = shared.setdefault(biases, relax.Var(SEPARATOR.join(v.name for v in biases), ty))
     return [_Group(members, packed, bias, fmt) for members in uses]
 
 

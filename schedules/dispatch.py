@@ -105,6 +105,8 @@ class ScheduleBalanced:
                 raise TvmBalancedError(
                     f"no schedule takes kernel {gvar.name_hint} for target {self.target}"
                 )
+            if self.target.kind.name == "llvm":
+                scheduled = cpu_math.rename_lets(scheduled)
             updated[gvar] = scheduled
         return replaced(mod, updated)
 

@@ -79,7 +79,9 @@ def take_apart(func: tirx.PrimFunc, operator: BalancedBlock) -> FusedKernel | No
     if not all(_is_parameter(buffer, func) for buffer in operands):
         return None
     epilogue = _fold_epilogue(func, main, rest)
-    if epilogue is None or len(epilogue.axes) != len(data.reads[0].shape):
+    # what slices the result reads at its own axes too
+    shape = [*data.reads[0].shape[:-1], operator.fmt.out_features]
+    if epilogue is None or not same_extents(epilogue.output.shape, shape):
         return None
     return FusedKernel(func, operator, data.reads[0], epilogue)
 
@@ -142,6 +144,14 @@ def same(indices: Sequence[Expr], axes: Sequence[tirx.Var]) -> bool:
     """Whether indices are these axes, in order."""
     return len(indices) == len(axes) and all(
         index.same_as(axis) for index, axis in zip(indices, axes, strict=True)
+    )
+
+
+def same_extents(shape: Sequence[Expr], other: Sequence[Expr]) -> bool:
+    """Whether two shapes are equal for certain."""
+    analyzer = tvm.sym.Analyzer()
+    return len(shape) == len(other) and all(
+        analyzer.can_prove_equal(a, b) for a, b in zip(shape, other, strict=True)
     )
 
 

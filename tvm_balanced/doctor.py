@@ -27,7 +27,6 @@ PACKAGES = (
     "numpy",
     "torch",
     "onnx",
-    "onnxslim",
     "cuda-bindings",
     "nvidia-cuda-nvrtc",
     "nvidia-cuda-runtime",

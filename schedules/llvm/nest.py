@@ -150,6 +150,9 @@ def epilogue_of(
     for place, count in places:
         if len(place) != count or not all(map(own, place, axes, extents)):
             return None
+    # a slice may leave columns out at the end, which are not stored then, but no rows
+    if not fused_kernel.same_extents(extents[:-1], total.shape[:-1]):
+        return None
     return Epilogue(store.buffer, axes, store.value, total)
 
 
@@ -304,7 +307,7 @@ def store_rows(parts: Parts, m: Expr, n: Expr, lanes: int, totals: Buffer, first
     Their sums lie in the flat ``totals``, from ``first`` on.
     """
     lead = parts.coordinates(m)
-    count = parts.fmt.out_features
+    count = int(parts.epilogue.output.shape[-1])
     begin = tirx.const(first, INDEX) if isinstance(first, int) else first
 
     def write(width: int) -> Stmt:

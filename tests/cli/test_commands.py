@@ -199,9 +199,9 @@ def test_run_random_is_seeded(run, library, tmp_path):
             "run", library, "--random", "--seed", seed, "-o", path, "--repeat", 1, "--json"
         )
         assert answer.code == 0, answer.err
-        assert answer.json["outputs"] == {"output_0": {"dtype": "float32", "shape": [4, 16]}}
+        assert answer.json["outputs"] == {"y": {"dtype": "float32", "shape": [4, 16]}}
         assert answer.json["median_ms"] > 0
-        outputs.append(np.load(path)["output_0"])
+        outputs.append(np.load(path)["y"])
     np.testing.assert_array_equal(outputs[0], outputs[1])
     assert not np.array_equal(outputs[0], outputs[2])
 

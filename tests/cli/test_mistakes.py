@@ -99,7 +99,8 @@ def test_no_dense_layer(run, here, tmp_path):
     opset = [helper.make_opsetid("", 17)]
     onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), path)
     refused(run("prune", path, "--pattern", "4:16", "-o", here / "o.onnx"), 2, "no dense layer")
-    refused(run("compile", path, "-o", here / "o.tvmb"), 2, "no dense layer")
+    # it compiles, and nothing in it is sparse
+    assert run("compile", path, "-o", tmp_path / "o.tvmb").code == 0
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf], ids=["nan", "inf"])

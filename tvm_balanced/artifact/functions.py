@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tvm_balanced.artifact.manifest import FunctionEntry, TensorEntry
-from tvm_balanced.errors import ArtifactError
+from tvm_balanced.errors import ArtifactError, InputError
 
 if TYPE_CHECKING:
     import tvm
@@ -43,8 +43,9 @@ def describe_functions(
         inputs = tuple(
             _tensor_entry(str(param.name), param.ty) for param in params if param.name not in beside
         )
-        leaves = enumerate(_leaves(function.ret_ty))
-        outputs = [_tensor_entry(f"output_{i}", leaf) for i, leaf in leaves]
+        leaves = _leaves(function.ret_ty)
+        given = function.attrs.get("output_names") or [f"output_{i}" for i in range(len(leaves))]
+        outputs = [_tensor_entry(str(n), leaf) for n, leaf in zip(given, leaves, strict=True)]
         # by this attribute TVM's memory planner makes buffers of a fixed size for symbolic shapes
         bounds = function.attrs.get("tir_var_upper_bound") or {}
         functions.append(
@@ -64,6 +65,13 @@ def describe_functions(
 def _tensor_entry(name: str, ty: RelaxType) -> TensorEntry:
     from tvm import tirx
 
+    if ty.shape is None:
+        if ty.ndim < 0:
+            raise InputError(
+                f"even the number of dimensions of {name} depends on the data, which a library cannot "
+                "state; leave this output out of the model"
+            )
+        return TensorEntry(name, str(ty.dtype), ("?",) * ty.ndim)
     shape = tuple(
         int(extent)
         if isinstance(extent, tirx.IntImm)

@@ -34,7 +34,8 @@ class TensorEntry:
 
     name: str  # the model's own
     dtype: str  # "float32", "bfloat16", ...
-    # a string is a symbolic extent: a name, equal wherever it recurs, or an expression of names
+    # a string is a symbolic extent: a name, equal wherever it recurs, an expression of names, or "?" where
+    # it depends on the data
     shape: tuple[Annotated[int, msgspec.Meta(ge=0)] | str, ...]
 
 

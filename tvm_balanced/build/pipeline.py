@@ -35,6 +35,7 @@ from tvm_balanced.relay_passes.clean_names import clean_names
 from tvm_balanced.relay_passes.dense_cublas import dense_cublas
 from tvm_balanced.relay_passes.find_dense import DenseLayer
 from tvm_balanced.relay_passes.fold_weights import fold_weights
+from tvm_balanced.relay_passes.fuse_transposes import fuse_transposes
 from tvm_balanced.relay_passes.leading_slices import leading_slices
 from tvm_balanced.relay_passes.lift_workspaces import lift_workspaces, with_signatures_of
 from tvm_balanced.relay_passes.merge_dense import merge_dense
@@ -99,7 +100,7 @@ def fuse_passes() -> list[Pass]:
     return [
         relax.backend.DispatchSampling(),
         relax.backend.DispatchSortScan(),
-        relax.transform.FuseTransposeMatmul(),
+        fuse_transposes,
         relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),
         leading_slices,

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +16,9 @@ from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.model import Model
 from tvm_balanced.support.files import write_whole
 from tvm_balanced.support.tensors import Array, read_tensors
+
+if TYPE_CHECKING:
+    import onnx
 
 PATTERNS_KEY = "tvm_balanced.patterns"
 
@@ -119,10 +123,13 @@ def write_onnx(source: Path, path: Path, changed: Mapping[str, Array], overwrite
     if absent:
         raise InputError(
             f"the weight {absent[0]} is computed inside {source}, so it cannot be replaced there; "
-            "fold the file's constants first (onnxslim), or add it to --ignore"
+            "store it there as an initializer, or add it to --ignore"
         )
     for name, array in changed.items():
         tensor = stored[name]
+        old = numpy_helper.to_array(tensor)
+        if old.dtype != array.dtype and old.dtype.kind in "iu":
+            array = _with_zeros(model, name, old, array, source)
         tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), tensor.name))
     try:
         data = model.SerializeToString()
@@ -131,3 +138,42 @@ def write_onnx(source: Path, path: Path, changed: Mapping[str, Array], overwrite
             f"{source} holds more than one protobuf can ({error}); prune the .pt2 of the model instead"
         ) from error
     write_whole(path, lambda part: part.write_bytes(data), overwrite)
+
+
+def _with_zeros(model: onnx.ModelProto, name: str, old: Array, new: Array, source: Path) -> Array:
+    """Quantised integers whose values are 0 where ``new`` is, that is, their zero point."""
+    from onnx import numpy_helper
+
+    arrays = {tensor.name: tensor for tensor in model.graph.initializer}
+    # data, and where the zero point stands behind it
+    places = {
+        "DequantizeLinear": (0, 2),
+        "MatMulInteger": (1, 3),
+        "ConvInteger": (1, 3),
+        "QLinearMatMul": (3, 5),
+        "QLinearConv": (3, 5),
+        "MatMulIntegerToFloat": (1, 5),
+        "DynamicQuantizeMatMul": (1, 3),
+    }
+    for node in model.graph.node:
+        data, zero = places.get(node.op_type, (-1, -1))
+        if not (0 <= data < len(node.input) and node.input[data] == name) or new.shape != old.shape:
+            continue
+        points = arrays.get(node.input[zero]) if zero < len(node.input) else None
+        if points is None and zero < len(node.input) and node.input[zero]:
+            break
+        value = np.zeros((), old.dtype) if points is None else numpy_helper.to_array(points)
+        if value.size == 1:
+            return np.where(new == 0, value.reshape(()), old)
+        axis = -1
+        for attribute in node.attribute:
+            axis = int(attribute.i) if attribute.name == "axis" else axis
+        if node.op_type == "DequantizeLinear" and not any(a.name == "axis" for a in node.attribute):
+            axis = 1
+        shape = [1] * old.ndim
+        shape[axis] = value.size
+        return np.where(new == 0, value.reshape(shape), old)
+    raise InputError(
+        f"the weight {name} is quantised in {source} in a way that cannot be written back; add it to "
+        "--ignore"
+    )

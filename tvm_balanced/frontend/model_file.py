@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from typing import Any
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.frontend.archive import read_head, refuse_pickle
@@ -14,7 +15,9 @@ from tvm_balanced.model import Model
 
 
 def load_model(
-    path: str | os.PathLike[str], input_shapes: Mapping[str, Shape] | None = None
+    path: str | os.PathLike[str],
+    input_shapes: Mapping[str, Shape] | None = None,
+    input_values: Mapping[str, Any] | None = None,
 ) -> Model:
     """Import a ``.pt2`` or ``.onnx`` file.
 
@@ -25,6 +28,8 @@ def load_model(
     input_shapes : Mapping, optional
         As for :func:`~tvm_balanced.frontend.onnx_import.from_onnx`; ONNX only, for the shapes of a ``.pt2``
         are fixed where it is exported.
+    input_values : Mapping, optional
+        As for :func:`~tvm_balanced.frontend.onnx_import.from_onnx`; ONNX only.
 
     Returns
     -------
@@ -45,6 +50,11 @@ def load_model(
                 f"input_shapes was given for {os.fspath(path)}, but the shapes of a .pt2 are fixed when it "
                 "is exported; leave it out, or export with dynamic_shapes"
             )
+        if input_values:
+            raise InputError(
+                f"input_values was given for {os.fspath(path)}, but what a .pt2 computes is fixed when it "
+                "is exported; leave it out, or export the module with these values"
+            )
         return from_torch(path)
     if _is_safetensors(path, head):
         raise InputError(
@@ -53,7 +63,7 @@ def load_model(
         )
     # protobuf has no magic number: a ModelProto starts with its first field, the IR version
     if head[0] in (0x08, 0x12, 0x1A) or os.fspath(path).endswith(".onnx"):
-        return from_onnx(path, input_shapes)
+        return from_onnx(path, input_shapes, input_values=input_values)
     raise InputError(
         f"{os.fspath(path)} is no model file, expected a .pt2 of torch.export.save or a .onnx file; "
         "export the model as one of these"

@@ -27,34 +27,39 @@ def from_onnx(
     source: onnx.ModelProto | str | os.PathLike[str],
     input_shapes: Mapping[str, Shape] | None = None,
     name: str | None = None,
+    *,
+    input_values: Mapping[str, Any] | None = None,
 ) -> Model:
     """Import an ONNX model.
 
     Parameters
     ----------
     source : onnx.ModelProto, str or path
-        Never changed. Shape arithmetic that the exporter left in the graph is folded first, by onnxslim.
+        Never changed.
     input_shapes : Mapping[str, sequence of int or str], optional
         Shapes of inputs, in place of those in the file; a string is a symbolic dimension, and equal strings
         are equal dimensions. ``{"x": (1, 128)}`` or ``{"ids": ("batch", 128)}``.
     name : str, optional
         For messages and reports; the stem of the file name or the name of the graph where not given.
+    input_values : Mapping[str, array or number], optional
+        Values of inputs that are the same in every call; the compiled model does not take these inputs.
+        What they decide (a branch, a number of turns, a shape) is decided at import: ``{"sr": 16000}``.
 
     Returns
     -------
     Model
-        Weights by their initializer names.
+        Weights by their initializer names, inputs and outputs by the file's.
 
     Raises
     ------
     InputError
-        For a file that is not a whole ONNX model, names in ``input_shapes`` that are no inputs, shapes of
-        another rank, or an operator that TVM does not know.
+        For a file that is not a whole ONNX model, names in ``input_shapes`` or ``input_values`` that are no
+        inputs, shapes of another rank, an operator that is not supported, or what depends on data where
+        it must be known.
     ToolchainError
-        When onnx or onnxslim is not installed.
+        When onnx is not installed.
     """
     onnx = need("onnx", "onnx", "importing an ONNX model")
-    onnxslim = need("onnxslim", "onnx", "importing an ONNX model")
     if isinstance(source, (str, os.PathLike)):
         model = _read(source)
         name = name or os.path.splitext(os.path.basename(os.fspath(source)))[0]
@@ -66,21 +71,19 @@ def from_onnx(
             f"cannot import a {type(source).__name__}; give the path of a .onnx file or a ModelProto"
         )
     name = name or model.graph.name or "model"
+    from tvm_balanced.frontend.onnx_prepare import prepare
+    from tvm_balanced.frontend.onnx_prepare.shapes import complete_outputs
+
+    _set_shapes(model, input_shapes or {}, name)
+    complete_outputs(model)
     try:
         onnx.checker.check_model(model)
     except Exception as error:
         raise InputError(
             f"{name} is not a valid ONNX model: {first_line(error)}; export it again"
         ) from error
-    _set_shapes(model, input_shapes or {}, name)
-    try:
-        # fusing would give the weights names of its own
-        slim = onnxslim.slim(model, skip_optimizations=["graph_fusion"])
-    except Exception as error:
-        raise InputError(
-            f"the shapes in {name} cannot be inferred: {first_line(error)}; set all of input_shapes"
-        ) from error
-    return _convert(slim, name)
+    places = {output: i for i, node in enumerate(model.graph.node) for output in node.output}
+    return _convert(prepare(model, dict(input_values or {}), name), name, places)
 
 
 def _read(path: str | os.PathLike[str]) -> Any:
@@ -126,7 +129,7 @@ def _set_shapes(model: Any, shapes: Mapping[str, Shape], name: str) -> None:
         if value.name in shapes:
             wanted = tuple(shapes[value.name])
             rank = len(tensor.shape.dim)
-            if rank != len(wanted):
+            if rank != len(wanted) and tensor.HasField("shape"):
                 raise InputError(
                     f"input {value.name} of {name} has {rank} dimensions, but input_shapes gives {wanted}; "
                     f"give {rank}"
@@ -146,8 +149,9 @@ def _set_shapes(model: Any, shapes: Mapping[str, Shape], name: str) -> None:
                         "number or a name"
                     )
         for axis, dim in enumerate(tensor.shape.dim):
-            if dim.WhichOneof("value") is None or (
-                dim.HasField("dim_param") and not dim.dim_param.isidentifier()
+            # some exporters write -1 for a size that they do not know
+            if dim.dim_value < 0 or (
+                not dim.HasField("dim_value") and not dim.dim_param.isidentifier()
             ):
                 dim.dim_param = f"{_identifier(value.name)}_{axis}"
     if shapes:  # shapes further on were inferred from the old ones
@@ -162,46 +166,16 @@ def _identifier(text: str) -> str:
     return cleaned if cleaned[:1].isalpha() else f"d{cleaned}"
 
 
-def _convert(model: Any, name: str) -> Model:
-    import tvm
-    from tvm import relax
-    from tvm.relax.frontend.onnx import from_onnx as tvm_from_onnx
-
+def _convert(model: Any, name: str, places: Mapping[str, int]) -> Model:
+    from tvm_balanced.frontend.onnx_importer import Importer
     from tvm_balanced.relay_passes.bound_indices import bound_indices
     from tvm_balanced.relay_passes.rewrite_params import drop_unused_weights
 
-    if any(node.op_type == "If" for node in model.graph.node):
-        raise InputError(
-            f"{name} has data-dependent control flow (operator If), which is not supported; "
-            "export one branch of it"
-        )
-    try:
-        # the importer prints what it raises, and warns of every renamed input
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            mod = tvm_from_onnx(model, keep_params_in_input=True)
-    except tvm.error.OpNotImplemented as error:
-        operators = ", ".join(sorted(first_line(error).rpartition(":")[2].strip().split(", ")))
-        raise InputError(
-            f"TVM's importer does not know the ONNX operator {operators} in {name}; "
-            "export the model without it"
-        ) from error
-    except Exception as error:
-        raise InputError(
-            f"{name} cannot be imported: {first_line(error)}; set all of input_shapes to numbers, "
-            "or export the model with another opset"
-        ) from error
-    func = mod["main"]
-    count = int(func.attrs["num_input"])
-    weights = list(func.params[count:])
-    arrays = {
-        var.name: tensor.numpy()
-        for var, tensor in zip(weights, func.attrs.get("params", []), strict=True)
-    }
-    mod.update_func(mod.get_global_var("main"), func.without_attr("params"))
-    # a literal can be fused into a kernel, a parameter of one element only passed to it
-    literals = {var.name for var in weights if arrays[var.name].size <= 1}
-    mod = relax.transform.BindParams("main", {n: arrays[n] for n in literals})(mod)
-    names = [var.name for var in weights if var.name not in literals]
-    mod, names = drop_unused_weights(bound_indices(mod), names)
-    return Model(mod, {n: arrays[n] for n in names}, name)
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
+    importer = Importer(opset, name, places)
+    # TVM's importer prints what it raises
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mod = importer.convert(model.graph)
+    mod, names = drop_unused_weights(bound_indices(mod), list(importer.arrays))
+    return Model(mod, {n: importer.arrays[n] for n in names}, name)

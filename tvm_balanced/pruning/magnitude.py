@@ -80,6 +80,11 @@ def prune_model(
     from tvm_balanced.relay_passes.weight_chain import scatter_mask
 
     layers = {layer.name: layer for layer in model.dense_layers()}
+    if not layers:
+        raise InputError(
+            f"{model.name} has no dense layer with a constant weight, so nothing in it can become "
+            "sparse; give a model with linear layers (matmul, Gemm, nn.Linear)"
+        )
     blocked = {name: layer.blocked for name, layer in layers.items()}
     patterns, skipped = choose_layers(pattern, blocked, ignore, BalancedPattern)
     if not patterns:

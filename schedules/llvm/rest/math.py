@@ -147,7 +147,8 @@ def rewrite(func: tirx.PrimFunc) -> tirx.PrimFunc:
     """
 
     def replace(call: Expr) -> Expr:
-        if not isinstance(call.op, tvm.ir.Op) or str(call.ty.dtype) != "float32":
+        # an address has no dtype
+        if not isinstance(call.op, tvm.ir.Op) or str(getattr(call.ty, "dtype", "")) != "float32":
             return call
         name = call.op.name
         if name in _UNARY:
@@ -183,3 +184,23 @@ def _without_lets(body: Stmt) -> Stmt:
         )
 
     return tvm_ffi.structural_map(body, (tirx.Let, write_out), order="post")
+
+
+def rename_lets(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """Give each ``Let`` a variable of its own where one is bound twice.
+
+    A schedule that inlines an expression in two places copies its variables with it.
+    """
+
+    def rename(let: Expr) -> Expr:
+        var = tirx.Var(let.var.name, let.var.ty)
+        body = tvm_ffi.structural_map(
+            let.body, (tirx.Var, lambda v: var if v.same_as(let.var) else v)
+        )
+        return tirx.Let(var, let.value, body)
+
+    bound: list[Expr] = []
+    tvm_ffi.structural_walk(func.body, (tirx.Let, lambda let: bound.append(let.var)), order="post")
+    if len(set(bound)) == len(bound):
+        return func
+    return func.with_body(tvm_ffi.structural_map(func.body, (tirx.Let, rename), order="post"))

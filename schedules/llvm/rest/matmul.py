@@ -82,7 +82,7 @@ def match(block: common.RootBlock) -> _Product | None:
     if k not in used[0] or k not in used[1]:
         return None
     out = body.indices
-    if len(out) != len(iters) - 1 or not all(isinstance(i, tirx.Var) for i in out):
+    if not out or len(out) != len(iters) - 1 or not all(isinstance(i, tirx.Var) for i in out):
         return None
     n = len(iters) - 2
     if k != len(iters) - 1 or not out[-1].same_as(iters[n]):

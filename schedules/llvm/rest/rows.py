@@ -74,8 +74,9 @@ def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | No
     for rv in reversed(sch.get_child_blocks(root)[:-1]):
         if not common.attempt(sch.compute_at, rv, row):
             return None
-    if common.worth_parallel(work):
-        sch.parallel(row)
+    # where sizes are symbolic expressions it may not be seen that rows are apart
+    if common.worth_parallel(work) and not common.attempt(sch.parallel, row):
+        return None
     for rv in sch.get_child_blocks(row):
         _vectorize(sch, rv, row, vector)
     return sch

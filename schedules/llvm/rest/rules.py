@@ -45,5 +45,5 @@ class ScheduleForCpu:
                 continue
             scheduled = first_match(half.rewrite(math.rewrite(func)), target, RULES)
             if scheduled is not None:
-                updated[gvar] = scheduled
+                updated[gvar] = math.rename_lets(scheduled)
         return replaced(mod, updated)

@@ -100,3 +100,19 @@ def test_other_kernels_are_left_alone() -> None:
     y = te.compute((4, 4), lambda i, j: x[i, j] + 1.0, name="y")
     func = te.create_prim_func([x, y], index_dtype_override="int64")
     assert all(rule.apply(func, target()) is None for rule in cuda.BALANCED_RULES)
+
+
+@pytest.mark.parametrize("shape", [(3, 20), (2, 50)], ids=["columns", "rows"])
+def test_a_slice_of_the_result(shape: tuple[int, int]) -> None:
+    """It reads the sums at its own axes, as element-wise work does, but fewer of them."""
+    fmt = packed_format(_CASE)
+    x, values, indices = _inputs(fmt, "float32")
+    total = ops.balanced_sparse_dense_te(x, values, indices, fmt, "float32")
+    part = te.compute(shape, lambda m, n: total(m, n), name="part")
+    rule, sch = _first_rule(
+        te.create_prim_func([x, values, indices, part], index_dtype_override="int64")
+    )
+    assert rule is cuda_fallback
+    args, expected = arguments(_CASE, fmt, (3,))
+    out = np.full(shape, np.nan, np.float32)
+    _check(sch, [*args[:-1], out], [expected[: shape[0], : shape[1]]])

@@ -50,6 +50,9 @@ def _target(name: str) -> tvm.target.Target:
 TOLERANCE = {"float32": 5e-5, "float16": 2e-2, "bfloat16": 2e-1}
 
 
+SLICES = {"columns": (2, 19), "rows": (1, 3)}  # axis of (2, 5, 50), and end
+
+
 @dataclass(frozen=True)
 class Case:
     """A kernel to check; a name in ``lead`` is a symbolic axis."""
@@ -78,6 +81,10 @@ def _module(case: Case) -> tvm.IRModule:
                 y = bb.emit(relax.op.add(y, residual))
             elif case.epilogue in ("relu", "gelu", "silu"):
                 y = bb.emit(getattr(relax.op.nn, case.epilogue)(y))
+            elif case.epilogue in SLICES:
+                axis, end = SLICES[case.epilogue]
+                y = bb.emit(relax.op.strided_slice(y, [axis], [0], [end]))
+                y = bb.emit(relax.op.nn.silu(y))
             out = bb.emit_output(y)
         bb.emit_func_output(out)
     mod = bb.get()
@@ -138,6 +145,10 @@ def _run(vm: Any, case: Case, batch: int) -> float:
         expected = expected * 0.5 * (1 + np.vectorize(math.erf)(expected / math.sqrt(2)))
     elif case.epilogue == "silu":
         expected = expected / (1 + np.exp(-expected))
+    elif case.epilogue in SLICES:
+        axis, end = SLICES[case.epilogue]
+        expected = np.take(expected, range(end), axis)
+        expected = expected / (1 + np.exp(-expected))
     assert out.shape == expected.shape
     return float(np.abs(out - expected).max())
 
@@ -196,10 +207,17 @@ def test_symbolic_batch_has_an_exact_tail(name: str) -> None:
 
 
 @pytest.mark.parametrize("rule", [llvm_permute, llvm_batch_lanes], ids=lambda r: r.__name__[26:])
-@pytest.mark.parametrize("epilogue", ["residual", "gelu", "silu"])
+@pytest.mark.parametrize("epilogue", ["residual", "gelu", "silu", "columns"])
 def test_epilogues(epilogue: str, rule: Any) -> None:
     case = Case(_format("4:16", 50, 96), (2, 5), epilogue)
     assert _error(case, rule.apply, _target("avx512")) < TOLERANCE["float32"]
+
+
+def test_fewer_rows_than_the_product_has() -> None:
+    case, target = Case(_format("4:16", 50, 96), (2, 5), "rows"), _target("generic")
+    _, func = _kernel(_module(case))
+    assert llvm_permute.apply(func, target) is None and llvm_batch_lanes.apply(func, target) is None
+    assert _error(case, llvm_fallback.apply, target) < TOLERANCE["float32"]
 
 
 @pytest.mark.parametrize("rule", [llvm_permute, llvm_batch_lanes], ids=lambda r: r.__name__[26:])

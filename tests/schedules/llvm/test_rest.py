@@ -12,6 +12,7 @@ import tvm
 from tvm import relax, tirx
 
 from tests.helpers.covering import Chosen, all_pairs
+from tvm_balanced.relay_passes.fuse_transposes import fuse_transposes
 from tvm_balanced.schedules.llvm.rest import common as cpu_common
 from tvm_balanced.schedules.llvm.rest.rules import ScheduleForCpu
 
@@ -61,7 +62,7 @@ def _fused(
     with target:
         return tvm.transform.Sequential(
             [
-                relax.transform.FuseTransposeMatmul(),
+                fuse_transposes,
                 relax.transform.LegalizeOps(),
                 relax.transform.AnnotateTIROpPattern(),
                 relax.transform.FoldConstant(),
