@@ -165,7 +165,7 @@ def rewrite(func: tirx.PrimFunc) -> tirx.PrimFunc:
     """
 
     def replace(call: Any) -> Any:
-        if not isinstance(call.op, tvm.ir.Op) or str(call.ty.dtype) != "float32":
+        if not isinstance(call.op, tvm.ir.Op) or str(getattr(call.ty, "dtype", "")) != "float32":
             return call
         name = call.op.name
         if name in _UNARY:

@@ -18,6 +18,7 @@ from tvm_balanced.relay_passes.clean_names import CleanKernelNames
 from tvm_balanced.relay_passes.lift_workspaces import LiftWorkspaces, with_signatures_of
 from tvm_balanced.schedules.dispatch import ScheduleBalanced, schedule_rest
 from tvm_balanced.schedules.tuned import ScheduleTuned
+from tvm_balanced.te_operators import KEEP_NAN
 
 # TVM's lowering of scheduled TensorIR; the schedules need no pass of their own in it
 TIR_PIPELINE = "s_tir"
@@ -29,7 +30,7 @@ def fuse_passes() -> list[Any]:
         relax.backend.DispatchSampling(),
         relax.backend.DispatchSortScan(),
         relax.transform.FuseTransposeMatmul(),
-        relax.transform.LegalizeOps(),
+        relax.transform.LegalizeOps(KEEP_NAN),
         relax.transform.AnnotateTIROpPattern(),
         relax.transform.FoldConstant(),
         relax.transform.FuseOps(),

@@ -105,9 +105,10 @@ def _export(
         args = (args,)
     modes = [(part, part.training) for part in module.modules()]
     try:
-        return torch.export.export(
-            module.eval(), tuple(args or ()), dict(kwargs or {}), dynamic_shapes=dynamic
-        )
+        with torch.no_grad():
+            return torch.export.export(
+                module.eval(), tuple(args or ()), dict(kwargs or {}), dynamic_shapes=dynamic
+            )
     except Exception as error:
         raise InputError(
             f"torch.export cannot export {type(module).__name__} with these inputs: {first_line(error)}; "
@@ -119,8 +120,10 @@ def _export(
 
 
 def _decompose(program: Any) -> Any:
+    from tvm_balanced.frontend.torch_decompositions import decompositions
+
     try:
-        return program.run_decompositions()
+        return program.run_decompositions(decompositions())
     except Exception as error:
         raise InputError(
             f"the exported program cannot be decomposed into core operators: {first_line(error)}; "
