@@ -115,8 +115,9 @@ class Model:
         Raises
         ------
         InputError
-            For an unknown pattern, a block larger than a layer's K, NaN or Inf in a weight, a name that
-            matches nothing, or when no layer is left to prune.
+            For an unknown pattern, a block larger than the K of a layer named in ``pattern`` (with one
+            pattern for all, such layers stay as they are), NaN or Inf in a weight, a name that matches
+            nothing, or when no layer is left to prune.
         """
         from tvm_balanced.packing import check_weight, is_balanced
         from tvm_balanced.pruning import balanced_mask, kept_energy
@@ -141,22 +142,29 @@ class Model:
             raise InputError(
                 f"every dense layer of {self.name} is ignored or cannot be sparse; ignore fewer layers"
             )
+        small = {
+            layer.name: f"K={layer.in_features} is less than a block of {wanted[layer.name]}"
+            for layer in chosen
+            if wanted[layer.name].block > layer.in_features
+        }
+        named = isinstance(pattern, Mapping)
+        if small and (named or len(small) == len(chosen)):
+            name, why = next(iter(small.items()))
+            raise InputError(
+                f"layer {name} cannot follow its pattern, as {why}; choose a smaller block or ignore it"
+            )
+        chosen = [layer for layer in chosen if layer.name not in small]
         # everything is checked before anything is pruned: a long run must not fail at its end
         for layer in chosen:
-            block = wanted[layer.name].block
-            if block > layer.in_features:
-                raise InputError(
-                    f"pattern {wanted[layer.name]} has blocks of {block}, but layer {layer.name} has only "
-                    f"K={layer.in_features} columns; choose a smaller block or ignore this layer"
-                )
             check_weight(dense_weight(self.params, layer), f"the weight of layer {layer.name}")
         changed: dict[str, Array] = {}
         rows: list[PrunedLayer] = []
         for layer in layers:
             shape = (layer.out_features, layer.in_features)
             if layer not in chosen:
-                why = layer.blocked or (
-                    "ignored by name" if layer.name in ignored else "no pattern given"
+                why = layer.blocked or small.get(
+                    layer.name,
+                    "ignored by name" if layer.name in ignored else "no pattern given",
                 )
                 rows.append(PrunedLayer(layer.name, shape, None, 1.0, why))
                 continue

@@ -23,11 +23,16 @@ def is_float(dtype: Any) -> bool:
     return "float" in str(dtype)
 
 
+def dtype_of(value: Any) -> str:
+    """Dtype of a TensorIR expression or a tensor of one."""
+    return str(value.dtype if isinstance(value, te.Tensor) else value.ty.dtype)
+
+
 def order_key(value: Any, nan_last: bool = True) -> Any:
     """An integer that sorts as the float ``value`` does, with both zeros equal and NaN at one end."""
-    if str(value.dtype) in _HALF:
+    if dtype_of(value) in _HALF:
         value = tirx.Cast("float32", value)
-    dtype = str(value.dtype)
+    dtype = dtype_of(value)
     if dtype == "bool":
         return tirx.Cast("int8", value)
     if dtype not in _BITS:
@@ -85,18 +90,18 @@ def _is_one(dim: Any) -> bool:
 
 
 def _either(a: Any, b: Any, larger: bool) -> Any:
-    if not is_float(a.dtype):
+    if not is_float(dtype_of(a)):
         return tirx.max(a, b) if larger else tirx.min(a, b)
     return tirx.Select(tirx.any(a > b if larger else a < b, tirx.isnan(a)), a, b)
 
 
 def _relu(x: te.Tensor) -> te.Tensor:
-    zero = tirx.const(0, x.dtype)
+    zero = tirx.const(0, dtype_of(x))
     return _map(lambda v: tirx.Select(v <= zero, zero, v), x, name="relu")
 
 
 def _clip(x: te.Tensor, low: Any, high: Any) -> te.Tensor:
-    low, high = tirx.Cast(x.dtype, low), tirx.Cast(x.dtype, high)
+    low, high = tirx.Cast(dtype_of(x), low), tirx.Cast(dtype_of(x), high)
 
     def element(value: Any) -> Any:
         # the upper bound wins where they cross
@@ -110,7 +115,7 @@ def _reduce(larger: bool) -> Callable[..., te.Tensor]:
     function = topi.max if larger else topi.min
 
     def reduce(x: te.Tensor, axis: Any, keepdims: bool) -> te.Tensor:
-        dtype = str(x.dtype)
+        dtype = dtype_of(x)
         if not is_float(dtype):
             return function(x, axis, keepdims)
         keys = _map(lambda v: order_key(v, larger), x, name="order_key")
@@ -170,17 +175,17 @@ def _windows(x: te.Tensor, attrs: Any) -> tuple[list[Any], Any, list[Any], Any]:
         for index, dim in zip(place, size, strict=True):
             flat = flat * tirx.Cast("int64", tirx.const(dim) if isinstance(dim, int) else dim) + tirx.Cast("int64", index)
         key = order_key(x(*first, *place))
-        lowest = tirx.min_value(str(key.dtype))
+        lowest = tirx.min_value(dtype_of(key))
         outside = tirx.any(*[tirx.any(i < 0, i >= d) for i, d in zip(place, size, strict=True)])
         return tirx.if_then_else(outside, lowest, key), flat
 
-    return shape, read, axes, str(order_key(x(*[0] * len(x.shape))).dtype)
+    return shape, read, axes, dtype_of(order_key(x(*[0] * len(x.shape))))
 
 
 def _max_pool_te(x: te.Tensor, attrs: Any) -> te.Tensor:
     shape, read, axes, _ = _windows(x, attrs)
     keys = te.compute(shape, lambda *at: te.max(read(*at)[0], axis=axes), name="pool_max")
-    return _map(lambda k: from_order_key(k, str(x.dtype)), keys)
+    return _map(lambda k: from_order_key(k, dtype_of(x)), keys)
 
 
 def _max_pool_indices_te(x: te.Tensor, attrs: Any) -> te.Tensor:
@@ -203,7 +208,7 @@ def _max_pool_indices_te(x: te.Tensor, attrs: Any) -> te.Tensor:
 
 def _log1p(value: Any) -> Any:
     # Kahan: the rounding of 1 + x cancels
-    one = tirx.const(1, value.dtype)
+    one = tirx.const(1, dtype_of(value))
     total = one + value
     kahan = tirx.log(total) * (value / (total - one))
     plain = tirx.any(total == one, value == tirx.const(float("inf"), value.dtype))
@@ -211,11 +216,11 @@ def _log1p(value: Any) -> Any:
 
 
 def _expm1(value: Any) -> Any:
-    one = tirx.const(1, value.dtype)
+    one = tirx.const(1, dtype_of(value))
     power = tirx.exp(value)
     kahan = (power - one) * (value / tirx.log(power))
     near = tirx.Select(power == one, value, kahan)
-    far = tirx.abs(value) > tirx.const(0.5, value.dtype)
+    far = tirx.abs(value) > tirx.const(0.5, dtype_of(value))
     return tirx.Select(far, power - one, near)
 
 
@@ -223,7 +228,7 @@ def _wide(function: Callable[[Any], Any]) -> Callable[[te.Tensor, Any], te.Tenso
     """``function`` of each element; halves are computed as float32."""
 
     def element(value: Any) -> Any:
-        dtype = str(value.dtype)
+        dtype = dtype_of(value)
         if dtype in _HALF:
             return tirx.Cast(dtype, function(tirx.Cast("float32", value)))
         return function(value)

@@ -6,6 +6,7 @@ operators that run faster whole.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.export import default_decompositions
 from tvm_balanced.frontend.torch_ops import TABLE
 
 
+@functools.cache
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """PyTorch's decompositions into core operators, and of those that have no converter."""
     table: dict[Any, Callable[..., Any]] = dict(default_decompositions().items())

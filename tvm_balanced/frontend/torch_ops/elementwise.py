@@ -261,7 +261,7 @@ def _nonzero(call: Call, divisor: Any, dtype: str) -> Any:
 
 
 def _signs_differ(call: Call, rest: Any, other: Any, zero: Any) -> Any:
-    unequal = relax.op.not_equal(relax.op.less(rest, zero), relax.op.less(other, zero))
+    unequal = relax.op.logical_xor(relax.op.less(rest, zero), relax.op.less(other, zero))
     return call.emit(relax.op.logical_and(relax.op.not_equal(rest, zero), unequal))
 
 

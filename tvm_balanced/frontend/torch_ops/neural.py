@@ -15,13 +15,22 @@ from tvm_balanced.te_operators import call_operator
 _HALF = ("float16", "bfloat16")
 
 
-@converts("mm.default", "bmm.default", "mv.default", "dot.default", "matmul.default")
+@converts("dot.default", "vdot.default")
+def _dot(call: Call) -> Any:
+    return call.emit(relax.op.sum(relax.op.multiply(call["self"], call[_second(call)])))
+
+
+def _second(call: Call) -> str:
+    return str(call.node.target._schema.arguments[1].name)  # type: ignore[union-attr]
+
+
+@converts("mm.default", "bmm.default", "mv.default")
 def _product(call: Call) -> Any:
     names = [a.name for a in call.node.target._schema.arguments][:2]  # type: ignore[union-attr]
     return call.emit(relax.op.matmul(call[names[0]], call[names[1]]))
 
 
-@converts("addmm.default", "baddbmm.default", "addmv.default", "addbmm.default")
+@converts("addmm.default", "baddbmm.default")
 def _add_product(call: Call) -> Any:
     names = [a.name for a in call.node.target._schema.arguments][1:3]  # type: ignore[union-attr]
     dtype = call.dtype()
@@ -39,13 +48,6 @@ def _weighted_sum(call: Call, product: Any, addend: Any, dtype: str) -> Any:
     if beta != 1:
         addend = call.emit(relax.op.multiply(addend, call.tensor(beta, dtype)))
     return call.emit(relax.op.add(addend, product))
-
-
-@converts("linear.default")
-def _linear(call: Call) -> Any:
-    turned = call.emit(relax.op.permute_dims(call["weight"], [1, 0]))
-    product = call.emit(relax.op.matmul(call["input"], turned))
-    return product if call["bias"] is None else call.emit(relax.op.add(product, call["bias"]))
 
 
 _LAYOUTS = {1: ("NCW", "OIW", "IOW"), 2: ("NCHW", "OIHW", "IOHW"), 3: ("NCDHW", "OIDHW", "IODHW")}
@@ -250,7 +252,7 @@ def _batch_norm_no_stats(call: Call) -> Any:
     return [call.cast(call.emit(result), dtype), None, None]
 
 
-@converts("_softmax.default", "_log_softmax.default", "softmax.int", "log_softmax.int")
+@converts("_softmax.default", "_log_softmax.default")
 def _softmax(call: Call) -> Any:
     logarithm = "log" in call.node.target._schema.name  # type: ignore[union-attr]
     x = call.input("self", call.dtype())

@@ -163,7 +163,7 @@ def _cdist(call: Call) -> Any:
     if p == math.inf:
         return call.emit(relax.op.max(apart, -1))
     if p == 0:
-        away = call.cast(call.emit(relax.op.not_equal(apart, relax.const(0.0, dtype))), dtype)
+        away = relax.op.minimum(relax.op.ceil(apart), relax.const(1.0, dtype))
         return call.emit(relax.op.sum(away, -1))
     if p == 1:
         return call.emit(relax.op.sum(apart, -1))
