@@ -211,7 +211,7 @@ def _log1p(value: Any) -> Any:
     one = tirx.const(1, dtype_of(value))
     total = one + value
     kahan = tirx.log(total) * (value / (total - one))
-    plain = tirx.any(total == one, value == tirx.const(float("inf"), value.dtype))
+    plain = tirx.any(total == one, value == tirx.const(float("inf"), dtype_of(value)))
     return tirx.Select(plain, value, kahan)
 
 

@@ -54,6 +54,11 @@ def _is_known(node: fx.Node) -> bool:
     return getattr(node.target, "namespace", "") == "aten" and _name(node) in TABLE
 
 
+def _asked_for(node: fx.Node) -> str:
+    """The operator that the model called, where a decomposition left another."""
+    return str(node.meta.get("original_aten") or node.target)
+
+
 class FaithfulBuilder(relax.BlockBuilder):  # type: ignore[misc]
     """A block builder that undoes what the exporter adds to products.
 
@@ -273,7 +278,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
                 "the model has data-dependent control flow (torch.cond), which is not supported; "
                 "export one branch of it"
             )
-        unknown = sorted({str(node.target) for node in calls if not _is_known(node)})
+        unknown = sorted({_asked_for(node) for node in calls if not _is_known(node)})
         if unknown:
             raise InputError(
                 f"the operator{'s' * (len(unknown) > 1)} {', '.join(unknown)} cannot be imported; "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 from tvm import relax
+from tvm.ir import GenericConst
 
 from tvm_balanced.frontend.torch_ops.call import Call, constant, converts, is_integer
 from tvm_balanced.te_operators import call_operator
@@ -37,6 +38,7 @@ _FLOAT_UNARY: dict[str, Callable[[Any], Any]] = {
     "cosh": relax.op.cosh,
     "erf": relax.op.erf,
     "exp": relax.op.exp,
+    "exp2": lambda x: relax.op.power(relax.const(2.0, str(x.ty.dtype)), x),
     "log": relax.op.log,
     "log2": _log2,
     "log10": _log10,
@@ -255,7 +257,7 @@ def _divide_rounded(call: Call) -> Any:
 
 def _nonzero(call: Call, divisor: Any, dtype: str) -> Any:
     """A divisor without zeros, on which a CPU would end the process; PyTorch refuses them."""
-    if isinstance(divisor, relax.Constant) and divisor.data.numpy().all():
+    if isinstance(divisor, GenericConst) and divisor.value.numpy().all():
         return divisor
     return call.where(relax.op.equal(divisor, constant(0, dtype)), constant(1, dtype), divisor)
 
@@ -364,6 +366,19 @@ def _extremum(call: Call) -> Any:
     if dtype == "bool":
         return call.emit((relax.op.logical_or if largest else relax.op.logical_and)(one, other))
     return call.emit((relax.op.maximum if largest else relax.op.minimum)(one, other))
+
+
+@converts("fmax.default", "fmin.default")
+def _number_extremum(call: Call) -> Any:
+    dtype = call.dtype()
+    one, other = operands(call, dtype)
+    op = relax.op.maximum if "fmax" in call.node.target._schema.name else relax.op.minimum  # type: ignore[union-attr]
+    both = call.emit(op(one, other))
+    if "float" not in dtype:
+        return both
+    wide = [call.cast(x, _WIDE.get(dtype, dtype)) for x in (one, other)]
+    either = call.where(relax.op.isnan(wide[1]), one, both)
+    return call.where(relax.op.isnan(wide[0]), other, either)
 
 
 _LOGICAL = {"and": relax.op.logical_and, "or": relax.op.logical_or, "xor": relax.op.logical_xor}

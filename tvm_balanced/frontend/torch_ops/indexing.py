@@ -108,6 +108,8 @@ def _embedding(call: Call) -> Any:
 @converts("gather.default")
 def _gather(call: Call) -> Any:
     x, index = call.input(), call.cast(call["index"], "int64")
+    if 0 in [static(d) for d in index.ty.shape]:
+        return call.broadcast(constant(0, call.dtype()), call.shape())
     if call.rank() == 0 or index.ty.ndim == 0:
         flat = call.emit(relax.op.take(call.reshape(x, [-1]), index, 0))
         return call.reshape(flat, call.shape())

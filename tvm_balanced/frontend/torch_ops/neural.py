@@ -30,11 +30,13 @@ def _product(call: Call) -> Any:
     return call.emit(relax.op.matmul(call[names[0]], call[names[1]]))
 
 
-@converts("addmm.default", "baddbmm.default")
+@converts("addmm.default", "baddbmm.default", "addbmm.default")
 def _add_product(call: Call) -> Any:
     names = [a.name for a in call.node.target._schema.arguments][1:3]  # type: ignore[union-attr]
     dtype = call.dtype()
     product = call.emit(relax.op.matmul(call[names[0]], call[names[1]]))
+    if "addbmm" in call.node.target._schema.name:  # type: ignore[union-attr]
+        product = call.emit(relax.op.sum(product, 0))
     return _weighted_sum(call, product, call.input("self", dtype), dtype)
 
 
