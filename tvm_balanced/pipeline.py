@@ -16,6 +16,7 @@ from tvm import relax
 from tvm_balanced.records import Choice
 from tvm_balanced.relay_passes.clean_names import CleanKernelNames
 from tvm_balanced.relay_passes.lift_workspaces import LiftWorkspaces, with_signatures_of
+from tvm_balanced.relay_passes.separate_operands import SeparateOperands
 from tvm_balanced.schedules.dispatch import ScheduleBalanced, schedule_rest
 from tvm_balanced.schedules.tuned import ScheduleTuned
 from tvm_balanced.te_operators import KEEP_NAN
@@ -29,6 +30,7 @@ def fuse_passes() -> list[Any]:
     return [
         relax.backend.DispatchSampling(),
         relax.backend.DispatchSortScan(),
+        SeparateOperands(),
         relax.transform.FuseTransposeMatmul(),
         relax.transform.LegalizeOps(KEEP_NAN),
         relax.transform.AnnotateTIROpPattern(),

@@ -337,12 +337,35 @@ def _statistical(compute: Callable[..., te.Tensor], hint: str) -> Any:
     return legalize
 
 
+def _not_equal(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    # LLVM is told to compare "ordered and unequal", which NaN is not
+    def unequal(a: Any, b: Any) -> Any:
+        if not is_float(dtype_of(a)):
+            return a != b
+        return tirx.any(a != b, tirx.isnan(a), tirx.isnan(b))
+
+    def compute(a: te.Tensor, b: te.Tensor) -> te.Tensor:
+        return _map(unequal, a, b)
+
+    return bb.call_te(compute, *call.args, primfunc_name_hint="not_equal")
+
+
+def _logical_not(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    # not(a < b) would become b <= a, which is another thing for NaN
+    def negate(a: Any) -> Any:
+        return tirx.Cast("bool", tirx.bitwise_xor(tirx.Cast("uint8", a), tirx.const(1, "uint8")))
+
+    return bb.call_te(lambda x: _map(negate, x), *call.args, primfunc_name_hint="logical_not")
+
+
 # for relax.transform.LegalizeOps
 KEEP_NAN: dict[str, Any] = {
     "relax.nn.relu": lambda bb, call: bb.call_te(_relu, *call.args, primfunc_name_hint="relu"),
     "relax.clip": lambda bb, call: bb.call_te(_clip, *call.args, primfunc_name_hint="tir_clip"),
     "relax.maximum": _binary(True, "maximum"),
     "relax.minimum": _binary(False, "minimum"),
+    "relax.not_equal": _not_equal,
+    "relax.logical_not": _logical_not,
     "relax.max": _statistical(_reduce(True), "max"),
     "relax.min": _statistical(_reduce(False), "min"),
     "relax.argmax": _statistical(_position(True), "argmax"),

@@ -23,7 +23,9 @@ from tvm.relax.frontend.torch.exported_program_translator import ExportedProgram
 from tvm_balanced.errors import InputError
 from tvm_balanced.frontend.bound_indices import bound_indices
 from tvm_balanced.frontend.optional import first_line
+from tvm_balanced.frontend.torch_fold import computed_weights
 from tvm_balanced.frontend.torch_ops import TABLE, Call
+from tvm_balanced.frontend.torch_ops.call import static
 from tvm_balanced.packing import Array
 from tvm_balanced.relay_passes.weight_chain import call_name
 
@@ -165,7 +167,14 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
         if _name(node) in _CHECKS or isinstance(recorded, torch.SymBool | torch.SymFloat):
             return None
         try:
-            result = TABLE[_name(node)](Call(self, node))
+            call = Call(self, node)
+            if all(value is not None and 0 in value.shape for value in call.results):
+                empty = [
+                    self.block_builder.emit(relax.op.zeros(call.shape(i), call.dtype(i)))
+                    for i in range(len(call.results))
+                ]
+                return empty if isinstance(recorded, tuple | list) else empty[0]
+            result = TABLE[_name(node)](call)
             if isinstance(result, list):
                 return [
                     None if part is None else self._as_recorded(part, val)
@@ -237,6 +246,9 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
         nodes = list(program.graph.nodes)
         self._check_operators(nodes)
         inputs, weights, literals = self._parameters(program)
+        computed = computed_weights(program)
+        for node, (name, tensor) in computed.items():
+            weights[name] = (self._input_var(node.name, tensor), tensor)
         first: dict[Any, str] = {}
         same = {name: first.setdefault(_memory(t), name) for name, (_, t) in weights.items()}
         kept = {name: pair for name, pair in weights.items() if same[name] == name}
@@ -245,6 +257,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
             if spec.target in weights:
                 by_node[spec.arg.name] = kept[same[spec.target]][0]
         by_node.update(literals)
+        self.env.update({node: kept[same[name]][0] for node, (name, _) in computed.items()})
 
         self.block_builder = FaithfulBuilder()
         params = [var for _, var in inputs.values()] + [var for var, _ in kept.values()]
@@ -265,7 +278,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
             if node.op == "placeholder":
                 if node.name in placeholders:
                     self.env[node] = placeholders[node.name]
-            elif node.op == "call_function":
+            elif node.op == "call_function" and node not in self.env:
                 self.env[node] = self._converted(node)
             elif node.op == "output":
                 return tuple(self.argument(node.args[0]))
@@ -377,6 +390,8 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
         tensors = [out for out in outputs if isinstance(out, relax.Expr)]
         if not tensors:
             raise InputError("the model returns no tensor; return at least one")
+        if any(out.ty.shape is not None and 0 in map(static, out.ty.shape) for out in tensors):
+            raise InputError("the model returns a tensor without elements; leave it out")
         return tensors
 
 

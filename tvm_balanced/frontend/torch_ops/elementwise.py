@@ -521,7 +521,7 @@ def _to_copy(call: Call) -> Any:
     return call.cast(call.input(), call.dtype())
 
 
-@converts("clone.default", "alias.default", "detach.default", "lift_fresh_copy.default", "contiguous.default")
+@converts("clone.default", "alias.default", "detach.default")
 def _same(call: Call) -> Any:
     return call.input()
 

@@ -24,17 +24,25 @@ def _second(call: Call) -> str:
     return str(call.node.target._schema.arguments[1].name)  # type: ignore[union-attr]
 
 
-@converts("mm.default", "bmm.default", "mv.default")
+@converts("mm.default", "bmm.default")
 def _product(call: Call) -> Any:
     names = [a.name for a in call.node.target._schema.arguments][:2]  # type: ignore[union-attr]
-    return call.emit(relax.op.matmul(call[names[0]], call[names[1]]))
+    return _matmul(call, names)
+
+
+def _matmul(call: Call, names: Sequence[str]) -> Any:
+    one, other = (call[name] for name in names)
+    if static(one.ty.shape[-1]) == 0:
+        dims = [*list(one.ty.shape)[:-1], *list(other.ty.shape)[-1:]]
+        return call.broadcast(constant(0, call.dtype()), dims)
+    return call.emit(relax.op.matmul(one, other))
 
 
 @converts("addmm.default", "baddbmm.default", "addbmm.default")
 def _add_product(call: Call) -> Any:
     names = [a.name for a in call.node.target._schema.arguments][1:3]  # type: ignore[union-attr]
     dtype = call.dtype()
-    product = call.emit(relax.op.matmul(call[names[0]], call[names[1]]))
+    product = _matmul(call, names)
     if "addbmm" in call.node.target._schema.name:  # type: ignore[union-attr]
         product = call.emit(relax.op.sum(product, 0))
     return _weighted_sum(call, product, call.input("self", dtype), dtype)

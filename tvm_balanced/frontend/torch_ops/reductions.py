@@ -28,6 +28,8 @@ def _sum(call: Call) -> Any:
     x = call.input("self", call.dtype())
     if _scalar(call):
         return x
+    if call.fake("self").numel() == 0:
+        return call.broadcast(constant({"sum": 0, "prod": 1}.get(name, math.nan), call.dtype()), call.shape())
     return call.emit(getattr(relax.op, name)(x, call.axes(_dim(call)), keepdims=_keepdim(call)))
 
 
@@ -49,6 +51,8 @@ def _reduce(call: Call, x: Any, largest: bool, axes: list[int], keepdim: bool) -
 @converts(*(f"{name}.{kind}" for name in ("any", "all") for kind in ("default", "dim", "dims")))
 def _any(call: Call) -> Any:
     largest = "any" in call.node.target._schema.name  # type: ignore[union-attr]
+    if call.fake("self").numel() == 0:
+        return call.broadcast(constant(not largest, call.dtype()), call.shape())
     x = call.cast(call.input(), "bool")
     return call.cast(_reduce(call, x, largest, call.axes(_dim(call)), _keepdim(call)), call.dtype())
 

@@ -16,14 +16,8 @@ _EMBED = 1 << 16
 
 @converts(
     "view.default",
-    "reshape.default",
-    "_unsafe_view.default",
-    "squeeze.default",
-    "squeeze.dim",
     "squeeze.dims",
     "unsqueeze.default",
-    "unflatten.int",
-    "flatten.using_ints",
 )
 def _view(call: Call) -> Any:
     x, shape = call.input(), call.shape()
@@ -44,49 +38,35 @@ def _permute(call: Call) -> Any:
     return call.emit(relax.op.permute_dims(call.input(), [call.axis(d) for d in call["dims"]]))
 
 
-@converts("transpose.int", "t.default")
-def _transpose(call: Call) -> Any:
-    order = list(range(call.rank()))
-    one, other = (call.axis(call.given.get(name, default)) for name, default in (("dim0", 0), ("dim1", -1)))
-    if order:
-        order[one], order[other] = order[other], order[one]
-    return call.emit(relax.op.permute_dims(call.input(), order)) if len(order) > 1 else call.input()
-
-
-@converts("expand.default", "broadcast_to.default")
+@converts("expand.default")
 def _expand(call: Call) -> Any:
     return call.broadcast(call.input(), call.shape())
 
 
 @converts("cat.default")
 def _cat(call: Call) -> Any:
-    # torch.cat skips tensors of shape (0,), whatever the rank of the others (a fresh cache)
+    # tensors without elements, of whatever rank, count for nothing (a fresh cache)
     given = call.given["tensors"]
-    kept = [part for part in given if tuple(part.meta["val"].shape) != (0,)] or list(given)
+    kept = [part for part in given if part.meta["val"].numel() != 0] or list(given)
     parts = [call.tensor(call.importer.argument(part), call.dtype()) for part in kept]
     axis = call.axis(call["dim"], len(call.results[0].shape))
     return parts[0] if len(parts) == 1 else call.emit(relax.op.concat(parts, axis))
 
 
-@converts("split_with_sizes.default", "split.Tensor", "unbind.int")
+@converts("split_with_sizes.default")
 def _split(call: Call) -> Any:
-    axis = call.axis(call["dim"])
-    x, unbind = call.input(), "unbind" in call.node.target._schema.name  # type: ignore[union-attr]
+    axis, x = call.axis(call["dim"]), call.input()
     parts, start = [], 0
-    for number, result in enumerate(call.results):
-        size: Any = 1 if unbind else call.dims([result.shape[axis]])[0]
-        if len(call.results) == 1:
-            part = x
-        else:
-            part = call.emit(relax.op.strided_slice(x, [axis], [start], [start + size]))
-        parts.append(call.reshape(part, call.shape(number)) if unbind else part)
+    for result in call.results:
+        (size,) = call.dims([result.shape[axis]])
+        parts.append(call.emit(relax.op.strided_slice(x, [axis], [start], [start + size])))
         start = start + size
     return parts
 
 
-@converts("repeat.default", "tile.default")
+@converts("repeat.default")
 def _repeat(call: Call) -> Any:
-    repeats = list(call["repeats" if "repeats" in call.given else "dims"])
+    repeats = list(call["repeats"])
     if not call.results[0].shape:
         return call.input()
     return call.emit(relax.op.tile(call.input(), repeats))
@@ -205,7 +185,7 @@ def _zeros(call: Call) -> Any:
     return _filled(call, 0)
 
 
-@converts("arange.default", "arange.start", "arange.start_step")
+@converts("arange.start_step")
 def _arange(call: Call) -> Any:
     dtype = call.dtype()
     start, end, step = (call[n] if n in call.given else d for n, d in (("start", 0), ("end", 0), ("step", 1)))

@@ -101,10 +101,11 @@ def _bucketize(call: Call) -> Any:
     values = call.emit(relax.op.expand_dims(values, values.ty.ndim))
     if edges.ty.ndim > 1:
         edges = call.emit(relax.op.expand_dims(edges, edges.ty.ndim - 1))
-    # written so that NaN lies beyond every edge
-    beyond = relax.op.greater(edges, values) if right else relax.op.greater_equal(edges, values)
-    below = call.cast(call.emit(relax.op.logical_not(beyond)), call.dtype())
-    return call.emit(relax.op.sum(below, -1))
+    below = call.emit((relax.op.less_equal if right else relax.op.less)(edges, values))
+    if dtype in ("float32", "float64"):
+        # NaN lies beyond every edge
+        below = call.emit(relax.op.logical_or(below, relax.op.isnan(values)))
+    return call.emit(relax.op.sum(call.cast(below, call.dtype()), -1))
 
 
 def _wider(one: str, other: str) -> str:
