@@ -7,9 +7,13 @@ one by one where that fails.
 
 from __future__ import annotations
 
+import argparse
+import json
+import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -226,3 +230,84 @@ def op_samples(name: str, dtype: torch.dtype, limit: int) -> Iterator[Sample]:
                     yield one
             except Exception:
                 continue  # not a call that PyTorch accepts
+
+
+def names() -> list[str]:
+    """Every operator that PyTorch has samples for."""
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    return list(dict.fromkeys(info.name for info in op_db if info.name not in UNDEFINED))
+
+
+def sweep(
+    dtypes: Sequence[str], limit: int, chosen: Sequence[str] = ()
+) -> Iterator[tuple[str, Tally]]:
+    """The tallies of operators over PyTorch's samples of these dtypes."""
+    for name in chosen or names():
+        tally = Tally()
+        for dtype in dtypes:
+            samples = list(op_samples(name, DTYPES[dtype], limit))
+            if DTYPES[dtype].is_floating_point and name not in SORTED:
+                special = [with_special_values(one) for one in samples[:4]]
+                samples += [one for one in special if one is not None]
+            tally.add(compare(samples))
+        yield name, tally
+
+
+def table(results: Iterable[tuple[str, Tally]]) -> str:
+    """Markdown: every operator with the number of its samples that are right, and why others are not."""
+    lines = ["| operator | right | refused | wrong | why |", "|---|---:|---:|---:|---|"]
+    total = Tally()
+    for name, tally in sorted(results):
+        total.add(tally)
+        if not (tally.right or tally.refused or tally.wrong or tally.crashed):
+            continue
+        why = "; ".join(dict.fromkeys(_reason(text) for text in tally.refused))
+        bad = len(tally.wrong) + len(tally.crashed)
+        lines.append(f"| {name} | {tally.right} | {len(tally.refused)} | {bad} | {why} |")
+    bad = len(total.wrong) + len(total.crashed)
+    summary = f"{total.right} samples are right, {len(total.refused)} refused by name, {bad} wrong."
+    return "\n".join([_HEAD, summary, "", *lines, ""])
+
+
+_HEAD = """# Operators of PyTorch
+
+Written by `python -m tests.operators.torch_sweep docs/operators-torch.md`: PyTorch's own samples of its
+operators, each imported, compiled for llvm and compared with PyTorch, as they are and with NaN and infinities.
+What is refused is named by `from_torch`.
+"""
+
+
+def _reason(text: str) -> str:
+    text = text.partition(": ")[2].replace("|", "/")
+    named = re.search(r"cannot be imported: (.*?);", text)
+    if named:
+        return named[1][:80]
+    named = re.search(r"operators? (.*?) cannot be imported", text)
+    return f"no converter of {named[1][:80]}" if named else text[:80]
+
+
+def main() -> None:
+    """Write the table, or with ``--results`` go on where a run was stopped."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--dtypes", default="float32,int64")
+    parser.add_argument("--limit", type=int, default=6)
+    parser.add_argument("--results", type=Path)
+    options = parser.parse_args()
+    results: dict[str, Tally] = {}
+    if options.results and options.results.exists():
+        for line in options.results.read_text().splitlines():
+            name, fields = json.loads(line)
+            results[name] = Tally(**fields)
+    rest = [name for name in names() if name not in results]
+    for name, tally in sweep(options.dtypes.split(","), options.limit, rest) if rest else ():
+        results[name] = tally
+        if options.results:
+            with options.results.open("a") as file:
+                file.write(json.dumps([name, asdict(tally)]) + "\n")
+    options.output.write_text(table(results.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import tvm
+import tvm_ffi
 from tvm import relax, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
@@ -116,7 +117,7 @@ class _Bounder(PyExprMutator):  # type: ignore[misc]
             fixed = [int(size) for size in sizes if isinstance(size, tirx.IntImm)]
             return fixed == limit.value.numpy().reshape(-1).tolist()
         source = self._value(limit)
-        return call_name(source) == "relax.shape_to_tensor" and tvm.ir.structural_equal(
+        return call_name(source) == "relax.shape_to_tensor" and tvm_ffi.structural_equal(
             source.args[0], relax.ShapeExpr(sizes)
         )
 

@@ -43,7 +43,7 @@ def _add_product(call: Call) -> Any:
     names = [a.name for a in call.node.target._schema.arguments][1:3]  # type: ignore[union-attr]
     dtype = call.dtype()
     product = _matmul(call, names)
-    if "addbmm" in call.node.target._schema.name:  # type: ignore[union-attr]
+    if call.node.target._schema.name.endswith("::addbmm"):  # type: ignore[union-attr]
         product = call.emit(relax.op.sum(product, 0))
     return _weighted_sum(call, product, call.input("self", dtype), dtype)
 
