@@ -64,7 +64,9 @@ def from_order_key(key: Any, dtype: str) -> Any:
     return tirx.Cast(dtype, value) if dtype in _HALF else value
 
 
-def _map(function: Callable[..., Any], *tensors: te.Tensor, name: str = "T_elementwise") -> te.Tensor:
+def _map(
+    function: Callable[..., Any], *tensors: te.Tensor, name: str = "T_elementwise"
+) -> te.Tensor:
     """``function`` of the elements of tensors that broadcast against each other."""
     rank = max(len(t.shape) for t in tensors)
     shape: list[Any] = [1] * rank
@@ -134,7 +136,12 @@ def _position(larger: bool) -> Callable[..., te.Tensor]:
 
 
 def window_sizes(
-    size: Sequence[Any], window: Sequence[int], strides: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil_mode: bool
+    size: Sequence[Any],
+    window: Sequence[int],
+    strides: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
 ) -> list[Any]:
     """Positions of a pooling window along each axis; a window must start inside, or in the left padding."""
     sizes = []
@@ -162,7 +169,10 @@ def _windows(x: te.Tensor, attrs: Any) -> tuple[list[Any], Any, list[Any], Any]:
     rank = len(window)
     lead, size = list(x.shape[:-rank]), list(x.shape[-rank:])
     size = [int(d) if isinstance(d, tirx.IntImm) else d for d in size]
-    shape = [*lead, *window_sizes(size, window, strides, padding, dilation, bool(attrs["ceil_mode"]))]
+    shape = [
+        *lead,
+        *window_sizes(size, window, strides, padding, dilation, bool(attrs["ceil_mode"])),
+    ]
     axes = [te.reduce_axis((0, w), name=f"w{i}") for i, w in enumerate(window)]
 
     def read(*at: Any) -> tuple[Any, Any]:
@@ -173,7 +183,9 @@ def _windows(x: te.Tensor, attrs: Any) -> tuple[list[Any], Any, list[Any], Any]:
         ]
         flat: Any = tirx.const(0, "int64")
         for index, dim in zip(place, size, strict=True):
-            flat = flat * tirx.Cast("int64", tirx.const(dim) if isinstance(dim, int) else dim) + tirx.Cast("int64", index)
+            flat = flat * tirx.Cast(
+                "int64", tirx.const(dim) if isinstance(dim, int) else dim
+            ) + tirx.Cast("int64", index)
         key = order_key(x(*first, *place))
         lowest = tirx.min_value(dtype_of(key))
         outside = tirx.any(*[tirx.any(i < 0, i >= d) for i, d in zip(place, size, strict=True)])
@@ -246,16 +258,27 @@ def _same(call: relax.Call) -> Any:
 
 def _keys_type(call: relax.Call) -> Any:
     ty = call.args[0].ty
-    wide = {"float16": "int32", "bfloat16": "int32", "float32": "int32", "float64": "int64", "bool": "int8"}
+    wide = {
+        "float16": "int32",
+        "bfloat16": "int32",
+        "float32": "int32",
+        "float64": "int64",
+        "bool": "int8",
+    }
     dtype = wide.get(str(ty.dtype), str(ty.dtype))
-    return relax.TensorType(ty.shape, dtype) if ty.shape is not None else relax.TensorType(dtype=dtype, ndim=ty.ndim)
+    return (
+        relax.TensorType(ty.shape, dtype)
+        if ty.shape is not None
+        else relax.TensorType(dtype=dtype, ndim=ty.ndim)
+    )
 
 
 def _pool_type(dtype: str | None) -> Callable[[relax.Call], Any]:
     def infer(call: relax.Call) -> Any:
         ty, attrs = call.args[0].ty, call.attrs
         window, strides, padding, dilation = (
-            [int(v) for v in attrs[name]] for name in ("pool_size", "strides", "padding", "dilation")
+            [int(v) for v in attrs[name]]
+            for name in ("pool_size", "strides", "padding", "dilation")
         )
         dims = list(ty.shape)
         size = [int(d) if isinstance(d, tirx.IntImm) else d for d in dims[-len(window) :]]
@@ -330,9 +353,7 @@ def _binary(larger: bool, hint: str) -> Any:
 def _statistical(compute: Callable[..., te.Tensor], hint: str) -> Any:
     def legalize(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
         axis = call.attrs.axis
-        return bb.call_te(
-            compute, call.args[0], axis, call.attrs.keepdims, primfunc_name_hint=hint
-        )
+        return bb.call_te(compute, call.args[0], axis, call.attrs.keepdims, primfunc_name_hint=hint)
 
     return legalize
 

@@ -226,7 +226,14 @@ def op_samples(name: str, dtype: torch.dtype, limit: int) -> Iterator[Sample]:
                 if any(t.is_sparse or t.dtype.is_complex for t in one.tensors):
                     continue
                 want = one.want()
-                if len(want) and all(w.numel() for w in want) and all(torch.equal(a, b) or a.isnan().any() for a, b in zip(want, one.want(), strict=True)):
+                if (
+                    len(want)
+                    and all(w.numel() for w in want)
+                    and all(
+                        torch.equal(a, b) or a.isnan().any()
+                        for a, b in zip(want, one.want(), strict=True)
+                    )
+                ):
                     yield one
             except Exception:
                 continue  # not a call that PyTorch accepts
@@ -273,8 +280,8 @@ def table(results: Iterable[tuple[str, Tally]]) -> str:
 _HEAD = """# Operators of PyTorch
 
 Written by `python -m tests.operators.torch_sweep docs/operators-torch.md`: PyTorch's own samples of its
-operators, each imported, compiled for llvm and compared with PyTorch, as they are and with NaN and infinities.
-What is refused is named by `from_torch`.
+operators, each imported, compiled for llvm and compared with PyTorch, as they are and with NaN and
+infinities. What is refused is named by `from_torch`.
 """
 
 

@@ -40,7 +40,9 @@ _MOVES = frozenset(
 )
 
 
-def computed_weights(program: torch.export.ExportedProgram) -> dict[fx.Node, tuple[str, torch.Tensor]]:
+def computed_weights(
+    program: torch.export.ExportedProgram,
+) -> dict[fx.Node, tuple[str, torch.Tensor]]:
     """Nodes whose value depends on parameters alone and serves as a weight, with name and value.
 
     Parameters
@@ -64,7 +66,10 @@ def computed_weights(program: torch.export.ExportedProgram) -> dict[fx.Node, tup
         if node.op == "placeholder" and node.name in names:
             sources[node] = frozenset([names[node.name]])
         elif node.op == "call_function" and all(i in sources for i in node.all_input_nodes):
-            if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+            if (
+                isinstance(node.target, torch._ops.OpOverload)
+                and torch.Tag.nondeterministic_seeded in node.target.tags
+            ):
                 continue
             known = [sources[i] for i in node.all_input_nodes]
             sources[node] = frozenset().union(*known)
@@ -84,21 +89,29 @@ def computed_weights(program: torch.export.ExportedProgram) -> dict[fx.Node, tup
     return result
 
 
-def _roots(program: torch.export.ExportedProgram, sources: Mapping[fx.Node, frozenset[str]]) -> list[fx.Node]:
+def _roots(
+    program: torch.export.ExportedProgram, sources: Mapping[fx.Node, frozenset[str]]
+) -> list[fx.Node]:
     roots = []
     for node in program.graph.nodes:
         if node.op != "call_function" or node in sources:
             continue
         for place in _READERS.get(getattr(node.target, "__name__", ""), ()):
             weight = node.args[place] if place < len(node.args) else None
-            while isinstance(weight, fx.Node) and weight.op == "call_function" and weight.target.__name__ in _MOVES:
+            while (
+                isinstance(weight, fx.Node)
+                and weight.op == "call_function"
+                and weight.target.__name__ in _MOVES
+            ):
                 weight = weight.args[0]
             if isinstance(weight, fx.Node) and weight.op == "call_function" and sources.get(weight):
                 roots.append(weight)
     return roots
 
 
-def _value(node: fx.Node, values: dict[fx.Node, Any], names: Mapping[str, str], tensors: Mapping[str, Any]) -> Any:
+def _value(
+    node: fx.Node, values: dict[fx.Node, Any], names: Mapping[str, str], tensors: Mapping[str, Any]
+) -> Any:
     pending = [node]
     while pending:
         one = pending[-1]
@@ -118,7 +131,7 @@ def _value(node: fx.Node, values: dict[fx.Node, Any], names: Mapping[str, str], 
 
 
 def _weight_name(sources: frozenset[str], tensors: Mapping[str, Any], value: torch.Tensor) -> str:
-    """What the user calls it: ``fc.weight`` for ``fc.weight_orig`` and ``fc.parametrizations.weight.original0``."""
+    """What the user calls it: ``fc.weight`` for ``fc.weight_orig``, say, or a parametrization's original."""
     like = [name for name in sorted(sources) if tensors[name].numel() == value.numel()]
     name = (like or sorted(sources))[0]
     name = re.sub(r"parametrizations\.(\w+)\.\S*$", r"\1", name)

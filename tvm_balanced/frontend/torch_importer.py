@@ -162,7 +162,9 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
             whole, index = node.args
             value = self.argument(whole)[index]
             if value is None and node.users:
-                raise InputError(f"result {index} of {whole} is not supported; use its first result")
+                raise InputError(
+                    f"result {index} of {whole} is not supported; use its first result"
+                )
             return value
         if _name(node) in _CHECKS or isinstance(recorded, torch.SymBool | torch.SymFloat):
             return None
@@ -384,9 +386,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
                 "becomes"
             )
         kept = (OutputKind.USER_OUTPUT, OutputKind.LOSS_OUTPUT)
-        outputs = tuple(
-            out for out, spec in zip(outputs, specs, strict=True) if spec.kind in kept
-        )
+        outputs = tuple(out for out, spec in zip(outputs, specs, strict=True) if spec.kind in kept)
         tensors = [out for out in outputs if isinstance(out, relax.Expr)]
         if not tensors:
             raise InputError("the model returns no tensor; return at least one")

@@ -117,10 +117,9 @@ class Call:
             return x
         if dtype == "bool":
             return self.emit(relax.op.not_equal(x, relax.const(0, own)))
-        if dtype.startswith(("int", "uint")) and "float" in own:
-            # as x86 does: out of range, and NaN, is the smallest integer, not whatever
-            if dtype != "int64":
-                x = self.emit(relax.op.astype(x, "int64"))
+        if dtype.startswith(("int", "uint")) and "float" in own and dtype != "int64":
+            # numbers out of range wrap round, as PyTorch's do
+            x = self.emit(relax.op.astype(x, "int64"))
         return self.emit(relax.op.astype(x, dtype))
 
     def tensor(self, value: Any, dtype: str) -> Any:
@@ -130,6 +129,19 @@ class Call:
         if isinstance(value, relax.Expr) and isinstance(value.ty, relax.TensorType):
             return self.cast(value, dtype)
         return self.importer._prim_value_to_scalar_tensor(value, dtype)
+
+    def scaled(self, x: Any, factor: Any) -> Any:
+        """``x * factor``; TVM would take 0 times NaN for 0."""
+        dtype = str(x.ty.dtype)
+        if isinstance(factor, int | float) and factor == 0 and "float" in dtype:
+            return self.vanished(x)
+        return self.emit(relax.op.multiply(x, self.tensor(factor, dtype)))
+
+    def vanished(self, x: Any) -> Any:
+        """``x - x``: 0, and NaN for what is not finite."""
+        dtype = str(x.ty.dtype)
+        finite = relax.op.less(relax.op.abs(x), constant(math.inf, dtype))
+        return self.where(finite, constant(0.0, dtype), constant(math.nan, dtype))
 
     def input(self, name: str = "self", dtype: str | None = None) -> Any:
         """A tensor argument, cast where a dtype is given."""

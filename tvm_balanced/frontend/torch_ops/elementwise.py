@@ -76,7 +76,9 @@ def _inverse_hyperbolic(call: Call) -> Any:
     name = call.node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
     if name == "atanh":
         size = call.emit(relax.op.abs(x))
-        double = relax.op.divide(relax.op.multiply(relax.const(2.0, wide), size), relax.op.subtract(one, size))
+        double = relax.op.divide(
+            relax.op.multiply(relax.const(2.0, wide), size), relax.op.subtract(one, size)
+        )
         half = relax.op.multiply(relax.const(0.5, wide), log1p(double))
     else:
         # beyond the square root of the largest number, the square is too large and the 1 does not count
@@ -95,7 +97,9 @@ def _inverse_hyperbolic(call: Call) -> Any:
         if name == "acosh":
             return call.cast(half, dtype)
     negative = relax.op.less(x, relax.const(0.0, wide))
-    return call.cast(call.where(negative, call.emit(relax.op.negative(half)), call.emit(half)), dtype)
+    return call.cast(
+        call.where(negative, call.emit(relax.op.negative(half)), call.emit(half)), dtype
+    )
 
 
 def _plain_unary(function: Callable[[Any], Any]) -> Callable[[Call], Any]:
@@ -130,7 +134,11 @@ def _round_decimals(call: Call) -> Any:
         return call.input()
     wide = _WIDE.get(dtype, dtype)
     x, scale = call.input("self", wide), relax.const(10.0 ** abs(decimals), wide)
-    first, second = (relax.op.multiply, relax.op.divide) if decimals >= 0 else (relax.op.divide, relax.op.multiply)
+    first, second = (
+        (relax.op.multiply, relax.op.divide)
+        if decimals >= 0
+        else (relax.op.divide, relax.op.multiply)
+    )
     return call.cast(call.emit(second(relax.op.round(first(x, scale)), scale)), dtype)
 
 
@@ -140,7 +148,9 @@ def _sign(call: Call) -> Any:
     if dtype == "bool":
         return x
     zero = constant(0, dtype)
-    above, below = (call.cast(call.emit(op(x, zero)), dtype) for op in (relax.op.greater, relax.op.less))
+    above, below = (
+        call.cast(call.emit(op(x, zero)), dtype) for op in (relax.op.greater, relax.op.less)
+    )
     return call.emit(relax.op.subtract(above, below)) if dtype != "uint8" else above
 
 
@@ -196,10 +206,11 @@ def _add(call: Call) -> Any:
     if name == "rsub":
         one, other = other, one
     if alpha != 1:
-        factor = call.tensor(alpha, dtype)
-        other = call.emit(_multiply(other, factor, dtype))
+        other = call.scaled(other, alpha) if dtype != "bool" else call.tensor(bool(alpha), dtype)
     if dtype == "bool":
         return call.emit(relax.op.logical_or(one, other))
+    if name != "add" and one.same_as(other) and "float" in dtype:
+        return call.vanished(one)
     return call.emit((relax.op.add if name == "add" else relax.op.subtract)(one, other))
 
 
@@ -209,7 +220,9 @@ def _multiply(one: Any, other: Any, dtype: str) -> Any:
 
 @converts("mul.Tensor", "mul.Scalar")
 def _mul(call: Call) -> Any:
-    dtype = call.dtype()
+    dtype, other = call.dtype(), call["other"]
+    if isinstance(other, int | float) and dtype != "bool":
+        return call.scaled(call.input("self", dtype), other)
     return call.emit(_multiply(*operands(call, dtype), dtype))
 
 
@@ -271,7 +284,9 @@ def _fmod_float(call: Call, one: Any, other: Any) -> Any:
     return relax.op.mod(one, other)
 
 
-@converts("fmod.Tensor", "fmod.Scalar", "remainder.Tensor", "remainder.Scalar", "remainder.Scalar_Tensor")
+@converts(
+    "fmod.Tensor", "fmod.Scalar", "remainder.Tensor", "remainder.Scalar", "remainder.Scalar_Tensor"
+)
 def _remainder(call: Call) -> Any:
     floored = call.node.target._schema.name.endswith("remainder")  # type: ignore[union-attr]
     dtype = call.dtype()
@@ -305,7 +320,9 @@ def _pow(call: Call) -> Any:
 
 def _integer_power(call: Call, base: Any, exponent: Any, dtype: str) -> Any:
     if dtype == "bool":
-        return call.emit(relax.op.logical_or(base, relax.op.logical_not(call.tensor(exponent, "bool"))))
+        return call.emit(
+            relax.op.logical_or(base, relax.op.logical_not(call.tensor(exponent, "bool")))
+        )
     if isinstance(exponent, int):
         if exponent < 0:
             raise ValueError("integers to negative integer powers are not supported")
@@ -330,7 +347,9 @@ def _integer_power(call: Call, base: Any, exponent: Any, dtype: str) -> Any:
     odd = relax.op.not_equal(relax.op.bitwise_and(power, constant(1, dtype)), zero)
     minus, one = constant(-1, dtype), constant(1, dtype)
     signed = call.where(odd, minus, one)
-    unit = call.where(relax.op.equal(start, minus), signed, call.where(relax.op.equal(start, one), one, zero))
+    unit = call.where(
+        relax.op.equal(start, minus), signed, call.where(relax.op.equal(start, one), one, zero)
+    )
     return call.where(relax.op.less(power, zero), unit, result)
 
 
@@ -412,7 +431,11 @@ def _bitwise(call: Call) -> Any:
         for name in ("bitwise_left_shift", "bitwise_right_shift")
         for overload in ("Tensor", "Tensor_Scalar", "Scalar_Tensor")
     ),
-    *(f"__{name}__.{overload}" for name in ("lshift", "rshift") for overload in ("Tensor", "Scalar")),
+    *(
+        f"__{name}__.{overload}"
+        for name in ("lshift", "rshift")
+        for overload in ("Tensor", "Scalar")
+    ),
 )
 def _shift(call: Call) -> Any:
     left = "left" in call.node.target._schema.name or "lsh" in call.node.target._schema.name  # type: ignore[union-attr]
@@ -481,7 +504,14 @@ def _bounded(call: Call, x: Any, low: Any, high: Any) -> Any:
     return x
 
 
-@converts("clamp.default", "clamp.Tensor", "clamp_min.default", "clamp_min.Tensor", "clamp_max.default", "clamp_max.Tensor")
+@converts(
+    "clamp.default",
+    "clamp.Tensor",
+    "clamp_min.default",
+    "clamp_min.Tensor",
+    "clamp_max.default",
+    "clamp_max.Tensor",
+)
 def _clamp(call: Call) -> Any:
     low, high = (call[name] if name in call.given else None for name in ("min", "max"))
     return call.cast(_bounded(call, call.input("self", call.dtype()), low, high), call.dtype())

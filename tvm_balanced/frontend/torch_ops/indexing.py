@@ -69,10 +69,13 @@ def _slice_scatter(call: Call) -> Any:
     stride = constant(step, "int64")
     row = call.emit(relax.op.floor_divide(offset, stride))
     inside = relax.op.logical_and(
-        relax.op.greater_equal(offset, constant(0, "int64")), relax.op.less(row, call.tensor(_plain(length), "int64"))
+        relax.op.greater_equal(offset, constant(0, "int64")),
+        relax.op.less(row, call.tensor(_plain(length), "int64")),
     )
     if step != 1:
-        inside = relax.op.logical_and(inside, relax.op.equal(relax.op.floor_mod(offset, stride), constant(0, "int64")))
+        inside = relax.op.logical_and(
+            inside, relax.op.equal(relax.op.floor_mod(offset, stride), constant(0, "int64"))
+        )
     if static(length) == 0:
         return x
     picked = call.emit(relax.op.take(src, row, axis, mode="clip"))
@@ -209,7 +212,11 @@ def _write_rows(
     target = [*behind[:lead], *shape, *behind[lead:]]
     values = call.broadcast(values, target)
     if lead:
-        back = [*range(lead, lead + len(shape)), *range(lead), *range(lead + len(shape), len(target))]
+        back = [
+            *range(lead, lead + len(shape)),
+            *range(lead),
+            *range(lead + len(shape), len(target)),
+        ]
         values = call.emit(relax.op.permute_dims(values, back))
     count = _product(shape)
     updates = call.reshape(values, [count, *behind])
@@ -296,10 +303,14 @@ def _scattered(call: Call, data: Any, index: Any, source: Any, axis: int, reduce
 
 def _divide(call: Call, total: Any, number: Any, dtype: str) -> Any:
     number = call.cast(number, dtype)
-    return call.emit((relax.op.floor_divide if is_integer(dtype) else relax.op.divide)(total, number))
+    return call.emit(
+        (relax.op.floor_divide if is_integer(dtype) else relax.op.divide)(total, number)
+    )
 
 
-def _scatter_without_self(call: Call, data: Any, index: Any, source: Any, axis: int, reduce: str) -> Any:
+def _scatter_without_self(
+    call: Call, data: Any, index: Any, source: Any, axis: int, reduce: str
+) -> Any:
     dtype = str(data.ty.dtype)
     ones = call.broadcast(constant(1, "int64"), index.ty.shape)
     none = call.broadcast(constant(0, "int64"), data.ty.shape)
@@ -307,17 +318,25 @@ def _scatter_without_self(call: Call, data: Any, index: Any, source: Any, axis: 
     written = call.emit(relax.op.greater(number, constant(0, "int64")))
     start = {"sum": 0, "mean": 0, "prod": 1}.get(reduce)
     if start is None:
-        info = torch.finfo(call.results[0].dtype) if "float" in dtype else torch.iinfo(call.results[0].dtype)
+        info = (
+            torch.finfo(call.results[0].dtype)
+            if "float" in dtype
+            else torch.iinfo(call.results[0].dtype)
+        )
         low, high = (float("-inf"), float("inf")) if "float" in dtype else (info.min, info.max)
         start = low if reduce == "amax" else high
     empty = call.broadcast(constant(start, dtype), data.ty.shape)
     result = _scattered(call, empty, index, source, axis, reduce)
     if reduce == "mean":
-        result = _divide(call, result, call.emit(relax.op.maximum(number, constant(1, "int64"))), dtype)
+        result = _divide(
+            call, result, call.emit(relax.op.maximum(number, constant(1, "int64"))), dtype
+        )
     return call.where(written, result, data)
 
 
-@converts("index_add.default", "index_copy.default", "index_fill.int_Scalar", "index_fill.int_Tensor")
+@converts(
+    "index_add.default", "index_copy.default", "index_fill.int_Scalar", "index_fill.int_Tensor"
+)
 def _index_add(call: Call) -> Any:
     x, dtype = call.input(), call.dtype()
     name = call.node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
@@ -334,7 +353,7 @@ def _index_add(call: Call) -> Any:
         source = call.reshape(call.input("source", dtype), target)
     alpha = call.given.get("alpha", 1)
     if alpha != 1:
-        source = call.emit(relax.op.multiply(source, call.tensor(alpha, dtype)))
+        source = call.scaled(source, alpha)
     shaped = call.reshape(index, [size, *[1] * (len(dims) - 1 - axis)])
     full = call.broadcast(shaped, target)
     result = _scattered(call, data, full, source, axis, "add" if name == "index_add" else None)
@@ -372,11 +391,17 @@ def _embedding_bag(call: Call) -> Any:
         counted = call.cast(kept, dtype)
         rows = call.where(kept, rows, constant(float("-inf") if mode == "max" else 0.0, dtype))
     if call["per_sample_weights"] is not None:
-        rows = call.emit(relax.op.multiply(rows, call.reshape(call.input("per_sample_weights", dtype), [number, 1])))
+        rows = call.emit(
+            relax.op.multiply(
+                rows, call.reshape(call.input("per_sample_weights", dtype), [number, 1])
+            )
+        )
     at = call.broadcast(call.reshape(bag, [number, 1]), [number, features])
     zeros = call.broadcast(constant(0.0, dtype), [bags, features])
     total_at = call.reshape(bag, [number, 1])
-    size = _scattered(call, call.broadcast(constant(0.0, dtype), [bags, 1]), total_at, counted, 0, "sum")
+    size = _scattered(
+        call, call.broadcast(constant(0.0, dtype), [bags, 1]), total_at, counted, 0, "sum"
+    )
     if mode == "max":
         lowest = call.broadcast(constant(float("-inf"), dtype), [bags, features])
         result = _scattered(call, lowest, at, rows, 0, "amax")
@@ -385,5 +410,7 @@ def _embedding_bag(call: Call) -> Any:
     else:
         result = _scattered(call, zeros, at, rows, 0, "sum")
         if mode == "mean":
-            result = call.emit(relax.op.divide(result, relax.op.maximum(size, constant(1.0, dtype))))
+            result = call.emit(
+                relax.op.divide(result, relax.op.maximum(size, constant(1.0, dtype)))
+            )
     return [result, None, None, None]

@@ -9,7 +9,6 @@ import numpy as np
 from tvm import relax
 
 from tvm_balanced.frontend.torch_ops.call import Call, constant, converts, static
-from tvm_balanced.frontend.torch_ops.reductions import moments
 from tvm_balanced.te_operators import call_operator
 
 _HALF = ("float16", "bfloat16")
@@ -45,18 +44,18 @@ def _add_product(call: Call) -> Any:
     product = _matmul(call, names)
     if call.node.target._schema.name.endswith("::addbmm"):  # type: ignore[union-attr]
         product = call.emit(relax.op.sum(product, 0))
-    return _weighted_sum(call, product, call.input("self", dtype), dtype)
+    return _weighted_sum(call, product, call.input("self", dtype))
 
 
-def _weighted_sum(call: Call, product: Any, addend: Any, dtype: str) -> Any:
+def _weighted_sum(call: Call, product: Any, addend: Any) -> Any:
     """``beta * addend + alpha * product``; what beta = 0 multiplies does not count, NaN included."""
     alpha, beta = call["alpha"], call["beta"]
     if alpha != 1:
-        product = call.emit(relax.op.multiply(product, call.tensor(alpha, dtype)))
+        product = call.scaled(product, alpha)
     if beta == 0:
         return product
     if beta != 1:
-        addend = call.emit(relax.op.multiply(addend, call.tensor(beta, dtype)))
+        addend = call.scaled(addend, beta)
     return call.emit(relax.op.add(addend, product))
 
 
@@ -72,7 +71,9 @@ def _per_axis(values: Any, rank: int) -> list[int]:
 def _convolution(call: Call) -> Any:
     x, weight, bias, dtype = call["input"], call["weight"], call["bias"], call.dtype()
     rank = x.ty.ndim - 2
-    stride, padding, dilation = (_per_axis(call[n], rank) for n in ("stride", "padding", "dilation"))
+    stride, padding, dilation = (
+        _per_axis(call[n], rank) for n in ("stride", "padding", "dilation")
+    )
     data, kernel, turned = _LAYOUTS[rank]
     settings: dict[str, Any] = {
         "strides": stride,
@@ -143,7 +144,9 @@ def _avg_pool(call: Call) -> Any:
     if divisor:
         if call["ceil_mode"]:
             raise ValueError("divisor_override with ceil_mode is not supported")
-        result = call.emit(relax.op.multiply(result, relax.const(float(np.prod(window)) / divisor, dtype)))
+        result = call.emit(
+            relax.op.multiply(result, relax.const(float(np.prod(window)) / divisor, dtype))
+        )
     return call.reshape(result, call.shape())
 
 
@@ -213,7 +216,13 @@ def _group_norm(call: Call) -> Any:
     flat = x if len(dims) > 2 else call.emit(relax.op.expand_dims(x, 2))
     result = call.emit(
         relax.op.nn.group_norm(
-            flat, weight, bias, num_groups=groups, channel_axis=1, axes=list(range(2, flat.ty.ndim)), epsilon=eps
+            flat,
+            weight,
+            bias,
+            num_groups=groups,
+            channel_axis=1,
+            axes=list(range(2, flat.ty.ndim)),
+            epsilon=eps,
         )
     )
     statistics = [None, None]
@@ -233,7 +242,12 @@ def _batch_norm(call: Call) -> Any:
     data = call.cast(x, wide)
     weight, bias, mean, variance = (
         _filled(call, call[name], channels, number, wide)
-        for name, number in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0))
+        for name, number in (
+            ("weight", 1.0),
+            ("bias", 0.0),
+            ("running_mean", 0.0),
+            ("running_var", 1.0),
+        )
     )
     result = call.emit(
         relax.op.nn.batch_norm(
@@ -268,7 +282,7 @@ def _softmax(call: Call) -> Any:
     x = call.input("self", call.dtype())
     if call.rank() == 0:
         # NaN and infinities have no softmax
-        rest = call.emit(relax.op.subtract(x, x))
+        rest = call.vanished(x)
         return rest if logarithm else call.emit(relax.op.add(rest, constant(1.0, call.dtype())))
     op = relax.op.nn.log_softmax if logarithm else relax.op.nn.softmax
     return call.emit(op(x, call.axis(call["dim"])))

@@ -22,14 +22,18 @@ def _scalar(call: Call, name: str = "self") -> bool:
     return call.rank(name) == 0
 
 
-@converts("sum.default", "sum.dim_IntList", "mean.default", "mean.dim", "prod.default", "prod.dim_int")
+@converts(
+    "sum.default", "sum.dim_IntList", "mean.default", "mean.dim", "prod.default", "prod.dim_int"
+)
 def _sum(call: Call) -> Any:
     name = call.node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
     x = call.input("self", call.dtype())
     if _scalar(call):
         return x
     if call.fake("self").numel() == 0:
-        return call.broadcast(constant({"sum": 0, "prod": 1}.get(name, math.nan), call.dtype()), call.shape())
+        return call.broadcast(
+            constant({"sum": 0, "prod": 1}.get(name, math.nan), call.dtype()), call.shape()
+        )
     return call.emit(getattr(relax.op, name)(x, call.axes(_dim(call)), keepdims=_keepdim(call)))
 
 
@@ -66,12 +70,14 @@ def count(call: Call, axes: list[int], dtype: str, name: str = "self") -> Any:
     return call.tensor(static(product) if static(product) is not None else product, dtype)
 
 
-def moments(call: Call, x: Any, axes: list[int], correction: float, keepdim: bool) -> tuple[Any, Any]:
+def moments(
+    call: Call, x: Any, axes: list[int], correction: float, keepdim: bool
+) -> tuple[Any, Any]:
     """Variance (with Bessel's or another correction) and mean."""
     dtype = str(x.ty.dtype)
     number = count(call, axes, dtype)
     if x.ty.ndim == 0:
-        total, mean = relax.op.multiply(x, relax.const(0.0, dtype)), x
+        total, mean = call.vanished(x), x
     else:
         center = call.emit(relax.op.mean(x, axes, keepdims=True))
         off = call.emit(relax.op.subtract(x, center))
@@ -146,10 +152,13 @@ def _histc(call: Call) -> Any:
     wide = "float64" if dtype == "float64" else "float32"
     x = call.cast(x, wide)
     inside = relax.op.logical_and(
-        relax.op.greater_equal(x, relax.const(low, wide)), relax.op.less_equal(x, relax.const(high, wide))
+        relax.op.greater_equal(x, relax.const(low, wide)),
+        relax.op.less_equal(x, relax.const(high, wide)),
     )
     position = relax.op.multiply(
-        relax.op.divide(relax.op.subtract(x, relax.const(low, wide)), relax.const(high - low, wide)),
+        relax.op.divide(
+            relax.op.subtract(x, relax.const(low, wide)), relax.const(high - low, wide)
+        ),
         relax.const(float(bins), wide),
     )
     bin_ = call.emit(relax.op.minimum(relax.op.floor(position), relax.const(float(bins - 1), wide)))

@@ -91,7 +91,8 @@ def _roll(call: Call) -> Any:
         axis = dim % x.ty.ndim
         size = x.ty.shape[axis]
         place = relax.op.floor_mod(
-            relax.op.subtract(call.arange(size), constant(shift, "int64")), call.tensor(_plain(size), "int64")
+            relax.op.subtract(call.arange(size), constant(shift, "int64")),
+            call.tensor(_plain(size), "int64"),
         )
         x = call.emit(relax.op.take(x, call.emit(place), axis))
     return call.reshape(x, call.shape())
@@ -121,7 +122,9 @@ def _pad(call: Call) -> Any:
         return x
     value = call["value"]
     if dtype == "bool":
-        padded = call.emit(relax.op.nn.pad(call.cast(x, "int8"), widths, "constant", int(bool(value))))
+        padded = call.emit(
+            relax.op.nn.pad(call.cast(x, "int8"), widths, "constant", int(bool(value)))
+        )
         return call.cast(padded, "bool")
     return call.emit(relax.op.nn.pad(x, widths, "constant", value))
 
@@ -188,7 +191,9 @@ def _zeros(call: Call) -> Any:
 @converts("arange.start_step")
 def _arange(call: Call) -> Any:
     dtype = call.dtype()
-    start, end, step = (call[n] if n in call.given else d for n, d in (("start", 0), ("end", 0), ("step", 1)))
+    start, end, step = (
+        call[n] if n in call.given else d for n, d in (("start", 0), ("end", 0), ("step", 1))
+    )
     if all(isinstance(v, int | float) for v in (start, end, step)) and "float" in dtype:
         size = int(call.results[0].shape[0])
         if size > _EMBED:
@@ -199,7 +204,9 @@ def _arange(call: Call) -> Any:
         return relax.const(values.to(torch.float64).numpy(), dtype)
     if any(isinstance(v, float) for v in (start, end, step)):
         if all(isinstance(v, int | float) for v in (start, end, step)):
-            return relax.const(torch.arange(start, end, step, dtype=call.results[0].dtype).numpy(), dtype)
+            return relax.const(
+                torch.arange(start, end, step, dtype=call.results[0].dtype).numpy(), dtype
+            )
         raise ValueError("steps that are no integers need bounds that are numbers")
     (size,) = call.shape()
     if start == 0 and step == 1:
@@ -221,6 +228,8 @@ def _triangle(call: Call) -> Any:
     lower = "tril" in call.node.target._schema.name  # type: ignore[union-attr]
     x, dtype = call.input(), call.dtype()
     rows, columns = list(x.ty.shape)[-2:]
-    shifted = relax.op.add(relax.op.expand_dims(call.arange(rows), 1), constant(call["diagonal"], "int64"))
+    shifted = relax.op.add(
+        relax.op.expand_dims(call.arange(rows), 1), constant(call["diagonal"], "int64")
+    )
     keep = (relax.op.less_equal if lower else relax.op.greater_equal)(call.arange(columns), shifted)
     return call.where(call.emit(keep), x, constant(0, dtype))

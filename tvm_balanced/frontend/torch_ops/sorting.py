@@ -45,7 +45,9 @@ def _topk(call: Call) -> Any:
     axis = call.axis(call["dim"])
     keys = call.emit(call_operator("relax.order_key", x))
     where = call.emit(
-        relax.op.topk(keys, int(k), axis, ret_type="indices", largest=bool(call["largest"]), dtype="int64")
+        relax.op.topk(
+            keys, int(k), axis, ret_type="indices", largest=bool(call["largest"]), dtype="int64"
+        )
     )
     return [_pick(call, x, where, axis), where]
 
@@ -82,7 +84,9 @@ def _median(call: Call) -> Any:
     # NaN is the median of whatever holds one; it stands last
     if "float" in str(x.ty.dtype):
         last, where_last = _at_rank(call, x, axis, int(size) - 1)
-        is_nan = call.emit(relax.op.isnan(call.cast(last, "float64" if call.dtype() == "float64" else "float32")))
+        is_nan = call.emit(
+            relax.op.isnan(call.cast(last, "float64" if call.dtype() == "float64" else "float32"))
+        )
         value, where = call.where(is_nan, last, value), call.where(is_nan, where_last, where)
     value = call.reshape(value, call.shape(0))
     return value if dim is None else [value, call.reshape(where, call.shape(1))]
@@ -96,7 +100,11 @@ def _bucketize(call: Call) -> Any:
     if search and call["sorter"] is not None:
         edges = _pick(call, edges, call["sorter"], edges.ty.ndim - 1)
     right = bool(call["right"]) or call.given.get("side") == "right"
-    dtype = str(edges.ty.dtype) if not hasattr(given, "ty") else _wider(str(edges.ty.dtype), str(given.ty.dtype))
+    dtype = (
+        str(edges.ty.dtype)
+        if not hasattr(given, "ty")
+        else _wider(str(edges.ty.dtype), str(given.ty.dtype))
+    )
     edges, values = call.cast(edges, dtype), call.tensor(given, dtype)
     values = call.emit(relax.op.expand_dims(values, values.ty.ndim))
     if edges.ty.ndim > 1:
