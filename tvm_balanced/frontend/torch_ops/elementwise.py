@@ -14,6 +14,8 @@ from tvm.ir import GenericConst
 from tvm_balanced.frontend.torch_ops.call import Call, constant, converts, is_integer
 from tvm_balanced.te_operators import call_operator
 
+# a power is a chain of squares, each of which the kernel writes out twice
+_LARGEST_POWER = 64
 _WIDE = {"float16": "float32", "bfloat16": "float32"}
 
 
@@ -323,9 +325,7 @@ def _integer_power(call: Call, base: Any, exponent: Any, dtype: str) -> Any:
         return call.emit(
             relax.op.logical_or(base, relax.op.logical_not(call.tensor(exponent, "bool")))
         )
-    if isinstance(exponent, int):
-        if exponent < 0:
-            raise ValueError("integers to negative integer powers are not supported")
+    if isinstance(exponent, int) and 0 <= exponent <= _LARGEST_POWER:
         steps, result, factor = exponent, None, base
         while steps:
             if steps & 1:
@@ -333,24 +333,9 @@ def _integer_power(call: Call, base: Any, exponent: Any, dtype: str) -> Any:
             steps >>= 1
             factor = call.emit(relax.op.multiply(factor, factor)) if steps else factor
         return call.broadcast(constant(1, dtype), call.shape()) if result is None else result
-    power = call.tensor(exponent, dtype)
-    result, zero = constant(1, dtype), constant(0, dtype)
-    start, rest = base, power
-    for _ in range(int(dtype.lstrip("uint")) - (0 if dtype.startswith("uint") else 1)):
-        odd = relax.op.not_equal(relax.op.bitwise_and(rest, constant(1, dtype)), zero)
-        result = call.where(odd, relax.op.multiply(result, base), result)
-        base = call.emit(relax.op.multiply(base, base))
-        rest = call.emit(relax.op.right_shift(rest, constant(1, dtype)))
-    if dtype.startswith("uint"):
-        return result
-    # 1 / x**n is 0 but for x = 1 and x = -1
-    odd = relax.op.not_equal(relax.op.bitwise_and(power, constant(1, dtype)), zero)
-    minus, one = constant(-1, dtype), constant(1, dtype)
-    signed = call.where(odd, minus, one)
-    unit = call.where(
-        relax.op.equal(start, minus), signed, call.where(relax.op.equal(start, one), one, zero)
-    )
-    return call.where(relax.op.less(power, zero), unit, result)
+    if isinstance(call.given["self"], int) and call.given["self"] == 2:
+        return shifted_left(call, constant(1, dtype), call.tensor(exponent, dtype), dtype)
+    raise ValueError(f"integers to other powers than 0 to {_LARGEST_POWER} are not supported")
 
 
 @converts("atan2.default")
@@ -443,20 +428,29 @@ def _shift(call: Call) -> Any:
     one, other = operands(call, dtype)
     if not is_integer(dtype):
         raise ValueError(f"shifts of {dtype} are not supported")
-    bits = int(dtype.lstrip("uint"))
-    # shifts beyond the width are undefined in C; PyTorch fills with zeros or the sign
-    zero, width = constant(0, dtype), constant(bits, dtype)
-    beyond = relax.op.greater_equal(other, width)
-    if not dtype.startswith("uint"):
-        beyond = relax.op.logical_or(beyond, relax.op.less(other, zero))
-    beyond = call.emit(beyond)
-    amount = call.where(beyond, zero, other)
     if left:
-        return call.where(beyond, zero, relax.op.left_shift(one, amount))
-    last = constant(bits - 1, dtype)
-    amount = call.where(beyond, zero if dtype.startswith("uint") else last, other)
-    shifted = call.emit(relax.op.right_shift(one, amount))
-    return call.where(beyond, zero, shifted) if dtype.startswith("uint") else shifted
+        return shifted_left(call, one, other, dtype)
+    beyond, amount = _shift_amount(call, other, dtype)
+    if dtype.startswith("uint"):
+        return call.where(beyond, constant(0, dtype), relax.op.right_shift(one, amount))
+    last = constant(int(dtype.lstrip("int")) - 1, dtype)
+    return call.emit(relax.op.right_shift(one, call.where(beyond, last, amount)))
+
+
+def _shift_amount(call: Call, by: Any, dtype: str) -> tuple[Any, Any]:
+    """Where a shift goes beyond the width, undefined in C, and the amount of the others."""
+    zero = constant(0, dtype)
+    beyond = relax.op.greater_equal(by, constant(int(dtype.lstrip("uint")), dtype))
+    if not dtype.startswith("uint"):
+        beyond = relax.op.logical_or(beyond, relax.op.less(by, zero))
+    beyond = call.emit(beyond)
+    return beyond, call.where(beyond, zero, by)
+
+
+def shifted_left(call: Call, one: Any, by: Any, dtype: str) -> Any:
+    """``one << by``, which is 0 beyond the width of the dtype."""
+    beyond, amount = _shift_amount(call, by, dtype)
+    return call.where(beyond, constant(0, dtype), relax.op.left_shift(one, amount))
 
 
 @converts("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")

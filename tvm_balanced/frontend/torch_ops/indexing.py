@@ -146,6 +146,22 @@ def _index(call: Call) -> Any:
     return call.emit(relax.op.permute_dims(picked, [*before, *range(front), *after]))
 
 
+@converts("diagonal.default")
+def _diagonal(call: Call) -> Any:
+    axes = [call.axis(call["dim1"]), call.axis(call["dim2"])]
+    rest = [axis for axis in range(call.rank()) if axis not in axes]
+    moved = call.emit(relax.op.permute_dims(call.input(), axes + rest))
+    offset, place = int(call["offset"]), call.arange(call.shape()[-1])
+    rows, columns = (
+        call.emit(relax.op.add(place, constant(max(start, 0), "int64")))
+        for start in (-offset, offset)
+    )
+    picked = call.emit(relax.op.index_tensor(moved, [rows, columns]))
+    return (
+        call.emit(relax.op.permute_dims(picked, [*range(1, len(rest) + 1), 0])) if rest else picked
+    )
+
+
 @converts("index_put.default", "_unsafe_index_put.default")
 def _index_put(call: Call) -> Any:
     x, dtype = call.input(), call.dtype()

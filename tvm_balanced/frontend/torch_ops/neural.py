@@ -111,18 +111,42 @@ def _max_pool(call: Call) -> Any:
     rank = 2 if "2d" in call.node.target._schema.name else 3  # type: ignore[union-attr]
     window = _per_axis(call["kernel_size"], rank)
     padding = _per_axis(call["padding"], rank)
+    strides = _per_axis(call["stride"] or window, rank)
+    dilation = _per_axis(call["dilation"], rank)
+    return _max_pools(call, window, strides, padding, dilation, bool(call["ceil_mode"]))
+
+
+def _max_pools(
+    call: Call,
+    window: list[int],
+    strides: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+) -> list[Any]:
+    """The maxima and their places."""
     settings = {
         "pool_size": window,
-        "strides": _per_axis(call["stride"] or window, rank),
+        "strides": strides,
         "padding": [*padding, *padding],
-        "dilation": _per_axis(call["dilation"], rank),
-        "ceil_mode": bool(call["ceil_mode"]),
+        "dilation": dilation,
+        "ceil_mode": ceil_mode,
     }
-    x = call.input()
     return [
-        call.emit(call_operator(name, x, **settings))
+        call.emit(call_operator(name, call.input(), **settings))
         for name in ("relax.nn.max_pool", "relax.nn.max_pool_indices")
     ]
+
+
+@converts("adaptive_max_pool2d.default", "adaptive_max_pool3d.default")
+def _adaptive_max_pool(call: Call) -> Any:
+    x, target = call.input(), [int(s) for s in call["output_size"]]
+    sizes = [static(d) for d in list(x.ty.shape)[-len(target) :]]
+    if any(size is None or size % out for size, out in zip(sizes, target, strict=True)):
+        raise ValueError(f"an output of {target} does not divide an input of {sizes}")
+    window = [int(size or 0) // out for size, out in zip(sizes, target, strict=True)]
+    none = [0] * len(window)
+    return _max_pools(call, window, window, none, [1] * len(window), False)
 
 
 @converts("avg_pool1d.default", "avg_pool2d.default", "avg_pool3d.default")
