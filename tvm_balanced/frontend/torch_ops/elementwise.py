@@ -75,7 +75,7 @@ def _inverse_hyperbolic(call: Call) -> Any:
     def log1p(value: Any) -> Any:
         return call.emit(call_operator("relax.log1p", call.emit(value)))
 
-    name = call.node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
+    name = call.name
     if name == "atanh":
         size = call.emit(relax.op.abs(x))
         double = relax.op.divide(
@@ -123,7 +123,7 @@ def _rounding(call: Call) -> Any:
     x = call.input()
     if "float" not in str(x.ty.dtype):
         return x
-    name = call.node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
+    name = call.name
     return call.emit(getattr(relax.op, name)(x))
 
 
@@ -166,7 +166,7 @@ def _not(call: Call) -> Any:
 
 @converts("isnan.default", "isinf.default", "isfinite.default")
 def _classify(call: Call) -> Any:
-    name = call.node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
+    name = call.name
     x = call.input()
     if "float" not in str(x.ty.dtype):
         value = relax.const(name == "isfinite", "bool")
@@ -202,7 +202,7 @@ def common_dtype(call: Call, names: tuple[str, str] = ("self", "other")) -> str:
 
 @converts("add.Tensor", "add.Scalar", "sub.Tensor", "sub.Scalar", "rsub.Tensor", "rsub.Scalar")
 def _add(call: Call) -> Any:
-    name = call.node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
+    name = call.name
     dtype, alpha = call.dtype(), call["alpha"]
     one, other = operands(call, dtype)
     if name == "rsub":
@@ -290,7 +290,7 @@ def _fmod_float(call: Call, one: Any, other: Any) -> Any:
     "fmod.Tensor", "fmod.Scalar", "remainder.Tensor", "remainder.Scalar", "remainder.Scalar_Tensor"
 )
 def _remainder(call: Call) -> Any:
-    floored = call.node.target._schema.name.endswith("remainder")  # type: ignore[union-attr]
+    floored = call.name.endswith("remainder")
     dtype = call.dtype()
     one, other = operands(call, dtype)
     if is_integer(dtype):
@@ -355,16 +355,16 @@ _COMPARE = {
 
 @converts(*(f"{name}.{kind}" for name in _COMPARE for kind in ("Tensor", "Scalar")))
 def _compare(call: Call) -> Any:
-    name = call.node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
+    name = call.name
     dtype = common_dtype(call)
     # TVM orders no booleans
     one, other = operands(call, "uint8" if dtype == "bool" else dtype)
     return call.emit(_COMPARE[name](one, other))
 
 
-@converts("maximum.default", "minimum.default", "max.other", "min.other")
+@converts("maximum.default", "minimum.default")
 def _extremum(call: Call) -> Any:
-    largest = "::max" in call.node.target._schema.name  # type: ignore[union-attr]
+    largest = call.name.startswith("max")
     dtype = call.dtype()
     one, other = operands(call, dtype)
     if dtype == "bool":
@@ -376,7 +376,7 @@ def _extremum(call: Call) -> Any:
 def _number_extremum(call: Call) -> Any:
     dtype = call.dtype()
     one, other = operands(call, dtype)
-    op = relax.op.maximum if "fmax" in call.node.target._schema.name else relax.op.minimum  # type: ignore[union-attr]
+    op = relax.op.maximum if "fmax" in call.name else relax.op.minimum
     both = call.emit(op(one, other))
     if "float" not in dtype:
         return both
@@ -391,20 +391,21 @@ _BITWISE = {"and": relax.op.bitwise_and, "or": relax.op.bitwise_or, "xor": relax
 
 @converts("logical_and.default", "logical_or.default", "logical_xor.default")
 def _logical(call: Call) -> Any:
-    kind = call.node.target._schema.name.rpartition("_")[2]  # type: ignore[union-attr]
+    kind = call.name.rpartition("_")[2]
     return call.emit(_LOGICAL[kind](*operands(call, "bool")))
 
 
 @converts(
+    *(f"bitwise_{kind}.Scalar_Tensor" for kind in _BITWISE),
     *(
         f"{form.format(kind)}.{overload}"
         for kind in _BITWISE
         for form in ("bitwise_{}", "__{}__")
-        for overload in ("Tensor", "Scalar", "Scalar_Tensor")
-    )
+        for overload in ("Tensor", "Scalar")
+    ),
 )
 def _bitwise(call: Call) -> Any:
-    kind = call.node.target._schema.name.strip("_").rpartition("_")[2].rpartition("::")[2]  # type: ignore[union-attr]
+    kind = call.name.strip("_").rpartition("_")[2]
     dtype = call.dtype()
     table = _LOGICAL if dtype == "bool" else _BITWISE
     return call.emit(table[kind](*operands(call, dtype)))
@@ -423,7 +424,7 @@ def _bitwise(call: Call) -> Any:
     ),
 )
 def _shift(call: Call) -> Any:
-    left = "left" in call.node.target._schema.name or "lsh" in call.node.target._schema.name  # type: ignore[union-attr]
+    left = "left" in call.name or "lsh" in call.name
     dtype = call.dtype()
     one, other = operands(call, dtype)
     if not is_integer(dtype):
@@ -545,7 +546,7 @@ def _to_copy(call: Call) -> Any:
     return call.cast(call.input(), call.dtype())
 
 
-@converts("clone.default", "alias.default", "detach.default")
+@converts("clone.default", "alias.default")
 def _same(call: Call) -> Any:
     return call.input()
 
