@@ -35,7 +35,6 @@ _MOVES = frozenset(
         "clone.default",
         "_to_copy.default",
         "alias.default",
-        "detach.default",
     ]
 )
 

@@ -267,8 +267,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
         attrs = {"num_input": len(inputs), **self._bounds(program)}
         with self.block_builder.function("main", params=params, attrs=attrs):
             with self.block_builder.dataflow():
-                outputs = self._translate(nodes, by_node)
-                outputs = self._user_outputs(program, outputs)
+                outputs = self._user_outputs(program, self._translate(nodes, by_node))
                 result = outputs[0] if len(outputs) == 1 else relax.Tuple(outputs)
                 result = self.block_builder.emit_output(result)
             self.block_builder.emit_func_output(result)

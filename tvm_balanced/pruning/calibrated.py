@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from tvm_balanced.errors import InputError, TvmBalancedError
 from tvm_balanced.format.pattern import BalancedPattern
-from tvm_balanced.pruning.choice import Patterns, check_blocks, choose_layers
+from tvm_balanced.pruning.choice import Patterns, choose_layers, leave_narrow
 from tvm_balanced.pruning.layers import (
     Batch,
     EverythingSeen,
@@ -141,7 +141,8 @@ def _choose(
     patterns, skipped = choose_layers(pattern, blocked, ignore, BalancedPattern)
     if not patterns:
         raise InputError("every linear layer is ignored or cannot be pruned; ignore fewer layers")
-    check_blocks(patterns, {layer.name: layer.shape[1] for layer in layers})
+    columns = {layer.name: layer.shape[1] for layer in layers}
+    skipped |= leave_narrow(pattern, patterns, columns)
     for layer in layers:
         if layer.name in patterns and not bool(torch.isfinite(layer.weight).all()):
             raise InputError(

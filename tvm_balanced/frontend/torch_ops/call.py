@@ -44,12 +44,18 @@ class Call:
     def __init__(self, importer: GraphImporter, node: fx.Node) -> None:
         self.importer = importer
         self.node = node
-        schema = node.target._schema.arguments  # type: ignore[union-attr]
+        self.schema = node.target._schema  # type: ignore[union-attr]
+        schema = self.schema.arguments
         self.given: dict[str, Any] = {a.name: a.default_value for a in schema}
         self.given.update(zip((a.name for a in schema), node.args, strict=False))
         self.given.update(node.kwargs)
 
     # what was given
+
+    @property
+    def name(self) -> str:
+        """The operator without its overload, ``"add"``."""
+        return str(self.schema.name).partition("::")[2]
 
     def __getitem__(self, name: str) -> Any:
         """An argument: tensors as Relax expressions, symbolic integers as TensorIR's, the rest plain."""
@@ -63,7 +69,7 @@ class Call:
 
     def rank(self, name: str = "self") -> int:
         """Number of axes of a tensor argument."""
-        return self.fake(name).dim()
+        return int(self.fake(name).dim())
 
     def axis(self, value: int, rank: int | None = None) -> int:
         """An axis counted from the front; ``rank`` is that of ``self`` where not given."""
@@ -183,6 +189,15 @@ def constant(value: bool | int | float, dtype: str) -> Any:
 def is_integer(dtype: str) -> bool:
     """Whether it is an integer type, without bool."""
     return dtype.startswith(("int", "uint"))
+
+
+def numbers(dims: Sequence[Any]) -> list[int]:
+    """Sizes that must be numbers."""
+    sizes = [static(d) for d in dims]
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes):
+        raise ValueError("its sizes must be numbers")
+    return known
 
 
 def static(dim: Any) -> int | None:

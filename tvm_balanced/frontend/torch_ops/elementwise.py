@@ -14,6 +14,8 @@ from tvm.ir import GenericConst
 from tvm_balanced.frontend.torch_ops.call import Call, constant, converts, is_integer
 from tvm_balanced.te_operators import call_operator
 
+# a power is a chain of squares, each of which the kernel writes out twice
+_LARGEST_POWER = 64
 _WIDE = {"float16": "float32", "bfloat16": "float32"}
 
 
@@ -73,7 +75,7 @@ def _inverse_hyperbolic(call: Call) -> Any:
     def log1p(value: Any) -> Any:
         return call.emit(call_operator("relax.log1p", call.emit(value)))
 
-    name = call.node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
+    name = call.name
     if name == "atanh":
         size = call.emit(relax.op.abs(x))
         double = relax.op.divide(
@@ -121,7 +123,7 @@ def _rounding(call: Call) -> Any:
     x = call.input()
     if "float" not in str(x.ty.dtype):
         return x
-    name = call.node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
+    name = call.name
     return call.emit(getattr(relax.op, name)(x))
 
 
@@ -164,7 +166,7 @@ def _not(call: Call) -> Any:
 
 @converts("isnan.default", "isinf.default", "isfinite.default")
 def _classify(call: Call) -> Any:
-    name = call.node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
+    name = call.name
     x = call.input()
     if "float" not in str(x.ty.dtype):
         value = relax.const(name == "isfinite", "bool")
@@ -200,7 +202,7 @@ def common_dtype(call: Call, names: tuple[str, str] = ("self", "other")) -> str:
 
 @converts("add.Tensor", "add.Scalar", "sub.Tensor", "sub.Scalar", "rsub.Tensor", "rsub.Scalar")
 def _add(call: Call) -> Any:
-    name = call.node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
+    name = call.name
     dtype, alpha = call.dtype(), call["alpha"]
     one, other = operands(call, dtype)
     if name == "rsub":
@@ -288,7 +290,7 @@ def _fmod_float(call: Call, one: Any, other: Any) -> Any:
     "fmod.Tensor", "fmod.Scalar", "remainder.Tensor", "remainder.Scalar", "remainder.Scalar_Tensor"
 )
 def _remainder(call: Call) -> Any:
-    floored = call.node.target._schema.name.endswith("remainder")  # type: ignore[union-attr]
+    floored = call.name.endswith("remainder")
     dtype = call.dtype()
     one, other = operands(call, dtype)
     if is_integer(dtype):
@@ -323,9 +325,7 @@ def _integer_power(call: Call, base: Any, exponent: Any, dtype: str) -> Any:
         return call.emit(
             relax.op.logical_or(base, relax.op.logical_not(call.tensor(exponent, "bool")))
         )
-    if isinstance(exponent, int):
-        if exponent < 0:
-            raise ValueError("integers to negative integer powers are not supported")
+    if isinstance(exponent, int) and 0 <= exponent <= _LARGEST_POWER:
         steps, result, factor = exponent, None, base
         while steps:
             if steps & 1:
@@ -333,24 +333,9 @@ def _integer_power(call: Call, base: Any, exponent: Any, dtype: str) -> Any:
             steps >>= 1
             factor = call.emit(relax.op.multiply(factor, factor)) if steps else factor
         return call.broadcast(constant(1, dtype), call.shape()) if result is None else result
-    power = call.tensor(exponent, dtype)
-    result, zero = constant(1, dtype), constant(0, dtype)
-    start, rest = base, power
-    for _ in range(int(dtype.lstrip("uint")) - (0 if dtype.startswith("uint") else 1)):
-        odd = relax.op.not_equal(relax.op.bitwise_and(rest, constant(1, dtype)), zero)
-        result = call.where(odd, relax.op.multiply(result, base), result)
-        base = call.emit(relax.op.multiply(base, base))
-        rest = call.emit(relax.op.right_shift(rest, constant(1, dtype)))
-    if dtype.startswith("uint"):
-        return result
-    # 1 / x**n is 0 but for x = 1 and x = -1
-    odd = relax.op.not_equal(relax.op.bitwise_and(power, constant(1, dtype)), zero)
-    minus, one = constant(-1, dtype), constant(1, dtype)
-    signed = call.where(odd, minus, one)
-    unit = call.where(
-        relax.op.equal(start, minus), signed, call.where(relax.op.equal(start, one), one, zero)
-    )
-    return call.where(relax.op.less(power, zero), unit, result)
+    if isinstance(call.given["self"], int) and call.given["self"] == 2:
+        return shifted_left(call, constant(1, dtype), call.tensor(exponent, dtype), dtype)
+    raise ValueError(f"integers to other powers than 0 to {_LARGEST_POWER} are not supported")
 
 
 @converts("atan2.default")
@@ -370,16 +355,16 @@ _COMPARE = {
 
 @converts(*(f"{name}.{kind}" for name in _COMPARE for kind in ("Tensor", "Scalar")))
 def _compare(call: Call) -> Any:
-    name = call.node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
+    name = call.name
     dtype = common_dtype(call)
     # TVM orders no booleans
     one, other = operands(call, "uint8" if dtype == "bool" else dtype)
     return call.emit(_COMPARE[name](one, other))
 
 
-@converts("maximum.default", "minimum.default", "max.other", "min.other")
+@converts("maximum.default", "minimum.default")
 def _extremum(call: Call) -> Any:
-    largest = "::max" in call.node.target._schema.name  # type: ignore[union-attr]
+    largest = call.name.startswith("max")
     dtype = call.dtype()
     one, other = operands(call, dtype)
     if dtype == "bool":
@@ -391,7 +376,7 @@ def _extremum(call: Call) -> Any:
 def _number_extremum(call: Call) -> Any:
     dtype = call.dtype()
     one, other = operands(call, dtype)
-    op = relax.op.maximum if "fmax" in call.node.target._schema.name else relax.op.minimum  # type: ignore[union-attr]
+    op = relax.op.maximum if "fmax" in call.name else relax.op.minimum
     both = call.emit(op(one, other))
     if "float" not in dtype:
         return both
@@ -406,20 +391,21 @@ _BITWISE = {"and": relax.op.bitwise_and, "or": relax.op.bitwise_or, "xor": relax
 
 @converts("logical_and.default", "logical_or.default", "logical_xor.default")
 def _logical(call: Call) -> Any:
-    kind = call.node.target._schema.name.rpartition("_")[2]  # type: ignore[union-attr]
+    kind = call.name.rpartition("_")[2]
     return call.emit(_LOGICAL[kind](*operands(call, "bool")))
 
 
 @converts(
+    *(f"bitwise_{kind}.Scalar_Tensor" for kind in _BITWISE),
     *(
         f"{form.format(kind)}.{overload}"
         for kind in _BITWISE
         for form in ("bitwise_{}", "__{}__")
-        for overload in ("Tensor", "Scalar", "Scalar_Tensor")
-    )
+        for overload in ("Tensor", "Scalar")
+    ),
 )
 def _bitwise(call: Call) -> Any:
-    kind = call.node.target._schema.name.strip("_").rpartition("_")[2].rpartition("::")[2]  # type: ignore[union-attr]
+    kind = call.name.strip("_").rpartition("_")[2]
     dtype = call.dtype()
     table = _LOGICAL if dtype == "bool" else _BITWISE
     return call.emit(table[kind](*operands(call, dtype)))
@@ -438,25 +424,34 @@ def _bitwise(call: Call) -> Any:
     ),
 )
 def _shift(call: Call) -> Any:
-    left = "left" in call.node.target._schema.name or "lsh" in call.node.target._schema.name  # type: ignore[union-attr]
+    left = "left" in call.name or "lsh" in call.name
     dtype = call.dtype()
     one, other = operands(call, dtype)
     if not is_integer(dtype):
         raise ValueError(f"shifts of {dtype} are not supported")
-    bits = int(dtype.lstrip("uint"))
-    # shifts beyond the width are undefined in C; PyTorch fills with zeros or the sign
-    zero, width = constant(0, dtype), constant(bits, dtype)
-    beyond = relax.op.greater_equal(other, width)
-    if not dtype.startswith("uint"):
-        beyond = relax.op.logical_or(beyond, relax.op.less(other, zero))
-    beyond = call.emit(beyond)
-    amount = call.where(beyond, zero, other)
     if left:
-        return call.where(beyond, zero, relax.op.left_shift(one, amount))
-    last = constant(bits - 1, dtype)
-    amount = call.where(beyond, zero if dtype.startswith("uint") else last, other)
-    shifted = call.emit(relax.op.right_shift(one, amount))
-    return call.where(beyond, zero, shifted) if dtype.startswith("uint") else shifted
+        return shifted_left(call, one, other, dtype)
+    beyond, amount = _shift_amount(call, other, dtype)
+    if dtype.startswith("uint"):
+        return call.where(beyond, constant(0, dtype), relax.op.right_shift(one, amount))
+    last = constant(int(dtype.lstrip("int")) - 1, dtype)
+    return call.emit(relax.op.right_shift(one, call.where(beyond, last, amount)))
+
+
+def _shift_amount(call: Call, by: Any, dtype: str) -> tuple[Any, Any]:
+    """Where a shift goes beyond the width, undefined in C, and the amount of the others."""
+    zero = constant(0, dtype)
+    beyond = relax.op.greater_equal(by, constant(int(dtype.lstrip("uint")), dtype))
+    if not dtype.startswith("uint"):
+        beyond = relax.op.logical_or(beyond, relax.op.less(by, zero))
+    beyond = call.emit(beyond)
+    return beyond, call.where(beyond, zero, by)
+
+
+def shifted_left(call: Call, one: Any, by: Any, dtype: str) -> Any:
+    """``one << by``, which is 0 beyond the width of the dtype."""
+    beyond, amount = _shift_amount(call, by, dtype)
+    return call.where(beyond, constant(0, dtype), relax.op.left_shift(one, amount))
 
 
 @converts("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
@@ -551,7 +546,7 @@ def _to_copy(call: Call) -> Any:
     return call.cast(call.input(), call.dtype())
 
 
-@converts("clone.default", "alias.default", "detach.default")
+@converts("clone.default", "alias.default")
 def _same(call: Call) -> Any:
     return call.input()
 

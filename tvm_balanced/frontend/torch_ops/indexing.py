@@ -146,6 +146,22 @@ def _index(call: Call) -> Any:
     return call.emit(relax.op.permute_dims(picked, [*before, *range(front), *after]))
 
 
+@converts("diagonal.default")
+def _diagonal(call: Call) -> Any:
+    axes = [call.axis(call["dim1"]), call.axis(call["dim2"])]
+    rest = [axis for axis in range(call.rank()) if axis not in axes]
+    moved = call.emit(relax.op.permute_dims(call.input(), axes + rest))
+    offset, place = int(call["offset"]), call.arange(call.shape()[-1])
+    rows, columns = (
+        call.emit(relax.op.add(place, constant(max(start, 0), "int64")))
+        for start in (-offset, offset)
+    )
+    picked = call.emit(relax.op.index_tensor(moved, [rows, columns]))
+    return (
+        call.emit(relax.op.permute_dims(picked, [*range(1, len(rest) + 1), 0])) if rest else picked
+    )
+
+
 @converts("index_put.default", "_unsafe_index_put.default")
 def _index_put(call: Call) -> Any:
     x, dtype = call.input(), call.dtype()
@@ -268,7 +284,7 @@ _REDUCTIONS = {
 )
 def _scatter(call: Call) -> Any:
     x, index, dtype = call.input(), call.cast(call["index"], "int64"), call.dtype()
-    name = call.node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
+    name = call.name
     reduce = "add" if name == "scatter_add" else call.given.get("reduce")
     if index.ty.ndim == 0:
         index = call.reshape(index, [1])
@@ -316,15 +332,11 @@ def _scatter_without_self(
     none = call.broadcast(constant(0, "int64"), data.ty.shape)
     number = _scattered(call, none, index, ones, axis, "sum")
     written = call.emit(relax.op.greater(number, constant(0, "int64")))
-    start = {"sum": 0, "mean": 0, "prod": 1}.get(reduce)
-    if start is None:
-        info = (
-            torch.finfo(call.results[0].dtype)
-            if "float" in dtype
-            else torch.iinfo(call.results[0].dtype)
-        )
-        low, high = (float("-inf"), float("inf")) if "float" in dtype else (info.min, info.max)
-        start = low if reduce == "amax" else high
+    low, high = float("-inf"), float("inf")
+    if is_integer(dtype):
+        limits = torch.iinfo(call.results[0].dtype)
+        low, high = limits.min, limits.max
+    start = {"sum": 0, "mean": 0, "prod": 1, "amax": low, "amin": high}[reduce]
     empty = call.broadcast(constant(start, dtype), data.ty.shape)
     result = _scattered(call, empty, index, source, axis, reduce)
     if reduce == "mean":
@@ -339,7 +351,7 @@ def _scatter_without_self(
 )
 def _index_add(call: Call) -> Any:
     x, dtype = call.input(), call.dtype()
-    name = call.node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
+    name = call.name
     scalar = call.rank() == 0
     data = call.reshape(x, [1]) if scalar else x
     axis = call.axis(call["dim"])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from tvm_balanced.frontend.torch_ops.call import Call, constant, converts, static
+from tvm_balanced.frontend.torch_ops.call import Call, constant, converts, numbers, static
 from tvm_balanced.te_operators import call_operator
 
 _HALF = ("float16", "bfloat16")
@@ -20,12 +20,12 @@ def _dot(call: Call) -> Any:
 
 
 def _second(call: Call) -> str:
-    return str(call.node.target._schema.arguments[1].name)  # type: ignore[union-attr]
+    return str(call.schema.arguments[1].name)
 
 
 @converts("mm.default", "bmm.default")
 def _product(call: Call) -> Any:
-    names = [a.name for a in call.node.target._schema.arguments][:2]  # type: ignore[union-attr]
+    names = [a.name for a in call.schema.arguments][:2]
     return _matmul(call, names)
 
 
@@ -39,10 +39,10 @@ def _matmul(call: Call, names: Sequence[str]) -> Any:
 
 @converts("addmm.default", "baddbmm.default", "addbmm.default")
 def _add_product(call: Call) -> Any:
-    names = [a.name for a in call.node.target._schema.arguments][1:3]  # type: ignore[union-attr]
+    names = [a.name for a in call.schema.arguments][1:3]
     dtype = call.dtype()
     product = _matmul(call, names)
-    if call.node.target._schema.name.endswith("::addbmm"):  # type: ignore[union-attr]
+    if call.name == "addbmm":
         product = call.emit(relax.op.sum(product, 0))
     return _weighted_sum(call, product, call.input("self", dtype))
 
@@ -108,26 +108,50 @@ def _batched(call: Call, rank: int) -> Any:
 
 @converts("max_pool2d_with_indices.default", "max_pool3d_with_indices.default")
 def _max_pool(call: Call) -> Any:
-    rank = 2 if "2d" in call.node.target._schema.name else 3  # type: ignore[union-attr]
+    rank = 2 if "2d" in call.name else 3
     window = _per_axis(call["kernel_size"], rank)
     padding = _per_axis(call["padding"], rank)
+    strides = _per_axis(call["stride"] or window, rank)
+    dilation = _per_axis(call["dilation"], rank)
+    return _max_pools(call, window, strides, padding, dilation, bool(call["ceil_mode"]))
+
+
+def _max_pools(
+    call: Call,
+    window: list[int],
+    strides: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+) -> list[Any]:
+    """The maxima and their places."""
     settings = {
         "pool_size": window,
-        "strides": _per_axis(call["stride"] or window, rank),
+        "strides": strides,
         "padding": [*padding, *padding],
-        "dilation": _per_axis(call["dilation"], rank),
-        "ceil_mode": bool(call["ceil_mode"]),
+        "dilation": dilation,
+        "ceil_mode": ceil_mode,
     }
-    x = call.input()
     return [
-        call.emit(call_operator(name, x, **settings))
+        call.emit(call_operator(name, call.input(), **settings))
         for name in ("relax.nn.max_pool", "relax.nn.max_pool_indices")
     ]
 
 
+@converts("adaptive_max_pool2d.default", "adaptive_max_pool3d.default")
+def _adaptive_max_pool(call: Call) -> Any:
+    x, target = call.input(), [int(s) for s in call["output_size"]]
+    sizes = [static(d) for d in list(x.ty.shape)[-len(target) :]]
+    if any(size is None or size % out for size, out in zip(sizes, target, strict=True)):
+        raise ValueError(f"an output of {target} does not divide an input of {sizes}")
+    window = [int(size or 0) // out for size, out in zip(sizes, target, strict=True)]
+    none = [0] * len(window)
+    return _max_pools(call, window, window, none, [1] * len(window), False)
+
+
 @converts("avg_pool1d.default", "avg_pool2d.default", "avg_pool3d.default")
 def _avg_pool(call: Call) -> Any:
-    rank = int(call.node.target._schema.name[-2])  # type: ignore[union-attr]
+    rank = int(call.name[-2])
     window = _per_axis(call["kernel_size"], rank)
     x, dtype, divisor = _batched(call, rank), call.dtype(), call.given.get("divisor_override")
     result = call.emit(
@@ -152,7 +176,7 @@ def _avg_pool(call: Call) -> Any:
 
 @converts("_adaptive_avg_pool2d.default", "_adaptive_avg_pool3d.default")
 def _adaptive_avg_pool(call: Call) -> Any:
-    rank = int(call.node.target._schema.name[-2])  # type: ignore[union-attr]
+    rank = int(call.name[-2])
     x = _batched(call, rank)
     pool = getattr(relax.op.nn, f"adaptive_avg_pool{rank}d")
     result = call.emit(pool(x, [int(s) for s in call["output_size"]], layout=_LAYOUTS[rank][0]))
@@ -166,10 +190,7 @@ def _filled(call: Call, value: Any, dims: Sequence[Any], number: float, dtype: s
     """``value``, or a constant where it is None."""
     if value is not None:
         return call.cast(value, dtype)
-    sizes = [static(d) for d in dims]
-    if None in sizes:
-        raise ValueError("the normalised sizes must be numbers")
-    return relax.const(np.full(sizes, number), dtype)
+    return relax.const(np.full(numbers(dims), number), dtype)
 
 
 def _inverse_deviation(call: Call, variance: Any, eps: float) -> Any:
@@ -278,7 +299,7 @@ def _batch_norm_no_stats(call: Call) -> Any:
 
 @converts("_softmax.default", "_log_softmax.default")
 def _softmax(call: Call) -> Any:
-    logarithm = "log" in call.node.target._schema.name  # type: ignore[union-attr]
+    logarithm = "log" in call.name
     x = call.input("self", call.dtype())
     if call.rank() == 0:
         # NaN and infinities have no softmax

@@ -26,7 +26,7 @@ def _scalar(call: Call, name: str = "self") -> bool:
     "sum.default", "sum.dim_IntList", "mean.default", "mean.dim", "prod.default", "prod.dim_int"
 )
 def _sum(call: Call) -> Any:
-    name = call.node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
+    name = call.name
     x = call.input("self", call.dtype())
     if _scalar(call):
         return x
@@ -39,7 +39,7 @@ def _sum(call: Call) -> Any:
 
 @converts("amax.default", "amin.default", "max.default", "min.default")
 def _extremum(call: Call) -> Any:
-    largest = "max" in call.node.target._schema.name  # type: ignore[union-attr]
+    largest = "max" in call.name
     return _reduce(call, call.input(), largest, call.axes(_dim(call)), _keepdim(call))
 
 
@@ -54,7 +54,7 @@ def _reduce(call: Call, x: Any, largest: bool, axes: list[int], keepdim: bool) -
 
 @converts(*(f"{name}.{kind}" for name in ("any", "all") for kind in ("default", "dim", "dims")))
 def _any(call: Call) -> Any:
-    largest = "any" in call.node.target._schema.name  # type: ignore[union-attr]
+    largest = "any" in call.name
     if call.fake("self").numel() == 0:
         return call.broadcast(constant(not largest, call.dtype()), call.shape())
     x = call.cast(call.input(), "bool")
@@ -91,7 +91,7 @@ def moments(
 
 @converts("var.correction", "std.correction", "var_mean.correction", "std_mean.correction")
 def _variance(call: Call) -> Any:
-    name = call.node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
+    name = call.name
     correction = call["correction"]
     dtype = call.dtype()
     wide = "float64" if dtype == "float64" else "float32"
@@ -110,7 +110,7 @@ def _variance(call: Call) -> Any:
 
 @converts("argmax.default", "argmin.default")
 def _position(call: Call) -> Any:
-    op = relax.op.argmax if "argmax" in call.node.target._schema.name else relax.op.argmin  # type: ignore[union-attr]
+    op = relax.op.argmax if "argmax" in call.name else relax.op.argmin
     dim, keepdim = call["dim"], _keepdim(call)
     x = call.input()
     if _scalar(call):
@@ -123,7 +123,7 @@ def _position(call: Call) -> Any:
 
 @converts("max.dim", "min.dim")
 def _extremum_along(call: Call) -> Any:
-    op = relax.op.argmax if "::max" in call.node.target._schema.name else relax.op.argmin  # type: ignore[union-attr]
+    op = relax.op.argmax if call.name.startswith("max") else relax.op.argmin
     x = call.input()
     if _scalar(call):
         return [x, constant(0, "int64")]
@@ -136,7 +136,7 @@ def _extremum_along(call: Call) -> Any:
 @converts("cumsum.default", "cumprod.default")
 def _running(call: Call) -> Any:
     # a cast of the finished sum would come too late: booleans added as booleans are lost
-    op = relax.op.cumsum if "cumsum" in call.node.target._schema.name else relax.op.cumprod  # type: ignore[union-attr]
+    op = relax.op.cumsum if "cumsum" in call.name else relax.op.cumprod
     dtype = call.dtype()
     x = call.input("self", dtype)
     return x if _scalar(call) else call.emit(op(x, call.axis(call["dim"]), dtype))

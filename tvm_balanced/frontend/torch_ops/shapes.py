@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tvm import relax
 
-from tvm_balanced.frontend.torch_ops.call import Call, constant, converts, static
+from tvm_balanced.frontend.torch_ops.call import Call, constant, converts, numbers, static
 
 # constants that PyTorch computes are embedded up to this many elements
 _EMBED = 1 << 16
@@ -21,7 +21,7 @@ _EMBED = 1 << 16
 )
 def _view(call: Call) -> Any:
     x, shape = call.input(), call.shape()
-    name = call.node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
+    name = call.name
     if name == "unsqueeze":
         return call.emit(relax.op.expand_dims(x, call.axis(call["dim"], call.rank() + 1)))
     if name.startswith("squeeze") and x.ty.ndim == len(shape):
@@ -132,10 +132,10 @@ def _pad(call: Call) -> Any:
 @converts("as_strided.default")
 def _as_strided(call: Call) -> Any:
     fake = call.fake("self")
-    size, stride = [static(v) for v in call["size"]], [static(v) for v in call["stride"]]
+    size, stride = numbers(call["size"]), numbers(call["stride"])
     offset = call["storage_offset"] or 0
-    if None in size or None in stride or not fake.is_contiguous():
-        raise ValueError("it needs sizes that are numbers and a contiguous tensor")
+    if not fake.is_contiguous():
+        raise ValueError("it needs a contiguous tensor")
     places = np.full((), offset, np.int64)
     for dim, step in zip(size, stride, strict=True):
         places = places[..., None] + np.arange(dim) * step
@@ -215,7 +215,7 @@ def _arange(call: Call) -> Any:
     return call.cast(numbers, dtype)
 
 
-@converts("eye.default", "eye.m")
+@converts("eye.m")
 def _eye(call: Call) -> Any:
     rows, columns = call.shape()
     dtype = call.dtype()
@@ -225,7 +225,7 @@ def _eye(call: Call) -> Any:
 
 @converts("tril.default", "triu.default")
 def _triangle(call: Call) -> Any:
-    lower = "tril" in call.node.target._schema.name  # type: ignore[union-attr]
+    lower = "tril" in call.name
     x, dtype = call.input(), call.dtype()
     rows, columns = list(x.ty.shape)[-2:]
     shifted = relax.op.add(

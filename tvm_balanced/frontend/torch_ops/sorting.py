@@ -23,15 +23,13 @@ def _pick(call: Call, x: Any, where: Any, axis: int) -> Any:
     return call.emit(relax.op.gather_elements(x, where, axis))
 
 
-@converts("sort.default", "sort.stable", "argsort.default", "argsort.stable")
+@converts("sort.default", "sort.stable")
 def _sort(call: Call) -> Any:
     x = call.input()
     if call.rank() == 0:
         return [x, constant(0, "int64")]
     axis = call.axis(call["dim"])
     where = _order(call, x, axis, bool(call["descending"]))
-    if "argsort" in call.node.target._schema.name:  # type: ignore[union-attr]
-        return where
     return [_pick(call, x, where, axis), where]
 
 
@@ -94,7 +92,7 @@ def _median(call: Call) -> Any:
 
 @converts("bucketize.Tensor", "bucketize.Scalar", "searchsorted.Tensor", "searchsorted.Scalar")
 def _bucketize(call: Call) -> Any:
-    search = "searchsorted" in call.node.target._schema.name  # type: ignore[union-attr]
+    search = "searchsorted" in call.name
     edges = call["sorted_sequence" if search else "boundaries"]
     given = call["self"]
     if search and call["sorter"] is not None:
