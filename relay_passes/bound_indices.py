@@ -105,8 +105,8 @@ class _Bounder(PyExprMutator):  # type: ignore[misc]
             fixed = [int(size) for size in sizes if isinstance(size, tirx.IntImm)]
             return fixed == limit.value.numpy().reshape(-1).tolist()
         source = self._value(limit)
-        return call_name(source) == "relax.shape_to_tensor" and tvm_ffi.structural_equal(
-            source.args[0], relax.ShapeExpr(sizes)
+        return call_name(source) == "relax.shape_to_tensor" and bool(
+            tvm_ffi.structural_equal(source.args[0], relax.ShapeExpr(sizes))
         )
 
     def _is_below(self, index: Expr, size: Expr) -> bool:

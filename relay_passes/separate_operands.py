@@ -41,7 +41,7 @@ class _Separator(PyExprMutator):  # type: ignore[misc]
         if call_name(call) != "relax.matmul":
             return call
         data, other = call.args
-        turned = self.lookup_binding(other) if isinstance(other, relax.Var) else None
+        turned: Expr = self.lookup_binding(other) if isinstance(other, relax.Var) else None
         if call_name(turned) != "relax.permute_dims" or not turned.args[0].same_as(data):
             return call
         copy = self.builder_.emit(relax.op.astype(data, str(data.ty.dtype)))

@@ -29,7 +29,7 @@ def dtype_of(value: Any) -> str:
 
 
 def order_key(value: Any, nan_last: bool = True) -> Any:
-    """An integer that sorts as the float ``value`` does, with both zeros equal and NaN at one end."""
+    """Return an integer that sorts as the float ``value`` does, with both zeros equal and NaN at one end."""
     if dtype_of(value) in _HALF:
         value = tirx.Cast("float32", value)
     dtype = dtype_of(value)
@@ -67,7 +67,7 @@ def from_order_key(key: Any, dtype: str) -> Any:
 def _map(
     function: Callable[..., Any], *tensors: te.Tensor, name: str = "T_elementwise"
 ) -> te.Tensor:
-    """``function`` of the elements of tensors that broadcast against each other."""
+    """Return ``function`` of the elements of tensors that broadcast against each other."""
     rank = max(len(t.shape) for t in tensors)
     shape: list[Any] = [1] * rank
     for tensor in tensors:
@@ -237,7 +237,7 @@ def _expm1(value: Any) -> Any:
 
 
 def _wide(function: Callable[[Any], Any]) -> Callable[[te.Tensor, Any], te.Tensor]:
-    """``function`` of each element; halves are computed as float32."""
+    """Return ``function`` of each element; halves are computed as float32."""
 
     def element(value: Any) -> Any:
         dtype = dtype_of(value)
@@ -299,7 +299,7 @@ _OPERATORS: dict[str, tuple[Callable[[te.Tensor, Any], te.Tensor], Callable[[rel
 
 
 def call_operator(name: str, x: relax.Expr, **attrs: Any) -> relax.Call:
-    """A call of one of the operators of this module.
+    """Return a call of one of the operators of this module.
 
     Parameters
     ----------

@@ -22,10 +22,10 @@ import torch.utils._pytree as pytree
 import tvm
 from tvm import relax
 
+from tvm_balanced.build.pipeline import build
 from tvm_balanced.errors import InputError
 from tvm_balanced.frontend import from_torch
 from tvm_balanced.frontend.torch_importer import to_numpy
-from tvm_balanced.build.pipeline import build
 from tvm_balanced.relay_passes.accumulate_float32 import accumulate_float32
 from tvm_balanced.targets import resolve
 

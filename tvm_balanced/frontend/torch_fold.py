@@ -130,7 +130,7 @@ def _value(
 
 
 def _weight_name(sources: frozenset[str], tensors: Mapping[str, Any], value: torch.Tensor) -> str:
-    """What the user calls it: ``fc.weight`` for ``fc.weight_orig``, say, or a parametrization's original."""
+    """Return the user's name: ``fc.weight`` for ``fc.weight_orig`` or a parametrization's original."""
     like = [name for name in sorted(sources) if tensors[name].numel() == value.numel()]
     name = (like or sorted(sources))[0]
     name = re.sub(r"parametrizations\.(\w+)\.\S*$", r"\1", name)

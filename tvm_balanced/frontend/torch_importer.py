@@ -57,7 +57,7 @@ def _is_known(node: fx.Node) -> bool:
 
 
 def _asked_for(node: fx.Node) -> str:
-    """The operator that the model called, where a decomposition left another."""
+    """Return the operator that the model called, where a decomposition left another."""
     return str(node.meta.get("original_aten") or node.target)
 
 
@@ -134,10 +134,11 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
         super().__init__()
 
     def create_convert_map(self) -> dict[Any, Any]:
-        return {}  # not TVM's
+        """Return no converters of TVM's: ours are used."""
+        return {}
 
     def argument(self, value: Any) -> Any:
-        """What stands for an argument of a node: its value where it is a node, lists one by one."""
+        """Return what stands for an argument of a node: its value where it is a node, lists one by one."""
         if isinstance(value, fx.Node):
             return self.env[value]
         if isinstance(value, list | tuple):
@@ -149,7 +150,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
         return _same_shape(tensor, dims)
 
     def _converted(self, node: fx.Node) -> Any:
-        """The value of a call, in the dtype and shape the program recorded for it."""
+        """Return the value of a call, in the dtype and shape the program recorded for it."""
         recorded = node.meta.get("val")
         if isinstance(recorded, torch.SymInt | int):
             dims = self._dims([recorded])
@@ -376,7 +377,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
     def _user_outputs(
         self, program: torch.export.ExportedProgram, outputs: tuple[Any, ...]
     ) -> list[Any]:
-        """What the module returns."""
+        """Return what the module returns."""
         specs = program.graph_signature.output_specs
         changed = [s.target for s in specs if s.kind is OutputKind.BUFFER_MUTATION]
         if changed:

@@ -88,9 +88,9 @@ def prune_calibrated(
     Raises
     ------
     InputError
-        For an unknown method, pattern or name, a block wider than a layer's K, no inputs, inputs on which
-        the model does not run, or NaN or Inf in a weight or a layer's input. Nothing is changed then,
-        unless the input of a later layer is at fault.
+        For an unknown method, pattern or name, a block wider than the K of a layer that ``pattern`` names or
+        of every layer, no inputs, inputs on which the model does not run, or NaN or Inf in a weight or a
+        layer's input. Nothing is changed then, unless the input of a later layer is at fault.
 
     Notes
     -----

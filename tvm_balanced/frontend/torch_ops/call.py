@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
 from tvm import relax, tirx
-
-if TYPE_CHECKING:
-    from tvm_balanced.frontend.torch_importer import GraphImporter
 
 Converter = Callable[["Call"], Any]
 
@@ -30,6 +27,26 @@ def converts(*names: str) -> Callable[[Converter], Converter]:
     return enter
 
 
+class Importer(Protocol):
+    """What a call asks of the importer of its graph, by TVM's names where they are TVM's."""
+
+    block_builder: Any
+
+    def argument(self, value: Any) -> Any:
+        """Return what stands for an argument of a node."""
+
+    def same_shape(self, tensor: Any, dims: Sequence[Any]) -> bool:
+        """Whether a tensor has these sizes."""
+
+    def _dims(self, shape: Sequence[int | torch.SymInt]) -> list[Any] | None: ...
+
+    def _convert_data_type(self, dtype: torch.dtype) -> str: ...
+
+    def _prim_value_to_scalar_tensor(self, value: Any, dtype: str) -> Any: ...
+
+    def _emit_torch_reshape(self, tensor: Any, dims: list[Any]) -> Any: ...
+
+
 class Call:
     """One call of an ATen operator.
 
@@ -41,10 +58,10 @@ class Call:
         Arguments by the schema's names, defaults included; nodes stand as they are.
     """
 
-    def __init__(self, importer: GraphImporter, node: fx.Node) -> None:
+    def __init__(self, importer: Importer, node: fx.Node) -> None:
         self.importer = importer
         self.node = node
-        self.schema = node.target._schema  # type: ignore[union-attr]
+        self.schema = node.target._schema
         schema = self.schema.arguments
         self.given: dict[str, Any] = {a.name: a.default_value for a in schema}
         self.given.update(zip((a.name for a in schema), node.args, strict=False))
@@ -58,21 +75,21 @@ class Call:
         return str(self.schema.name).partition("::")[2]
 
     def __getitem__(self, name: str) -> Any:
-        """An argument: tensors as Relax expressions, symbolic integers as TensorIR's, the rest plain."""
+        """Return an argument: tensors as Relax expressions, symbols as TensorIR's, the rest plain."""
         return self.importer.argument(self.given[name])
 
     def fake(self, name: str) -> torch.Tensor:
-        """The tensor argument ``name`` as the export recorded it: dtype and shape."""
+        """Return the tensor argument ``name`` as the export recorded it: dtype and shape."""
         value = self.given[name]
         recorded: torch.Tensor = value.meta["val"] if isinstance(value, fx.Node) else value
         return recorded
 
     def rank(self, name: str = "self") -> int:
-        """Number of axes of a tensor argument."""
+        """Return number of axes of a tensor argument."""
         return int(self.fake(name).dim())
 
     def axis(self, value: int, rank: int | None = None) -> int:
-        """An axis counted from the front; ``rank`` is that of ``self`` where not given."""
+        """Return an axis counted from the front; ``rank`` is that of ``self`` where not given."""
         rank = self.rank() if rank is None else rank
         return int(value) % max(rank, 1)
 
@@ -100,7 +117,7 @@ class Call:
         return self.dims(self.results[result].shape)
 
     def dims(self, shape: Sequence[Any]) -> list[Any]:
-        """Recorded sizes as TensorIR expressions."""
+        """Return recorded sizes as TensorIR expressions."""
         dims = self.importer._dims(shape)
         if dims is None:
             raise ValueError(f"its shape {tuple(shape)} is more than sums and products of symbols")
@@ -129,7 +146,7 @@ class Call:
         return self.emit(relax.op.astype(x, dtype))
 
     def tensor(self, value: Any, dtype: str) -> Any:
-        """A tensor of ``dtype`` from a Relax tensor, a number or a symbolic integer."""
+        """Return a tensor of ``dtype`` from a Relax tensor, a number or a symbolic integer."""
         if isinstance(value, bool | int | float):
             return constant(value, dtype)
         if isinstance(value, relax.Expr) and isinstance(value.ty, relax.TensorType):
@@ -150,7 +167,7 @@ class Call:
         return self.where(finite, constant(0.0, dtype), constant(math.nan, dtype))
 
     def input(self, name: str = "self", dtype: str | None = None) -> Any:
-        """A tensor argument, cast where a dtype is given."""
+        """Return a tensor argument, cast where a dtype is given."""
         value = self[name]
         return value if dtype is None else self.tensor(value, dtype)
 
@@ -163,7 +180,7 @@ class Call:
         return self.emit(relax.op.broadcast_to(x, list(dims)))
 
     def arange(self, size: Any, dtype: str = "int64") -> Any:
-        """The numbers below ``size``."""
+        """Return the numbers below ``size``."""
         return self.emit(relax.op.arange(0, size, 1, dtype))
 
     def where(self, condition: Any, x: Any, y: Any) -> Any:
@@ -172,7 +189,7 @@ class Call:
 
 
 def constant(value: bool | int | float, dtype: str) -> Any:
-    """A tensor of no axes; integers wrap round as PyTorch's do."""
+    """Return a tensor of no axes; integers wrap round as PyTorch's do."""
     if dtype.startswith(("int", "uint")):
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{value} is no {dtype}")
@@ -201,5 +218,5 @@ def numbers(dims: Sequence[Any]) -> list[int]:
 
 
 def static(dim: Any) -> int | None:
-    """A size as a number, None where it is symbolic."""
+    """Return a size as a number, None where it is symbolic."""
     return int(dim) if isinstance(dim, int | tirx.IntImm) else None

@@ -189,7 +189,7 @@ def operands(call: Call, dtype: str, names: tuple[str, str] = ("self", "other"))
 
 
 def common_dtype(call: Call, names: tuple[str, str] = ("self", "other")) -> str:
-    """The dtype PyTorch compares two operands in."""
+    """Return the dtype PyTorch compares two operands in."""
     values = []
     for name in names:
         value = call.given[name]
@@ -271,7 +271,7 @@ def _divide_rounded(call: Call) -> Any:
 
 
 def _nonzero(call: Call, divisor: Any, dtype: str) -> Any:
-    """A divisor without zeros, on which a CPU would end the process; PyTorch refuses them."""
+    """Return a divisor without zeros, on which a CPU would end the process; PyTorch refuses them."""
     if isinstance(divisor, GenericConst) and divisor.value.numpy().all():
         return divisor
     return call.where(relax.op.equal(divisor, constant(0, dtype)), constant(1, dtype), divisor)

@@ -384,7 +384,7 @@ def _masked_scatter(call: Call) -> Any:
 
 @converts("_embedding_bag.default", "_embedding_bag_forward_only.default")
 def _embedding_bag(call: Call) -> Any:
-    """The first of four results; the others serve gradients."""
+    """Return the first of four results; the others serve gradients."""
     if any(u.args[1] != 0 for u in call.node.users if isinstance(u, fx.Node) and u.users):
         raise ValueError("only its first result is supported")
     weight, indices = call["weight"], call.cast(call["indices"], "int64")

@@ -124,7 +124,7 @@ def _max_pools(
     dilation: list[int],
     ceil_mode: bool,
 ) -> list[Any]:
-    """The maxima and their places."""
+    """Return the maxima and their places."""
     settings = {
         "pool_size": window,
         "strides": strides,

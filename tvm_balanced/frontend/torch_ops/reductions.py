@@ -62,7 +62,7 @@ def _any(call: Call) -> Any:
 
 
 def count(call: Call, axes: list[int], dtype: str, name: str = "self") -> Any:
-    """Number of elements along the axes, as a tensor of no axes."""
+    """Return number of elements along the axes, as a tensor of no axes."""
     dims = call.dims(call.fake(name).shape)
     product: Any = 1
     for axis in axes:

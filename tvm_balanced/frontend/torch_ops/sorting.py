@@ -51,7 +51,7 @@ def _topk(call: Call) -> Any:
 
 
 def _at_rank(call: Call, x: Any, axis: int, position: Any) -> tuple[Any, Any]:
-    """The element of rank ``position`` along an axis, and its index; the axis stays, of size 1."""
+    """Return the element of rank ``position`` along an axis, and its index; the axis stays, of size 1."""
     order = _order(call, x, axis, False)
     place = call.emit(relax.op.take(order, call.tensor(position, "int64"), axis))
     where = call.emit(relax.op.expand_dims(place, axis))
