@@ -103,7 +103,7 @@ class _Bounder(PyExprMutator):  # type: ignore[misc]
         limit = value.args[1]
         if isinstance(limit, tvm.ir.GenericConst):
             fixed = [int(size) for size in sizes if isinstance(size, tirx.IntImm)]
-            return fixed == limit.value.numpy().reshape(-1).tolist()
+            return bool(fixed == limit.value.numpy().reshape(-1).tolist())
         source = self._value(limit)
         return call_name(source) == "relax.shape_to_tensor" and bool(
             tvm_ffi.structural_equal(source.args[0], relax.ShapeExpr(sizes))
