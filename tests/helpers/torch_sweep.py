@@ -27,7 +27,7 @@ from tvm_balanced.errors import InputError
 from tvm_balanced.frontend import from_torch
 from tvm_balanced.frontend.torch_importer import to_numpy
 from tvm_balanced.relay_passes.accumulate_float32 import accumulate_float32
-from tvm_balanced.targets import resolve
+from tvm_balanced.targets.resolve import resolve
 
 DTYPES = {
     "float32": torch.float32,

@@ -115,10 +115,7 @@ def _erf(x: Expr) -> Expr:
         # the clamp swallows NaN, and which way a comparison with NaN goes is up to LLVM: ask the bits
         magnitude = tirx.reinterpret("int32", x) & tirx.const(0x7FFFFFFF, "int32")
         is_nan = magnitude > tirx.const(0x7F800000, "int32")
-        # exactly: GELU multiplies 1 + erf by any number
-        one = tirx.Select(x < _f(0.0), _f(-1.0), _f(1.0))
-        is_one = tirx.any(x >= _f(_ERF_LIMIT), x <= _f(-_ERF_LIMIT))
-        return tirx.Select(is_nan, x, tirx.Select(is_one, one, _let(inside, ratio)))
+        return tirx.Select(is_nan, x, _let(inside, ratio))
 
     return _let(x, with_x)
 
