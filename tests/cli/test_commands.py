@@ -216,6 +216,8 @@ def test_inspect_library(run, library):
     assert document["bytes"]["lib.so"] == (library / "lib.so").stat().st_size
     assert document["options"]["policy"] == "always"
     text = run("inspect", library).out
+    # of the fixture's own command, but for what is the default
+    assert "compile MODEL --target llvm --policy always --pattern 4:16" in text
     assert "fc1.weight" in text and "4:16" in text
     assert "tvm-balanced compile MODEL --target llvm --policy always" in " ".join(text.split())
 

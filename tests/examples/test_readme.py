@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tvm_balanced.cli.main import main
+
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
@@ -25,14 +27,50 @@ def test_python_blocks():
         assert done.returncode == 0, done.stderr
 
 
-def test_command_lines(tmp_path):
-    """Every line of the command block, in order, on small models."""
+def test_command_lines(tmp_path, monkeypatch, capsys):
+    """Every line of the command block but `tune`, in order, on small models."""
+    lines = command_lines()
+    assert len(lines) == 8
+    write_models(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    run_lines([line for line in lines if " tune " not in line], capsys)
+    assert (tmp_path / "sparse.safetensors").is_file()
+    assert (tmp_path / "model.tvmb" / "lib.so").is_file()
+
+
+def test_tune_line(tmp_path, monkeypatch, capsys):
+    """The line that tunes, after the one that writes what it reads."""
+    lines = [line for line in command_lines() if " tune " in line or "-o sparse.onnx" in line]
+    assert len(lines) == 2
+    write_models(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    run_lines(lines, capsys)
+
+
+def command_lines():
+    return [
+        line
+        for block in blocks("")
+        for line in block.splitlines()
+        if line.startswith("tvm-balanced ")
+    ]
+
+
+def run_lines(lines, capsys):
+    for line in lines:
+        words = shlex.split(re.split(r"\s{2,}", line)[0])
+        code = main(words[1:])
+        assert code == 0, f"{line}\n{capsys.readouterr().err}"
+
+
+def write_models(folder):
+    """The files that the command block names: two models and inputs."""
     import onnx
     import torch
     from onnx import TensorProto, helper, numpy_helper
 
     layer = torch.export.export(torch.nn.Linear(64, 96), (torch.zeros(1, 64),))
-    torch.export.save(layer, tmp_path / "model.pt2")
+    torch.export.save(layer, folder / "model.pt2")
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((64, 96)).astype(np.float32)
     graph = helper.make_graph(
@@ -43,23 +81,9 @@ def test_command_lines(tmp_path):
         [numpy_helper.from_array(weight, "w")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.save(model, tmp_path / "model.onnx")
+    onnx.save(model, folder / "model.onnx")
     inputs = rng.standard_normal((128, 64)).astype(np.float32)
-    np.savez(tmp_path / "inputs.npz", input=inputs)
-    lines = [
-        line
-        for block in blocks("")
-        for line in block.splitlines()
-        if line.startswith("tvm-balanced ")
-    ]
-    assert len(lines) == 8
-    for line in lines:
-        words = shlex.split(re.split(r"\s{2,}", line)[0])
-        command = [sys.executable, "-m", "tvm_balanced.cli.main", *words[1:]]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
-    assert (tmp_path / "sparse.safetensors").is_file()
-    assert (tmp_path / "model.tvmb" / "lib.so").is_file()
+    np.savez(folder / "inputs.npz", input=inputs)
 
 
 @pytest.mark.parametrize(

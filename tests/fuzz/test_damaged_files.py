@@ -20,11 +20,11 @@ def test_damaged_files_end_in_a_result_or_in_our_errors() -> None:
     failures = [outcome for outcome in outcomes if outcome.failed]
     assert not failures, f"{table(outcomes)}\n{failures}"
     verdicts = Counter((outcome.key.partition("/")[0], outcome.verdict) for outcome in outcomes)
-    # both ends are reached: the damage is neither too much nor too little. Of a library every file has its
-    # digest in the manifest, whose every field is checked
+    # both ends are reached: the damage is neither too much nor too little. Not where every byte is under a
+    # checksum, as in libraries and archives
     for kind in KINDS:
         assert verdicts[kind, "refused"] > 5, table(outcomes)
-        assert verdicts[kind, "result"] or kind == "tvmb", table(outcomes)
+        assert verdicts[kind, "result"] or kind in ("tvmb", "pt2"), table(outcomes)
 
 
 def test_what_fails_is_seen_and_the_rest_goes_on(tmp_path: Path) -> None:

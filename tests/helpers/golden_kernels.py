@@ -9,8 +9,8 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from tests.helpers.cuda import Case, fused_kernel, packed_format
-from tests.helpers.cuda import target as cuda_target
+from tests.helpers.cuda_cases import Case, fused_kernel, packed_format
+from tests.helpers.cuda_cases import target as cuda_target
 from tvm_balanced.build.pipeline import TIR_PIPELINE, fuse_passes
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.format.layout import Layout, PackedFormat

@@ -193,7 +193,7 @@ def test_a_run_is_resumed_and_compile_uses_it(model: tb.Model, tmp_path: Path) -
     [
         ({"trials": 0}, "trials"),
         ({"seconds": -1.0}, "time"),
-        ({"cache": "warm"}, "model, cold, hot"),
+        ({"cache": "warm"}, "model, cold or hot"),
         ({"target": "h100"}, "only CPUs"),
     ],
     ids=["trials", "time", "cache", "target"],

@@ -14,6 +14,7 @@ from tvm_balanced.cli.options import Shapes, options_words, parse_shapes, shapes
 from tvm_balanced.cli.output import Output, summary
 from tvm_balanced.errors import InputError
 from tvm_balanced.report import JsonObject, table_of
+from tvm_balanced.selection import select
 
 if TYPE_CHECKING:
     from tvm_balanced.artifact.manifest import Manifest, TensorEntry
@@ -118,9 +119,17 @@ def _library(output: Output, path: Path, source: str | None, static: bool) -> No
 
 
 def _again(library: Library) -> str:
-    """Return the command that makes the library again of its model, pruned as it was."""
+    """Return the command that makes the library again; MODEL may be pruned already or not."""
+    rows = library.manifest.layers
+    ignored = select(library.options.ignore, [row.name for row in rows])
+    patterns = {row.pattern for row in rows if row.name not in ignored}
     words = ["--target", library.manifest.target.name, *options_words(library.options)]
-    return f"tvm-balanced compile MODEL {shlex.join(words)}"
+    only = patterns.pop() if len(patterns) == 1 else None
+    if only is not None:
+        # weights that follow it are left alone
+        words += ["--pattern", only]
+    model = "MODEL" if only is not None or not patterns - {None} else "MODEL, pruned as it was,"
+    return f"tvm-balanced compile {model} {shlex.join(words)}"
 
 
 def _dense(manifest: Manifest) -> str:

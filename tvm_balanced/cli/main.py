@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import io
+import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 import click
@@ -65,6 +67,18 @@ def cli() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line with ``argv``, or the arguments of the process; return the exit code."""
+    logger = logging.getLogger("tvm_balanced")
+    before = logger.handlers, logger.propagate, logger.level
+    try:
+        # a command sets up logging and warnings for itself, not for the process that calls it
+        with warnings.catch_warnings():
+            return _run(argv)
+    finally:
+        logger.handlers, logger.propagate = before[:2]
+        logger.setLevel(before[2])
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

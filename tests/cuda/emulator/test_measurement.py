@@ -7,7 +7,14 @@ import json
 import numpy as np
 import pytest
 
-from tests.helpers.cuda import Case, arguments, fused_kernel, gather_kernel, packed_format, target
+from tests.helpers.cuda_cases import (
+    Case,
+    arguments,
+    fused_kernel,
+    gather_kernel,
+    packed_format,
+    target,
+)
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.schedules.cuda import fallback as cuda_fallback
 

@@ -13,7 +13,14 @@ import tvm
 from tvm import te
 from tvm.s_tir import dlight
 
-from tests.helpers.cuda import Case, arguments, check_close, fused_kernel, packed_format, target
+from tests.helpers.cuda_cases import (
+    Case,
+    arguments,
+    check_close,
+    fused_kernel,
+    packed_format,
+    target,
+)
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.schedules.cuda import gather as cuda_gather
 from tvm_balanced.schedules.cuda import gather_tile

@@ -12,7 +12,14 @@ import tvm
 
 import tvm_balanced as tb
 from tests.helpers.cubins import compile_cubin
-from tests.helpers.cuda import Case, arguments, check_close, fused_kernel, packed_format, target
+from tests.helpers.cuda_cases import (
+    Case,
+    arguments,
+    check_close,
+    fused_kernel,
+    packed_format,
+    target,
+)
 from tvm_balanced.artifact.manifest import read_manifest
 from tvm_balanced.build.pipeline import TIR_PIPELINE
 from tvm_balanced.cuda import emulator as cudaemu

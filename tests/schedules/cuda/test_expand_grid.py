@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import tvm
 
-from tests.helpers.cuda import Case, arguments, check_close, fused_kernel, packed_format, target
+from tests.helpers.cuda_cases import (
+    Case,
+    arguments,
+    check_close,
+    fused_kernel,
+    packed_format,
+    target,
+)
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.format.layout import PackedFormat
 from tvm_balanced.schedules.cuda import expand as cuda_expand

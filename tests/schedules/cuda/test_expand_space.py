@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tvm import tirx
 
-from tests.helpers.cuda import Case, fused_kernel, packed_format, target
+from tests.helpers.cuda_cases import Case, fused_kernel, packed_format, target
 from tvm_balanced.schedules import dispatch
 from tvm_balanced.schedules.cuda import expand as cuda_expand
 

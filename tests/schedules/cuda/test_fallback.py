@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tvm import te, tirx
 
-from tests.helpers.cuda import Case, arguments, packed_format, target
+from tests.helpers.cuda_cases import Case, arguments, packed_format, target
 from tvm_balanced import ops
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.format.layout import PackedFormat

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.cubins import compile_cubin
-from tests.helpers.cuda import (
+from tests.helpers.cuda_cases import (
     Case,
     arguments,
     check_close,

@@ -12,7 +12,7 @@ import tvm
 import tvm_ffi
 from tvm import s_tir
 
-from tests.helpers.cuda import Case, fused_kernel, packed_format, target
+from tests.helpers.cuda_cases import Case, fused_kernel, packed_format, target
 from tvm_balanced.build.pipeline import TIR_PIPELINE
 from tvm_balanced.cuda.codegen import lower
 from tvm_balanced.schedules import dispatch, workload

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers import cuda as cuda_cases
+from tests.helpers import cuda_cases
 from tests.helpers.covering import all_pairs, pairs_of, possible_pairs
-from tests.helpers.cuda import Case, arguments, chosen_tile, gather_kernel, packed_format
+from tests.helpers.cuda_cases import Case, arguments, chosen_tile, gather_kernel, packed_format
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.cuda.emulator.report import Access
 from tvm_balanced.format.layout import BITMAP, ENCODINGS, Layout, PackedFormat

@@ -13,7 +13,7 @@ import torch
 
 import tvm_balanced as tb
 from tests.helpers.cubins import compile_cubin
-from tests.helpers.cuda import (
+from tests.helpers.cuda_cases import (
     Case,
     arguments,
     check_close,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tvm_balanced as tb
-from tests.helpers.cuda import (
+from tests.helpers.cuda_cases import (
     Case,
     arguments,
     check_close,

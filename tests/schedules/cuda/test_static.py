@@ -7,7 +7,7 @@ import functools
 import pytest
 
 from tests.helpers.cubins import compile_cubin
-from tests.helpers.cuda import Case, chosen_tile, fused_kernel, packed_format, target
+from tests.helpers.cuda_cases import Case, chosen_tile, fused_kernel, packed_format, target
 from tvm_balanced.build.pipeline import TIR_PIPELINE
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.cuda.sass import find_nvdisasm

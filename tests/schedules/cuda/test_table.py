@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 
 from tests.helpers.covering import Chosen, all_pairs, pairs_of, possible_pairs
-from tests.helpers.cuda import Case, arguments, check_close, fused_kernel, gather_kernel, target
+from tests.helpers.cuda_cases import (
+    Case,
+    arguments,
+    check_close,
+    fused_kernel,
+    gather_kernel,
+    target,
+)
 from tvm_balanced.cuda import emulator as cudaemu
 from tvm_balanced.format.layout import BITMAP, BITMAP_BLOCKS, ENCODINGS, Layout, PackedFormat
 from tvm_balanced.format.pattern import BalancedPattern
