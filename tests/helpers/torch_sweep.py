@@ -85,7 +85,7 @@ def sample(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -
 
 
 def with_special_values(plain: Sample) -> Sample | None:
-    """The sample with NaN, infinities and zeros among its floats; None when it has no floats."""
+    """The sample with NaN and infinities among its floats; None where there are none or PyTorch refuses."""
     changed, any_float = [], False
     for tensor in plain.tensors:
         # layers' weights stay numbers: sums of infinities depend on their order
@@ -100,7 +100,14 @@ def with_special_values(plain: Sample) -> Sample | None:
         changed.append(tensor)
     if not any_float:
         return None
-    return Sample(plain.function, plain.leaves, plain.spec, tuple(changed), plain.name + " special")
+    special = Sample(
+        plain.function, plain.leaves, plain.spec, tuple(changed), plain.name + " special"
+    )
+    try:
+        special.want()
+    except Exception:
+        return None  # a negative infinite weight, say
+    return special
 
 
 class Together(torch.nn.Module):
