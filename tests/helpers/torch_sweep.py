@@ -182,7 +182,11 @@ def compare(samples: Sequence[Sample]) -> Tally:
     tally = Tally()
     wants = [one.want() for one in samples]
     kept = [(s, w) for s, w in zip(samples, wants, strict=True) if w]
-    kept = [(s, w) for s, w in kept if not any(t.dtype.is_complex or t.is_sparse for t in w)]
+    kept = [
+        (s, w)
+        for s, w in kept
+        if all(t.layout == torch.strided and not t.dtype.is_complex for t in w)
+    ]
     if not kept:
         return tally
     samples = [s for s, _ in kept]
@@ -230,7 +234,7 @@ def op_samples(name: str, dtype: torch.dtype, limit: int) -> Iterator[Sample]:
                 **given.kwargs,
             )
             try:
-                if any(t.is_sparse or t.dtype.is_complex for t in one.tensors):
+                if any(t.layout != torch.strided or t.dtype.is_complex for t in one.tensors):
                     continue
                 want = one.want()
                 if (
