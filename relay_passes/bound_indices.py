@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 import tvm
+import tvm_ffi
 from tvm import relax, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
@@ -85,12 +86,28 @@ class _Bounder(PyExprMutator):  # type: ignore[misc]
     def _rows_modulo(self, indices: Expr, dims: list[Expr]) -> Expr:
         """Return indices (..., r), of which each row indexes the first r axes."""
         sizes = dims[: int(indices.ty.shape[-1])]
+        if self._is_remainder(indices, sizes):
+            return indices
         if all(isinstance(size, tirx.IntImm) for size in sizes):
             limit = relax.const(np.array([int(size) for size in sizes]), "int64")
         else:
             limit = self.builder_.emit(relax.op.shape_to_tensor(relax.ShapeExpr(sizes)))
         rows = self.builder_.emit(relax.op.astype(indices, "int64"))
         return self.builder_.emit(relax.op.floor_mod(rows, limit))
+
+    def _is_remainder(self, indices: Expr, sizes: list[Expr]) -> bool:
+        """Whether ``indices`` was made by :meth:`_rows_modulo`."""
+        value = self._value(indices)
+        if call_name(value) != "relax.floor_mod":
+            return False
+        limit = value.args[1]
+        if isinstance(limit, tvm.ir.GenericConst):
+            fixed = [int(size) for size in sizes if isinstance(size, tirx.IntImm)]
+            return bool(fixed == limit.value.numpy().reshape(-1).tolist())
+        source = self._value(limit)
+        return call_name(source) == "relax.shape_to_tensor" and bool(
+            tvm_ffi.structural_equal(source.args[0], relax.ShapeExpr(sizes))
+        )
 
     def _is_below(self, index: Expr, size: Expr) -> bool:
         """Whether ``index`` was made by a sort, or by :meth:`_modulo`."""

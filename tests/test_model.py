@@ -72,7 +72,7 @@ def test_ignored_layers_and_patterns_per_layer():
     ("pattern", "ignore", "says"),
     [
         ("half", [], "nnz:block"),
-        ("4:64", [], "only K=48"),
+        ({"re:.*": "4:64"}, [], "K=48 is less than a block of 4:64"),
         ("4:16", ["typo"], "matches none"),
         ("4:16", ["re:.*"], "every dense layer"),
     ],

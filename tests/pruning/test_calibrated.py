@@ -173,7 +173,7 @@ def test_distillation_recovers_and_keeps_zeros(form):
     [
         ({"method": "guess"}, "choose magnitude, wanda, sparsegpt, reconstruct or"),
         ({"batches": []}, "no calibration inputs"),
-        ({"pattern": "2:32"}, "only K=24 columns"),
+        ({"pattern": {"re:.*": "2:32"}}, "K=24 is less than a block of 2:32"),
         ({"ignore": ["nobody"]}, "matches none"),
         ({"ignore": ["re:.*"]}, "ignore fewer"),
         ({"batches": [(torch.zeros(2, 6),)]}, "does not run on calibration inputs of shapes"),

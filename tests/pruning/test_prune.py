@@ -38,6 +38,32 @@ def test_a_module_is_pruned_in_place_from_what_it_sees(method):
         assert bool((blocks == 4).all())
 
 
+def _narrow():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 16))
+
+
+@pytest.mark.parametrize("calibrated", [False, True], ids=["imported", "module"])
+def test_layers_narrower_than_a_block_stay_dense(calibrated):
+    if calibrated:
+        rows = tb.prune(_narrow(), "4:16", calibration=[(torch.randn(64, 8),)])
+    else:
+        model = tb.from_torch(_narrow().eval(), (torch.zeros(1, 8),))
+        pruned = tb.prune(model, "4:16")
+        rows = pruned.pruned
+        assert list(pruned.patterns) == ["2.weight"]
+    narrow, wide = rows
+    assert "K=8 is less than a block of 4:16" in str(narrow.skipped)
+    assert wide.skipped is None
+
+
+@pytest.mark.parametrize("pattern", [{"0.weight": "4:16"}, "4:128"], ids=["named", "all"])
+def test_a_block_wider_than_a_named_layer_or_all_is_refused(pattern):
+    model = tb.from_torch(_narrow().eval(), (torch.zeros(1, 8),))
+    with pytest.raises(InputError, match="K=8 is less than a block"):
+        tb.prune(model, pattern)
+
+
 @pytest.mark.parametrize(
     ("model", "keywords", "says"),
     [

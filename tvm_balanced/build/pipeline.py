@@ -42,10 +42,12 @@ from tvm_balanced.relay_passes.merge_dense import merge_dense
 from tvm_balanced.relay_passes.module_pass import Pass
 from tvm_balanced.relay_passes.pack_weights import pack_weights
 from tvm_balanced.relay_passes.rewrite_dense import rewrite_dense
+from tvm_balanced.relay_passes.separate_operands import separate_operands
 from tvm_balanced.schedules.dispatch import ScheduleBalanced, schedule_rest
 from tvm_balanced.schedules.tuned import ScheduleTuned
 from tvm_balanced.support.tensors import Array
 from tvm_balanced.support.tvm_types import Expr
+from tvm_balanced.te_operators import KEEP_NAN
 
 if TYPE_CHECKING:
     from tvm_balanced.targets.resolve import TargetSpec
@@ -100,8 +102,11 @@ def fuse_passes() -> list[Pass]:
     return [
         relax.backend.DispatchSampling(),
         relax.backend.DispatchSortScan(),
+        # products of a tensor with its own transpose
+        separate_operands,
         fuse_transposes,
-        relax.transform.LegalizeOps(),
+        # models that hide NaN hide broken inputs
+        relax.transform.LegalizeOps(KEEP_NAN),
         relax.transform.AnnotateTIROpPattern(),
         leading_slices,
         relax.transform.FoldConstant(),

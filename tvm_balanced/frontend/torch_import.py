@@ -113,9 +113,10 @@ def _export(
         args = (args,)
     modes = [(part, part.training) for part in module.modules()]
     try:
-        return torch.export.export(
-            module.eval(), tuple(args or ()), dict(kwargs or {}), dynamic_shapes=dynamic
-        )
+        with torch.no_grad():
+            return torch.export.export(
+                module.eval(), tuple(args or ()), dict(kwargs or {}), dynamic_shapes=dynamic
+            )
     except Exception as error:
         raise InputError(
             f"torch.export cannot export {type(module).__name__} with these inputs: {first_line(error)}; "
@@ -127,11 +128,13 @@ def _export(
 
 
 def _decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    from tvm_balanced.frontend.torch_decompositions import decompositions
+
     try:
         with warnings.catch_warnings():
             # PyTorch's own copy of the program warns of a class that PyTorch itself uses
             warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
-            return program.run_decompositions()
+            return program.run_decompositions(decompositions())
     except Exception as error:
         raise InputError(
             f"the exported program cannot be decomposed into core operators: {first_line(error)}; "

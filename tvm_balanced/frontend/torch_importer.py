@@ -1,17 +1,15 @@
-"""TVM's importer of exported programs, kept to the dtypes that PyTorch recorded.
+"""From exported programs to Relax, kept to the dtypes and shapes that PyTorch recorded.
 
-TVM's own writes ``out_dtype="float32"`` into every linear layer and convolution, so that a half precision
-model fails at its first bias (float16 + float32) or turns float32. It also keeps the dtype of the input
-where PyTorch changes it (a cumulative sum of booleans is an integer). An exported program says which dtype
-each of its values has; here that is what counts.
+Converters of operators are in :mod:`tvm_balanced.frontend.torch_ops`; of TVM's own importer only helpers are
+used, because many of its converters leave arguments or NaN out of account. Operators without a converter
+are refused by name.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -23,32 +21,49 @@ from tvm import relax, tirx
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from tvm_balanced.errors import InputError
+from tvm_balanced.frontend.torch_fold import computed_weights
+from tvm_balanced.frontend.torch_ops import TABLE, Call
+from tvm_balanced.frontend.torch_ops.call import static
 from tvm_balanced.relay_passes.bound_indices import bound_indices
 from tvm_balanced.relay_passes.weight_chain import call_name
 from tvm_balanced.support.optional import first_line
 from tvm_balanced.support.tensors import Array
 
-_HALF = frozenset(["float16", "bfloat16"])
-
-# operators that TVM's importer emits with out_dtype="float32", whatever their operands are
-_HARD_CODED = frozenset(
+# what only checks: PyTorch refuses some inputs that a library does not look at
+_CHECKS = frozenset(
     [
-        "relax.matmul",
-        "relax.nn.conv1d",
-        "relax.nn.conv2d",
-        "relax.nn.conv3d",
-        "relax.nn.conv1d_transpose",
-        "relax.nn.conv2d_transpose",
+        "_assert_async.msg",
+        "_assert_async.default",
+        "_assert_scalar.default",
+        "_assert_tensor_metadata.default",
+        "sym_constrain_range.default",
+        "sym_constrain_range_for_size.default",
     ]
 )
 
 
-class FaithfulBuilder(relax.BlockBuilder):  # type: ignore[misc]
-    """A block builder that undoes what the exporter and TVM's importer add to products.
+def _name(node: fx.Node) -> str:
+    """Operator and overload, ``"add.Tensor"``."""
+    return str(getattr(node.target, "__name__", node.target))
 
-    * ``out_dtype="float32"`` of half precision operands becomes the operands' dtype: the importer writes it
-      for every linear layer, and PyTorch never does. Accumulation in float32 is not lost by it:
-      :func:`~tvm_balanced.relay_passes.accumulate_float32.accumulate_float32` puts that back.
+
+def _is_known(node: fx.Node) -> bool:
+    if node.target is operator.getitem or _name(node) in _CHECKS:
+        return True
+    if not isinstance(node.meta.get("val"), torch.Tensor | tuple | list):
+        # sizes are taken from what the export recorded; a number read from a tensor is none
+        return "_local_scalar_dense" not in _name(node)
+    return getattr(node.target, "namespace", "") == "aten" and _name(node) in TABLE
+
+
+def _asked_for(node: fx.Node) -> str:
+    """Return the operator that the model called, where a decomposition left another."""
+    return str(node.meta.get("original_aten") or node.target)
+
+
+class FaithfulBuilder(relax.BlockBuilder):  # type: ignore[misc]
+    """A block builder that undoes what the exporter adds to products.
+
     * ``matmul(x, broadcast_to(w, [B, K, N]))`` becomes ``matmul(x, w)``: the exporter copies a weight for
       every batch where the activations are not contiguous (LSTMs), which would hide the dense layer.
     * ``broadcast_to`` to the shape a tensor already has is left out.
@@ -57,24 +72,12 @@ class FaithfulBuilder(relax.BlockBuilder):  # type: ignore[misc]
     def emit(self, expr: Any, name_hint: str = "") -> Any:
         """Emit an operator, of half precision with its result in that."""
         name = call_name(expr)
-        if name is None:
-            return super().emit(expr, name_hint)
-        # relax.op.linear nests its operators; only bound ones have a type to look at
-        nested = [call_name(arg) in (*_HARD_CODED, "relax.permute_dims") for arg in expr.args]
-        if any(nested):
-            args = [
-                self.emit(arg) if inner else arg
-                for arg, inner in zip(expr.args, nested, strict=True)
-            ]
-            expr = relax.Call(expr.op, args, expr.attrs, expr.ty_args)
         if name == "relax.broadcast_to" and _same_shape(expr.args[0], expr.args[1].values):
             return expr.args[0]
         if name == "relax.matmul":
             expr = relax.Call(
                 expr.op, [expr.args[0], self._unbroadcast(*expr.args)], expr.attrs, expr.ty_args
             )
-        if name in _HARD_CODED:
-            expr = _own_dtype(expr)
         return super().emit(expr, name_hint)
 
     def _unbroadcast(self, data: Any, weight: Any) -> Any:
@@ -89,17 +92,6 @@ class FaithfulBuilder(relax.BlockBuilder):  # type: ignore[misc]
         if source.ty.ndim == 2 and batched and _same_shape(source, dims[-2:]):
             return source
         return weight
-
-
-def _own_dtype(call: Any) -> Any:
-    """Return a product or convolution of half precision operands, with its result in their dtype."""
-    dtypes = {str(arg.ty.dtype) for arg in call.args}
-    if len(dtypes) != 1 or not dtypes <= _HALF or str(call.attrs.out_dtype) != "float32":
-        return call
-    info = type(call.attrs).__tvm_ffi_type_info__
-    fields = {field.name: getattr(call.attrs, field.name) for field in info.fields}
-    fields["out_dtype"] = dtypes.pop()
-    return relax.Call(call.op, call.args, tvm.ir.make_node(info.type_key, **fields), call.ty_args)
 
 
 def _same_dims(left: Sequence[Any], right: Sequence[Any]) -> bool:
@@ -127,7 +119,7 @@ class ImportedGraph:
 
 
 class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
-    """TVM's importer with named weights, the recorded types and errors that name the operator.
+    """Imports one exported program: named weights, the recorded types and errors that name the operator.
 
     Parameters
     ----------
@@ -141,45 +133,73 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
         }
         super().__init__()
 
-    def create_convert_map(self) -> dict[Any, Callable[[fx.Node], Any]]:
-        """Return TVM's converters and ours."""
-        table = dict(super().create_convert_map())
-        table["cumsum.default"] = self._typed_cumsum
-        table["cat.default"] = self._nonempty_cat
-        table["embedding.default"] = self._embedding
-        plain_slice = table["slice.Tensor"]
-        table["slice.Tensor"] = partial(self._convert_slice, plain_slice)
-        return {name: self._checked(convert) for name, convert in table.items()}
+    def create_convert_map(self) -> dict[Any, Any]:
+        """Return no converters of TVM's: ours are used."""
+        return {}
 
-    def _checked(self, convert: Callable[[fx.Node], Any]) -> Callable[[fx.Node], Any]:
-        """``convert`` with its result in the dtype the program recorded for the node."""
+    def argument(self, value: Any) -> Any:
+        """Return what stands for an argument of a node: its value where it is a node, lists one by one."""
+        if isinstance(value, fx.Node):
+            return self.env[value]
+        if isinstance(value, list | tuple):
+            return [self.argument(item) for item in value]
+        return value
 
-        def converted(node: fx.Node) -> Any:
-            try:
-                result = convert(node)
-                recorded = node.meta.get("val")
-                if (
-                    isinstance(recorded, torch.Tensor)
-                    and isinstance(result, relax.Expr)
-                    and isinstance(result.ty, relax.TensorType)
-                ):
-                    result = self._as_recorded(result, recorded)
-            except InputError:
-                raise
-            except Exception as error:
+    def same_shape(self, tensor: Any, dims: Sequence[Any]) -> bool:
+        """Whether a tensor has these sizes."""
+        return _same_shape(tensor, dims)
+
+    def _converted(self, node: fx.Node) -> Any:
+        """Return the value of a call, in the dtype and shape the program recorded for it."""
+        recorded = node.meta.get("val")
+        if isinstance(recorded, torch.SymInt | int):
+            dims = self._dims([recorded])
+            if dims is None:
                 raise InputError(
-                    f"operator {node.target} (node {node.name}) cannot be imported: {first_line(error)}; "
-                    "replace it in the model by operators TVM's importer knows"
-                ) from error
-            return result
-
-        return converted
+                    f"the size {recorded} (node {node.name}) is more than sums and products of symbols; "
+                    "simplify dynamic_shapes"
+                )
+            return dims[0] if isinstance(recorded, torch.SymInt) else recorded
+        if node.target is operator.getitem:
+            whole, index = node.args
+            value = self.argument(whole)[index]
+            if value is None and node.users:
+                raise InputError(
+                    f"result {index} of {whole} is not supported; use its first result"
+                )
+            return value
+        if _name(node) in _CHECKS or isinstance(recorded, torch.SymBool | torch.SymFloat):
+            return None
+        try:
+            call = Call(self, node)
+            if all(value is not None and 0 in value.shape for value in call.results):
+                empty = [
+                    self.block_builder.emit(relax.op.zeros(call.shape(i), call.dtype(i)))
+                    for i in range(len(call.results))
+                ]
+                return empty if isinstance(recorded, tuple | list) else empty[0]
+            result = TABLE[_name(node)](call)
+            if isinstance(result, list):
+                return [
+                    None if part is None else self._as_recorded(part, val)
+                    for part, val in zip(result, recorded, strict=True)
+                ]
+            return self._as_recorded(result, recorded)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"operator {node.target} (node {node.name}) cannot be imported: {first_line(error)}; "
+                "replace it in the model by other operators"
+            ) from error
 
     def _as_recorded(self, result: Any, recorded: torch.Tensor) -> Any:
         """Return ``result`` with the dtype, and where it is symbolic the shape, that the program recorded."""
         dtype = self._convert_data_type(recorded.dtype)
+        if not isinstance(result, relax.Var):
+            result = self.block_builder.emit(result)
         if str(result.ty.dtype) != dtype:
-            result = self.block_builder.emit(relax.op.astype(result, dtype))
+            raise TypeError(f"it gives {result.ty.dtype}, PyTorch {dtype}")
         if result.ty.shape is not None and all(isinstance(d, tirx.IntImm) for d in result.ty.shape):
             return result
         # a slice [:length] of a table is min(length, rows) long to TVM, and stays so in all that follows;
@@ -208,52 +228,6 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
             dims.append(derived)
         return dims
 
-    def _convert_slice(self, plain: Callable[[fx.Node], Any], node: fx.Node) -> Any:
-        """Return a slice; one of a symbolic length becomes a gather.
-
-        TVM gives ``table[:n]`` of 64 rows the length min(n, 64), and ``x[1:]`` of n + 1 rows one with the
-        largest integer in it; its FuseTIR crashes on such slices.
-        """
-        dims = self._dims(node.meta["val"].shape)
-        args: list[Any] = list(self.retrieve_args(node))
-        defaults: list[Any] = [None, 0, None, None, 1]
-        data, axis, start, _, step = args + defaults[len(args) :]
-        if dims is None or (
-            isinstance(dims[axis], tirx.IntImm)
-            and not any(isinstance(arg, fx.Node) for arg in node.args[1:4])
-        ):
-            return plain(node)
-        if _same_shape(data, dims):
-            return data
-        start = 0 if start is None else start
-        if isinstance(start, int) and start < 0:
-            start = data.ty.shape[axis] + start
-        rows = self.block_builder.emit(
-            relax.op.arange(start, start + dims[axis] * step, step, "int64")
-        )
-        # an input longer than the export allowed must not read beyond the table
-        return self.block_builder.emit(relax.op.take(data, rows, axis, mode="clip"))
-
-    def _embedding(self, node: fx.Node) -> Any:
-        # PyTorch refuses an id outside of the table; a kernel cannot, but must not read there
-        table, ids = self.retrieve_args(node)[:2]
-        return self.block_builder.emit(relax.op.take(table, ids, axis=0, mode="clip"))
-
-    def _nonempty_cat(self, node: fx.Node) -> Any:
-        # torch.cat skips tensors of shape (0,), whatever the rank of the others (a fresh cache)
-        parts = [part for part in node.args[0] if tuple(part.meta["val"].shape) != (0,)]
-        axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-        if len(parts) == 1:
-            return self.env[parts[0]]
-        parts = parts or list(node.args[0])
-        return self.block_builder.emit(relax.op.concat([self.env[part] for part in parts], axis))
-
-    def _typed_cumsum(self, node: fx.Node) -> Any:
-        # a cast of the finished sum would come too late: booleans added as booleans are lost
-        dtype = self._convert_data_type(node.meta["val"].dtype)
-        data = self.block_builder.emit(relax.op.astype(self.env[node.args[0]], dtype))
-        return self.block_builder.emit(relax.op.cumsum(data, node.args[1], dtype))
-
     def import_program(self, program: torch.export.ExportedProgram) -> ImportedGraph:
         """Convert a decomposed program.
 
@@ -276,6 +250,9 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
         nodes = list(program.graph.nodes)
         self._check_operators(nodes)
         inputs, weights, literals = self._parameters(program)
+        computed = computed_weights(program)
+        for node, (name, tensor) in computed.items():
+            weights[name] = (self._input_var(node.name, tensor), tensor)
         first: dict[Any, str] = {}
         same = {name: first.setdefault(_memory(t), name) for name, (_, t) in weights.items()}
         kept = {name: pair for name, pair in weights.items() if same[name] == name}
@@ -284,34 +261,44 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
             if spec.target in weights:
                 by_node[spec.arg.name] = kept[same[spec.target]][0]
         by_node.update(literals)
+        self.env.update({node: kept[same[name]][0] for node, (name, _) in computed.items()})
 
         self.block_builder = FaithfulBuilder()
-        pure = not self._has_assert_async(program.graph_module)
         params = [var for _, var in inputs.values()] + [var for var, _ in kept.values()]
         attrs = {"num_input": len(inputs), **self._bounds(program)}
-        with self.block_builder.function("main", params=params, attrs=attrs, pure=pure):
-            with self.block_builder.dataflow() if pure else contextlib.nullcontext():
-                outputs = self._translate_fx_graph(program.graph_module, nodes, by_node)
-                outputs = self._user_outputs(program, outputs)
+        with self.block_builder.function("main", params=params, attrs=attrs):
+            with self.block_builder.dataflow():
+                outputs = self._user_outputs(program, self._translate(nodes, by_node))
                 result = outputs[0] if len(outputs) == 1 else relax.Tuple(outputs)
-                if pure:
-                    result = self.block_builder.emit_output(result)
+                result = self.block_builder.emit_output(result)
             self.block_builder.emit_func_output(result)
         mod = bound_indices(self.block_builder.get())
         return ImportedGraph(mod, {n: t for n, (_, t) in kept.items()})
 
+    def _translate(self, nodes: list[fx.Node], placeholders: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Values of all nodes, in order; those of the output."""
+        for node in nodes:
+            if node.op == "placeholder":
+                if node.name in placeholders:
+                    self.env[node] = placeholders[node.name]
+            elif node.op == "call_function" and node not in self.env:
+                self.env[node] = self._converted(node)
+            elif node.op == "output":
+                return tuple(self.argument(node.args[0]))
+        return ()
+
     def _check_operators(self, nodes: list[fx.Node]) -> None:
-        calls = [node.target for node in nodes if node.op == "call_function"]
-        if self._has_cond_op(nodes):
+        calls = [node for node in nodes if node.op == "call_function"]
+        if any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in calls):
             raise InputError(
                 "the model has data-dependent control flow (torch.cond), which is not supported; "
                 "export one branch of it"
             )
-        unknown = sorted({str(t) for t in calls if t.__name__ not in self.convert_map})
+        unknown = sorted({_asked_for(node) for node in calls if not _is_known(node)})
         if unknown:
             raise InputError(
-                f"TVM's importer does not know the operator{'s' * (len(unknown) > 1)} "
-                f"{', '.join(unknown)}; replace them in the model by operators it knows"
+                f"the operator{'s' * (len(unknown) > 1)} {', '.join(unknown)} cannot be imported; "
+                "replace them in the model by others (docs/operators-torch.md)"
             )
 
     def _parameters(
@@ -390,17 +377,22 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
     def _user_outputs(
         self, program: torch.export.ExportedProgram, outputs: tuple[Any, ...]
     ) -> list[Any]:
-        """Return what the module returns, without the buffers that the export returns beside it."""
-        kinds = [spec.kind for spec in program.graph_signature.output_specs]
-        if len(kinds) == len(outputs):
-            outputs = tuple(
-                out
-                for out, kind in zip(outputs, kinds, strict=True)
-                if kind in (OutputKind.USER_OUTPUT, OutputKind.LOSS_OUTPUT)
+        """Return what the module returns."""
+        specs = program.graph_signature.output_specs
+        changed = [s.target for s in specs if s.kind is OutputKind.BUFFER_MUTATION]
+        if changed:
+            raise InputError(
+                f"forward changes the buffer{'s' * (len(changed) > 1)} {', '.join(map(str, changed))}, and "
+                "a library keeps no state between calls; give the buffer as an input and return what it "
+                "becomes"
             )
+        kept = (OutputKind.USER_OUTPUT, OutputKind.LOSS_OUTPUT)
+        outputs = tuple(out for out, spec in zip(outputs, specs, strict=True) if spec.kind in kept)
         tensors = [out for out in outputs if isinstance(out, relax.Expr)]
         if not tensors:
             raise InputError("the model returns no tensor; return at least one")
+        if any(out.ty.shape is not None and 0 in map(static, out.ty.shape) for out in tensors):
+            raise InputError("the model returns a tensor without elements; leave it out")
         return tensors
 
 
@@ -441,7 +433,7 @@ def dimension_names(program: torch.export.ExportedProgram) -> dict[str, str]:
 
 def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Equal for tensors that are the same elements of the same memory (tied weights)."""
-    if tensor.numel() == 0:
+    if tensor.numel() == 0 or tensor.layout is not torch.strided:
         return (id(tensor),)
     return (
         tensor.untyped_storage().data_ptr(),

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.pattern import BalancedPattern
-from tvm_balanced.pruning.choice import Patterns, check_blocks, choose_layers
+from tvm_balanced.pruning.choice import Patterns, choose_layers, leave_narrow
 from tvm_balanced.pruning.layers import (
     Batch,
     LinearLayer,
@@ -85,9 +85,9 @@ def prune_calibrated(
     Raises
     ------
     InputError
-        For an unknown method, pattern or name, a block wider than a layer's K, no inputs, inputs on which
-        the model does not run, or NaN or Inf in a weight or a layer's input. Nothing is changed then,
-        unless the input of a later layer is at fault.
+        For an unknown method, pattern or name, a block wider than the K of a layer that ``pattern`` names or
+        of every layer, no inputs, inputs on which the model does not run, or NaN or Inf in a weight or a
+        layer's input. Nothing is changed then, unless the input of a later layer is at fault.
     OutputError
         When ``resume`` cannot be written.
 
@@ -307,7 +307,8 @@ def _choose(
     patterns, skipped = choose_layers(pattern, blocked, ignore, BalancedPattern)
     if not patterns:
         raise InputError("every linear layer is ignored or cannot be pruned; ignore fewer layers")
-    check_blocks(patterns, {layer.name: layer.shape[1] for layer in layers})
+    columns = {layer.name: layer.shape[1] for layer in layers}
+    skipped |= leave_narrow(pattern, patterns, columns)
     for layer in layers:
         if layer.name in patterns and not bool(torch.isfinite(layer.weight).all()):
             raise InputError(

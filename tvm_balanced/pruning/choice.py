@@ -39,11 +39,23 @@ def choose_layers(
     return {name: made for name, made in rules.items() if name not in skipped}, skipped
 
 
-def check_blocks(patterns: Mapping[str, BalancedPattern], columns: Mapping[str, int]) -> None:
-    """Raise InputError for blocks that are wider than their layer's rows."""
-    for name, pattern in patterns.items():
-        if pattern.block > columns[name]:
-            raise InputError(
-                f"pattern {pattern} has blocks of {pattern.block}, but layer {name} has only "
-                f"K={columns[name]} columns; choose a smaller block or ignore this layer"
-            )
+def leave_narrow(
+    setting: Patterns, patterns: dict[str, BalancedPattern], columns: Mapping[str, int]
+) -> dict[str, str]:
+    """Take layers that are narrower than a block out of ``patterns``; returned is why, by name.
+
+    Raises InputError where ``setting`` names such a layer, or where no other is left.
+    """
+    narrow = {
+        name: f"K={columns[name]} is less than a block of {pattern}"
+        for name, pattern in patterns.items()
+        if pattern.block > columns[name]
+    }
+    if narrow and (isinstance(setting, Mapping) or len(narrow) == len(patterns)):
+        name, why = next(iter(narrow.items()))
+        raise InputError(
+            f"layer {name} cannot follow its pattern, as {why}; choose a smaller block or ignore this layer"
+        )
+    for name in narrow:
+        del patterns[name]
+    return narrow

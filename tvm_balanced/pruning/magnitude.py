@@ -17,7 +17,7 @@ from tvm_balanced.format.weights import (
     row_chunks,
 )
 from tvm_balanced.model import Model
-from tvm_balanced.pruning.choice import Patterns, check_blocks, choose_layers
+from tvm_balanced.pruning.choice import Patterns, choose_layers, leave_narrow
 from tvm_balanced.pruning.layers import Progress
 from tvm_balanced.report import PrunedLayer, PruningReport
 from tvm_balanced.support.tensors import Array
@@ -92,6 +92,7 @@ def prune_model(
             f"every dense layer of {model.name} is ignored or cannot be sparse; ignore fewer layers"
         )
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    skipped |= leave_narrow(pattern, patterns, {name: k for name, (_, k) in shapes.items()})
 
     def weight(name: str) -> Array:
         return dense_weight(model.params, layers[name])
@@ -141,6 +142,7 @@ def prune_tensors(
         raise InputError(
             "every matrix of the checkpoint is ignored or an embedding table; ignore fewer layers"
         )
+    skipped |= leave_narrow(pattern, patterns, {name: k for name, (_, k) in shapes.items()})
     changed: dict[str, Array] = {}
     rows = []
     for row, mask in _prune(shapes, tensors.__getitem__, patterns, skipped, progress):
@@ -159,7 +161,6 @@ def _prune(
 ) -> Iterator[tuple[PrunedLayer, Array | None]]:
     """Yield what becomes of each layer, and its mask where its weight has to change."""
     # everything is checked before anything is pruned: a long run must not fail at its end
-    check_blocks(patterns, {name: columns for name, (_, columns) in shapes.items()})
     for name in patterns:
         check_weight(weight_of(name), f"the weight of layer {name}")
     for name, shape in shapes.items():

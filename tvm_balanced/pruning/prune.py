@@ -85,8 +85,9 @@ def prune(
     Raises
     ------
     InputError
-        For an unknown pattern, method or name, a block larger than a layer's K, NaN or Inf in a weight or
-        an activation, calibration that does not go with the model, or when no layer is left to prune.
+        For an unknown pattern, method or name, a block larger than the K of a layer that ``pattern`` names
+        (under one pattern for all such layers stay dense), NaN or Inf in a weight or an activation,
+        calibration that does not go with the model, or when no layer is left to prune.
     OutputError
         When ``resume`` cannot be written.
     """

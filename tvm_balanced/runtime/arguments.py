@@ -137,8 +137,8 @@ def on_device(value: AnyTensor, device: Device) -> AnyTensor:
             and array.dtype.kind in "biuf"
         ):
             return tvm.runtime.from_dlpack(array)
-        # ascontiguousarray gives a number a dimension
-        return tvm.runtime.tensor(np.ascontiguousarray(array).reshape(array.shape), device)
+        # ascontiguousarray would make one axis of none
+        return tvm.runtime.tensor(np.require(array, requirements="C"), device)
     if is_torch(value):
         value = value.detach().contiguous()
         aligned = value.data_ptr() % _ALIGNMENT == 0 and value.numel() > 0

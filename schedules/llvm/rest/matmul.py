@@ -85,7 +85,7 @@ def match(block: common.RootBlock) -> _Product | None:
     if not out or len(out) != len(iters) - 1 or not all(isinstance(i, tirx.Var) for i in out):
         return None
     n = len(iters) - 2
-    if k != len(iters) - 1 or not out[-1].same_as(iters[n]):
+    if k != len(iters) - 1 or not out or not out[-1].same_as(iters[n]):
         return None
     if block.extents[n] == 1 or block.extents[k] == 1:
         # a sum per row, or no sum at all: other rules do these better
