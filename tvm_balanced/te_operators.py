@@ -94,7 +94,12 @@ def _is_one(dim: Any) -> bool:
 def _either(a: Any, b: Any, larger: bool) -> Any:
     if not is_float(dtype_of(a)):
         return tirx.max(a, b) if larger else tirx.min(a, b)
-    return tirx.Select(tirx.any(a > b if larger else a < b, tirx.isnan(a)), a, b)
+    return tirx.Select(tirx.any(a > b if larger else a < b, _is_nan(a)), a, b)
+
+
+def _is_nan(x: Any) -> Any:
+    # TVM has none of bfloat16
+    return tirx.isnan(tirx.Cast("float32", x) if dtype_of(x) == "bfloat16" else x)
 
 
 def _relu(x: te.Tensor) -> te.Tensor:
@@ -363,7 +368,7 @@ def _not_equal(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     def unequal(a: Any, b: Any) -> Any:
         if not is_float(dtype_of(a)):
             return a != b
-        return tirx.any(a != b, tirx.isnan(a), tirx.isnan(b))
+        return tirx.any(a != b, _is_nan(a), _is_nan(b))
 
     def compute(a: te.Tensor, b: te.Tensor) -> te.Tensor:
         return _map(unequal, a, b)

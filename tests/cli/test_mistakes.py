@@ -46,7 +46,7 @@ def here(tmp_path, monkeypatch):
         ("0:16", "at least 1"),
         ("17:16", "at most 16"),
         ("1:512", "256"),
-        ("4:64", "K=32"),
+        ("4:256", "K="),
     ],
 )
 @pytest.mark.parametrize("command", ["plan", "prune", "compile"])
@@ -54,7 +54,7 @@ def test_pattern(run, here, onnx_mlp, command, pattern, word):
     argv = [command, onnx_mlp, "--pattern", pattern]
     if command != "plan":
         argv += ["-o", here / f"out.{'onnx' if command == 'prune' else 'tvmb'}"]
-    elif pattern == "4:64":
+    elif pattern == "4:256":
         # a plan answers it layer by layer
         rows = run(*argv, "--json").json["layers"]
         assert rows[0]["decision"] == "dense"

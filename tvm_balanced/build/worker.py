@@ -36,8 +36,9 @@ def _run(folder: Path) -> dict[str, object]:
         ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
     import tvm
 
-    # registers the operator, which the module's JSON names
-    import tvm_balanced.ops  # noqa: F401
+    # register the operators, which the module's JSON names
+    import tvm_balanced.operators
+    import tvm_balanced.te_operators  # noqa: F401
     from tvm_balanced.build.export import Job
     from tvm_balanced.cuda import nvrtc
 
