@@ -10,10 +10,12 @@ from tests.helpers.zoo import ZOO
 from tests.models.test_compile import load_weights
 
 NAMES = ("minilm", "minilm_dynamic", "lstm", "gpt2_prefill", "llama_decode")
-ALWAYS = ("minilm_dynamic", "lstm")
+ALWAYS = (("minilm_dynamic", "int8"), ("lstm", "w8"))
 CASES = [
     pytest.param(
-        name, quantize, id=f"{name}-{quantize}", marks=() if name in ALWAYS else pytest.mark.large
+        *(name, quantize),
+        id=f"{name}-{quantize}",
+        marks=() if (name, quantize) in ALWAYS else pytest.mark.large,
     )
     for name in NAMES
     for quantize in ("int8", "w8")

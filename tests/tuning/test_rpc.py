@@ -125,6 +125,7 @@ def model() -> tb.Model:
     return tb.prune(tb.from_torch(layer, (torch.randn(3, 64),)), "4:16")
 
 
+@pytest.mark.large
 def test_what_a_dying_server_had_goes_to_another(
     servers: tuple[Tracker, list[int]], model: tb.Model
 ) -> None:
