@@ -14,21 +14,23 @@ import tvm
 from tvm import relax, te, tirx, topi
 from tvm.relax.transform.legalize_ops.common import register_legalize
 
+from tvm_balanced.support.tvm_types import Expr
+
 _BITS = {"float32": (32, 0x7F800000), "float64": (64, 0x7FF0000000000000)}
 _HALF = ("float16", "bfloat16")
 
 
-def is_float(dtype: Any) -> bool:
+def is_float(dtype: Expr) -> bool:
     """Whether a dtype, given as anything that prints as one, is a floating point type."""
     return "float" in str(dtype)
 
 
-def dtype_of(value: Any) -> str:
+def dtype_of(value: Expr) -> str:
     """Dtype of a TensorIR expression or a tensor of one."""
     return str(value.dtype if isinstance(value, te.Tensor) else value.ty.dtype)
 
 
-def order_key(value: Any, nan_last: bool = True) -> Any:
+def order_key(value: Expr, nan_last: bool = True) -> Expr:
     """Return an integer that sorts as the float ``value`` does, with both zeros equal and NaN at one end."""
     if dtype_of(value) in _HALF:
         value = tirx.Cast("float32", value)
@@ -40,7 +42,7 @@ def order_key(value: Any, nan_last: bool = True) -> Any:
     width, infinity = _BITS[dtype]
     key_type = f"int{width}"
 
-    def integer(number: int) -> Any:
+    def integer(number: int) -> Expr:
         return tirx.const(number, key_type)
 
     bits = tirx.reinterpret(key_type, value)
@@ -50,7 +52,7 @@ def order_key(value: Any, nan_last: bool = True) -> Any:
     return tirx.Select(magnitude > integer(infinity), integer(last if nan_last else -last), signed)
 
 
-def from_order_key(key: Any, dtype: str) -> Any:
+def from_order_key(key: Expr, dtype: str) -> Expr:
     """Inverse of :func:`order_key`."""
     wide = "float32" if dtype in _HALF else dtype
     if dtype == "bool":
@@ -69,13 +71,13 @@ def _map(
 ) -> te.Tensor:
     """Return ``function`` of the elements of tensors that broadcast against each other."""
     rank = max(len(t.shape) for t in tensors)
-    shape: list[Any] = [1] * rank
+    shape: list[Expr] = [1] * rank
     for tensor in tensors:
         for axis, dim in enumerate(tensor.shape, rank - len(tensor.shape)):
             if not _is_one(dim):
                 shape[axis] = dim
 
-    def element(*at: Any) -> Any:
+    def element(*at: Expr) -> Expr:
         values = []
         for tensor in tensors:
             own = at[rank - len(tensor.shape) :]
@@ -87,17 +89,17 @@ def _map(
     return te.compute(shape, element, name=name)
 
 
-def _is_one(dim: Any) -> bool:
+def _is_one(dim: Expr) -> bool:
     return isinstance(dim, int | tirx.IntImm) and int(dim) == 1
 
 
-def _either(a: Any, b: Any, larger: bool) -> Any:
+def _either(a: Expr, b: Expr, larger: bool) -> Expr:
     if not is_float(dtype_of(a)):
         return tirx.max(a, b) if larger else tirx.min(a, b)
     return tirx.Select(tirx.any(a > b if larger else a < b, _is_nan(a)), a, b)
 
 
-def _is_nan(x: Any) -> Any:
+def _is_nan(x: Expr) -> Expr:
     # TVM has none of bfloat16
     return tirx.isnan(tirx.Cast("float32", x) if dtype_of(x) == "bfloat16" else x)
 
@@ -107,10 +109,10 @@ def _relu(x: te.Tensor) -> te.Tensor:
     return _map(lambda v: tirx.Select(v <= zero, zero, v), x, name="relu")
 
 
-def _clip(x: te.Tensor, low: Any, high: Any) -> te.Tensor:
+def _clip(x: te.Tensor, low: Expr, high: Expr) -> te.Tensor:
     low, high = tirx.Cast(dtype_of(x), low), tirx.Cast(dtype_of(x), high)
 
-    def element(value: Any) -> Any:
+    def element(value: Expr) -> Expr:
         # the upper bound wins where they cross
         bounded = tirx.Select(value < low, low, value)
         return tirx.Select(bounded > high, high, bounded)
@@ -121,7 +123,7 @@ def _clip(x: te.Tensor, low: Any, high: Any) -> te.Tensor:
 def _reduce(larger: bool) -> Callable[..., te.Tensor]:
     function = topi.max if larger else topi.min
 
-    def reduce(x: te.Tensor, axis: Any, keepdims: bool) -> te.Tensor:
+    def reduce(x: te.Tensor, axis: Expr, keepdims: bool) -> te.Tensor:
         dtype = dtype_of(x)
         if not is_float(dtype):
             return function(x, axis, keepdims)
@@ -134,20 +136,20 @@ def _reduce(larger: bool) -> Callable[..., te.Tensor]:
 def _position(larger: bool) -> Callable[..., te.Tensor]:
     function = topi.argmax if larger else topi.argmin
 
-    def position(x: te.Tensor, axis: Any, keepdims: bool) -> te.Tensor:
+    def position(x: te.Tensor, axis: Expr, keepdims: bool) -> te.Tensor:
         return function(_map(lambda v: order_key(v, larger), x, name="order_key"), axis, keepdims)
 
     return position
 
 
 def window_sizes(
-    size: Sequence[Any],
+    size: Sequence[Expr],
     window: Sequence[int],
     strides: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     ceil_mode: bool,
-) -> list[Any]:
+) -> list[Expr]:
     """Positions of a pooling window along each axis; a window must start inside, or in the left padding."""
     sizes = []
     rank = len(size)
@@ -166,7 +168,7 @@ def window_sizes(
     return sizes
 
 
-def _windows(x: te.Tensor, attrs: Any) -> tuple[list[Any], Any, list[Any], Any]:
+def _windows(x: te.Tensor, attrs: Any) -> tuple[list[Expr], Any, list[Expr], Expr]:
     """Shape of the result, a function from its index and the window's to a key and the place read."""
     window, strides, padding, dilation = (
         [int(v) for v in attrs[name]] for name in ("pool_size", "strides", "padding", "dilation")
@@ -180,13 +182,13 @@ def _windows(x: te.Tensor, attrs: Any) -> tuple[list[Any], Any, list[Any], Any]:
     ]
     axes = [te.reduce_axis((0, w), name=f"w{i}") for i, w in enumerate(window)]
 
-    def read(*at: Any) -> tuple[Any, Any]:
+    def read(*at: Expr) -> tuple[Expr, Expr]:
         first, last = at[:-rank], at[-rank:]
         place = [
             o * s + axis.var * d - p
             for o, axis, s, d, p in zip(last, axes, strides, dilation, padding[:rank], strict=True)
         ]
-        flat: Any = tirx.const(0, "int64")
+        flat: Expr = tirx.const(0, "int64")
         for index, dim in zip(place, size, strict=True):
             flat = flat * tirx.Cast(
                 "int64", tirx.const(dim) if isinstance(dim, int) else dim
@@ -209,13 +211,13 @@ def _max_pool_indices_te(x: te.Tensor, attrs: Any) -> te.Tensor:
     shape, read, axes, key_type = _windows(x, attrs)
     last = tirx.max_value(key_type)
 
-    def combine(one: Any, other: Any) -> Any:
+    def combine(one: Expr, other: Expr) -> Expr:
         # of equal values the first counts, of NaN the last
         tie = tirx.Select(one[0] == last, one[1] > other[1], one[1] < other[1])
         first = tirx.any(one[0] > other[0], tirx.all(one[0] == other[0], tie))
         return tirx.Select(first, one[0], other[0]), tirx.Select(first, one[1], other[1])
 
-    def identity(key: str, index: str) -> Any:
+    def identity(key: str, index: str) -> Expr:
         return tirx.min_value(key), tirx.max_value(index)
 
     reducer = te.comm_reducer(combine, identity, name="argmax_window")
@@ -223,7 +225,7 @@ def _max_pool_indices_te(x: te.Tensor, attrs: Any) -> te.Tensor:
     return both[1]
 
 
-def _log1p(value: Any) -> Any:
+def _log1p(value: Expr) -> Expr:
     # Kahan: the rounding of 1 + x cancels
     one = tirx.const(1, dtype_of(value))
     total = one + value
@@ -232,7 +234,7 @@ def _log1p(value: Any) -> Any:
     return tirx.Select(plain, value, kahan)
 
 
-def _expm1(value: Any) -> Any:
+def _expm1(value: Expr) -> Expr:
     one = tirx.const(1, dtype_of(value))
     power = tirx.exp(value)
     kahan = (power - one) * (value / tirx.log(power))
@@ -241,10 +243,10 @@ def _expm1(value: Any) -> Any:
     return tirx.Select(far, power - one, near)
 
 
-def _wide(function: Callable[[Any], Any]) -> Callable[[te.Tensor, Any], te.Tensor]:
+def _wide(function: Callable[[Expr], Expr]) -> Callable[[te.Tensor, Expr], te.Tensor]:
     """Return ``function`` of each element; halves are computed as float32."""
 
-    def element(value: Any) -> Any:
+    def element(value: Expr) -> Expr:
         dtype = dtype_of(value)
         if dtype in _HALF:
             return tirx.Cast(dtype, function(tirx.Cast("float32", value)))
@@ -257,11 +259,11 @@ def _keys_te(x: te.Tensor, attrs: Any) -> te.Tensor:
     return _map(lambda v: order_key(v), x, name="order_key")
 
 
-def _same(call: relax.Call) -> Any:
+def _same(call: relax.Call) -> Expr:
     return call.args[0].ty
 
 
-def _keys_type(call: relax.Call) -> Any:
+def _keys_type(call: relax.Call) -> Expr:
     ty = call.args[0].ty
     wide = {
         "float16": "int32",
@@ -278,8 +280,8 @@ def _keys_type(call: relax.Call) -> Any:
     )
 
 
-def _pool_type(dtype: str | None) -> Callable[[relax.Call], Any]:
-    def infer(call: relax.Call) -> Any:
+def _pool_type(dtype: str | None) -> Callable[[relax.Call], Expr]:
+    def infer(call: relax.Call) -> Expr:
         ty, attrs = call.args[0].ty, call.attrs
         window, strides, padding, dilation = (
             [int(v) for v in attrs[name]]
@@ -294,7 +296,9 @@ def _pool_type(dtype: str | None) -> Callable[[relax.Call], Any]:
 
 
 # name: what it computes from tensor and attributes, and the type of that
-_OPERATORS: dict[str, tuple[Callable[[te.Tensor, Any], te.Tensor], Callable[[relax.Call], Any]]] = {
+_OPERATORS: dict[
+    str, tuple[Callable[[te.Tensor, Expr], te.Tensor], Callable[[relax.Call], Expr]]
+] = {
     "relax.order_key": (_keys_te, _keys_type),
     "relax.log1p": (_wide(_log1p), _same),
     "relax.expm1": (_wide(_expm1), _same),
@@ -321,7 +325,7 @@ def call_operator(name: str, x: relax.Expr, **attrs: Any) -> relax.Call:
     return tvm.ir.Call(tvm.ir.Op.get(name), [x], tvm.ir.make_node("ir.DictAttrs", **attrs))
 
 
-def _register(name: str, compute: Any, infer: Any) -> None:
+def _register(name: str, compute: Expr, infer: Expr) -> None:
     from tvm.ir import _ffi_api
 
     if name in tvm.ir.Op.list_op_names():
@@ -345,7 +349,7 @@ for _name, (_compute, _infer) in _OPERATORS.items():
     _register(_name, _compute, _infer)
 
 
-def _binary(larger: bool, hint: str) -> Any:
+def _binary(larger: bool, hint: str) -> Expr:
     def legalize(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
         def compute(a: te.Tensor, b: te.Tensor) -> te.Tensor:
             return _map(lambda one, other: _either(one, other, larger), a, b)
@@ -355,7 +359,7 @@ def _binary(larger: bool, hint: str) -> Any:
     return legalize
 
 
-def _statistical(compute: Callable[..., te.Tensor], hint: str) -> Any:
+def _statistical(compute: Callable[..., te.Tensor], hint: str) -> Expr:
     def legalize(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
         axis = call.attrs.axis
         return bb.call_te(compute, call.args[0], axis, call.attrs.keepdims, primfunc_name_hint=hint)
@@ -365,7 +369,7 @@ def _statistical(compute: Callable[..., te.Tensor], hint: str) -> Any:
 
 def _not_equal(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     # LLVM is told to compare "ordered and unequal", which NaN is not
-    def unequal(a: Any, b: Any) -> Any:
+    def unequal(a: Expr, b: Expr) -> Expr:
         if not is_float(dtype_of(a)):
             return a != b
         return tirx.any(a != b, _is_nan(a), _is_nan(b))
@@ -378,7 +382,7 @@ def _not_equal(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
 
 def _logical_not(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     # not(a < b) would become b <= a, which is another thing for NaN
-    def negate(a: Any) -> Any:
+    def negate(a: Expr) -> Expr:
         return tirx.Cast("bool", tirx.bitwise_xor(tirx.Cast("uint8", a), tirx.const(1, "uint8")))
 
     return bb.call_te(lambda x: _map(negate, x), *call.args, primfunc_name_hint="logical_not")

@@ -32,6 +32,7 @@ from tvm_balanced.frontend.onnx_values import (
     known,
 )
 from tvm_balanced.support.optional import first_line
+from tvm_balanced.support.tvm_types import Expr
 
 # operators that read a sequence or an optional, which the importer holds as tuples
 _UNSUPPORTED = frozenset(
@@ -113,7 +114,7 @@ class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
                 return Known(array, array.dtype.name)
         return None
 
-    def expr(self, name: str) -> Any:
+    def expr(self, name: str) -> Expr:
         """Return the Relax expression of a tensor."""
         if name not in self._nodes:
             self._nodes[name] = self.tensor(self._known[name])
@@ -127,7 +128,7 @@ class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
             self._nodes[name] = node = self.tensor(known(array, "int64"))
         return node
 
-    def tensor(self, value: Known) -> Any:
+    def tensor(self, value: Known) -> Expr:
         """Return a known value as a tensor."""
         if value.is_static:
             return constant(value.array, value.dtype)
@@ -297,7 +298,7 @@ class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
     def _follow_shape(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> bool:
         value = self.known(node.input[0])
         if value is not None:
-            dims: Sequence[Any] = value.array.shape
+            dims: Sequence[Expr] = value.array.shape
         else:
             ty = self.expr(node.input[0]).ty
             if ty.shape is None:
@@ -305,7 +306,7 @@ class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
             dims = list(ty.shape)
         result = dims_as_known(dims[attrs.get("start", 0) : attrs.get("end")])
         if node.op_type == "Size":
-            product: Any = 1
+            product: Expr = 1
             for dim in dims:
                 product = product * (int(dim) if isinstance(dim, tirx.IntImm) else dim)
             out = np.empty((), object)
@@ -314,7 +315,7 @@ class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
         self._set_known(node.output[0], result)
         return True
 
-    def by_tvm(self, node: onnx.NodeProto) -> Any:
+    def by_tvm(self, node: onnx.NodeProto) -> Expr:
         """Return what TVM's own converter makes of a node."""
         attrs = self._parse_attr(node.attribute)
         attrs["tvm_custom"] = {"name": node.name, "num_outputs": len(node.output)}
@@ -323,14 +324,14 @@ class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
             inputs.append(self._operand(name) if name else None)
         return self._convert_operator(node.op_type, inputs, attrs, self.opset)
 
-    def _operand(self, name: str) -> Any:
+    def _operand(self, name: str) -> Expr:
         """As TVM's converters want it: what decides shapes as a constant."""
         value = self._known.get(name)
         if value is not None and value.is_static and name not in self._params:
             return constant(value.array, value.dtype)
         return self.expr(name)
 
-    def _store(self, node: onnx.NodeProto, result: Any) -> None:
+    def _store(self, node: onnx.NodeProto, result: Expr) -> None:
         if isinstance(result, Known):
             self._set_known(node.output[0], result)
             return

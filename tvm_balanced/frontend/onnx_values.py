@@ -16,7 +16,9 @@ import tvm
 from onnx import helper
 from tvm import tirx
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from tvm_balanced.support.tvm_types import Expr
+
+Array = np.ndarray[Expr, np.dtype[Expr]]
 
 # numbers beyond this many elements are data, not shapes
 MOST_ELEMENTS = 4096
@@ -75,14 +77,14 @@ def known(array: Array, dtype: str) -> Known:
     return Known(out.reshape(array.shape), dtype)
 
 
-def dims_as_known(dims: Sequence[Any]) -> Known:
+def dims_as_known(dims: Sequence[Expr]) -> Known:
     """Return a shape as the int64 tensor that ``Shape`` gives."""
     out = np.empty(len(dims), object)
     out[:] = list(dims)
     return known(out, "int64")
 
 
-def _number(element: Any) -> Any:
+def _number(element: Expr) -> Expr:
     if isinstance(element, tirx.IntImm):
         return int(element)
     if isinstance(element, np.integer | np.bool_):
@@ -96,7 +98,7 @@ class Evaluator:
     def __init__(self, opset: int) -> None:
         self._opset = opset
         self._analyzer = tvm.sym.Analyzer()
-        self._bound: set[Any] = set()
+        self._bound: set[Expr] = set()
 
     def node(
         self, node: onnx.NodeProto, attrs: Mapping[str, Any], inputs: Sequence[Known | None]
@@ -127,7 +129,7 @@ class Evaluator:
             return None
         return [Known(array, array.dtype.name) for array in results]
 
-    def equal(self, a: Any, b: Any) -> bool:
+    def equal(self, a: Expr, b: Expr) -> bool:
         """Whether two elements are equal.
 
         Raises
@@ -145,7 +147,7 @@ class Evaluator:
             return False
         raise _Unknown
 
-    def less(self, a: Any, b: Any) -> bool:
+    def less(self, a: Expr, b: Expr) -> bool:
         """Whether ``a < b``; raises as :meth:`equal` does."""
         if isinstance(a, int) and isinstance(b, int):
             return a < b
@@ -157,14 +159,14 @@ class Evaluator:
             return False
         raise _Unknown
 
-    def simplify(self, element: Any) -> Any:
+    def simplify(self, element: Expr) -> Expr:
         """Return an expression in its simplest form, a number where it is one."""
         if isinstance(element, int | float):
             return element
         self._bind(element)
         return _number(self._analyzer.simplify(element))
 
-    def _bind(self, element: Any) -> None:
+    def _bind(self, element: Expr) -> None:
         """Dimensions are no less than 0, and fewer than 2**31."""
         if isinstance(element, int):
             return
@@ -232,11 +234,11 @@ def _elem_type(array: Array) -> int:
     return int(helper.np_dtype_to_tensor_dtype(array.dtype))
 
 
-def _expr(element: Any) -> Any:
+def _expr(element: Expr) -> Expr:
     return tirx.const(element, "int64") if isinstance(element, int) else element
 
 
-def _symbols(element: Any) -> list[Any]:
+def _symbols(element: Expr) -> list[Expr]:
     return list(tirx.analysis.undefined_vars(element))
 
 
@@ -308,17 +310,17 @@ def _div(ev: Evaluator, attrs: Mapping[str, Any], a: Known, b: Known) -> Known:
     return _map(ev, lambda x, y: _quotient(ev, x, y), a, b)
 
 
-def _quotient(ev: Evaluator, a: Any, b: Any) -> Any:
+def _quotient(ev: Evaluator, a: Expr, b: Expr) -> Expr:
     if ev.less(a, 0) or not ev.less(0, b):
         raise _Unknown
     return a // b
 
 
-def _minimum(a: Any, b: Any) -> Any:
+def _minimum(a: Expr, b: Expr) -> Expr:
     return min(a, b) if isinstance(a, int) and isinstance(b, int) else tirx.min(_expr(a), _expr(b))
 
 
-def _maximum(a: Any, b: Any) -> Any:
+def _maximum(a: Expr, b: Expr) -> Expr:
     return max(a, b) if isinstance(a, int) and isinstance(b, int) else tirx.max(_expr(a), _expr(b))
 
 
@@ -344,7 +346,7 @@ def _gather(ev: Evaluator, attrs: Mapping[str, Any], data: Known, indices: Known
     return known(picked, data.dtype)
 
 
-def _scalar(element: Any) -> Array:
+def _scalar(element: Expr) -> Array:
     out = np.empty((), object)
     out[()] = element
     return out
@@ -423,7 +425,7 @@ def _reduction(function: Callable[..., Any]) -> Callable[..., Known]:
     return rule
 
 
-def _compare(test: Callable[[Evaluator, Any, Any], bool]) -> Callable[..., Known]:
+def _compare(test: Callable[[Evaluator, Expr, Expr], bool]) -> Callable[..., Known]:
     def rule(ev: Evaluator, attrs: Mapping[str, Any], a: Known, b: Known) -> Known:
         result = _map(ev, lambda x, y: int(test(ev, x, y)), a, b, dtype="bool")
         return Known(result.array.astype(bool), "bool")

@@ -54,7 +54,7 @@ def computed_weights(
     dict[torch.fx.Node, (str, torch.Tensor)]
         Each stands behind whatever moves or casts its elements on the way to the product.
     """
-    tensors: Mapping[str, Any] = {**program.constants, **program.state_dict}
+    tensors: Mapping[str, torch.Tensor] = {**program.constants, **program.state_dict}
     sources: dict[fx.Node, frozenset[str]] = {}
     names: dict[str, str] = {
         spec.arg.name: str(spec.target)
@@ -109,7 +109,10 @@ def _roots(
 
 
 def _value(
-    node: fx.Node, values: dict[fx.Node, Any], names: Mapping[str, str], tensors: Mapping[str, Any]
+    node: fx.Node,
+    values: dict[fx.Node, Any],
+    names: Mapping[str, str],
+    tensors: Mapping[str, torch.Tensor],
 ) -> Any:
     pending = [node]
     while pending:
@@ -129,7 +132,9 @@ def _value(
     return values[node]
 
 
-def _weight_name(sources: frozenset[str], tensors: Mapping[str, Any], value: torch.Tensor) -> str:
+def _weight_name(
+    sources: frozenset[str], tensors: Mapping[str, torch.Tensor], value: torch.Tensor
+) -> str:
     """Return the user's name: ``fc.weight`` for ``fc.weight_orig`` or a parametrization's original."""
     like = [name for name in sorted(sources) if tensors[name].numel() == value.numel()]
     name = (like or sorted(sources))[0]

@@ -28,6 +28,7 @@ from tvm_balanced.relay_passes.bound_indices import bound_indices
 from tvm_balanced.relay_passes.weight_chain import call_name
 from tvm_balanced.support.optional import first_line
 from tvm_balanced.support.tensors import Array
+from tvm_balanced.support.tvm_types import Expr
 
 # what only checks: PyTorch refuses some inputs that a library does not look at
 _CHECKS = frozenset(
@@ -69,7 +70,7 @@ class FaithfulBuilder(relax.BlockBuilder):  # type: ignore[misc]
     * ``broadcast_to`` to the shape a tensor already has is left out.
     """
 
-    def emit(self, expr: Any, name_hint: str = "") -> Any:
+    def emit(self, expr: Expr, name_hint: str = "") -> Expr:
         """Emit an operator, of half precision with its result in that."""
         name = call_name(expr)
         if name == "relax.broadcast_to" and _same_shape(expr.args[0], expr.args[1].values):
@@ -80,7 +81,7 @@ class FaithfulBuilder(relax.BlockBuilder):  # type: ignore[misc]
             )
         return super().emit(expr, name_hint)
 
-    def _unbroadcast(self, data: Any, weight: Any) -> Any:
+    def _unbroadcast(self, data: Expr, weight: Expr) -> Expr:
         """Return the matrix that ``weight`` repeats once per batch of ``data``, or ``weight``."""
         value: Any = self.lookup_binding(weight) if isinstance(weight, relax.Var) else None
         if call_name(value) != "relax.broadcast_to":
@@ -94,14 +95,14 @@ class FaithfulBuilder(relax.BlockBuilder):  # type: ignore[misc]
         return weight
 
 
-def _same_dims(left: Sequence[Any], right: Sequence[Any]) -> bool:
+def _same_dims(left: Sequence[Expr], right: Sequence[Expr]) -> bool:
     prove = tvm.sym.Analyzer()
     return len(left) == len(right) and all(
         prove.can_prove_equal(a, b) for a, b in zip(left, right, strict=True)
     )
 
 
-def _same_shape(tensor: Any, dims: Sequence[Any]) -> bool:
+def _same_shape(tensor: Expr, dims: Sequence[Expr]) -> bool:
     shape = tensor.ty.shape if isinstance(tensor.ty, relax.TensorType) else None
     return shape is not None and _same_dims(list(shape), list(dims))
 
@@ -133,7 +134,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
         }
         super().__init__()
 
-    def create_convert_map(self) -> dict[Any, Any]:
+    def create_convert_map(self) -> dict[Expr, Expr]:
         """Return no converters of TVM's: ours are used."""
         return {}
 
@@ -145,11 +146,11 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
             return [self.argument(item) for item in value]
         return value
 
-    def same_shape(self, tensor: Any, dims: Sequence[Any]) -> bool:
+    def same_shape(self, tensor: Expr, dims: Sequence[Expr]) -> bool:
         """Whether a tensor has these sizes."""
         return _same_shape(tensor, dims)
 
-    def _converted(self, node: fx.Node) -> Any:
+    def _converted(self, node: fx.Node) -> Expr:
         """Return the value of a call, in the dtype and shape the program recorded for it."""
         recorded = node.meta.get("val")
         if isinstance(recorded, torch.SymInt | int):
@@ -193,7 +194,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
                 "replace it in the model by other operators"
             ) from error
 
-    def _as_recorded(self, result: Any, recorded: torch.Tensor) -> Any:
+    def _as_recorded(self, result: Expr, recorded: torch.Tensor) -> Expr:
         """Return ``result`` with the dtype, and where it is symbolic the shape, that the program recorded."""
         dtype = self._convert_data_type(recorded.dtype)
         if not isinstance(result, relax.Var):
@@ -209,7 +210,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
             return result
         return self.block_builder.match_cast(result, relax.TensorType(dims, dtype))
 
-    def _dims(self, shape: Sequence[int | torch.SymInt]) -> list[Any] | None:
+    def _dims(self, shape: Sequence[int | torch.SymInt]) -> list[Expr] | None:
         """Sizes as TensorIR expressions; None where one is beyond sums and products of symbols."""
         dims = []
         for size in shape:
@@ -253,7 +254,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
         computed = computed_weights(program)
         for node, (name, tensor) in computed.items():
             weights[name] = (self._input_var(node.name, tensor), tensor)
-        first: dict[Any, str] = {}
+        first: dict[Expr, str] = {}
         same = {name: first.setdefault(_memory(t), name) for name, (_, t) in weights.items()}
         kept = {name: pair for name, pair in weights.items() if same[name] == name}
         by_node = {node: var for node, (_, var) in inputs.items()}
@@ -308,7 +309,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
         tensors = {**program.constants, **program.state_dict}
         placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
         inputs: dict[str, Any] = {}
-        weights: dict[str, tuple[Any, torch.Tensor]] = {}
+        weights: dict[str, tuple[Expr, torch.Tensor]] = {}
         literals: dict[str, Any] = {}
         for spec in program.graph_signature.input_specs:
             name = spec.arg.name
@@ -336,7 +337,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
         self._check_derived([var for _, var in inputs.values()])
         return inputs, weights, literals
 
-    def _check_derived(self, inputs: list[Any]) -> None:
+    def _check_derived(self, inputs: list[Expr]) -> None:
         """TVM reads symbols off the inputs' shapes, and solves no equations for them."""
         dims = [dim for var in inputs for dim in var.ty.shape]
         known = {dim.name for dim in dims if isinstance(dim, tirx.Var)}
@@ -350,7 +351,7 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
                             "dynamic_shapes"
                         )
 
-    def _input_var(self, name: str, tensor: torch.Tensor) -> Any:
+    def _input_var(self, name: str, tensor: torch.Tensor) -> Expr:
         dims = self._dims(tensor.shape)
         if dims is None:
             raise InputError(
@@ -375,8 +376,8 @@ class GraphImporter(ExportedProgramImporter):  # type: ignore[misc]
         return {name: values for name, values in named.items() if values}
 
     def _user_outputs(
-        self, program: torch.export.ExportedProgram, outputs: tuple[Any, ...]
-    ) -> list[Any]:
+        self, program: torch.export.ExportedProgram, outputs: tuple[Expr, ...]
+    ) -> list[Expr]:
         """Return what the module returns."""
         specs = program.graph_signature.output_specs
         changed = [s.target for s in specs if s.kind is OutputKind.BUFFER_MUTATION]
@@ -431,7 +432,7 @@ def dimension_names(program: torch.export.ExportedProgram) -> dict[str, str]:
     return names
 
 
-def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
+def _memory(tensor: torch.Tensor) -> tuple[Expr, ...]:
     """Equal for tensors that are the same elements of the same memory (tied weights)."""
     if tensor.numel() == 0 or tensor.layout is not torch.strided:
         return (id(tensor),)

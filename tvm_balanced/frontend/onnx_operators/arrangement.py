@@ -17,12 +17,13 @@ from tvm_balanced.frontend.onnx_operators.call import (
     product,
     shape_of,
 )
+from tvm_balanced.support.tvm_types import Expr
 
 # no dimension is that long: exporters write this and more for "to the end"
 _FAR = 10**8
 
 
-def reshape(call: OnnxCall) -> Any:
+def reshape(call: OnnxCall) -> Expr:
     """``Reshape``: 0 keeps a dimension, -1 is what is left."""
     data = call.expr(0)
     old = shape_of(data)
@@ -36,7 +37,7 @@ def reshape(call: OnnxCall) -> Any:
     return relax.op.reshape(data, relax.ShapeExpr(dims(target)))
 
 
-def _rest(call: OnnxCall, old: Sequence[Any], others: Sequence[Any]) -> Any:
+def _rest(call: OnnxCall, old: Sequence[Expr], others: Sequence[Expr]) -> Expr:
     """Return the product of ``old`` over that of ``others``; equal symbols cancel."""
     above, below = list(old), []
     for size in others:
@@ -53,11 +54,11 @@ def _rest(call: OnnxCall, old: Sequence[Any], others: Sequence[Any]) -> Any:
     return sym.Analyzer().simplify(count // divisor)
 
 
-def _is(size: Any, number: int) -> bool:
+def _is(size: Expr, number: int) -> bool:
     return isinstance(size, int) and size == number
 
 
-def expand(call: OnnxCall) -> Any:
+def expand(call: OnnxCall) -> Expr:
     """``Expand``: broadcasting in both directions."""
     data = call.expr(0)
     target = call.elements(1)
@@ -68,7 +69,7 @@ def expand(call: OnnxCall) -> Any:
     return relax.op.broadcast_to(data, relax.ShapeExpr(dims(shape)))
 
 
-def broadcast(call: OnnxCall, a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
+def broadcast(call: OnnxCall, a: Sequence[Expr], b: Sequence[Expr]) -> list[Expr]:
     """Return the shape that two shapes broadcast to."""
     rank = max(len(a), len(b))
     pairs = zip([1] * (rank - len(a)) + list(a), [1] * (rank - len(b)) + list(b), strict=True)
@@ -86,14 +87,14 @@ def broadcast(call: OnnxCall, a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
     return out
 
 
-def slice_(call: OnnxCall) -> Any:
+def slice_(call: OnnxCall) -> Expr:
     """``Slice`` by numbers or dimensions, within the bounds that ONNX sets."""
     data = call.expr(0)
     shape = shape_of(data)
-    starts: Any
-    ends: Any
-    axes: Any
-    steps: Any
+    starts: Expr
+    ends: Expr
+    axes: Expr
+    steps: Expr
     if call.opset < 10:
         starts, ends, axes = (list(call.attr(n, ())) for n in ("starts", "ends", "axes"))
         axes, steps = axes or None, None
@@ -122,18 +123,18 @@ def slice_(call: OnnxCall) -> Any:
     )
 
 
-def _prims(values: Sequence[Any]) -> list[Any]:
+def _prims(values: Sequence[Expr]) -> list[Expr]:
     return [relax.prim_value(v) for v in values]
 
 
 def _backwards(
     call: OnnxCall,
-    data: Any,
+    data: Expr,
     axes: Sequence[int],
-    begin: Sequence[Any],
-    stop: Sequence[Any],
+    begin: Sequence[Expr],
+    stop: Sequence[Expr],
     steps: Sequence[int],
-) -> Any:
+) -> Expr:
     """Slices one by one, by indices, as some step is negative and some dimension symbolic."""
     for axis, first, last, step in zip(axes, begin, stop, steps, strict=True):
         index = call.emit(relax.op.arange(_prim(first), _prim(last), _prim(step), "int64"))
@@ -145,7 +146,7 @@ def _prim(value: Any) -> Any:
     return tirx.const(value, "int64") if isinstance(value, int) else value
 
 
-def _range(call: OnnxCall, dim: Any, start: Any, end: Any, step: int) -> tuple[Any, Any]:
+def _range(call: OnnxCall, dim: Expr, start: Expr, end: Expr, step: int) -> tuple[Expr, Expr]:
     """Where a slice starts and ends, counted from the front and within the dimension."""
     if step == 0:
         raise call.refuse("its step is 0", "export the model again")
@@ -165,11 +166,11 @@ def _range(call: OnnxCall, dim: Any, start: Any, end: Any, step: int) -> tuple[A
     return first, _within(call, dim, first, last)
 
 
-def _from_front(dim: Any, at: Any) -> Any:
+def _from_front(dim: Expr, at: Expr) -> Expr:
     return dim + at if isinstance(at, int) and at < 0 else at
 
 
-def _within(call: OnnxCall, dim: Any, first: Any, last: Any) -> Any:
+def _within(call: OnnxCall, dim: Expr, first: Expr, last: Expr) -> Expr:
     """``last``, where it is known to lie within the dimension or the caller's sizes are held to it."""
     prove = sym.Analyzer()
     symbols = {v for e in (dim, first, last) if not isinstance(e, int) for v in _symbols(e)}
@@ -185,17 +186,17 @@ def _within(call: OnnxCall, dim: Any, first: Any, last: Any) -> Any:
     return prove.simplify(tirx.min(_prim(last), _prim(dim)))
 
 
-def _symbols(expr: Any) -> list[Any]:
+def _symbols(expr: Expr) -> list[Expr]:
     return list(tirx.analysis.undefined_vars(expr))
 
 
-def _size_range() -> Any:
+def _size_range() -> Expr:
     import tvm
 
     return tvm.ir.Range(tirx.const(1, "int64"), tirx.const(2**31, "int64"))
 
 
-def range_(call: OnnxCall) -> Any:
+def range_(call: OnnxCall) -> Expr:
     """``Range`` by numbers or dimensions."""
     elements = [call.elements(i) for i in range(3)]
     start, limit, delta = (e[0] for e in elements if e is not None)
@@ -206,7 +207,7 @@ def range_(call: OnnxCall) -> Any:
     return relax.op.arange(_prim(start), _prim(limit), _prim(delta), known.dtype)
 
 
-def constant_of_shape(call: OnnxCall) -> Any:
+def constant_of_shape(call: OnnxCall) -> Expr:
     """``ConstantOfShape``."""
     from onnx import numpy_helper
 
@@ -218,7 +219,7 @@ def constant_of_shape(call: OnnxCall) -> Any:
     return relax.op.full(relax.ShapeExpr(dims(shape)), number, array.dtype.name)
 
 
-def tile(call: OnnxCall) -> Any:
+def tile(call: OnnxCall) -> Expr:
     """``Tile``: repeats may be dimensions where they repeat a dimension of 1."""
     data = call.expr(0)
     repeats = call.elements(1)
@@ -229,9 +230,9 @@ def tile(call: OnnxCall) -> Any:
         return call.te(topi.tile, data, repeats) if 0 not in repeats else _empty(data, repeats)
     shape = shape_of(data)
     # a new dimension before each that is repeated, merged into it afterwards
-    split: list[Any] = []
-    wide: list[Any] = []
-    merged: list[Any] = []
+    split: list[Expr] = []
+    wide: list[Expr] = []
+    merged: list[Expr] = []
     for dim, count in zip(shape, repeats, strict=True):
         split += [1, dim]
         wide += [count, dim]
@@ -241,12 +242,12 @@ def tile(call: OnnxCall) -> Any:
     return relax.op.reshape(data, relax.ShapeExpr(dims(merged)))
 
 
-def _empty(data: Any, repeats: Sequence[int]) -> Any:
+def _empty(data: Expr, repeats: Sequence[int]) -> Expr:
     shape = [d * r for d, r in zip(shape_of(data), repeats, strict=True)]
     return constant(np.zeros(shape, dtype_of(data)), dtype_of(data))
 
 
-def squeeze(call: OnnxCall) -> Any:
+def squeeze(call: OnnxCall) -> Expr:
     """``Squeeze`` of the named dimensions, or of all that are 1."""
     data = call.expr(0)
     axes = call.attr("axes") if call.opset < 13 else call.numbers(1)
@@ -265,7 +266,7 @@ def squeeze(call: OnnxCall) -> Any:
     )
 
 
-def unsqueeze(call: OnnxCall) -> Any:
+def unsqueeze(call: OnnxCall) -> Expr:
     """``Unsqueeze``."""
     axes: Any = call.attr("axes") if call.opset < 13 else call.numbers(1)
     data = call.expr(0)
@@ -273,7 +274,7 @@ def unsqueeze(call: OnnxCall) -> Any:
     return relax.op.expand_dims(data, sorted(int(a) % rank for a in axes))
 
 
-def flatten(call: OnnxCall) -> Any:
+def flatten(call: OnnxCall) -> Expr:
     """``Flatten`` into two dimensions."""
     data = call.expr(0)
     shape = shape_of(data)
@@ -284,7 +285,7 @@ def flatten(call: OnnxCall) -> Any:
     )
 
 
-def split(call: OnnxCall) -> Any:
+def split(call: OnnxCall) -> Expr:
     """``Split`` into given or equal sizes; the last part may be smaller."""
     data = call.expr(0)
     shape = shape_of(data)
@@ -316,7 +317,7 @@ def split(call: OnnxCall) -> Any:
     return parts
 
 
-def concat(call: OnnxCall) -> Any:
+def concat(call: OnnxCall) -> Expr:
     """``Concat``; sizes that must be equal are checked at run time where they are not known to be."""
     parts = [call.expr(i) for i in range(len(call))]
     shapes = [shape_of(part) for part in parts]
@@ -337,7 +338,7 @@ def concat(call: OnnxCall) -> Any:
     return relax.op.concat(parts, axis)
 
 
-def space_to_depth(call: OnnxCall) -> Any:
+def space_to_depth(call: OnnxCall) -> Expr:
     """``SpaceToDepth``; TVM's leaves the mode unread, which opset 28 brings."""
     data, block = call.expr(0), call.attr("blocksize")
     n, c, h, w = shape_of(data)
@@ -349,7 +350,7 @@ def space_to_depth(call: OnnxCall) -> Any:
     return relax.op.reshape(data, relax.ShapeExpr(dims(shape)))
 
 
-CONVERTERS: dict[str, Callable[[OnnxCall], Any]] = {
+CONVERTERS: dict[str, Callable[[OnnxCall], Expr]] = {
     "Reshape": reshape,
     "Expand": expand,
     "Slice": slice_,

@@ -84,7 +84,7 @@ class OnnxCall:
         """Whether operand ``index`` is given."""
         return index < len(self.node.input) and bool(self.node.input[index])
 
-    def expr(self, index: int) -> Any:
+    def expr(self, index: int) -> Expr:
         """Operand ``index`` as a Relax expression, None where it is left out."""
         return self.importer.expr(self.node.input[index]) if self.has(index) else None
 
@@ -92,7 +92,7 @@ class OnnxCall:
         """Return the value of operand ``index``, where it is known."""
         return self.importer.known(self.node.input[index]) if self.has(index) else None
 
-    def elements(self, index: int) -> list[Any] | None:
+    def elements(self, index: int) -> list[Expr] | None:
         """Return the elements of operand ``index``, numbers or expressions; None where it is left out.
 
         Raises
@@ -113,7 +113,7 @@ class OnnxCall:
             for element in value.array.ravel()
         ]
 
-    def numbers(self, index: int) -> list[Any] | None:
+    def numbers(self, index: int) -> list[Expr] | None:
         """As :meth:`elements`, numbers only."""
         elements = self.elements(index)
         if elements is not None and not all(isinstance(e, int | float) for e in elements):
@@ -134,17 +134,17 @@ class OnnxCall:
         value = self.attrs.get(name, default)
         return value.decode() if isinstance(value, bytes) else value
 
-    def emit(self, expr: Any) -> Any:
+    def emit(self, expr: Expr) -> Expr:
         """Bind an expression to a variable."""
         return self.bb.emit(expr)
 
-    def is_nan(self, data: Any) -> Any:
+    def is_nan(self, data: Expr) -> Expr:
         """Emit where ``data`` is NaN; bfloat16 has no kernel of its own for that."""
         if dtype_of(data) == "bfloat16":
             data = self.emit(relax.op.astype(data, "float32"))
         return self.emit(relax.op.isnan(data))
 
-    def te(self, function: Any, *args: Any, **named: Any) -> Any:
+    def te(self, function: Expr, *args: Expr, **named: Expr) -> Expr:
         """Emit a tensor expression."""
         return self.bb.emit_te(function, *args, **named)
 
@@ -157,7 +157,7 @@ class OnnxCall:
         return InputError(f"{self.describe()} is not supported: {why}; {way_out}")
 
 
-def shape_of(expr: Any) -> list[Any]:
+def shape_of(expr: Expr) -> list[Expr]:
     """Dimensions, as int where they are numbers.
 
     Raises
@@ -173,27 +173,27 @@ def shape_of(expr: Any) -> list[Any]:
     return [int(dim) if isinstance(dim, tirx.IntImm) else dim for dim in expr.ty.shape]
 
 
-def dims(sizes: Sequence[Any]) -> list[Any]:
+def dims(sizes: Sequence[Expr]) -> list[Expr]:
     """Sizes as Relax has them."""
     return [tirx.const(size, "int64") if isinstance(size, int) else size for size in sizes]
 
 
-def product(sizes: Sequence[Any]) -> Any:
+def product(sizes: Sequence[Expr]) -> Expr:
     """Return the number of elements."""
-    out: Any = 1
+    out: Expr = 1
     for size in sizes:
         out = out * size
     return out
 
 
-def equal_sizes(a: Any, b: Any) -> bool:
+def equal_sizes(a: Expr, b: Expr) -> bool:
     """Whether two sizes are known to be equal."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     return bool(sym.Analyzer().can_prove_equal(a, b))
 
 
-def dtype_of(expr: Any) -> str:
+def dtype_of(expr: Expr) -> str:
     """Return the dtype's name."""
     return str(expr.ty.dtype)
 

@@ -16,9 +16,10 @@ from tvm_balanced.frontend.onnx_operators.call import (
     dtype_of,
     shape_of,
 )
+from tvm_balanced.support.tvm_types import Expr
 
 
-def attention(call: OnnxCall) -> Any:
+def attention(call: OnnxCall) -> Expr:
     """``Attention``: one weight for queries, keys and values; a mask of numbers or lengths."""
     for name in ("do_rotary", "past_present_share_buffer"):
         if call.attr(name, 0):
@@ -38,7 +39,7 @@ def attention(call: OnnxCall) -> Any:
         parts.append(_heads(call, part, heads))
         at += size
     query, key, value = parts
-    past: Any = 0
+    past: Expr = 0
     if call.has(4):
         past = shape_of(call.expr(4))[3]
         old = [call.emit(relax.op.take(call.expr(4), constant(i, "int64"), 0)) for i in range(2)]
@@ -62,7 +63,7 @@ def attention(call: OnnxCall) -> Any:
 
 def attend(
     call: OnnxCall, query: Any, key: Any, value: Any, biases: Sequence[Any], scale: float = 0.0
-) -> Any:
+) -> Expr:
     """Softmax of scaled products plus ``biases``, times values; all ``(batch, heads, length, size)``."""
     dtype = dtype_of(query)
     scale = scale or 1 / math.sqrt(shape_of(query)[3])
@@ -75,20 +76,20 @@ def attend(
     return call.emit(relax.op.matmul(weights, value))
 
 
-def _heads(call: OnnxCall, data: Any, heads: int) -> Any:
+def _heads(call: OnnxCall, data: Expr, heads: int) -> Expr:
     """``(batch, length, width)`` to ``(batch, heads, length, width / heads)``."""
     batch, length, width = shape_of(data)
     shape = relax.ShapeExpr(dims([batch, length, heads, width // heads]))
     return call.emit(relax.op.permute_dims(call.emit(relax.op.reshape(data, shape)), [0, 2, 1, 3]))
 
 
-def _merge(call: OnnxCall, data: Any) -> Any:
+def _merge(call: OnnxCall, data: Expr) -> Expr:
     batch, heads, length, size = shape_of(data)
     data = call.emit(relax.op.permute_dims(data, [0, 2, 1, 3]))
     return call.emit(relax.op.reshape(data, relax.ShapeExpr(dims([batch, length, heads * size]))))
 
 
-def _mask(call: OnnxCall, index: int, batch: Any, length: Any, total: Any) -> Any:
+def _mask(call: OnnxCall, index: int, batch: Expr, length: Expr, total: Expr) -> Expr:
     """Return a mask of ones and zeros, or of lengths, as what is added to the scores."""
     mask = call.expr(index)
     shape = shape_of(mask)
@@ -108,13 +109,13 @@ def _mask(call: OnnxCall, index: int, batch: Any, length: Any, total: Any) -> An
     return call.emit(relax.op.where(mask, constant(0, dtype), filtered))
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: Expr, b: Expr) -> bool:
     return a == b if isinstance(a, int) and isinstance(b, int) else a is b or str(a) == str(b)
 
 
 def _causal(
-    call: OnnxCall, length: Any, total: Any, past: Any, dtype: str, window: int = -1
-) -> Any:
+    call: OnnxCall, length: Expr, total: Expr, past: Expr, dtype: str, window: int = -1
+) -> Expr:
     """Return what hides later positions, and those before ``window``."""
     rows = call.emit(relax.op.arange(0, dims([length])[0], 1, "int64"))
     if not (isinstance(past, int) and past == 0):
@@ -139,7 +140,7 @@ def _scalar(value: Any) -> Any:
     return known(out, "int64")
 
 
-def multi_head_attention(call: OnnxCall) -> Any:
+def multi_head_attention(call: OnnxCall) -> Expr:
     """``MultiHeadAttention``: separate, packed or cached keys and values."""
     heads = call.attr("num_heads")
     query = call.expr(0)
@@ -159,7 +160,7 @@ def multi_head_attention(call: OnnxCall) -> Any:
             key, value = call.expr(1), call.expr(2)
         else:
             key, value = (_heads(call, part, heads) for part in parts[1:])
-    past: Any = 0
+    past: Expr = 0
     if call.has(6):
         past = shape_of(call.expr(6))[2]
         key = call.emit(relax.op.concat([call.expr(6), key], axis=2))
@@ -177,7 +178,7 @@ def multi_head_attention(call: OnnxCall) -> Any:
     return [_merge(call, out), key, value]
 
 
-def _biased(call: OnnxCall, parts: list[Any]) -> list[Any]:
+def _biased(call: OnnxCall, parts: list[Expr]) -> list[Expr]:
     if not call.has(3):
         return parts
     at, out = 0, []
@@ -191,12 +192,12 @@ def _biased(call: OnnxCall, parts: list[Any]) -> list[Any]:
     return out
 
 
-def _unpack(call: OnnxCall, data: Any, count: int) -> list[Any]:
+def _unpack(call: OnnxCall, data: Expr, count: int) -> list[Expr]:
     """``(batch, length, heads, count, size)`` to ``count`` tensors."""
     return [call.emit(relax.op.take(data, constant(i, "int64"), 3)) for i in range(count)]
 
 
-def group_query_attention(call: OnnxCall) -> Any:
+def group_query_attention(call: OnnxCall) -> Expr:
     """``GroupQueryAttention`` of one sequence: cache, rotary positions, a window."""
     heads, groups = call.attr("num_heads"), call.attr("kv_num_heads")
     if call.attr("softcap", 0.0) or call.attr("smooth_softmax", 0):
@@ -221,7 +222,7 @@ def group_query_attention(call: OnnxCall) -> Any:
             for a, b in zip(ends.tolist(), ends.tolist()[1:], strict=False)
         )
         assert shape_of(query)[3] == size
-    past: Any = shape_of(call.expr(3))[2] if call.has(3) else 0
+    past: Expr = shape_of(call.expr(3))[2] if call.has(3) else 0
     if call.attr("do_rotary", 0):
         rows = call.emit(relax.op.arange(0, dims([length])[0], 1, "int64"))
         rows = call.emit(relax.op.add(rows, call.importer.tensor(_scalar(past))))
@@ -240,7 +241,7 @@ def group_query_attention(call: OnnxCall) -> Any:
     return [_merge(call, out), key, value]
 
 
-def _repeat(call: OnnxCall, data: Any, count: int) -> Any:
+def _repeat(call: OnnxCall, data: Expr, count: int) -> Expr:
     """Every head ``count`` times."""
     if count == 1:
         return data
@@ -253,7 +254,7 @@ def _repeat(call: OnnxCall, data: Any, count: int) -> Any:
     )
 
 
-def rotate(call: OnnxCall, data: Any, cos: Any, sin: Any, interleaved: bool = False) -> Any:
+def rotate(call: OnnxCall, data: Expr, cos: Expr, sin: Expr, interleaved: bool = False) -> Expr:
     """Rotary positions on ``(batch, heads, length, size)``; tables ``(length, size / 2)`` or with a batch."""
     batch, heads, length, size = shape_of(data)
     half = shape_of(cos)[-1]
@@ -286,7 +287,7 @@ def rotate(call: OnnxCall, data: Any, cos: Any, sin: Any, interleaved: bool = Fa
     return out if rest is None else emit(relax.op.concat([out, rest], axis=3))
 
 
-def rotary_embedding(call: OnnxCall) -> Any:
+def rotary_embedding(call: OnnxCall) -> Expr:
     """``RotaryEmbedding`` by positions, or by the position of the first."""
     if call.attr("is_packed_batching", 0):
         raise call.refuse("it has packed batches")
@@ -305,7 +306,7 @@ def rotary_embedding(call: OnnxCall) -> Any:
     return _merge(call, out) if flat else out
 
 
-def skip_layer_normalization(call: OnnxCall) -> Any:
+def skip_layer_normalization(call: OnnxCall) -> Expr:
     """``SkipLayerNormalization``: the sum is its fourth output."""
     total = call.emit(relax.op.add(call.expr(0), call.expr(1)))
     if call.has(4):
@@ -314,7 +315,7 @@ def skip_layer_normalization(call: OnnxCall) -> Any:
     return [out, total, total, total]
 
 
-def skip_simplified_layer_normalization(call: OnnxCall) -> Any:
+def skip_simplified_layer_normalization(call: OnnxCall) -> Expr:
     """``SkipSimplifiedLayerNormalization``: by the root mean square."""
     total = call.emit(relax.op.add(call.expr(0), call.expr(1)))
     if call.has(3):
@@ -323,7 +324,7 @@ def skip_simplified_layer_normalization(call: OnnxCall) -> Any:
     return [call.emit(out), total, total, total]
 
 
-def simplified_layer_normalization(call: OnnxCall) -> Any:
+def simplified_layer_normalization(call: OnnxCall) -> Expr:
     """``SimplifiedLayerNormalization``."""
     axis = call.attr("axis", -1)
     data = call.expr(0)
@@ -332,14 +333,14 @@ def simplified_layer_normalization(call: OnnxCall) -> Any:
     return relax.op.nn.rms_norm(data, call.expr(1), axes, call.attr("epsilon", 1e-5))
 
 
-def normalize(call: OnnxCall, data: Any, scale: Any, shift: Any, epsilon: float) -> Any:
+def normalize(call: OnnxCall, data: Expr, scale: Expr, shift: Expr, epsilon: float) -> Expr:
     """Layer normalisation over the last axis."""
     if shift is None:
         shift = constant(np.zeros(shape_of(scale)), dtype_of(scale))
     return call.emit(relax.op.nn.layer_norm(data, scale, shift, [-1], epsilon))
 
 
-def embed_layer_normalization(call: OnnxCall) -> Any:
+def embed_layer_normalization(call: OnnxCall) -> Expr:
     """``EmbedLayerNormalization``: words, positions and segments."""
     ids = call.expr(0)
     batch, length = shape_of(ids)
@@ -364,17 +365,17 @@ def embed_layer_normalization(call: OnnxCall) -> Any:
     return [out, lengths, total]
 
 
-def bias_gelu(call: OnnxCall) -> Any:
+def bias_gelu(call: OnnxCall) -> Expr:
     """``BiasGelu``."""
     return relax.op.nn.gelu(call.emit(relax.op.add(call.expr(0), call.expr(1))))
 
 
-def gelu(call: OnnxCall) -> Any:
+def gelu(call: OnnxCall) -> Expr:
     """``Gelu``."""
     return relax.op.nn.gelu(call.expr(0))
 
 
-def fast_gelu(call: OnnxCall) -> Any:
+def fast_gelu(call: OnnxCall) -> Expr:
     """``FastGelu``, by the hyperbolic tangent."""
     data = call.expr(0)
     if call.has(1):
@@ -382,14 +383,14 @@ def fast_gelu(call: OnnxCall) -> Any:
     return relax.op.nn.gelu_tanh(data)
 
 
-def quick_gelu(call: OnnxCall) -> Any:
+def quick_gelu(call: OnnxCall) -> Expr:
     """``QuickGelu``: ``x * sigmoid(alpha * x)``."""
     data = call.expr(0)
     inner = relax.op.multiply(data, constant(call.attr("alpha", 1.702), dtype_of(data)))
     return relax.op.multiply(data, call.emit(relax.op.sigmoid(call.emit(inner))))
 
 
-def fused_matmul(call: OnnxCall) -> Any:
+def fused_matmul(call: OnnxCall) -> Expr:
     """``FusedMatMul``: transposed and scaled operands."""
     if call.attr("transBatchA", 0) or call.attr("transBatchB", 0):
         raise call.refuse("it transposes batches")
@@ -406,7 +407,7 @@ def fused_matmul(call: OnnxCall) -> Any:
     return out if alpha == 1 else relax.op.multiply(out, constant(alpha, dtype_of(out)))
 
 
-CONVERTERS: dict[str, Callable[[OnnxCall], Any]] = {
+CONVERTERS: dict[str, Callable[[OnnxCall], Expr]] = {
     "SimplifiedLayerNormalization": simplified_layer_normalization,
     **{
         f"com.microsoft.{name}": converter

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from onnx import helper
@@ -18,24 +17,25 @@ from tvm_balanced.frontend.onnx_operators.call import (
     shape_of,
 )
 from tvm_balanced.frontend.onnx_values import Known
+from tvm_balanced.support.tvm_types import Expr
 
 
-def relu(call: OnnxCall) -> Any:
+def relu(call: OnnxCall) -> Expr:
     """``Relu``; NaN stays NaN, which a maximum with 0 would lose."""
     return _floor(call, call.expr(0), 0)
 
 
-def _floor(call: OnnxCall, data: Any, least: float) -> Any:
+def _floor(call: OnnxCall, data: Expr, least: float) -> Expr:
     bound = constant(least, dtype_of(data))
     return call.emit(relax.op.where(call.emit(relax.op.less(data, bound)), bound, data))
 
 
-def _ceiling(call: OnnxCall, data: Any, most: float) -> Any:
+def _ceiling(call: OnnxCall, data: Expr, most: float) -> Expr:
     bound = constant(most, dtype_of(data))
     return call.emit(relax.op.where(call.emit(relax.op.greater(data, bound)), bound, data))
 
 
-def clip(call: OnnxCall) -> Any:
+def clip(call: OnnxCall) -> Expr:
     """``Clip``: NaN stays NaN, and a bound that is NaN bounds nothing."""
     data = call.expr(0)
     for index, (name, beyond) in enumerate((("min", relax.op.less), ("max", relax.op.greater)), 1):
@@ -49,8 +49,8 @@ def clip(call: OnnxCall) -> Any:
     return data
 
 
-def _extreme(beyond: Callable[[Any, Any], Any]) -> Callable[[OnnxCall], Any]:
-    def convert(call: OnnxCall) -> Any:
+def _extreme(beyond: Callable[[Expr, Expr], Expr]) -> Callable[[OnnxCall], Expr]:
+    def convert(call: OnnxCall) -> Expr:
         out = call.expr(0)
         for index in range(1, len(call)):
             other = call.expr(index)
@@ -63,13 +63,13 @@ def _extreme(beyond: Callable[[Any, Any], Any]) -> Callable[[OnnxCall], Any]:
     return convert
 
 
-def elu(call: OnnxCall) -> Any:
+def elu(call: OnnxCall) -> Expr:
     """``Elu``."""
     data = call.expr(0)
     return _elu(call, data, call.attr("alpha", 1.0))
 
 
-def _elu(call: OnnxCall, data: Any, alpha: float) -> Any:
+def _elu(call: OnnxCall, data: Expr, alpha: float) -> Expr:
     dtype = dtype_of(data)
     less_one = call.emit(relax.op.subtract(call.emit(relax.op.exp(data)), constant(1, dtype)))
     below = call.emit(relax.op.multiply(constant(alpha, dtype), less_one))
@@ -77,7 +77,7 @@ def _elu(call: OnnxCall, data: Any, alpha: float) -> Any:
     return call.emit(relax.op.where(negative, below, data))
 
 
-def selu(call: OnnxCall) -> Any:
+def selu(call: OnnxCall) -> Expr:
     """``Selu``."""
     data = call.expr(0)
     out = _elu(call, data, call.attr("alpha", 1.67326319217681884765625))
@@ -85,7 +85,7 @@ def selu(call: OnnxCall) -> Any:
     return relax.op.multiply(constant(gamma, dtype_of(data)), out)
 
 
-def thresholded_relu(call: OnnxCall) -> Any:
+def thresholded_relu(call: OnnxCall) -> Expr:
     """``ThresholdedRelu``."""
     data = call.expr(0)
     dtype = dtype_of(data)
@@ -93,7 +93,7 @@ def thresholded_relu(call: OnnxCall) -> Any:
     return relax.op.where(above, data, constant(0, dtype))
 
 
-def _softplus(call: OnnxCall, data: Any) -> Any:
+def _softplus(call: OnnxCall, data: Expr) -> Expr:
     """``log(1 + exp(x))``, which does not overflow."""
     dtype = dtype_of(data)
     small = call.emit(relax.op.exp(call.emit(relax.op.negative(call.emit(relax.op.abs(data))))))
@@ -101,36 +101,36 @@ def _softplus(call: OnnxCall, data: Any) -> Any:
     return call.emit(relax.op.add(_floor(call, data, 0), rest))
 
 
-def softplus(call: OnnxCall) -> Any:
+def softplus(call: OnnxCall) -> Expr:
     """``Softplus``."""
     return _softplus(call, call.expr(0))
 
 
-def mish(call: OnnxCall) -> Any:
+def mish(call: OnnxCall) -> Expr:
     """``Mish``."""
     data = call.expr(0)
     return relax.op.multiply(data, call.emit(relax.op.tanh(_softplus(call, data))))
 
 
-def _hard_sigmoid(call: OnnxCall, data: Any, alpha: float, beta: float) -> Any:
+def _hard_sigmoid(call: OnnxCall, data: Expr, alpha: float, beta: float) -> Expr:
     dtype = dtype_of(data)
     line = call.emit(relax.op.multiply(data, constant(alpha, dtype)))
     line = call.emit(relax.op.add(line, constant(beta, dtype)))
     return _ceiling(call, _floor(call, line, 0), 1)
 
 
-def hard_sigmoid(call: OnnxCall) -> Any:
+def hard_sigmoid(call: OnnxCall) -> Expr:
     """``HardSigmoid``."""
     return _hard_sigmoid(call, call.expr(0), call.attr("alpha", 0.2), call.attr("beta", 0.5))
 
 
-def hard_swish(call: OnnxCall) -> Any:
+def hard_swish(call: OnnxCall) -> Expr:
     """``HardSwish``."""
     data = call.expr(0)
     return relax.op.multiply(data, _hard_sigmoid(call, data, 1 / 6, 0.5))
 
 
-def is_inf(call: OnnxCall) -> Any:
+def is_inf(call: OnnxCall) -> Expr:
     """``IsInf`` of either sign, or of one."""
     data = call.expr(0)
     positive, negative = call.attr("detect_positive", 1), call.attr("detect_negative", 1)
@@ -141,7 +141,7 @@ def is_inf(call: OnnxCall) -> Any:
     return relax.op.equal(data, constant(np.inf if positive else -np.inf, dtype_of(data)))
 
 
-def mod(call: OnnxCall) -> Any:
+def mod(call: OnnxCall) -> Expr:
     """``Mod``: the sign of the divisor, or with ``fmod`` that of the dividend."""
     data, divisor = call.expr(0), call.expr(1)
     dtype = dtype_of(data)
@@ -157,7 +157,7 @@ def mod(call: OnnxCall) -> Any:
     return relax.op.where(moved, call.emit(relax.op.add(rest, divisor)), rest)
 
 
-def power(call: OnnxCall) -> Any:
+def power(call: OnnxCall) -> Expr:
     """``Pow`` of the first operand's dtype; small whole exponents by multiplication."""
     data = call.expr(0)
     dtype = dtype_of(data)
@@ -184,7 +184,7 @@ def power(call: OnnxCall) -> Any:
     return relax.op.astype(call.emit(relax.op.round(out)), dtype)
 
 
-def bit_shift(call: OnnxCall) -> Any:
+def bit_shift(call: OnnxCall) -> Expr:
     """``BitShift``; bits shifted out are gone, however far."""
     data, count = call.expr(0), call.expr(1)
     dtype = dtype_of(data)
@@ -204,7 +204,7 @@ def bit_shift(call: OnnxCall) -> Any:
     return relax.op.where(inside, out, gone)
 
 
-def dropout(call: OnnxCall) -> Any:
+def dropout(call: OnnxCall) -> Expr:
     """``Dropout`` at inference: everything is kept."""
     training = call.known(2)
     if call.has(2) and (training is None or training.array.reshape(-1)[0]):
@@ -215,18 +215,18 @@ def dropout(call: OnnxCall) -> Any:
     return [data, call.emit(relax.op.ones_like(data, "bool" if call.opset >= 10 else None))]
 
 
-def cast(call: OnnxCall) -> Any:
+def cast(call: OnnxCall) -> Expr:
     """``Cast`` between dtypes that the compiler has, and of text to none."""
     return _cast(call, helper.tensor_dtype_to_np_dtype(call.attr("to")).name)
 
 
-def cast_like(call: OnnxCall) -> Any:
+def cast_like(call: OnnxCall) -> Expr:
     """``CastLike``."""
     known = call.known(1)
     return _cast(call, known.dtype if known is not None else dtype_of(call.expr(1)))
 
 
-def _cast(call: OnnxCall, dtype: str) -> Any:
+def _cast(call: OnnxCall, dtype: str) -> Expr:
     known = call.known(0)
     plain = DTYPES - {"bfloat16"}
     if known is not None and known.is_static and {known.dtype, dtype} <= plain:
@@ -247,23 +247,23 @@ def _cast(call: OnnxCall, dtype: str) -> Any:
     return relax.op.astype(data, dtype)
 
 
-def gelu(call: OnnxCall) -> Any:
+def gelu(call: OnnxCall) -> Expr:
     """``Gelu``."""
     exact = call.attr("approximate", "none") == "none"
     return (relax.op.nn.gelu if exact else relax.op.nn.gelu_tanh)(call.expr(0))
 
 
-def where(call: OnnxCall) -> Any:
+def where(call: OnnxCall) -> Expr:
     """``Where``."""
     return relax.op.where(call.expr(0), call.expr(1), call.expr(2))
 
 
-def equal(call: OnnxCall) -> Any:
+def equal(call: OnnxCall) -> Expr:
     """``Equal``."""
     return relax.op.equal(call.expr(0), call.expr(1))
 
 
-def eye_like(call: OnnxCall) -> Any:
+def eye_like(call: OnnxCall) -> Expr:
     """``EyeLike``."""
     data = call.expr(0)
     number = call.attr("dtype")
@@ -273,7 +273,7 @@ def eye_like(call: OnnxCall) -> Any:
     return relax.op.astype(ones, dtype)
 
 
-def one_hot(call: OnnxCall) -> Any:
+def one_hot(call: OnnxCall) -> Expr:
     """``OneHot``; an index out of range is hot nowhere."""
     depth = int(call.scalar(1))
     indices, values = call.expr(0), call.expr(2)
@@ -291,7 +291,7 @@ def one_hot(call: OnnxCall) -> Any:
     return relax.op.where(hot, on, off)
 
 
-CONVERTERS: dict[str, Callable[[OnnxCall], Any]] = {
+CONVERTERS: dict[str, Callable[[OnnxCall], Expr]] = {
     "Relu": relu,
     "Clip": clip,
     "Max": _extreme(relax.op.greater),

@@ -16,9 +16,10 @@ from tvm_balanced.frontend.onnx_operators.call import (
     product,
     shape_of,
 )
+from tvm_balanced.support.tvm_types import Expr
 
 
-def matmul(call: OnnxCall) -> Any:
+def matmul(call: OnnxCall) -> Expr:
     """``MatMul``."""
     a, b = call.expr(0), call.expr(1)
     if len(shape_of(a)) == 1 and len(shape_of(b)) == 1:
@@ -26,7 +27,7 @@ def matmul(call: OnnxCall) -> Any:
     return relax.op.matmul(a, b)
 
 
-def einsum(call: OnnxCall) -> Any:
+def einsum(call: OnnxCall) -> Expr:
     """``Einsum``: operands are taken together two at a time."""
     equation = call.attr("equation").replace(" ", "")
     left, arrow, result = equation.partition("->")
@@ -72,8 +73,8 @@ def _summed(call: OnnxCall, value: Any, term: str, kept: set[str]) -> tuple[Any,
 
 
 def _pair(
-    call: OnnxCall, first: str, a: Any, second: str, b: Any, kept: set[str]
-) -> tuple[str, Any]:
+    call: OnnxCall, first: str, a: Expr, second: str, b: Expr, kept: set[str]
+) -> tuple[str, Expr]:
     """Two operands as one product; the labels of the result."""
     a, first = _summed(call, a, first, kept | set(second))
     b, second = _summed(call, b, second, kept | set(first))
@@ -103,7 +104,7 @@ def _pair(
 
 def _arranged(
     call: OnnxCall, value: Any, term: str, groups: Sequence[list[str]], sizes: dict[str, Any]
-) -> Any:
+) -> Expr:
     """``(*batch, first, second)``: the last two groups are one dimension each."""
     order = [c for group in groups for c in group]
     if "".join(order) != term:
@@ -115,7 +116,7 @@ def _arranged(
     return call.emit(relax.op.reshape(value, relax.ShapeExpr(dims(shape))))
 
 
-def gemm(call: OnnxCall) -> Any:
+def gemm(call: OnnxCall) -> Expr:
     """``Gemm``; scales of 1 leave no trace."""
     a, b = call.expr(0), call.expr(1)
     dtype = dtype_of(a)
@@ -137,7 +138,7 @@ def _scaled(call: OnnxCall, value: Any, factor: float, dtype: str) -> Any:
     return call.emit(relax.op.multiply(value, constant(factor, dtype)))
 
 
-def matmul_integer(call: OnnxCall) -> Any:
+def matmul_integer(call: OnnxCall) -> Expr:
     """``MatMulInteger`` of tensors that are computed."""
     parts = []
     for i in range(2):
@@ -151,7 +152,7 @@ def matmul_integer(call: OnnxCall) -> Any:
     return relax.op.matmul(*parts)
 
 
-CONVERTERS: dict[str, Callable[[OnnxCall], Any]] = {
+CONVERTERS: dict[str, Callable[[OnnxCall], Expr]] = {
     "MatMul": matmul,
     "Gemm": gemm,
     "Einsum": einsum,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from onnx import helper
@@ -15,11 +14,12 @@ from tvm_balanced.frontend.onnx_operators.call import (
     dtype_of,
     shape_of,
 )
+from tvm_balanced.support.tvm_types import Expr
 
 _RANGES = {name: np.iinfo(name) for name in ("int8", "uint8", "int16", "uint16", "int32")}
 
 
-def quantize(call: OnnxCall) -> Any:
+def quantize(call: OnnxCall) -> Expr:
     """``QuantizeLinear``: rounded to even, then held within the integers."""
     data = call.expr(0)
     number = call.attr("output_dtype", 0)
@@ -37,7 +37,7 @@ def quantize(call: OnnxCall) -> Any:
     return _quantize(call, data, scale, zero, dtype)
 
 
-def _quantize(call: OnnxCall, data: Any, scale: Any, zero: Any, dtype: str) -> Any:
+def _quantize(call: OnnxCall, data: Expr, scale: Expr, zero: Expr, dtype: str) -> Expr:
     real = dtype_of(data)
     if not real.startswith("float"):
         data, real = call.emit(relax.op.astype(data, "float32")), "float32"
@@ -50,7 +50,7 @@ def _quantize(call: OnnxCall, data: Any, scale: Any, zero: Any, dtype: str) -> A
     return call.emit(relax.op.astype(out, dtype))
 
 
-def dequantize(call: OnnxCall) -> Any:
+def dequantize(call: OnnxCall) -> Expr:
     """``DequantizeLinear``."""
     data = call.expr(0)
     if dtype_of(data) not in _RANGES:
@@ -69,7 +69,7 @@ def dequantize(call: OnnxCall) -> Any:
     return scaled if out == "float32" else relax.op.astype(call.emit(scaled), out)
 
 
-def _along(call: OnnxCall, index: int, dtype: str) -> Any:
+def _along(call: OnnxCall, index: int, dtype: str) -> Expr:
     """Return a scale or zero point, so that it broadcasts against the data."""
     value = call.expr(index)
     if dtype_of(value) != dtype:
@@ -90,7 +90,7 @@ def _along(call: OnnxCall, index: int, dtype: str) -> Any:
     return call.emit(relax.op.reshape(value, [-1 if i == axis else 1 for i in range(rank)]))
 
 
-def dynamic_quantize(call: OnnxCall) -> Any:
+def dynamic_quantize(call: OnnxCall) -> Expr:
     """``DynamicQuantizeLinear`` to uint8, over the range of the data and 0."""
     data = call.expr(0)
     zero, full = constant(0, "float32"), constant(255, "float32")
@@ -108,7 +108,7 @@ def dynamic_quantize(call: OnnxCall) -> Any:
     return [out, scale, call.emit(relax.op.astype(point, "uint8"))]
 
 
-CONVERTERS: dict[str, Callable[[OnnxCall], Any]] = {
+CONVERTERS: dict[str, Callable[[OnnxCall], Expr]] = {
     "QuantizeLinear": quantize,
     "DequantizeLinear": dequantize,
     "DynamicQuantizeLinear": dynamic_quantize,

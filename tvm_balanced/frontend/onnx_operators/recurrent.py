@@ -20,6 +20,7 @@ from tvm_balanced.frontend.onnx_operators.call import (
     dtype_of,
     shape_of,
 )
+from tvm_balanced.support.tvm_types import Expr
 
 # beyond this many steps the unrolled code takes minutes to compile
 MOST_STEPS = 1024
@@ -27,7 +28,7 @@ MOST_STEPS = 1024
 # so many tensors are joined by one kernel, which asks of every element where it comes from
 _JOIN = 8
 
-_ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
+_ACTIVATIONS: dict[str, Callable[[Expr], Expr]] = {
     "Sigmoid": relax.op.sigmoid,
     "Tanh": relax.op.tanh,
     "Relu": relax.op.nn.relu,
@@ -54,9 +55,9 @@ class _Cell:
     hidden: int
     directions: int
     gates: int
-    activations: Sequence[Callable[[Any], Any]]
+    activations: Sequence[Callable[[Expr], Expr]]
 
-    def product(self, state: Any, weight: Any) -> Any:
+    def product(self, state: Expr, weight: Expr) -> Expr:
         """``state`` of every direction times that direction's recurrent weight."""
         # a transpose for each product, which then is part of its kernel
         transposed = self.call.emit(relax.op.permute_dims(weight, [1, 0]))
@@ -82,14 +83,14 @@ class _Cell:
             )
         )
 
-    def gate(self, gates: Any, index: int, count: int = 1) -> Any:
+    def gate(self, gates: Expr, index: int, count: int = 1) -> Expr:
         """Columns of ``count`` gates from ``index`` on."""
         first, last = index * self.hidden, (index + count) * self.hidden
         return self.call.emit(
             relax.op.strided_slice(gates, [1], [first], [last], assume_inbound=True)
         )
 
-    def by_direction(self, array: Any, width: int) -> Any:
+    def by_direction(self, array: Expr, width: int) -> Expr:
         """``(directions, width)`` to rows as states have them, ``(directions * batch, width)``."""
         wide = self.call.emit(relax.op.reshape(array, _shape(self.directions, 1, width)))
         wide = self.call.emit(
@@ -98,10 +99,10 @@ class _Cell:
         return self.call.emit(relax.op.reshape(wide, _shape(self.directions * self.batch, width)))
 
 
-Step = Callable[[_Cell, Any, Any, Any, Any, Any], tuple[Any, Any]]
+Step = Callable[[_Cell, Expr, Expr, Expr, Expr, Expr], tuple[Expr, Expr]]
 
 
-def lstm(call: OnnxCall) -> Any:
+def lstm(call: OnnxCall) -> Expr:
     """``LSTM``."""
     if call.has(7):
         raise call.refuse("it has peepholes (operand P)")
@@ -112,7 +113,7 @@ def lstm(call: OnnxCall) -> Any:
 
 def _lstm_step(
     cell: _Cell, given: Any, hidden: Any, memory: Any, weight: Any, bias: Any
-) -> tuple[Any, Any]:
+) -> tuple[Expr, Expr]:
     emit, (f, g, h) = cell.call.emit, cell.activations
     gates = emit(relax.op.add(given, cell.product(hidden, weight)))
     keep = emit(relax.op.multiply(emit(f(cell.gate(gates, 2))), memory))
@@ -121,7 +122,7 @@ def _lstm_step(
     return emit(relax.op.multiply(emit(f(cell.gate(gates, 1))), emit(h(memory)))), memory
 
 
-def gru(call: OnnxCall) -> Any:
+def gru(call: OnnxCall) -> Expr:
     """``GRU``, with ``linear_before_reset`` 0 or 1."""
     step = _gru_linear_step if call.attr("linear_before_reset", 0) else _gru_step
     return _layer(call, 3, ("Sigmoid", "Tanh"), step)
@@ -129,7 +130,7 @@ def gru(call: OnnxCall) -> Any:
 
 def _gru_linear_step(
     cell: _Cell, given: Any, hidden: Any, memory: Any, weight: Any, bias: Any
-) -> tuple[Any, Any]:
+) -> tuple[Expr, Expr]:
     emit = cell.call.emit
     product = cell.product(hidden, weight)
     if bias is not None:
@@ -141,7 +142,7 @@ def _gru_linear_step(
 
 def _gru_step(
     cell: _Cell, given: Any, hidden: Any, memory: Any, weight: Any, bias: Any
-) -> tuple[Any, Any]:
+) -> tuple[Expr, Expr]:
     emit = cell.call.emit
     if bias is not None:
         given = emit(relax.op.add(given, bias))
@@ -164,20 +165,20 @@ def _gru_output(cell: _Cell, given: Any, recurrent: Any, update: Any, hidden: An
     return emit(relax.op.add(new, change))
 
 
-def rnn(call: OnnxCall) -> Any:
+def rnn(call: OnnxCall) -> Expr:
     """``RNN``."""
     return _layer(call, 1, ("Tanh",), _rnn_step)
 
 
 def _rnn_step(
     cell: _Cell, given: Any, hidden: Any, memory: Any, weight: Any, bias: Any
-) -> tuple[Any, Any]:
+) -> tuple[Expr, Expr]:
     emit = cell.call.emit
     gates = emit(relax.op.add(given, cell.product(hidden, weight)))
     return emit(cell.activations[0](gates)), memory
 
 
-def _layer(call: OnnxCall, gates: int, activations: Sequence[str], step: Step) -> Any:
+def _layer(call: OnnxCall, gates: int, activations: Sequence[str], step: Step) -> Expr:
     data = call.expr(0)
     batch_first = bool(call.attr("layout", 0))
     if batch_first:
@@ -226,7 +227,7 @@ def _layer(call: OnnxCall, gates: int, activations: Sequence[str], step: Step) -
     return _results(cell, outputs, h, c, batch_first)
 
 
-def _cell(call: OnnxCall, data: Any, gates: int, activations: Sequence[str]) -> _Cell:
+def _cell(call: OnnxCall, data: Expr, gates: int, activations: Sequence[str]) -> _Cell:
     steps, batch, _ = shape_of(data)
     if not isinstance(steps, int):
         raise call.refuse(
@@ -252,7 +253,7 @@ def _cell(call: OnnxCall, data: Any, gates: int, activations: Sequence[str]) -> 
     return _Cell(call, steps, batch, hidden, directions, gates, chosen)
 
 
-def _given(cell: _Cell, data: Any) -> tuple[Any, Any]:
+def _given(cell: _Cell, data: Expr) -> tuple[Expr, Expr]:
     """Return what inputs and biases add to the gates by steps, and the recurrent product's bias apart.
 
     ``(steps, directions * batch, gates * hidden)``, the second direction's steps in reverse.
@@ -298,7 +299,7 @@ def _given(cell: _Cell, data: Any) -> tuple[Any, Any]:
     return call.emit(relax.op.concat(halves, axis=1)), bias
 
 
-def _lengths(cell: _Cell) -> Any:
+def _lengths(cell: _Cell) -> Expr:
     """Lengths of the sequences as a column, None where all are whole."""
     call = cell.call
     if not call.has(4):
@@ -312,7 +313,7 @@ def _lengths(cell: _Cell) -> Any:
     return call.emit(relax.op.reshape(lengths, _shape(cell.directions * cell.batch, 1)))
 
 
-def _valid(cell: _Cell, lengths: Any, at: int) -> Any:
+def _valid(cell: _Cell, lengths: Expr, at: int) -> Expr:
     """Which rows have an element at step ``at``, which the second direction counts from the end."""
     last = cell.steps - 1 - at
     if cell.directions == 1:
@@ -325,7 +326,7 @@ def _valid(cell: _Cell, lengths: Any, at: int) -> Any:
     return cell.call.emit(relax.op.less(constant(time, "int32"), lengths))
 
 
-def _shape(*sizes: Any) -> Any:
+def _shape(*sizes: Expr) -> Expr:
     return relax.ShapeExpr(dims(sizes))
 
 
@@ -333,7 +334,9 @@ def _prim(value: Any) -> Any:
     return value if isinstance(value, int) else relax.prim_value(value)
 
 
-def _results(cell: _Cell, outputs: Sequence[Any], h: Any, c: Any, batch_first: bool) -> list[Any]:
+def _results(
+    cell: _Cell, outputs: Sequence[Expr], h: Expr, c: Expr, batch_first: bool
+) -> list[Expr]:
     """``Y``, ``Y_h`` and ``Y_c`` in ONNX's layout."""
     call, shape = cell.call, (cell.directions, cell.batch, cell.hidden)
     results = []
@@ -360,7 +363,7 @@ def _results(cell: _Cell, outputs: Sequence[Any], h: Any, c: Any, batch_first: b
     return results
 
 
-def _join(call: OnnxCall, parts: list[Any]) -> Any:
+def _join(call: OnnxCall, parts: list[Expr]) -> Expr:
     while len(parts) > 1:
         groups = [parts[i : i + _JOIN] for i in range(0, len(parts), _JOIN)]
         parts = [
@@ -370,4 +373,4 @@ def _join(call: OnnxCall, parts: list[Any]) -> Any:
     return parts[0]
 
 
-CONVERTERS: dict[str, Callable[[OnnxCall], Any]] = {"LSTM": lstm, "GRU": gru, "RNN": rnn}
+CONVERTERS: dict[str, Callable[[OnnxCall], Expr]] = {"LSTM": lstm, "GRU": gru, "RNN": rnn}

@@ -16,8 +16,9 @@ from tvm_balanced.frontend.onnx_operators.call import (
     is_real,
     shape_of,
 )
+from tvm_balanced.support.tvm_types import Expr
 
-Reduce = Callable[[OnnxCall, Any, Sequence[int], bool], Any]
+Reduce = Callable[[OnnxCall, Expr, Sequence[int], bool], Expr]
 
 
 def _plain(operator: Callable[..., Any]) -> Reduce:
@@ -25,7 +26,7 @@ def _plain(operator: Callable[..., Any]) -> Reduce:
 
 
 def _extreme(operator: Callable[..., Any], identity: float) -> Reduce:
-    def reduce(call: OnnxCall, data: Any, axes: Sequence[int], keep: bool) -> Any:
+    def reduce(call: OnnxCall, data: Expr, axes: Sequence[int], keep: bool) -> Expr:
         dtype = dtype_of(data)
         if dtype == "bool":
             data = call.emit(relax.op.astype(data, "uint8"))
@@ -50,7 +51,7 @@ def _extreme(operator: Callable[..., Any], identity: float) -> Reduce:
     return reduce
 
 
-def _log_sum_exp(call: OnnxCall, data: Any, axes: Sequence[int], keep: bool) -> Any:
+def _log_sum_exp(call: OnnxCall, data: Expr, axes: Sequence[int], keep: bool) -> Expr:
     dtype = dtype_of(data)
     most = call.emit(relax.op.max(data, list(axes), True))
     finite = call.emit(relax.op.isfinite(most))
@@ -64,7 +65,7 @@ def _log_sum_exp(call: OnnxCall, data: Any, axes: Sequence[int], keep: bool) -> 
 _SUM, _MAX, _MIN = relax.op.sum, relax.op.max, relax.op.min
 
 
-def _square(call: OnnxCall, data: Any) -> Any:
+def _square(call: OnnxCall, data: Expr) -> Expr:
     return call.emit(relax.op.multiply(data, data))
 
 
@@ -100,7 +101,7 @@ _REDUCE: dict[str, tuple[Reduce, float]] = {
 }
 
 
-def _root(call: OnnxCall, data: Any) -> Any:
+def _root(call: OnnxCall, data: Expr) -> Expr:
     dtype = dtype_of(data)
     if is_real(dtype):
         return call.emit(relax.op.sqrt(data))
@@ -108,11 +109,11 @@ def _root(call: OnnxCall, data: Any) -> Any:
     return call.emit(relax.op.astype(real, dtype))
 
 
-def _reduction(name: str) -> Callable[[OnnxCall], Any]:
+def _reduction(name: str) -> Callable[[OnnxCall], Expr]:
     reduce, nothing = _REDUCE[name]
     by_operand = 13 if name == "ReduceSum" else 18
 
-    def convert(call: OnnxCall) -> Any:
+    def convert(call: OnnxCall) -> Expr:
         data = call.expr(0)
         shape = shape_of(data)
         given = call.numbers(1) if call.opset >= by_operand else call.attr("axes")
@@ -132,7 +133,7 @@ def _reduction(name: str) -> Callable[[OnnxCall], Any]:
     return convert
 
 
-def _elementwise(name: str, call: OnnxCall, data: Any) -> Any:
+def _elementwise(name: str, call: OnnxCall, data: Expr) -> Expr:
     """Return what a reduction makes of a single element."""
     if name in ("ReduceL1", "ReduceL2"):
         return relax.op.abs(data)
@@ -141,7 +142,7 @@ def _elementwise(name: str, call: OnnxCall, data: Any) -> Any:
     return relax.op.log(data) if name == "ReduceLogSum" else data
 
 
-def _filled(call: OnnxCall, shape: Sequence[Any], value: float, dtype: str) -> Any:
+def _filled(call: OnnxCall, shape: Sequence[Expr], value: float, dtype: str) -> Expr:
     if not is_real(dtype) and not np.isfinite(value):
         if dtype == "bool":
             value = value > 0
@@ -152,7 +153,7 @@ def _filled(call: OnnxCall, shape: Sequence[Any], value: float, dtype: str) -> A
     return relax.op.broadcast_to(constant(value, dtype), relax.ShapeExpr(dims(shape)))
 
 
-def layer_normalization(call: OnnxCall) -> Any:
+def layer_normalization(call: OnnxCall) -> Expr:
     """``LayerNormalization``, with mean and inverse deviation where they are read."""
     data, scale = call.expr(0), call.expr(1)
     rank = len(shape_of(data))
@@ -177,7 +178,7 @@ def layer_normalization(call: OnnxCall) -> Any:
     return [out, mean, inverse]
 
 
-def rms_normalization(call: OnnxCall) -> Any:
+def rms_normalization(call: OnnxCall) -> Expr:
     """``RMSNormalization``."""
     data = call.expr(0)
     rank, dtype = len(shape_of(data)), dtype_of(data)
@@ -189,13 +190,13 @@ def rms_normalization(call: OnnxCall) -> Any:
     return relax.op.multiply(out, call.expr(1))
 
 
-def _inverse_root(call: OnnxCall, squares: Any, axes: Sequence[int], epsilon: float) -> Any:
+def _inverse_root(call: OnnxCall, squares: Expr, axes: Sequence[int], epsilon: float) -> Expr:
     mean = call.emit(relax.op.mean(squares, list(axes), True))
     shifted = call.emit(relax.op.add(mean, constant(epsilon, dtype_of(mean))))
     return call.emit(relax.op.rsqrt(shifted))
 
 
-def lp_normalization(call: OnnxCall) -> Any:
+def lp_normalization(call: OnnxCall) -> Expr:
     """``LpNormalization``; what has norm 0 stays 0."""
     data = call.expr(0)
     axis, dtype = [call.attr("axis", -1)], dtype_of(data)
@@ -208,7 +209,7 @@ def lp_normalization(call: OnnxCall) -> Any:
     return relax.op.divide(data, norm)
 
 
-def batch_normalization(call: OnnxCall) -> Any:
+def batch_normalization(call: OnnxCall) -> Expr:
     """``BatchNormalization`` at inference: a product and a sum for each channel."""
     if call.attr("training_mode", 0) or len(call.node.output) > 1:
         raise call.refuse("it is in training mode", "export the model in inference mode")
@@ -234,7 +235,7 @@ def batch_normalization(call: OnnxCall) -> Any:
     return relax.op.add(call.emit(relax.op.multiply(data, factor)), offset)
 
 
-CONVERTERS: dict[str, Callable[[OnnxCall], Any]] = {
+CONVERTERS: dict[str, Callable[[OnnxCall], Expr]] = {
     **{name: _reduction(name) for name in _REDUCE},
     "LayerNormalization": layer_normalization,
     "RMSNormalization": rms_normalization,

@@ -18,12 +18,13 @@ from tvm_balanced.frontend.onnx_operators.call import (
     shape_of,
 )
 from tvm_balanced.frontend.onnx_values import Array
+from tvm_balanced.support.tvm_types import Expr
 
 # up to so many source elements for each of the result are summed; more are a matrix product
 _MOST_TAPS = 8
 
 
-def resize(call: OnnxCall) -> Any:
+def resize(call: OnnxCall) -> Expr:
     """``Resize``, axis by axis: each element of the result is a sum of a few of the source."""
     data = call.expr(0)
     shape = shape_of(data)
@@ -36,7 +37,7 @@ def resize(call: OnnxCall) -> Any:
     return _resized(call, data, axes, scales, sizes, roi)
 
 
-def upsample(call: OnnxCall) -> Any:
+def upsample(call: OnnxCall) -> Expr:
     """``Upsample``, which ``Resize`` replaced."""
     data = call.expr(0)
     scales = call.elements(1) if call.opset >= 9 else list(call.attr("scales"))
@@ -45,12 +46,12 @@ def upsample(call: OnnxCall) -> Any:
 
 def _resized(
     call: OnnxCall,
-    data: Any,
+    data: Expr,
     axes: Sequence[int],
-    scales: Sequence[Any] | None,
-    sizes: Sequence[Any] | None,
-    roi: Sequence[Any] | None,
-) -> Any:
+    scales: Sequence[Expr] | None,
+    sizes: Sequence[Expr] | None,
+    roi: Sequence[Expr] | None,
+) -> Expr:
     shape, dtype = shape_of(data), dtype_of(data)
     if sizes is not None:
         scales, sizes = _from_sizes(call, [shape[a] for a in axes], list(sizes))
@@ -72,8 +73,8 @@ def _resized(
 
 
 def _from_sizes(
-    call: OnnxCall, dims: Sequence[Any], sizes: list[Any]
-) -> tuple[list[Any], list[Any]]:
+    call: OnnxCall, dims: Sequence[Expr], sizes: list[Expr]
+) -> tuple[list[Expr], list[Expr]]:
     """Scales of the axes, and sizes under the policy that keeps the aspect ratio."""
     policy = call.attr("keep_aspect_ratio_policy", "stretch")
     if policy == "stretch":
@@ -91,7 +92,7 @@ def _from_sizes(
     return [scale] * len(dims), [int(np.floor(scale * d + 0.5)) for d in dims]
 
 
-def _ratio(size: Any, dim: Any) -> Any:
+def _ratio(size: Expr, dim: Expr) -> Expr:
     """``size / dim`` where that is a whole number of symbols, else None."""
     from tvm import sym
 
@@ -126,7 +127,7 @@ class _Axis:
     """
 
     def __init__(
-        self, call: OnnxCall, dim: Any, scale: Any, size: Any, roi: tuple[float, float]
+        self, call: OnnxCall, dim: Expr, scale: Expr, size: Expr, roi: tuple[float, float]
     ) -> None:
         self.call, self.dim, self.roi = call, dim, roi
         self.scale = scale
@@ -151,7 +152,7 @@ class _Axis:
             scale == 1 if not isinstance(size, int) else same and scale == 1
         )
 
-    def apply(self, data: Any, axis: int) -> Any:
+    def apply(self, data: Expr, axis: int) -> Expr:
         """Return the data resized along ``axis``."""
         call = self.call
         if not isinstance(self.dim, int):
@@ -178,10 +179,10 @@ class _Axis:
             out = call.emit(relax.op.permute_dims(out, [order.index(i) for i in range(rank)]))
         return self._extrapolated(out, axis)
 
-    def _take(self, data: Any, positions: Array, axis: int) -> Any:
+    def _take(self, data: Expr, positions: Array, axis: int) -> Expr:
         return self.call.emit(relax.op.take(data, constant(positions, "int64"), axis))
 
-    def _symbolic(self, data: Any, axis: int) -> Any:
+    def _symbolic(self, data: Expr, axis: int) -> Expr:
         """Nearest elements of a symbolic dimension, a whole number of times as large."""
         call, scale = self.call, self.scale
         whole = scale is not None and float(scale) == int(scale)
@@ -262,7 +263,7 @@ class _Axis:
             weights = weights / weights.sum(1, keepdims=True)
         return np.clip(positions, 0, self.dim - 1), weights
 
-    def _extrapolated(self, out: Any, axis: int) -> Any:
+    def _extrapolated(self, out: Expr, axis: int) -> Expr:
         if self.transform != "tf_crop_and_resize":
             return out
         source = self._source()
@@ -293,7 +294,7 @@ def _cubic(t: Array, a: float) -> Array:
     return np.where(t <= 1, near, np.where(t < 2, far, 0))
 
 
-def pad(call: OnnxCall) -> Any:
+def pad(call: OnnxCall) -> Expr:
     """``Pad`` by constants, edges, reflections or the other end; negative pads cut off."""
     data = call.expr(0)
     shape, dtype = shape_of(data), dtype_of(data)
@@ -335,7 +336,7 @@ def pad(call: OnnxCall) -> Any:
     raise call.refuse(f"its mode is {mode}")
 
 
-def conv_transpose(call: OnnxCall) -> Any:
+def conv_transpose(call: OnnxCall) -> Expr:
     """``ConvTranspose`` with the pads that ``output_shape`` asks for."""
     wanted = call.attr("output_shape")
     node = call.node
@@ -379,19 +380,19 @@ def conv_transpose(call: OnnxCall) -> Any:
     return call.importer.by_tvm(node)
 
 
-def roi_align(call: OnnxCall) -> Any:
+def roi_align(call: OnnxCall) -> Expr:
     """``RoiAlign`` by averages."""
     if call.attr("mode", "avg") != "avg":
         raise call.refuse(f"its mode is {call.attr('mode')}")
     return call.importer.by_tvm(call.node)
 
 
-def non_max_suppression(call: OnnxCall) -> Any:
+def non_max_suppression(call: OnnxCall) -> Expr:
     """``NonMaxSuppression``, whose code TVM cannot compile."""
     raise call.refuse("it selects as many boxes as the data says", "export the model up to it")
 
 
-def dft(call: OnnxCall) -> Any:
+def dft(call: OnnxCall) -> Expr:
     """``DFT`` and its inverse, as a product with the matrix of the transform."""
     data = call.expr(0)
     rank = len(shape_of(data))
@@ -434,7 +435,7 @@ def dft(call: OnnxCall) -> Any:
     return relax.op.permute_dims(out, [order.index(i) for i in range(rank)])
 
 
-CONVERTERS: dict[str, Callable[[OnnxCall], Any]] = {
+CONVERTERS: dict[str, Callable[[OnnxCall], Expr]] = {
     "Resize": resize,
     "Upsample": upsample,
     "Pad": pad,

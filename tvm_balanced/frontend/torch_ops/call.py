@@ -10,7 +10,9 @@ import torch
 from torch import fx
 from tvm import relax, tirx
 
-Converter = Callable[["Call"], Any]
+from tvm_balanced.support.tvm_types import Expr
+
+Converter = Callable[["Call"], Expr]
 
 #: Converters by the name of the ATen operator and its overload, ``"add.Tensor"``.
 TABLE: dict[str, Converter] = {}
@@ -30,21 +32,21 @@ def converts(*names: str) -> Callable[[Converter], Converter]:
 class Importer(Protocol):
     """What a call asks of the importer of its graph, by TVM's names where they are TVM's."""
 
-    block_builder: Any
+    block_builder: Expr
 
     def argument(self, value: Any) -> Any:
         """Return what stands for an argument of a node."""
 
-    def same_shape(self, tensor: Any, dims: Sequence[Any]) -> bool:
+    def same_shape(self, tensor: Expr, dims: Sequence[Expr]) -> bool:
         """Whether a tensor has these sizes."""
 
-    def _dims(self, shape: Sequence[int | torch.SymInt]) -> list[Any] | None: ...
+    def _dims(self, shape: Sequence[int | torch.SymInt]) -> list[Expr] | None: ...
 
     def _convert_data_type(self, dtype: torch.dtype) -> str: ...
 
     def _prim_value_to_scalar_tensor(self, value: Any, dtype: str) -> Any: ...
 
-    def _emit_torch_reshape(self, tensor: Any, dims: list[Any]) -> Any: ...
+    def _emit_torch_reshape(self, tensor: Expr, dims: list[Expr]) -> Expr: ...
 
 
 class Call:
@@ -112,11 +114,11 @@ class Call:
         """Dtype of a result."""
         return self.dtype_of(self.results[result].dtype)
 
-    def shape(self, result: int = 0) -> list[Any]:
+    def shape(self, result: int = 0) -> list[Expr]:
         """Sizes of a result."""
         return self.dims(self.results[result].shape)
 
-    def dims(self, shape: Sequence[Any]) -> list[Any]:
+    def dims(self, shape: Sequence[Expr]) -> list[Expr]:
         """Return recorded sizes as TensorIR expressions."""
         dims = self.importer._dims(shape)
         if dims is None:
@@ -129,11 +131,11 @@ class Call:
 
     # making expressions
 
-    def emit(self, expr: Any) -> Any:
+    def emit(self, expr: Expr) -> Expr:
         """Bind an expression to a variable."""
         return self.importer.block_builder.emit(expr)
 
-    def cast(self, x: Any, dtype: str) -> Any:
+    def cast(self, x: Expr, dtype: str) -> Expr:
         """``x`` in another dtype; of floats to bool, whether it is not zero."""
         own = str(x.ty.dtype)
         if own == dtype:
@@ -153,42 +155,42 @@ class Call:
             return self.cast(value, dtype)
         return self.importer._prim_value_to_scalar_tensor(value, dtype)
 
-    def scaled(self, x: Any, factor: Any) -> Any:
+    def scaled(self, x: Expr, factor: Expr) -> Expr:
         """``x * factor``; TVM would take 0 times NaN for 0."""
         dtype = str(x.ty.dtype)
         if isinstance(factor, int | float) and factor == 0 and "float" in dtype:
             return self.vanished(x)
         return self.emit(relax.op.multiply(x, self.tensor(factor, dtype)))
 
-    def vanished(self, x: Any) -> Any:
+    def vanished(self, x: Expr) -> Expr:
         """``x - x``: 0, and NaN for what is not finite."""
         dtype = str(x.ty.dtype)
         finite = relax.op.less(relax.op.abs(x), constant(math.inf, dtype))
         return self.where(finite, constant(0.0, dtype), constant(math.nan, dtype))
 
-    def input(self, name: str = "self", dtype: str | None = None) -> Any:
+    def input(self, name: str = "self", dtype: str | None = None) -> Expr:
         """Return a tensor argument, cast where a dtype is given."""
         value = self[name]
         return value if dtype is None else self.tensor(value, dtype)
 
-    def reshape(self, x: Any, dims: Sequence[Any]) -> Any:
+    def reshape(self, x: Expr, dims: Sequence[Expr]) -> Expr:
         """``x`` with other sizes."""
         return self.importer._emit_torch_reshape(x, list(dims))
 
-    def broadcast(self, x: Any, dims: Sequence[Any]) -> Any:
+    def broadcast(self, x: Expr, dims: Sequence[Expr]) -> Expr:
         """``x`` repeated to these sizes."""
         return self.emit(relax.op.broadcast_to(x, list(dims)))
 
-    def arange(self, size: Any, dtype: str = "int64") -> Any:
+    def arange(self, size: Expr, dtype: str = "int64") -> Expr:
         """Return the numbers below ``size``."""
         return self.emit(relax.op.arange(0, size, 1, dtype))
 
-    def where(self, condition: Any, x: Any, y: Any) -> Any:
+    def where(self, condition: Expr, x: Expr, y: Expr) -> Expr:
         """``x`` where the condition holds, else ``y``."""
         return self.emit(relax.op.where(condition, x, y))
 
 
-def constant(value: bool | int | float, dtype: str) -> Any:
+def constant(value: bool | int | float, dtype: str) -> Expr:
     """Return a tensor of no axes; integers wrap round as PyTorch's do."""
     if dtype.startswith(("int", "uint")):
         if isinstance(value, float) and not math.isfinite(value):
@@ -208,7 +210,7 @@ def is_integer(dtype: str) -> bool:
     return dtype.startswith(("int", "uint"))
 
 
-def numbers(dims: Sequence[Any]) -> list[int]:
+def numbers(dims: Sequence[Expr]) -> list[int]:
     """Sizes that must be numbers."""
     sizes = [static(d) for d in dims]
     known = [size for size in sizes if size is not None]
@@ -217,6 +219,6 @@ def numbers(dims: Sequence[Any]) -> list[int]:
     return known
 
 
-def static(dim: Any) -> int | None:
+def static(dim: Expr) -> int | None:
     """Return a size as a number, None where it is symbolic."""
     return int(dim) if isinstance(dim, int | tirx.IntImm) else None

@@ -12,6 +12,7 @@ from tvm import relax
 from tvm.ir import GenericConst
 
 from tvm_balanced.frontend.torch_ops.call import Call, constant, converts, is_integer
+from tvm_balanced.support.tvm_types import Expr
 from tvm_balanced.te_operators import call_operator
 
 # a power is a chain of squares, each of which the kernel writes out twice
@@ -19,20 +20,20 @@ _LARGEST_POWER = 64
 _WIDE = {"float16": "float32", "bfloat16": "float32"}
 
 
-def _log2(x: Any) -> Any:
+def _log2(x: Expr) -> Expr:
     return relax.op.multiply(relax.op.log(x), relax.const(1 / math.log(2), str(x.ty.dtype)))
 
 
-def _log10(x: Any) -> Any:
+def _log10(x: Expr) -> Expr:
     return relax.op.multiply(relax.op.log(x), relax.const(1 / math.log(10), str(x.ty.dtype)))
 
 
-def _reciprocal(x: Any) -> Any:
+def _reciprocal(x: Expr) -> Expr:
     return relax.op.divide(relax.const(1.0, str(x.ty.dtype)), x)
 
 
 # computed in floats, integers too
-_FLOAT_UNARY: dict[str, Callable[[Any], Any]] = {
+_FLOAT_UNARY: dict[str, Callable[[Expr], Expr]] = {
     "acos": relax.op.acos,
     "asin": relax.op.asin,
     "atan": relax.op.atan,
@@ -57,7 +58,7 @@ _FLOAT_UNARY: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _float_unary(function: Callable[[Any], Any]) -> Callable[[Call], Any]:
+def _float_unary(function: Callable[[Expr], Expr]) -> Callable[[Call], Expr]:
     return lambda call: call.emit(function(call.input("self", call.dtype())))
 
 
@@ -66,7 +67,7 @@ for _name, _function in _FLOAT_UNARY.items():
 
 
 @converts("acosh.default", "asinh.default", "atanh.default")
-def _inverse_hyperbolic(call: Call) -> Any:
+def _inverse_hyperbolic(call: Call) -> Expr:
     dtype = call.dtype()
     wide = _WIDE.get(dtype, dtype)
     x = call.input("self", wide)
@@ -104,7 +105,7 @@ def _inverse_hyperbolic(call: Call) -> Any:
     )
 
 
-def _plain_unary(function: Callable[[Any], Any]) -> Callable[[Call], Any]:
+def _plain_unary(function: Callable[[Expr], Expr]) -> Callable[[Call], Expr]:
     return lambda call: call.emit(function(call.input()))
 
 
@@ -113,13 +114,13 @@ for _name, _function in {"neg": relax.op.negative, "square": relax.op.square}.it
 
 
 @converts("abs.default")
-def _abs(call: Call) -> Any:
+def _abs(call: Call) -> Expr:
     x = call.input()
     return x if str(x.ty.dtype) in ("bool", "uint8") else call.emit(relax.op.abs(x))
 
 
 @converts("ceil.default", "floor.default", "trunc.default", "round.default")
-def _rounding(call: Call) -> Any:
+def _rounding(call: Call) -> Expr:
     x = call.input()
     if "float" not in str(x.ty.dtype):
         return x
@@ -128,7 +129,7 @@ def _rounding(call: Call) -> Any:
 
 
 @converts("round.decimals")
-def _round_decimals(call: Call) -> Any:
+def _round_decimals(call: Call) -> Expr:
     dtype, decimals = call.dtype(), int(call["decimals"])
     if "float" not in dtype:
         if decimals < 0:
@@ -145,7 +146,7 @@ def _round_decimals(call: Call) -> Any:
 
 
 @converts("sign.default", "sgn.default")
-def _sign(call: Call) -> Any:
+def _sign(call: Call) -> Expr:
     dtype, x = call.dtype(), call.input()
     if dtype == "bool":
         return x
@@ -157,7 +158,7 @@ def _sign(call: Call) -> Any:
 
 
 @converts("bitwise_not.default", "logical_not.default")
-def _not(call: Call) -> Any:
+def _not(call: Call) -> Expr:
     x = call.input()
     if call.dtype() == "bool":
         return call.emit(relax.op.logical_not(call.cast(x, "bool")))
@@ -165,7 +166,7 @@ def _not(call: Call) -> Any:
 
 
 @converts("isnan.default", "isinf.default", "isfinite.default")
-def _classify(call: Call) -> Any:
+def _classify(call: Call) -> Expr:
     name = call.name
     x = call.input()
     if "float" not in str(x.ty.dtype):
@@ -183,7 +184,9 @@ def _classify(call: Call) -> Any:
 # binary operators
 
 
-def operands(call: Call, dtype: str, names: tuple[str, str] = ("self", "other")) -> tuple[Any, Any]:
+def operands(
+    call: Call, dtype: str, names: tuple[str, str] = ("self", "other")
+) -> tuple[Expr, Expr]:
     """Both operands in one dtype."""
     return call.input(names[0], dtype), call.input(names[1], dtype)
 
@@ -201,7 +204,7 @@ def common_dtype(call: Call, names: tuple[str, str] = ("self", "other")) -> str:
 
 
 @converts("add.Tensor", "add.Scalar", "sub.Tensor", "sub.Scalar", "rsub.Tensor", "rsub.Scalar")
-def _add(call: Call) -> Any:
+def _add(call: Call) -> Expr:
     name = call.name
     dtype, alpha = call.dtype(), call["alpha"]
     one, other = operands(call, dtype)
@@ -216,12 +219,12 @@ def _add(call: Call) -> Any:
     return call.emit((relax.op.add if name == "add" else relax.op.subtract)(one, other))
 
 
-def _multiply(one: Any, other: Any, dtype: str) -> Any:
+def _multiply(one: Expr, other: Expr, dtype: str) -> Expr:
     return (relax.op.logical_and if dtype == "bool" else relax.op.multiply)(one, other)
 
 
 @converts("mul.Tensor", "mul.Scalar")
-def _mul(call: Call) -> Any:
+def _mul(call: Call) -> Expr:
     dtype, other = call.dtype(), call["other"]
     if isinstance(other, int | float) and dtype != "bool":
         return call.scaled(call.input("self", dtype), other)
@@ -229,12 +232,12 @@ def _mul(call: Call) -> Any:
 
 
 @converts("div.Tensor", "div.Scalar", "true_divide.Tensor")
-def _true_divide(call: Call) -> Any:
+def _true_divide(call: Call) -> Expr:
     return call.emit(relax.op.divide(*operands(call, call.dtype())))
 
 
 @converts("div.Tensor_mode", "div.Scalar_mode", "floor_divide.default", "floor_divide.Scalar")
-def _divide_rounded(call: Call) -> Any:
+def _divide_rounded(call: Call) -> Expr:
     dtype, mode = call.dtype(), call.given.get("rounding_mode", "floor")
     one, other = operands(call, dtype)
     if mode is None:
@@ -270,26 +273,26 @@ def _divide_rounded(call: Call) -> Any:
     return call.cast(call.where(relax.op.equal(other, zero), ratio, floor), dtype)
 
 
-def _nonzero(call: Call, divisor: Any, dtype: str) -> Any:
+def _nonzero(call: Call, divisor: Expr, dtype: str) -> Expr:
     """Return a divisor without zeros, on which a CPU would end the process; PyTorch refuses them."""
     if isinstance(divisor, GenericConst) and divisor.value.numpy().all():
         return divisor
     return call.where(relax.op.equal(divisor, constant(0, dtype)), constant(1, dtype), divisor)
 
 
-def _signs_differ(call: Call, rest: Any, other: Any, zero: Any) -> Any:
+def _signs_differ(call: Call, rest: Expr, other: Expr, zero: Expr) -> Expr:
     unequal = relax.op.logical_xor(relax.op.less(rest, zero), relax.op.less(other, zero))
     return call.emit(relax.op.logical_and(relax.op.not_equal(rest, zero), unequal))
 
 
-def _fmod_float(call: Call, one: Any, other: Any) -> Any:
+def _fmod_float(call: Call, one: Expr, other: Expr) -> Expr:
     return relax.op.mod(one, other)
 
 
 @converts(
     "fmod.Tensor", "fmod.Scalar", "remainder.Tensor", "remainder.Scalar", "remainder.Scalar_Tensor"
 )
-def _remainder(call: Call) -> Any:
+def _remainder(call: Call) -> Expr:
     floored = call.name.endswith("remainder")
     dtype = call.dtype()
     one, other = operands(call, dtype)
@@ -306,7 +309,7 @@ def _remainder(call: Call) -> Any:
 
 
 @converts("pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar")
-def _pow(call: Call) -> Any:
+def _pow(call: Call) -> Expr:
     dtype, exponent = call.dtype(), call["exponent"]
     base = call.input("self", dtype)
     if dtype == "bool" or is_integer(dtype):
@@ -320,7 +323,7 @@ def _pow(call: Call) -> Any:
     return call.cast(call.emit(relax.op.power(base, call.tensor(exponent, wide))), dtype)
 
 
-def _integer_power(call: Call, base: Any, exponent: Any, dtype: str) -> Any:
+def _integer_power(call: Call, base: Expr, exponent: Expr, dtype: str) -> Expr:
     if dtype == "bool":
         return call.emit(
             relax.op.logical_or(base, relax.op.logical_not(call.tensor(exponent, "bool")))
@@ -339,7 +342,7 @@ def _integer_power(call: Call, base: Any, exponent: Any, dtype: str) -> Any:
 
 
 @converts("atan2.default")
-def _atan2(call: Call) -> Any:
+def _atan2(call: Call) -> Expr:
     return call.emit(relax.op.atan2(*operands(call, call.dtype())))
 
 
@@ -354,7 +357,7 @@ _COMPARE = {
 
 
 @converts(*(f"{name}.{kind}" for name in _COMPARE for kind in ("Tensor", "Scalar")))
-def _compare(call: Call) -> Any:
+def _compare(call: Call) -> Expr:
     name = call.name
     dtype = common_dtype(call)
     # TVM orders no booleans
@@ -363,7 +366,7 @@ def _compare(call: Call) -> Any:
 
 
 @converts("maximum.default", "minimum.default")
-def _extremum(call: Call) -> Any:
+def _extremum(call: Call) -> Expr:
     largest = call.name.startswith("max")
     dtype = call.dtype()
     one, other = operands(call, dtype)
@@ -373,7 +376,7 @@ def _extremum(call: Call) -> Any:
 
 
 @converts("fmax.default", "fmin.default")
-def _number_extremum(call: Call) -> Any:
+def _number_extremum(call: Call) -> Expr:
     dtype = call.dtype()
     one, other = operands(call, dtype)
     op = relax.op.maximum if "fmax" in call.name else relax.op.minimum
@@ -390,7 +393,7 @@ _BITWISE = {"and": relax.op.bitwise_and, "or": relax.op.bitwise_or, "xor": relax
 
 
 @converts("logical_and.default", "logical_or.default", "logical_xor.default")
-def _logical(call: Call) -> Any:
+def _logical(call: Call) -> Expr:
     kind = call.name.rpartition("_")[2]
     return call.emit(_LOGICAL[kind](*operands(call, "bool")))
 
@@ -404,7 +407,7 @@ def _logical(call: Call) -> Any:
         for overload in ("Tensor", "Scalar")
     ),
 )
-def _bitwise(call: Call) -> Any:
+def _bitwise(call: Call) -> Expr:
     kind = call.name.strip("_").rpartition("_")[2]
     dtype = call.dtype()
     table = _LOGICAL if dtype == "bool" else _BITWISE
@@ -423,7 +426,7 @@ def _bitwise(call: Call) -> Any:
         for overload in ("Tensor", "Scalar")
     ),
 )
-def _shift(call: Call) -> Any:
+def _shift(call: Call) -> Expr:
     left = "left" in call.name or "lsh" in call.name
     dtype = call.dtype()
     one, other = operands(call, dtype)
@@ -438,7 +441,7 @@ def _shift(call: Call) -> Any:
     return call.emit(relax.op.right_shift(one, call.where(beyond, last, amount)))
 
 
-def _shift_amount(call: Call, by: Any, dtype: str) -> tuple[Any, Any]:
+def _shift_amount(call: Call, by: Expr, dtype: str) -> tuple[Expr, Expr]:
     """Where a shift goes beyond the width, undefined in C, and the amount of the others."""
     zero = constant(0, dtype)
     beyond = relax.op.greater_equal(by, constant(int(dtype.lstrip("uint")), dtype))
@@ -448,20 +451,20 @@ def _shift_amount(call: Call, by: Any, dtype: str) -> tuple[Any, Any]:
     return beyond, call.where(beyond, zero, by)
 
 
-def shifted_left(call: Call, one: Any, by: Any, dtype: str) -> Any:
+def shifted_left(call: Call, one: Expr, by: Expr, dtype: str) -> Expr:
     """``one << by``, which is 0 beyond the width of the dtype."""
     beyond, amount = _shift_amount(call, by, dtype)
     return call.where(beyond, constant(0, dtype), relax.op.left_shift(one, amount))
 
 
 @converts("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
-def _where(call: Call) -> Any:
+def _where(call: Call) -> Expr:
     condition = call.cast(call["condition"], "bool")
     return call.where(condition, *operands(call, call.dtype()))
 
 
 @converts("logaddexp.default")
-def _logaddexp(call: Call) -> Any:
+def _logaddexp(call: Call) -> Expr:
     dtype = call.dtype()
     wide = _WIDE.get(dtype, dtype)
     one, other = (call.cast(x, wide) for x in operands(call, dtype))
@@ -479,14 +482,14 @@ def _logaddexp(call: Call) -> Any:
 
 
 @converts("relu.default")
-def _relu(call: Call) -> Any:
+def _relu(call: Call) -> Expr:
     x = call.input()
     if is_integer(str(x.ty.dtype)):
         return call.emit(relax.op.maximum(x, constant(0, str(x.ty.dtype))))
     return call.emit(relax.op.nn.relu(x))
 
 
-def _bounded(call: Call, x: Any, low: Any, high: Any) -> Any:
+def _bounded(call: Call, x: Expr, low: Expr, high: Expr) -> Expr:
     """``x`` between numbers or tensors, either of which may be missing; the upper one wins."""
     dtype = str(x.ty.dtype)
     numbers = all(isinstance(b, int | float) and not math.isnan(b) for b in (low, high))
@@ -507,18 +510,18 @@ def _bounded(call: Call, x: Any, low: Any, high: Any) -> Any:
     "clamp_max.default",
     "clamp_max.Tensor",
 )
-def _clamp(call: Call) -> Any:
+def _clamp(call: Call) -> Expr:
     low, high = (call[name] if name in call.given else None for name in ("min", "max"))
     return call.cast(_bounded(call, call.input("self", call.dtype()), low, high), call.dtype())
 
 
 @converts("hardtanh.default")
-def _hardtanh(call: Call) -> Any:
+def _hardtanh(call: Call) -> Expr:
     return _bounded(call, call.input(), call["min_val"], call["max_val"])
 
 
 @converts("leaky_relu.default")
-def _leaky_relu(call: Call) -> Any:
+def _leaky_relu(call: Call) -> Expr:
     x = call.input()
     slope = relax.const(float(call["negative_slope"]), str(x.ty.dtype))
     positive = relax.op.greater(x, relax.const(0.0, str(x.ty.dtype)))
@@ -526,7 +529,7 @@ def _leaky_relu(call: Call) -> Any:
 
 
 @converts("gelu.default")
-def _gelu(call: Call) -> Any:
+def _gelu(call: Call) -> Expr:
     x, approximate = call.input(), call["approximate"]
     if approximate == "tanh":
         return call.emit(relax.op.nn.gelu_tanh(x))
@@ -534,7 +537,7 @@ def _gelu(call: Call) -> Any:
 
 
 @converts("silu.default")
-def _silu(call: Call) -> Any:
+def _silu(call: Call) -> Expr:
     return call.emit(relax.op.nn.silu(call.input()))
 
 
@@ -542,15 +545,15 @@ def _silu(call: Call) -> Any:
 
 
 @converts("_to_copy.default")
-def _to_copy(call: Call) -> Any:
+def _to_copy(call: Call) -> Expr:
     return call.cast(call.input(), call.dtype())
 
 
 @converts("clone.default", "alias.default")
-def _same(call: Call) -> Any:
+def _same(call: Call) -> Expr:
     return call.input()
 
 
 @converts("copy.default")
-def _copy(call: Call) -> Any:
+def _copy(call: Call) -> Expr:
     return call.broadcast(call.input("src", call.dtype()), call.shape())

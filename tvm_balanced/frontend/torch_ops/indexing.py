@@ -7,17 +7,17 @@ element of the same tensor (:mod:`tvm_balanced.relay_passes.bound_indices`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import fx
 from tvm import relax
 
 from tvm_balanced.frontend.torch_ops.call import Call, constant, converts, is_integer, static
+from tvm_balanced.support.tvm_types import Expr
 
 
 @converts("select.int")
-def _select(call: Call) -> Any:
+def _select(call: Call) -> Expr:
     axis, index, x = call.axis(call["dim"]), call["index"], call.input()
     if isinstance(index, int) and index < 0:
         index = x.ty.shape[axis] + index
@@ -26,7 +26,7 @@ def _select(call: Call) -> Any:
 
 
 @converts("slice.Tensor")
-def _slice(call: Call) -> Any:
+def _slice(call: Call) -> Expr:
     axis, x = call.axis(call["dim"]), call.input()
     size, length = x.ty.shape[axis], call.shape()[axis]
     start, step = call["start"], call["step"]
@@ -48,7 +48,7 @@ def _slice(call: Call) -> Any:
 
 
 @converts("slice_scatter.default", "select_scatter.default")
-def _slice_scatter(call: Call) -> Any:
+def _slice_scatter(call: Call) -> Expr:
     axis, x = call.axis(call["dim"]), call.input()
     size = x.ty.shape[axis]
     src = call.input("src", call.dtype())
@@ -56,7 +56,7 @@ def _slice_scatter(call: Call) -> Any:
         index = call["index"]
         start, step = (index + size if isinstance(index, int) and index < 0 else index), 1
         src = call.emit(relax.op.expand_dims(src, axis))
-        length: Any = 1
+        length: Expr = 1
     else:
         start, step = call["start"] or 0, call["step"]
         length = src.ty.shape[axis]
@@ -84,12 +84,12 @@ def _slice_scatter(call: Call) -> Any:
     return call.where(condition, picked, x)
 
 
-def _plain(size: Any) -> Any:
+def _plain(size: Expr) -> Expr:
     return size if static(size) is None else static(size)
 
 
 @converts("index_select.default")
-def _index_select(call: Call) -> Any:
+def _index_select(call: Call) -> Expr:
     x, index = call.input(), call.cast(call["index"], "int64")
     if call.rank() == 0:
         return x
@@ -98,18 +98,18 @@ def _index_select(call: Call) -> Any:
 
 
 @converts("take.default")
-def _take(call: Call) -> Any:
+def _take(call: Call) -> Expr:
     return call.emit(relax.op.take(call.reshape(call.input(), [-1]), call["index"], 0))
 
 
 @converts("embedding.default")
-def _embedding(call: Call) -> Any:
+def _embedding(call: Call) -> Expr:
     # PyTorch refuses an id outside of the table; a kernel cannot, but must not read there
     return call.emit(relax.op.take(call["weight"], call["indices"], 0, mode="clip"))
 
 
 @converts("gather.default")
-def _gather(call: Call) -> Any:
+def _gather(call: Call) -> Expr:
     x, index = call.input(), call.cast(call["index"], "int64")
     if 0 in [static(d) for d in index.ty.shape]:
         return call.broadcast(constant(0, call.dtype()), call.shape())
@@ -120,7 +120,7 @@ def _gather(call: Call) -> Any:
 
 
 @converts("index.Tensor")
-def _index(call: Call) -> Any:
+def _index(call: Call) -> Expr:
     x = call.input()
     given = list(call.given["indices"])
     places = [axis for axis, index in enumerate(given) if index is not None]
@@ -147,7 +147,7 @@ def _index(call: Call) -> Any:
 
 
 @converts("diagonal.default")
-def _diagonal(call: Call) -> Any:
+def _diagonal(call: Call) -> Expr:
     axes = [call.axis(call["dim1"]), call.axis(call["dim2"])]
     rest = [axis for axis in range(call.rank()) if axis not in axes]
     moved = call.emit(relax.op.permute_dims(call.input(), axes + rest))
@@ -163,7 +163,7 @@ def _diagonal(call: Call) -> Any:
 
 
 @converts("index_put.default", "_unsafe_index_put.default")
-def _index_put(call: Call) -> Any:
+def _index_put(call: Call) -> Expr:
     x, dtype = call.input(), call.dtype()
     given = list(call.given["indices"])
     places = [axis for axis, index in enumerate(given) if index is not None]
@@ -179,7 +179,9 @@ def _index_put(call: Call) -> Any:
     return _write_rows(call, x, places, rest, indices, values, accumulate)
 
 
-def _masked_write(call: Call, x: Any, mask: Any, axis: int, values: Any, accumulate: bool) -> Any:
+def _masked_write(
+    call: Call, x: Expr, mask: Expr, axis: int, values: Expr, accumulate: bool
+) -> Expr:
     """``x[mask] = values`` where the values do not depend on how many elements the mask picks."""
     behind = x.ty.ndim - axis - mask.ty.ndim
     dims = [static(d) for d in values.ty.shape]
@@ -201,18 +203,18 @@ def _masked_write(call: Call, x: Any, mask: Any, axis: int, values: Any, accumul
 
 def _write_rows(
     call: Call,
-    x: Any,
+    x: Expr,
     places: list[int],
     rest: list[int],
-    indices: Sequence[Any],
-    values: Any,
+    indices: Sequence[Expr],
+    values: Expr,
     accumulate: bool,
-) -> Any:
+) -> Expr:
     dims = list(x.ty.shape)
     adjacent = places == list(range(places[0], places[-1] + 1))
     shape = _broadcast_shape([list(index.ty.shape) for index in indices])
     # one number for all indexed axes
-    flat: Any = None
+    flat: Expr = None
     for axis, index in zip(places, indices, strict=True):
         size = call.tensor(_plain(dims[axis]), "int64")
         own = relax.op.floor_mod(index, size)
@@ -245,9 +247,9 @@ def _write_rows(
     return call.emit(relax.op.permute_dims(result, inverse))
 
 
-def _broadcast_shape(shapes: list[list[Any]]) -> list[Any]:
+def _broadcast_shape(shapes: list[list[Expr]]) -> list[Expr]:
     rank = max(len(s) for s in shapes)
-    result: list[Any] = [1] * rank
+    result: list[Expr] = [1] * rank
     for shape in shapes:
         for axis, dim in enumerate(shape, rank - len(shape)):
             if static(dim) != 1:
@@ -255,8 +257,8 @@ def _broadcast_shape(shapes: list[list[Any]]) -> list[Any]:
     return result
 
 
-def _product(dims: Sequence[Any]) -> Any:
-    product: Any = 1
+def _product(dims: Sequence[Expr]) -> Expr:
+    product: Expr = 1
     for dim in dims:
         product = product * dim
     return product
@@ -282,7 +284,7 @@ _REDUCTIONS = {
     "scatter_add.default",
     "scatter_reduce.two",
 )
-def _scatter(call: Call) -> Any:
+def _scatter(call: Call) -> Expr:
     x, index, dtype = call.input(), call.cast(call["index"], "int64"), call.dtype()
     name = call.name
     reduce = "add" if name == "scatter_add" else call.given.get("reduce")
@@ -309,7 +311,7 @@ def _scatter(call: Call) -> Any:
     return call.reshape(result, call.shape()) if call.rank() == 0 else result
 
 
-def _scattered(call: Call, data: Any, index: Any, source: Any, axis: int, reduce: Any) -> Any:
+def _scattered(call: Call, data: Expr, index: Expr, source: Expr, axis: int, reduce: Expr) -> Expr:
     dtype = str(data.ty.dtype)
     if dtype == "bool":
         data, source = call.cast(data, "int8"), call.cast(source, "int8")
@@ -317,7 +319,7 @@ def _scattered(call: Call, data: Any, index: Any, source: Any, axis: int, reduce
     return call.cast(result, dtype)
 
 
-def _divide(call: Call, total: Any, number: Any, dtype: str) -> Any:
+def _divide(call: Call, total: Expr, number: Expr, dtype: str) -> Expr:
     number = call.cast(number, dtype)
     return call.emit(
         (relax.op.floor_divide if is_integer(dtype) else relax.op.divide)(total, number)
@@ -325,8 +327,8 @@ def _divide(call: Call, total: Any, number: Any, dtype: str) -> Any:
 
 
 def _scatter_without_self(
-    call: Call, data: Any, index: Any, source: Any, axis: int, reduce: str
-) -> Any:
+    call: Call, data: Expr, index: Expr, source: Expr, axis: int, reduce: str
+) -> Expr:
     dtype = str(data.ty.dtype)
     ones = call.broadcast(constant(1, "int64"), index.ty.shape)
     none = call.broadcast(constant(0, "int64"), data.ty.shape)
@@ -349,7 +351,7 @@ def _scatter_without_self(
 @converts(
     "index_add.default", "index_copy.default", "index_fill.int_Scalar", "index_fill.int_Tensor"
 )
-def _index_add(call: Call) -> Any:
+def _index_add(call: Call) -> Expr:
     x, dtype = call.input(), call.dtype()
     name = call.name
     scalar = call.rank() == 0
@@ -373,7 +375,7 @@ def _index_add(call: Call) -> Any:
 
 
 @converts("masked_scatter.default")
-def _masked_scatter(call: Call) -> Any:
+def _masked_scatter(call: Call) -> Expr:
     x, source = call.input(), call.reshape(call.input("source", call.dtype()), [-1])
     mask = call.broadcast(call.cast(call["mask"], "bool"), call.shape())
     flat = call.reshape(call.cast(mask, "int64"), [-1])
@@ -383,7 +385,7 @@ def _masked_scatter(call: Call) -> Any:
 
 
 @converts("_embedding_bag.default", "_embedding_bag_forward_only.default")
-def _embedding_bag(call: Call) -> Any:
+def _embedding_bag(call: Call) -> Expr:
     """Return the first of four results; the others serve gradients."""
     if any(u.args[1] != 0 for u in call.node.users if isinstance(u, fx.Node) and u.users):
         raise ValueError("only its first result is supported")

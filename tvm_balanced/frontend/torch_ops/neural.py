@@ -9,13 +9,14 @@ import numpy as np
 from tvm import relax
 
 from tvm_balanced.frontend.torch_ops.call import Call, constant, converts, numbers, static
+from tvm_balanced.support.tvm_types import Expr
 from tvm_balanced.te_operators import call_operator
 
 _HALF = ("float16", "bfloat16")
 
 
 @converts("dot.default", "vdot.default")
-def _dot(call: Call) -> Any:
+def _dot(call: Call) -> Expr:
     return call.emit(relax.op.sum(relax.op.multiply(call["self"], call[_second(call)])))
 
 
@@ -24,12 +25,12 @@ def _second(call: Call) -> str:
 
 
 @converts("mm.default", "bmm.default")
-def _product(call: Call) -> Any:
+def _product(call: Call) -> Expr:
     names = [a.name for a in call.schema.arguments][:2]
     return _matmul(call, names)
 
 
-def _matmul(call: Call, names: Sequence[str]) -> Any:
+def _matmul(call: Call, names: Sequence[str]) -> Expr:
     one, other = (call[name] for name in names)
     if static(one.ty.shape[-1]) == 0:
         dims = [*list(one.ty.shape)[:-1], *list(other.ty.shape)[-1:]]
@@ -38,7 +39,7 @@ def _matmul(call: Call, names: Sequence[str]) -> Any:
 
 
 @converts("addmm.default", "baddbmm.default", "addbmm.default")
-def _add_product(call: Call) -> Any:
+def _add_product(call: Call) -> Expr:
     names = [a.name for a in call.schema.arguments][1:3]
     dtype = call.dtype()
     product = _matmul(call, names)
@@ -47,7 +48,7 @@ def _add_product(call: Call) -> Any:
     return _weighted_sum(call, product, call.input("self", dtype))
 
 
-def _weighted_sum(call: Call, product: Any, addend: Any) -> Any:
+def _weighted_sum(call: Call, product: Expr, addend: Expr) -> Expr:
     """``beta * addend + alpha * product``; what beta = 0 multiplies does not count, NaN included."""
     alpha, beta = call["alpha"], call["beta"]
     if alpha != 1:
@@ -62,13 +63,13 @@ def _weighted_sum(call: Call, product: Any, addend: Any) -> Any:
 _LAYOUTS = {1: ("NCW", "OIW", "IOW"), 2: ("NCHW", "OIHW", "IOHW"), 3: ("NCDHW", "OIDHW", "IODHW")}
 
 
-def _per_axis(values: Any, rank: int) -> list[int]:
+def _per_axis(values: Expr, rank: int) -> list[int]:
     values = list(values) if isinstance(values, Sequence) else [values]
     return [int(v) for v in (values * rank if len(values) == 1 else values)]
 
 
 @converts("convolution.default")
-def _convolution(call: Call) -> Any:
+def _convolution(call: Call) -> Expr:
     x, weight, bias, dtype = call["input"], call["weight"], call["bias"], call.dtype()
     rank = x.ty.ndim - 2
     stride, padding, dilation = (
@@ -101,13 +102,13 @@ def _convolution(call: Call) -> Any:
 # pooling
 
 
-def _batched(call: Call, rank: int) -> Any:
+def _batched(call: Call, rank: int) -> Expr:
     x = call.input()
     return call.emit(relax.op.expand_dims(x, 0)) if x.ty.ndim == rank + 1 else x
 
 
 @converts("max_pool2d_with_indices.default", "max_pool3d_with_indices.default")
-def _max_pool(call: Call) -> Any:
+def _max_pool(call: Call) -> Expr:
     rank = 2 if "2d" in call.name else 3
     window = _per_axis(call["kernel_size"], rank)
     padding = _per_axis(call["padding"], rank)
@@ -123,7 +124,7 @@ def _max_pools(
     padding: list[int],
     dilation: list[int],
     ceil_mode: bool,
-) -> list[Any]:
+) -> list[Expr]:
     """Return the maxima and their places."""
     settings = {
         "pool_size": window,
@@ -139,7 +140,7 @@ def _max_pools(
 
 
 @converts("adaptive_max_pool2d.default", "adaptive_max_pool3d.default")
-def _adaptive_max_pool(call: Call) -> Any:
+def _adaptive_max_pool(call: Call) -> Expr:
     x, target = call.input(), [int(s) for s in call["output_size"]]
     sizes = [static(d) for d in list(x.ty.shape)[-len(target) :]]
     if any(size is None or size % out for size, out in zip(sizes, target, strict=True)):
@@ -150,7 +151,7 @@ def _adaptive_max_pool(call: Call) -> Any:
 
 
 @converts("avg_pool1d.default", "avg_pool2d.default", "avg_pool3d.default")
-def _avg_pool(call: Call) -> Any:
+def _avg_pool(call: Call) -> Expr:
     rank = int(call.name[-2])
     window = _per_axis(call["kernel_size"], rank)
     x, dtype, divisor = _batched(call, rank), call.dtype(), call.given.get("divisor_override")
@@ -175,7 +176,7 @@ def _avg_pool(call: Call) -> Any:
 
 
 @converts("_adaptive_avg_pool2d.default", "_adaptive_avg_pool3d.default")
-def _adaptive_avg_pool(call: Call) -> Any:
+def _adaptive_avg_pool(call: Call) -> Expr:
     rank = int(call.name[-2])
     x = _batched(call, rank)
     pool = getattr(relax.op.nn, f"adaptive_avg_pool{rank}d")
@@ -193,13 +194,13 @@ def _filled(call: Call, value: Any, dims: Sequence[Any], number: float, dtype: s
     return relax.const(np.full(numbers(dims), number), dtype)
 
 
-def _inverse_deviation(call: Call, variance: Any, eps: float) -> Any:
+def _inverse_deviation(call: Call, variance: Expr, eps: float) -> Expr:
     dtype = str(variance.ty.dtype)
     return call.emit(relax.op.rsqrt(relax.op.add(variance, relax.const(eps, dtype))))
 
 
 @converts("native_layer_norm.default")
-def _layer_norm(call: Call) -> Any:
+def _layer_norm(call: Call) -> Expr:
     x, dims, dtype = call["input"], list(call["normalized_shape"]), call.dtype()
     axes = list(range(-len(dims), 0))
     weight = _filled(call, call["weight"], dims, 1.0, dtype)
@@ -216,7 +217,7 @@ def _reads_beyond_first(call: Call) -> bool:
     return any(user.args[1] != 0 for user in call.node.users)
 
 
-def _statistics(call: Call, x: Any, axes: list[int], eps: float) -> list[Any]:
+def _statistics(call: Call, x: Expr, axes: list[int], eps: float) -> list[Expr]:
     """Mean and reciprocal deviation, as a normalisation returns them beside its result."""
     wide = call.cast(x, "float32") if str(x.ty.dtype) in _HALF else x
     mean = call.emit(relax.op.mean(wide, axes, keepdims=True))
@@ -229,7 +230,7 @@ def _statistics(call: Call, x: Any, axes: list[int], eps: float) -> list[Any]:
 
 
 @converts("native_group_norm.default")
-def _group_norm(call: Call) -> Any:
+def _group_norm(call: Call) -> Expr:
     x, groups, eps, dtype = call["input"], int(call["group"]), float(call["eps"]), call.dtype()
     dims = list(x.ty.shape)
     weight = _filled(call, call["weight"], [dims[1]], 1.0, dtype)
@@ -254,7 +255,7 @@ def _group_norm(call: Call) -> Any:
 
 
 @converts("_native_batch_norm_legit_no_training.default")
-def _batch_norm(call: Call) -> Any:
+def _batch_norm(call: Call) -> Expr:
     if _reads_beyond_first(call):
         raise ValueError("only its first result is supported")
     x, dtype = call["input"], call.dtype()
@@ -279,7 +280,7 @@ def _batch_norm(call: Call) -> Any:
 
 
 @converts("_native_batch_norm_legit.no_stats")
-def _batch_norm_no_stats(call: Call) -> Any:
+def _batch_norm_no_stats(call: Call) -> Expr:
     if _reads_beyond_first(call):
         raise ValueError("only its first result is supported")
     x, dtype = call["input"], call.dtype()
@@ -298,7 +299,7 @@ def _batch_norm_no_stats(call: Call) -> Any:
 
 
 @converts("_softmax.default", "_log_softmax.default")
-def _softmax(call: Call) -> Any:
+def _softmax(call: Call) -> Expr:
     logarithm = "log" in call.name
     x = call.input("self", call.dtype())
     if call.rank() == 0:

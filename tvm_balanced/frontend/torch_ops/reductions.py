@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from tvm import relax
 
 from tvm_balanced.frontend.torch_ops.call import Call, constant, converts, static
+from tvm_balanced.support.tvm_types import Expr
 
 
 def _keepdim(call: Call) -> bool:
     return bool(call.given.get("keepdim", False))
 
 
-def _dim(call: Call) -> Any:
+def _dim(call: Call) -> Expr:
     return call["dim"] if "dim" in call.given else None
 
 
@@ -25,7 +25,7 @@ def _scalar(call: Call, name: str = "self") -> bool:
 @converts(
     "sum.default", "sum.dim_IntList", "mean.default", "mean.dim", "prod.default", "prod.dim_int"
 )
-def _sum(call: Call) -> Any:
+def _sum(call: Call) -> Expr:
     name = call.name
     x = call.input("self", call.dtype())
     if _scalar(call):
@@ -38,12 +38,12 @@ def _sum(call: Call) -> Any:
 
 
 @converts("amax.default", "amin.default", "max.default", "min.default")
-def _extremum(call: Call) -> Any:
+def _extremum(call: Call) -> Expr:
     largest = "max" in call.name
     return _reduce(call, call.input(), largest, call.axes(_dim(call)), _keepdim(call))
 
 
-def _reduce(call: Call, x: Any, largest: bool, axes: list[int], keepdim: bool) -> Any:
+def _reduce(call: Call, x: Expr, largest: bool, axes: list[int], keepdim: bool) -> Expr:
     if x.ty.ndim == 0:
         return x
     dtype = str(x.ty.dtype)
@@ -53,7 +53,7 @@ def _reduce(call: Call, x: Any, largest: bool, axes: list[int], keepdim: bool) -
 
 
 @converts(*(f"{name}.{kind}" for name in ("any", "all") for kind in ("default", "dim", "dims")))
-def _any(call: Call) -> Any:
+def _any(call: Call) -> Expr:
     largest = "any" in call.name
     if call.fake("self").numel() == 0:
         return call.broadcast(constant(not largest, call.dtype()), call.shape())
@@ -61,18 +61,18 @@ def _any(call: Call) -> Any:
     return call.cast(_reduce(call, x, largest, call.axes(_dim(call)), _keepdim(call)), call.dtype())
 
 
-def count(call: Call, axes: list[int], dtype: str, name: str = "self") -> Any:
+def count(call: Call, axes: list[int], dtype: str, name: str = "self") -> Expr:
     """Return number of elements along the axes, as a tensor of no axes."""
     dims = call.dims(call.fake(name).shape)
-    product: Any = 1
+    product: Expr = 1
     for axis in axes:
         product = product * dims[axis]
     return call.tensor(static(product) if static(product) is not None else product, dtype)
 
 
 def moments(
-    call: Call, x: Any, axes: list[int], correction: float, keepdim: bool
-) -> tuple[Any, Any]:
+    call: Call, x: Expr, axes: list[int], correction: float, keepdim: bool
+) -> tuple[Expr, Expr]:
     """Variance (with Bessel's or another correction) and mean."""
     dtype = str(x.ty.dtype)
     number = count(call, axes, dtype)
@@ -90,7 +90,7 @@ def moments(
 
 
 @converts("var.correction", "std.correction", "var_mean.correction", "std_mean.correction")
-def _variance(call: Call) -> Any:
+def _variance(call: Call) -> Expr:
     name = call.name
     correction = call["correction"]
     dtype = call.dtype()
@@ -109,7 +109,7 @@ def _variance(call: Call) -> Any:
 
 
 @converts("argmax.default", "argmin.default")
-def _position(call: Call) -> Any:
+def _position(call: Call) -> Expr:
     op = relax.op.argmax if "argmax" in call.name else relax.op.argmin
     dim, keepdim = call["dim"], _keepdim(call)
     x = call.input()
@@ -122,7 +122,7 @@ def _position(call: Call) -> Any:
 
 
 @converts("max.dim", "min.dim")
-def _extremum_along(call: Call) -> Any:
+def _extremum_along(call: Call) -> Expr:
     op = relax.op.argmax if call.name.startswith("max") else relax.op.argmin
     x = call.input()
     if _scalar(call):
@@ -134,7 +134,7 @@ def _extremum_along(call: Call) -> Any:
 
 
 @converts("cumsum.default", "cumprod.default")
-def _running(call: Call) -> Any:
+def _running(call: Call) -> Expr:
     # a cast of the finished sum would come too late: booleans added as booleans are lost
     op = relax.op.cumsum if "cumsum" in call.name else relax.op.cumprod
     dtype = call.dtype()
@@ -143,7 +143,7 @@ def _running(call: Call) -> Any:
 
 
 @converts("histc.default")
-def _histc(call: Call) -> Any:
+def _histc(call: Call) -> Expr:
     dtype, bins = call.dtype(), int(call["bins"])
     low, high = float(call["min"]), float(call["max"])
     if low == high:
@@ -168,7 +168,7 @@ def _histc(call: Call) -> Any:
 
 
 @converts("_cdist_forward.default")
-def _cdist(call: Call) -> Any:
+def _cdist(call: Call) -> Expr:
     p, dtype = float(call["p"]), call.dtype()
     one = call.emit(relax.op.expand_dims(call["x1"], -2))
     other = call.emit(relax.op.expand_dims(call["x2"], -3))

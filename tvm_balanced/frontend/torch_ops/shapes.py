@@ -9,6 +9,7 @@ import torch
 from tvm import relax
 
 from tvm_balanced.frontend.torch_ops.call import Call, constant, converts, numbers, static
+from tvm_balanced.support.tvm_types import Expr
 
 # constants that PyTorch computes are embedded up to this many elements
 _EMBED = 1 << 16
@@ -19,7 +20,7 @@ _EMBED = 1 << 16
     "squeeze.dims",
     "unsqueeze.default",
 )
-def _view(call: Call) -> Any:
+def _view(call: Call) -> Expr:
     x, shape = call.input(), call.shape()
     name = call.name
     if name == "unsqueeze":
@@ -32,19 +33,19 @@ def _view(call: Call) -> Any:
 
 
 @converts("permute.default")
-def _permute(call: Call) -> Any:
+def _permute(call: Call) -> Expr:
     if call.rank() == 0:
         return call.input()
     return call.emit(relax.op.permute_dims(call.input(), [call.axis(d) for d in call["dims"]]))
 
 
 @converts("expand.default")
-def _expand(call: Call) -> Any:
+def _expand(call: Call) -> Expr:
     return call.broadcast(call.input(), call.shape())
 
 
 @converts("cat.default")
-def _cat(call: Call) -> Any:
+def _cat(call: Call) -> Expr:
     # tensors without elements, of whatever rank, count for nothing (a fresh cache)
     given = call.given["tensors"]
     kept = [part for part in given if part.meta["val"].numel() != 0] or list(given)
@@ -54,7 +55,7 @@ def _cat(call: Call) -> Any:
 
 
 @converts("split_with_sizes.default")
-def _split(call: Call) -> Any:
+def _split(call: Call) -> Expr:
     axis, x = call.axis(call["dim"]), call.input()
     parts, start = [], 0
     for result in call.results:
@@ -65,7 +66,7 @@ def _split(call: Call) -> Any:
 
 
 @converts("repeat.default")
-def _repeat(call: Call) -> Any:
+def _repeat(call: Call) -> Expr:
     repeats = list(call["repeats"])
     if not call.results[0].shape:
         return call.input()
@@ -73,7 +74,7 @@ def _repeat(call: Call) -> Any:
 
 
 @converts("flip.default")
-def _flip(call: Call) -> Any:
+def _flip(call: Call) -> Expr:
     x = call.input()
     for axis in call["dims"] if call.rank() else ():
         x = call.emit(relax.op.flip(x, call.axis(axis)))
@@ -81,7 +82,7 @@ def _flip(call: Call) -> Any:
 
 
 @converts("roll.default")
-def _roll(call: Call) -> Any:
+def _roll(call: Call) -> Expr:
     x, shifts, dims = call.input(), list(call["shifts"]), list(call["dims"])
     if call.rank() == 0:
         return x
@@ -98,12 +99,12 @@ def _roll(call: Call) -> Any:
     return call.reshape(x, call.shape())
 
 
-def _plain(size: Any) -> Any:
+def _plain(size: Expr) -> Expr:
     return size if static(size) is None else static(size)
 
 
 @converts("constant_pad_nd.default")
-def _pad(call: Call) -> Any:
+def _pad(call: Call) -> Expr:
     x, pad, rank = call.input(), list(call["pad"]), call.rank()
     if any(static(p) is None for p in pad):
         raise ValueError("the padding must be numbers")
@@ -130,7 +131,7 @@ def _pad(call: Call) -> Any:
 
 
 @converts("as_strided.default")
-def _as_strided(call: Call) -> Any:
+def _as_strided(call: Call) -> Expr:
     fake = call.fake("self")
     size, stride = numbers(call["size"]), numbers(call["stride"])
     offset = call["storage_offset"] or 0
@@ -153,22 +154,22 @@ def _filled(call: Call, value: Any) -> Any:
 
 
 @converts("full.default", "full_like.default", "new_full.default", "fill.Scalar")
-def _full(call: Call) -> Any:
+def _full(call: Call) -> Expr:
     return _filled(call, call["value" if "value" in call.given else "fill_value"])
 
 
 @converts("fill.Tensor")
-def _fill(call: Call) -> Any:
+def _fill(call: Call) -> Expr:
     return call.broadcast(call.input("value", call.dtype()), call.shape())
 
 
 @converts("scalar_tensor.default")
-def _scalar_tensor(call: Call) -> Any:
+def _scalar_tensor(call: Call) -> Expr:
     return call.tensor(call["s"], call.dtype())
 
 
 @converts("ones.default", "ones_like.default", "new_ones.default")
-def _ones(call: Call) -> Any:
+def _ones(call: Call) -> Expr:
     return _filled(call, 1)
 
 
@@ -184,12 +185,12 @@ def _ones(call: Call) -> Any:
     "new_empty.default",
     "new_empty_strided.default",
 )
-def _zeros(call: Call) -> Any:
+def _zeros(call: Call) -> Expr:
     return _filled(call, 0)
 
 
 @converts("arange.start_step")
-def _arange(call: Call) -> Any:
+def _arange(call: Call) -> Expr:
     dtype = call.dtype()
     start, end, step = (
         call[n] if n in call.given else d for n, d in (("start", 0), ("end", 0), ("step", 1))
@@ -216,7 +217,7 @@ def _arange(call: Call) -> Any:
 
 
 @converts("eye.m")
-def _eye(call: Call) -> Any:
+def _eye(call: Call) -> Expr:
     rows, columns = call.shape()
     dtype = call.dtype()
     same = relax.op.equal(relax.op.expand_dims(call.arange(rows), 1), call.arange(columns))
@@ -224,7 +225,7 @@ def _eye(call: Call) -> Any:
 
 
 @converts("tril.default", "triu.default")
-def _triangle(call: Call) -> Any:
+def _triangle(call: Call) -> Expr:
     lower = "tril" in call.name
     x, dtype = call.input(), call.dtype()
     rows, columns = list(x.ty.shape)[-2:]

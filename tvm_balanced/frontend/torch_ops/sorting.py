@@ -6,25 +6,24 @@ comparison of NaN decides is up to the sort.
 
 from __future__ import annotations
 
-from typing import Any
-
 from tvm import relax
 
 from tvm_balanced.frontend.torch_ops.call import Call, constant, converts, static
+from tvm_balanced.support.tvm_types import Expr
 from tvm_balanced.te_operators import call_operator
 
 
-def _order(call: Call, x: Any, axis: int, descending: bool) -> Any:
+def _order(call: Call, x: Expr, axis: int, descending: bool) -> Expr:
     keys = call.emit(call_operator("relax.order_key", x))
     return call.emit(relax.op.argsort(keys, axis, descending, dtype="int64"))
 
 
-def _pick(call: Call, x: Any, where: Any, axis: int) -> Any:
+def _pick(call: Call, x: Expr, where: Expr, axis: int) -> Expr:
     return call.emit(relax.op.gather_elements(x, where, axis))
 
 
 @converts("sort.default", "sort.stable")
-def _sort(call: Call) -> Any:
+def _sort(call: Call) -> Expr:
     x = call.input()
     if call.rank() == 0:
         return [x, constant(0, "int64")]
@@ -34,7 +33,7 @@ def _sort(call: Call) -> Any:
 
 
 @converts("topk.default")
-def _topk(call: Call) -> Any:
+def _topk(call: Call) -> Expr:
     x, k = call.input(), call["k"]
     if call.rank() == 0:
         return [x, constant(0, "int64")]
@@ -50,7 +49,7 @@ def _topk(call: Call) -> Any:
     return [_pick(call, x, where, axis), where]
 
 
-def _at_rank(call: Call, x: Any, axis: int, position: Any) -> tuple[Any, Any]:
+def _at_rank(call: Call, x: Expr, axis: int, position: Expr) -> tuple[Expr, Expr]:
     """Return the element of rank ``position`` along an axis, and its index; the axis stays, of size 1."""
     order = _order(call, x, axis, False)
     place = call.emit(relax.op.take(order, call.tensor(position, "int64"), axis))
@@ -59,7 +58,7 @@ def _at_rank(call: Call, x: Any, axis: int, position: Any) -> tuple[Any, Any]:
 
 
 @converts("kthvalue.default")
-def _kthvalue(call: Call) -> Any:
+def _kthvalue(call: Call) -> Expr:
     x = call.input()
     if call.rank() == 0:
         return [x, constant(0, "int64")]
@@ -68,7 +67,7 @@ def _kthvalue(call: Call) -> Any:
 
 
 @converts("median.dim", "median.default")
-def _median(call: Call) -> Any:
+def _median(call: Call) -> Expr:
     x, dim = call.input(), call.given.get("dim")
     if call.rank() == 0:
         return x if dim is None else [x, constant(0, "int64")]
@@ -91,7 +90,7 @@ def _median(call: Call) -> Any:
 
 
 @converts("bucketize.Tensor", "bucketize.Scalar", "searchsorted.Tensor", "searchsorted.Scalar")
-def _bucketize(call: Call) -> Any:
+def _bucketize(call: Call) -> Expr:
     search = "searchsorted" in call.name
     edges = call["sorted_sequence" if search else "boundaries"]
     given = call["self"]
