@@ -45,10 +45,11 @@ def names(folder):
 
 OPERATORS = [
     "01-imported.py",
-    "02-rewrite_dense.py",
-    "03-merge_dense.py",
-    "04-fold_weights.py",
-    "05-accumulate_float32.py",
+    "02-keep_axes.py",
+    "03-rewrite_dense.py",
+    "04-merge_dense.py",
+    "05-fold_weights.py",
+    "06-accumulate_float32.py",
 ]
 
 
@@ -93,10 +94,10 @@ def test_every_phase_is_dumped_for_llvm(tmp_path):
     _, _, model = imported(batch=None)
     folder = tmp_path / "deep" / "ir"
     after = prepared(tb.prune(model, "4:16"), "llvm", folder, buckets=[1, 8])
-    assert names(folder) == [*OPERATORS, "06-bucket_functions.py"]
+    assert names(folder) == [*OPERATORS, "07-bucket_functions.py"]
     assert "R.matmul" in (folder / OPERATORS[0]).read_text()
-    assert "balanced_sparse_dense" in (folder / OPERATORS[1]).read_text()
-    assert "def main_batch_8" in (folder / "06-bucket_functions.py").read_text()
+    assert "balanced_sparse_dense" in (folder / OPERATORS[2]).read_text()
+    assert "def main_batch_8" in (folder / "07-bucket_functions.py").read_text()
     export_library(
         after.mod,
         after.plan.target,
@@ -104,9 +105,9 @@ def test_every_phase_is_dumped_for_llvm(tmp_path):
         params=after.embedded,
         options={"dump_ir": str(folder)},
     )
-    assert names(folder)[6:] == ["07-fuse.py", "08-schedule.py", "09-lower.py", "10-device.ll"]
-    assert "R.matmul" not in (folder / "07-fuse.py").read_text()
-    assert "define" in (folder / "10-device.ll").read_text()
+    assert names(folder)[7:] == ["08-fuse.py", "09-schedule.py", "10-lower.py", "11-device.ll"]
+    assert "R.matmul" not in (folder / "08-fuse.py").read_text()
+    assert "define" in (folder / "11-device.ll").read_text()
 
 
 @pytest.mark.skipif(bool(missing_cuda_packages()), reason="NVRTC from PyPI is not installed")
@@ -123,12 +124,12 @@ def test_every_phase_is_dumped_by_the_worker_too(tmp_path):
     )
     assert names(folder) == [
         *OPERATORS,
-        "06-fuse.py",
-        "07-schedule.py",
-        "08-lower.py",
-        "09-device.cu",
+        "07-fuse.py",
+        "08-schedule.py",
+        "09-lower.py",
+        "10-device.cu",
     ]
-    assert (folder / "09-device.cu").read_text() == exported.cuda_source
+    assert (folder / "10-device.cu").read_text() == exported.cuda_source
     # what is dumped is what each made: the others have nothing to do here
     texts = {path.name[3:-3]: path.read_text() for path in folder.glob("*.py")}
     changing = ("imported", "rewrite_dense", "fuse", "schedule", "lower")

@@ -36,6 +36,7 @@ from tvm_balanced.relay_passes.dense_cublas import dense_cublas
 from tvm_balanced.relay_passes.find_dense import DenseLayer
 from tvm_balanced.relay_passes.fold_weights import fold_weights
 from tvm_balanced.relay_passes.fuse_transposes import fuse_transposes
+from tvm_balanced.relay_passes.keep_axes import keep_axes
 from tvm_balanced.relay_passes.leading_slices import leading_slices
 from tvm_balanced.relay_passes.lift_workspaces import lift_workspaces, with_signatures_of
 from tvm_balanced.relay_passes.merge_dense import merge_dense
@@ -84,6 +85,8 @@ def operator_passes(
 
     keep_transposed = {layer.name for layer in layers if _likes_rows(layer, target)}
     return [
+        # so that what stands behind a layer joins its kernel
+        keep_axes,
         rewrite_dense(formats),
         # merges what was rewritten: operators that stay dense are left to the target's libraries
         merge_dense(pays),
