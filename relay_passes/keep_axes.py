@@ -1,4 +1,4 @@
-"""Relax pass: products of flattened activations, and element-wise work behind them, keep the activations' axes.
+"""Relax pass: products of flattened activations, and element-wise work behind them, keep their axes.
 
 Before (what PyTorch makes of a linear layer behind three axes)::
 
@@ -35,7 +35,16 @@ _UNARY = frozenset(
     f"relax.{name}"
     for name in (
         *("abs", "clip", "cos", "erf", "exp", "log", "negative", "rsqrt", "sigmoid", "sin", "sqrt"),
-        *("square", "tanh", "astype", "nn.gelu", "nn.gelu_tanh", "nn.leakyrelu", "nn.relu", "nn.silu"),
+        *(
+            "square",
+            "tanh",
+            "astype",
+            "nn.gelu",
+            "nn.gelu_tanh",
+            "nn.leakyrelu",
+            "nn.relu",
+            "nn.silu",
+        ),
     )
 )
 _BINARY = frozenset(

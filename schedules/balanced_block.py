@@ -9,7 +9,7 @@ import tvm_ffi
 from tvm import s_tir, tirx
 
 from tvm_balanced import ops_int8
-from tvm_balanced.format.int8 import DenseFormat, GatherFormat
+from tvm_balanced.format import int8
 from tvm_balanced.format.layout import PackedFormat
 from tvm_balanced.ops import BLOCK_DATA, FORMAT_ATTR, parse_format
 from tvm_balanced.support.tvm_types import Block, Buffer, Stmt
@@ -61,7 +61,7 @@ class Int8Block:
     """The int8 operator inside one (fused) PrimFunc: name and rows as of :class:`BalancedBlock`."""
 
     name: str
-    fmt: GatherFormat | DenseFormat
+    fmt: int8.Format
     rows: int | None
 
 

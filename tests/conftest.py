@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from tvm.target import Target
+
     from tvm_balanced.cuda.emulator.device import Device
 
 # read when the libraries are loaded, here and in the processes that tests start. Tests run side by side,
@@ -45,3 +47,11 @@ def emulated() -> Iterator[Device]:
     yield emulator
     emulator.reset()
     emulator.mode()
+
+
+@pytest.fixture
+def emulated_amx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Target:
+    """Tile instructions of kernels that are compiled here become calls of an emulator."""
+    from tests.helpers.amx import emulate
+
+    return emulate(monkeypatch, tmp_path)

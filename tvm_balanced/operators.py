@@ -32,7 +32,7 @@ class ScaledFormat(PackedFormat):
         return super().nbytes("int8") + self.out_features * numpy_dtype("float32").itemsize
 
 
-Int8Format: TypeAlias = int8.GatherFormat | int8.DenseFormat
+Int8Format: TypeAlias = int8.Format
 WeightFormat: TypeAlias = PackedFormat | Int8Format
 
 FormatT = TypeVar("FormatT", bound=WeightFormat)
@@ -121,9 +121,11 @@ class _Int8(PackedOperator[Int8Format]):
 
     def pack(self, weight: Array, fmt: Int8Format) -> list[Array]:
         rounded, scales = int8.quantize_weight(weight)
-        if isinstance(fmt, int8.GatherFormat):
-            return list(ops_int8.packed_arrays(int8.pack_balanced(rounded, scales, fmt.pattern)))
-        return list(ops_int8.packed_arrays(int8.pack_dense(rounded, scales)))
+        if isinstance(fmt, int8.DenseFormat):
+            return list(ops_int8.packed_arrays(int8.pack_dense(rounded, scales)))
+        expands = isinstance(fmt, int8.ExpandFormat)
+        make = int8.pack_expand if expands else int8.pack_balanced
+        return list(ops_int8.packed_arrays(make(rounded, scales, fmt.pattern)))
 
 
 _BALANCED, _SCALED, _INT8 = _Balanced(), _Scaled(), _Int8()

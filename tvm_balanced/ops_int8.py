@@ -8,6 +8,7 @@ is an attribute of the call.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import tvm
@@ -22,6 +23,8 @@ from tvm_balanced.format.int8 import (
     ROWS,
     ZERO_POINT,
     DenseFormat,
+    ExpandFormat,
+    Format,
     GatherFormat,
     Int8Weight,
 )
@@ -35,6 +38,7 @@ OP_NAME = "relax.nn.int8_dense"
 BLOCK_MAGNITUDE = "int8_magnitude"
 BLOCK_DATA = "int8_data"
 BLOCK_SCALE = "int8_scale"
+BLOCK_LINES = "int8_lines"
 BLOCK_MAIN = "int8_dense"
 BLOCK_OUT = "int8_out"
 
@@ -45,19 +49,26 @@ SCHEDULE_RULE = "int8_dense"
 _FUSES_ELEMENTWISE = 4
 
 _DENSE = "dense"
+_TILES = "-tiles"
 
 
-def format_text(fmt: GatherFormat | DenseFormat) -> str:
-    """One line that fixes a format: ``n384_k384_4:16`` or ``n384_k384_dense``."""
-    kind = fmt.pattern if isinstance(fmt, GatherFormat) else _DENSE
+def format_text(fmt: Format) -> str:
+    """One line that fixes a format: ``n384_k384_4:16``, ``n384_k384_4:16-tiles`` or ``n384_k384_dense``."""
+    if isinstance(fmt, DenseFormat):
+        kind = _DENSE
+    else:
+        kind = f"{fmt.pattern}{_TILES if isinstance(fmt, ExpandFormat) else ''}"
     return f"n{fmt.out_features}_k{fmt.in_features}_{kind}"
 
 
-def parse_format(text: str) -> GatherFormat | DenseFormat:
+def parse_format(text: str) -> Format:
     """Inverse of :func:`format_text`."""
     n, k, kind = text.split("_")
     shape = int(n[1:]), int(k[1:])
-    return DenseFormat(*shape) if kind == _DENSE else GatherFormat(*shape, BalancedPattern(kind))
+    if kind == _DENSE:
+        return DenseFormat(*shape)
+    make = ExpandFormat if kind.endswith(_TILES) else GatherFormat
+    return make(*shape, BalancedPattern(kind.removesuffix(_TILES)))
 
 
 def int8_dense(
@@ -65,7 +76,7 @@ def int8_dense(
     stream: relax.Expr,
     scales: relax.Expr,
     compensation: relax.Expr,
-    fmt: GatherFormat | DenseFormat,
+    fmt: Format,
     out_dtype: str = "float32",
 ) -> relax.Call:
     """Build a call of the operator.
@@ -76,7 +87,7 @@ def int8_dense(
         Activations; any rank from 1, any symbolic leading dimension.
     stream, scales, compensation : expression
         Arrays of an :class:`~tvm_balanced.format.int8.Int8Weight`.
-    fmt : GatherFormat or DenseFormat
+    fmt : GatherFormat, ExpandFormat or DenseFormat
         Becomes the call's attribute.
     out_dtype : str
         Dtype of the result, ``(..., N)``.
@@ -85,7 +96,7 @@ def int8_dense(
     return tvm.ir.Call(tvm.ir.Op.get(OP_NAME), [data, stream, scales, compensation], attrs)
 
 
-def operand_types(fmt: GatherFormat | DenseFormat) -> dict[str, relax.TensorType]:
+def operand_types(fmt: Format) -> dict[str, relax.TensorType]:
     """Types of the operator's packed operands, by their names in :class:`Int8Weight`."""
     rows = fmt.groups * ROWS
     return {
@@ -100,7 +111,7 @@ def int8_dense_te(
     stream: te.Tensor,
     scales: te.Tensor,
     compensation: te.Tensor,
-    fmt: GatherFormat | DenseFormat,
+    fmt: Format,
     out_dtype: str,
 ) -> te.Tensor:
     """Return the operator in TensorIR, before any schedule: five stages, each a block with a fixed name.
@@ -110,6 +121,9 @@ def int8_dense_te(
     3. ``int8_scale[...]``: the token's scale.
     4. ``int8_dense[..., n]``: the sum over the slots of a row, int32, over the padded rows.
     5. ``int8_out[..., n]``: cut to N, without the compensation, scaled and cast.
+
+    With expanded tiles one more before the fourth, ``int8_lines[group, window, line]``: where the values of a
+    line begin in their tile.
     """
     lead = list(data.shape[:-1])
     layout = fmt.activations(1, False)
@@ -145,11 +159,12 @@ def int8_dense_te(
     token_scale = te.compute(tuple(lead), lambda *at: largest(*at) / f(LARGEST), name=BLOCK_SCALE)
     per_window = fmt.registers * QUAD if isinstance(fmt, GatherFormat) else REGISTER
     slot = te.reduce_axis((0, layout.windows * per_window), name="t")
+    slot_at = _slots(stream, fmt)
 
     def multiply_add(*at: Expr) -> Expr:
         *token, n = at
         window, within = slot // per_window, slot % per_window
-        value, byte = _slot(stream, fmt, n, window, within)
+        value, byte = slot_at(n, window, within)
         x = tirx.Cast("int32", stored(*token, window, byte))
         return te.sum(x * tirx.Cast("int32", value), axis=slot)
 
@@ -168,26 +183,75 @@ def int8_dense_te(
     return te.compute((*lead, fmt.out_features), out, name=BLOCK_OUT)
 
 
-def _slot(
-    stream: te.Tensor, fmt: GatherFormat | DenseFormat, n: Expr, window: Expr, slot: Expr
-) -> tuple[Expr, Expr]:
-    """Value of a slot of row ``n``, and the byte of its window that it multiplies."""
-    group, lane = n // ROWS, n % ROWS * QUAD + slot % QUAD
+def _slots(stream: te.Tensor, fmt: Format) -> Callable[[Expr, Expr, Expr], tuple[Expr, Expr]]:
+    """Value of a row's slot in a window, and the byte of the window that it multiplies."""
     if isinstance(fmt, DenseFormat):
-        return stream(group, window, slot // QUAD * REGISTER + lane), slot
-    step, register = (
-        window // fmt.step_windows,
-        window % fmt.step_windows * fmt.registers + slot // QUAD,
-    )
-    value = stream(group, step, register * REGISTER + lane)
-    indices = fmt.step_registers * REGISTER
-    if fmt.encoding == "u8":
-        index = tirx.Cast("int32", stream(group, step, indices + register * REGISTER + lane))
-        return value, index & tirx.const(255, "int32")
-    both = tirx.Cast("int32", stream(group, step, indices + register // 2 * REGISTER + lane))
-    index = both >> tirx.Cast("int32", register % 2 * 4) & tirx.const(15, "int32")
-    block = tirx.min(slot // fmt.slots_pattern.nnz, fmt.window_blocks - 1)
-    return value, index + tirx.Cast("int32", block * fmt.slots_pattern.block)
+        return lambda n, window, slot: (stream(n // ROWS, window, _place(n, slot)), slot)
+    if isinstance(fmt, ExpandFormat):
+        return _expanded_slots(stream, fmt)
+
+    def gathered(n: Expr, window: Expr, slot: Expr) -> tuple[Expr, Expr]:
+        group, lane = n // ROWS, n % ROWS * QUAD + slot % QUAD
+        step, register = (
+            window // fmt.step_windows,
+            window % fmt.step_windows * fmt.registers + slot // QUAD,
+        )
+        value = stream(group, step, register * REGISTER + lane)
+        indices = fmt.step_registers * REGISTER
+        if fmt.encoding == "u8":
+            index = tirx.Cast("int32", stream(group, step, indices + register * REGISTER + lane))
+            return value, index & tirx.const(255, "int32")
+        both = tirx.Cast("int32", stream(group, step, indices + register // 2 * REGISTER + lane))
+        index = both >> tirx.Cast("int32", register % 2 * 4) & tirx.const(15, "int32")
+        block = tirx.min(slot // fmt.slots_pattern.nnz, fmt.window_blocks - 1)
+        return value, index + tirx.Cast("int32", block * fmt.slots_pattern.block)
+
+    return gathered
+
+
+def _place(n: Expr, column: Expr) -> Expr:
+    """Byte of a dense tile that holds a row's column."""
+    return column // QUAD * REGISTER + n % ROWS * QUAD + column % QUAD
+
+
+def _bit_count(byte: Expr) -> Expr:
+    """Bits of a byte, int32; TVM's own count of bits compiles for no CPU."""
+    pairs = byte - (byte >> 1 & 0x55)
+    quads = (pairs & 0x33) + (pairs >> 2 & 0x33)
+    return quads + (quads >> 4) & 15
+
+
+def _expanded_slots(
+    stream: te.Tensor, fmt: ExpandFormat
+) -> Callable[[Expr, Expr, Expr], tuple[Expr, Expr]]:
+    line_bytes = REGISTER // 8
+
+    def bits(group: Expr, window: Expr, byte: Expr) -> Expr:
+        return tirx.Cast("int32", stream(group, window, fmt.tile_values + byte)) & 255
+
+    byte = te.reduce_axis((0, REGISTER * ROWS // 8), name="byte")
+
+    def before(group: Expr, window: Expr, line: Expr) -> Expr:
+        earlier = byte < line * line_bytes
+        count = _bit_count(bits(group, window, byte))
+        return te.sum(tirx.if_then_else(earlier, count, tirx.const(0, "int32")), axis=byte)
+
+    lines = te.compute((fmt.groups, fmt.windows, ROWS), before, name=BLOCK_LINES)
+
+    def expanded(n: Expr, window: Expr, column: Expr) -> tuple[Expr, Expr]:
+        group, place = n // ROWS, _place(n, column)
+        line, within = place // REGISTER, tirx.Cast("int32", place % REGISTER)
+        rank = lines(group, window, line)
+        for i in range(line_bytes):
+            # bits of this byte that stand before the place
+            count = tirx.max(tirx.min(within - 8 * i, 8), 0)
+            mask = (tirx.const(1, "int32") << count) - 1
+            rank += _bit_count(bits(group, window, line * line_bytes + i) & mask)
+        kept = bits(group, window, place // 8) >> tirx.Cast("int32", place % 8) & 1
+        value = stream(group, window, tirx.min(rank, fmt.tile_values - 1))
+        return tirx.if_then_else(kept != 0, value, tirx.const(0, "int8")), column
+
+    return expanded
 
 
 def _infer_type(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TensorType:

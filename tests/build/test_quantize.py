@@ -5,12 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+import tvm
 
 import tvm_balanced as tb
 from tests.helpers import fake_quantized
 from tvm_balanced.build.prepare import prepare
 from tvm_balanced.errors import InputError
 from tvm_balanced.format import int8
+from tvm_balanced.planning.plan import make_plan
 from tvm_balanced.schedules.llvm.int8 import rule
 
 LAYERS = ("query.weight", "key.weight", "value.weight", "up.weight", "down.weight")
@@ -158,3 +160,51 @@ def test_a_kernel_that_the_rule_leaves_keeps_the_operators_own_tensorir(monkeypa
     monkeypatch.setattr(rule, "apply", lambda func, target: None)
     lib = tb.compile(model, "llvm", policy="always", quantize="int8")
     assert near(lib(*inputs), fake_quantized.run(module, inputs, LAYERS, "int8"))
+
+
+def _planned(pattern, rows, shape, policy="auto"):
+    """Row and format of a layer (N, K) on one core with AMX."""
+    layer = torch.nn.Linear(shape[1], shape[0], bias=False)
+    model = tb.prune(tb.from_torch(layer, (torch.randn(rows, shape[1]),)), pattern)
+    target = tvm.target.Target({"kind": "llvm", "mcpu": "sapphirerapids", "num-cores": 1})
+    options = tb.CompileOptions(quantize="int8", policy=policy)
+    plan = make_plan(model, target, options)
+    (row,) = plan.report
+    return row, plan.formats[row.name]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "rows", "shape", "decision", "form"),
+    [
+        ("4:16", 1, (1536, 384), "sparse", int8.GatherFormat),
+        ("2:16", 32, (1536, 384), "sparse", int8.GatherFormat),
+        # tiles take a dense weight from the caches at the price of a balanced one's
+        ("8:16", 128, (1536, 384), "dense", int8.DenseFormat),
+        # too large for them
+        ("8:16", 32, (6144, 4096), "sparse", int8.ExpandFormat),
+    ],
+)
+def test_amx_tiles_are_planned_where_they_are_predicted_faster(
+    pattern, rows, shape, decision, form
+):
+    row, fmt = _planned(pattern, rows, shape)
+    assert (row.decision, row.quantize, type(fmt)) == (decision, "int8", form)
+    by_tiles = form is not int8.GatherFormat
+    assert ("AMX tiles" in row.reason) == by_tiles
+
+
+def test_a_model_runs_in_tiles(emulated_amx):
+    module, inputs, model = pruned()
+    target = tvm.target.Target({**emulated_amx.export(), "num-cores": 2})
+    lib = tb.compile(model, target, policy="always", quantize="int8")
+    result = fake_quantized.run(module, inputs, LAYERS, "int8")
+    assert near(lib(*inputs), result)
+    assert tb.verify(lib).passed
+
+
+def test_a_model_for_a_cpu_with_amx_has_its_instructions(tmp_path):
+    _, _, model = pruned()
+    target = tvm.target.Target({"kind": "llvm", "mcpu": "sapphirerapids", "num-cores": 2})
+    tb.compile(model, target, policy="never", quantize="int8", dump_ir=str(tmp_path / "ir"))
+    (text,) = (tmp_path / "ir").glob("*device.ll")
+    assert "llvm.x86.tdpbusd" in text.read_text()

@@ -50,6 +50,8 @@ class Problem:
         Shape.
     seed : int
         Of the random numbers.
+    tiles : bool
+        Whether a balanced weight is packed to be expanded.
     """
 
     pattern: str | None
@@ -57,6 +59,7 @@ class Problem:
     k: int
     m: int
     seed: int = 0
+    tiles: bool = False
 
     @cached_property
     def weight(self) -> Any:
@@ -76,7 +79,8 @@ class Problem:
         values, scales = int8.quantize_weight(self.weight)
         if self.pattern is None:
             return int8.pack_dense(values, scales)
-        return int8.pack_balanced(values, scales, BalancedPattern(self.pattern))
+        pack = int8.pack_expand if self.tiles else int8.pack_balanced
+        return pack(values, scales, BalancedPattern(self.pattern))
 
     @cached_property
     def activations(self) -> tuple[Any, Any]:

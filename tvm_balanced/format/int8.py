@@ -483,6 +483,11 @@ class ExpandFormat(_BalancedFormat):
         """Shape of the stream of values and bits."""
         return self.groups, self.windows, self.tile_values + REGISTER * ROWS // 8
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of stream, scales and compensation."""
+        return _nbytes(self.stream_shape, self.groups)
+
     def activations(self, tokens: int, signed: bool) -> ActivationLayout:
         """Return the order in which the kernel reads activations; see :class:`ActivationLayout`."""
         return self.dense.activations(tokens, signed)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tvm_balanced.format.int8 import ROWS, GatherFormat
+from tvm_balanced.format.int8 import ROWS, DenseFormat, ExpandFormat, GatherFormat
 from tvm_balanced.format.layout import PackedFormat, numpy_dtype
 from tvm_balanced.schedules.cuda import by_rows as cuda_by_rows
 from tvm_balanced.schedules.cuda import machine
 from tvm_balanced.schedules.cuda import target as cuda
-from tvm_balanced.schedules.llvm.int8 import isa
+from tvm_balanced.schedules.llvm.int8 import amx, isa
 
 if TYPE_CHECKING:
     from tvm_balanced.operators import Int8Format
@@ -50,15 +50,23 @@ _LLVM_SPARSE_ARITHMETIC = 0.6
 # with 256-bit registers a block of 16 takes two permutes and a blend (1640 us for the same layer)
 _AVX2_SPARSE_ARITHMETIC = 0.4
 
-# arithmetic of int8 kernels over the peak of float32, dense and sparse: seen on one Zen 4 core at M = 32 with
-# benchmarks/int8_operator.py and the instruction sets lowered; the last row is a guess
+# arithmetic of int8 kernels over the peak of float32, dense and sparse: of one Zen 4 core at M = 32, hot, with
+# the instruction sets lowered (docs/int8.md), against the peak that a target with such registers is given; the
+# last row is a guess
 _INT8_ARITHMETIC = {
-    "avx512-vbmi": (3.8, 2.5),
-    "avx512-vnni": (3.8, 2.0),
-    "avx-vnni": (3.5, 1.9),
-    "avx2": (1.2, 1.0),
+    "avx512-vbmi": (2.4, 1.5),
+    "avx512-vnni": (2.4, 1.2),
+    "avx-vnni": (4.4, 2.2),
+    "avx2": (1.5, 1.25),
     "plain": (0.2, 0.2),
 }
+
+# AMX on one core of a Xeon at some 3 GHz, measured in a kernel like ours: nanoseconds of a tile of 16 by 64
+# weights for up to 32 tokens, of each of these, and to expand it
+_AMX_TILE_NS, _AMX_TOKEN_NS, _AMX_EXPAND_NS = 9.0, 0.72, 13.0
+
+# int8 weights of a layer up to this size are in the last cache at the next call: bytes, GB/s of a core
+_CACHED_BYTES, _CACHED_GBPS = 24 << 20, 24.0
 
 
 def dense_us(
@@ -104,21 +112,42 @@ def sparse_us(spec: TargetSpec, rows: int, fmt: PackedFormat, dtype: str) -> flo
 
 def int8_us(spec: TargetSpec, rows: int, fmt: Int8Format) -> float:
     """Microseconds of ``relax.nn.int8_dense`` on a CPU, from float activations to float results."""
-    dense, sparse = _INT8_ARITHMETIC[isa.choose(spec.target).name]
-    share = sparse if isinstance(fmt, GatherFormat) else dense
-    density = fmt.pattern.density if isinstance(fmt, GatherFormat) else 1.0
-    flops = 2.0 * rows * fmt.groups * ROWS * fmt.in_features * density
-    moved = fmt.nbytes + 4 * rows * (fmt.out_features + fmt.in_features)
-    return spec.launch_us + _roofline_us(
-        spec, flops, spec.fp32_tflops, share, moved, _LLVM_BANDWIDTH
-    )
+    if isinstance(fmt, ExpandFormat) or (
+        isinstance(fmt, DenseFormat) and amx.takes(spec.target, balanced=False)
+    ):
+        busy_us = _amx_us(rows, fmt) / spec.cores
+    else:
+        dense, sparse = _INT8_ARITHMETIC[isa.choose(spec.target).name]
+        share = sparse if isinstance(fmt, GatherFormat) else dense
+        density = fmt.pattern.density if isinstance(fmt, GatherFormat) else 1.0
+        flops = 2.0 * rows * fmt.groups * ROWS * fmt.in_features * density
+        busy_us = flops / (spec.fp32_tflops * 1e6 * share)
+    moving_us = _moving_us(spec, fmt.nbytes, _LLVM_BANDWIDTH)
+    cached_gbps = _CACHED_GBPS * spec.cores
+    if fmt.nbytes <= _CACHED_BYTES:
+        moving_us = min(moving_us, fmt.nbytes / (cached_gbps * 1e3))
+    moving_us += 4 * rows * (fmt.out_features + fmt.in_features) / (cached_gbps * 1e3)
+    return spec.launch_us + max(busy_us, moving_us)
+
+
+def _amx_us(rows: int, fmt: DenseFormat | ExpandFormat) -> float:
+    """Microseconds of one core."""
+    expand_ns = _AMX_EXPAND_NS if isinstance(fmt, ExpandFormat) else 0.0
+    passes = -(-rows // amx.MOST_TOKENS)
+    tile_ns = passes * (_AMX_TILE_NS + expand_ns) + rows * _AMX_TOKEN_NS
+    return fmt.groups * fmt.windows * tile_ns / 1e3
 
 
 def _roofline_us(
     spec: TargetSpec, flops: float, peak: float, share: float, moved: int, bandwidth: float
 ) -> float:
     """Longer of the times of arithmetic (``peak`` in TFLOP/s) and bytes, at shares of the peaks."""
-    return max(flops / (peak * 1e6 * share), moved / (spec.bandwidth_gbps * 1e3 * bandwidth))
+    return max(flops / (peak * 1e6 * share), _moving_us(spec, moved, bandwidth))
+
+
+def _moving_us(spec: TargetSpec, moved: int, bandwidth: float) -> float:
+    """Microseconds of bytes, at a share of the peak."""
+    return moved / (spec.bandwidth_gbps * 1e3 * bandwidth)
 
 
 def symbolic_text(

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import tvm
 
 from tvm_balanced.errors import InputError
-from tvm_balanced.format.int8 import MOST_COLUMNS, DenseFormat, GatherFormat
+from tvm_balanced.format.int8 import MOST_COLUMNS, DenseFormat, ExpandFormat, GatherFormat
 from tvm_balanced.format.layout import VALUE_DTYPES, PackedFormat, numpy_dtype
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.format.weights import check_weight, detect_pattern, is_balanced
 from tvm_balanced.model import Model
-from tvm_balanced.operators import ScaledFormat, WeightFormat, as_scaled
+from tvm_balanced.operators import Int8Format, ScaledFormat, WeightFormat, as_scaled
 from tvm_balanced.options import CompileKeywords, CompileOptions, make_options
 from tvm_balanced.planning.cost import dense_us, int8_us, sparse_us, symbolic_text
 from tvm_balanced.relay_passes.find_dense import DenseLayer
@@ -22,6 +22,7 @@ from tvm_balanced.relay_passes.pack_weights import dense_weight
 from tvm_balanced.report import LayerRow, Report
 from tvm_balanced.schedules.cuda import sparse_mma as cuda_sparse_mma
 from tvm_balanced.schedules.dispatch import preferred_format
+from tvm_balanced.schedules.llvm.int8 import amx
 from tvm_balanced.selection import per_layer, select
 from tvm_balanced.targets.resolve import TargetSpec, resolve
 
@@ -194,7 +195,7 @@ class _Case:
             reason = f"pattern {pattern} is wider than its K={layer.in_features}"
             return self._stays_dense(model, reason)
         batches, assumed = _batches(layer, self.options.sizes)
-        fmt = self._sparse_format(pattern, min(batches) if batches else None)
+        fmt = self._sparse_format(pattern, batches)
         times = self._times(fmt, batches)
         decision, reason = self._compare(fmt, times, batches, assumed)
         dense, sparse, cublas = times
@@ -227,11 +228,15 @@ class _Case:
             row = replace(row, quantize="int8", bytes_sparse=self._nbytes(fmt))
         return row, fmt
 
-    def _sparse_format(self, pattern: BalancedPattern, rows: int | None) -> WeightFormat:
+    def _sparse_format(self, pattern: BalancedPattern, batches: list[int]) -> WeightFormat:
         layer = self.layer
         shape = layer.out_features, layer.in_features
         if self._by_int8:
-            return GatherFormat(*shape, pattern)
+            formats: list[Int8Format] = [GatherFormat(*shape, pattern)]
+            if amx.takes(self.spec.target, balanced=True):
+                formats.append(ExpandFormat(*shape, pattern))
+            return min(formats, key=lambda f: sum(int8_us(self.spec, m, f) for m in batches))
+        rows = min(batches) if batches else None
         target, encoding = self.spec.target, self.options.encoding
         fmt = preferred_format(pattern, *shape, rows, layer.dtype, target, encoding)
         return as_scaled(fmt) if self.quantize == "w8" else fmt
@@ -298,8 +303,11 @@ class _Case:
         if cublas is not None and self.options.dense != "cublas":
             # DLight's kernel is what would run, and no strong one
             note = f", {cublas / sparse:.2f}x against cuBLAS{note}"
+        if self._by_amx(fmt):
+            note = f", by AMX tiles{note}"
         if self.policy == "auto" and gain < MIN_GAIN:
-            slow = f"dense predicted {1 / gain:.2f}x faster"
+            tiles = ", by AMX tiles" if self._by_amx(fmt, dense=True) else ""
+            slow = f"dense predicted {1 / gain:.2f}x faster{tiles}"
             return "dense", (slow if gain < 1 else f"only {gain:.2f}x predicted") + note
         if not assumed and self._by_sparse_mma(fmt, batches):
             note = f", by sparse tensor cores{note}"
@@ -309,6 +317,14 @@ class _Case:
         if self.policy == "always":
             return "sparse", f'policy is "always"; predicted {gain:.2f}x{note}'
         return "sparse", f"predicted {gain:.2f}x faster{note}"
+
+    def _by_amx(self, fmt: WeightFormat, dense: bool = False) -> bool:
+        """Whether a layer of this sparse format, or its dense int8 weight, is multiplied in AMX tiles."""
+        if isinstance(fmt, PackedFormat):
+            return False
+        if dense:
+            return amx.takes(self.spec.target, balanced=False)
+        return isinstance(fmt, ExpandFormat)
 
     def _by_sparse_mma(self, fmt: WeightFormat, batches: list[int]) -> bool:
         """Whether every use of the layer is multiplied by sparse tensor cores."""

@@ -15,7 +15,7 @@ from tvm.ir.expr import GenericConst
 from tvm.s_tir import meta_schedule as ms
 
 from tvm_balanced import operators
-from tvm_balanced.format.int8 import DenseFormat, GatherFormat
+from tvm_balanced.format.int8 import DenseFormat, ExpandFormat, GatherFormat
 from tvm_balanced.model import Model
 from tvm_balanced.options import CompileOptions
 from tvm_balanced.schedules import workload
@@ -125,6 +125,9 @@ def feeds_of(tasks: Iterable[Task]) -> dict[Signature, Feed]:
 
 def _bound(fmt: operators.WeightFormat) -> int:
     """Above what no byte of a weight's indices may be."""
+    if isinstance(fmt, ExpandFormat):
+        # random bits would ask for more values than a tile holds
+        return 1
     if isinstance(fmt, DenseFormat) or fmt.encoding != "u8":
         return 256
     return fmt.columns if isinstance(fmt, GatherFormat) else fmt.pattern.block

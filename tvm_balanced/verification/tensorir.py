@@ -161,7 +161,8 @@ def int8_operands(func: tirx.PrimFunc, block: Block) -> tuple[Buffer, Buffer, Bu
     """
     sources = [region.source for region in block.reads]
     data = [b for b in sources if b.name.startswith(ops_int8.BLOCK_DATA)]
-    stream = [b for b in sources if b not in data]
+    lines = [b for b in sources if b.name.startswith(ops_int8.BLOCK_LINES)]
+    stream = [b for b in sources if b not in data and b not in lines]
     behind = [
         region.source
         for out in nodes(func.body, s_tir.SBlock)

@@ -42,6 +42,9 @@ _TILE_ROWS = 16
 _TILE_BYTES = _TILE_ROWS * REGISTER
 _TILE_WORDS = _TILE_BYTES // 4
 
+# of a tile of sums
+MOST_TOKENS, MOST_GROUPS = 2 * _TILE_ROWS, 2
+
 # buffers that tiles are expanded to, and how many steps ahead
 _RING, _AHEAD = 4, 2
 
@@ -71,7 +74,7 @@ def default_knobs(spec: MatmulSpec, target: tvm.target.Target) -> Knobs:
     target : tvm.target.Target
         An llvm target.
     """
-    return for_threads(Knobs(2 * _TILE_ROWS, (2,), (1,)), spec, target)
+    return for_threads(Knobs(MOST_TOKENS, (MOST_GROUPS,), (1,)), spec, target)
 
 
 def kernel(
@@ -104,7 +107,7 @@ def kernel(
             f'target "{target}" has no AMX; give an mcpu such as sapphirerapids, or use the other kernels'
         )
     used = knobs or default_knobs(spec, target)
-    if used.tokens > 2 * _TILE_ROWS or max(used.groups) > 2:
+    if used.tokens > MOST_TOKENS or max(used.groups) > MOST_GROUPS:
         raise InputError(
             f"tiles of {used.tokens} tokens by {max(used.groups)} groups do not fit eight tile registers; "
             "use up to 32 by 2"

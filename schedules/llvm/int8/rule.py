@@ -10,14 +10,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 
-from tvm_balanced.format.int8 import REGISTER, DenseFormat, GatherFormat
+from tvm_balanced.format.int8 import REGISTER, DenseFormat, ExpandFormat, Format, GatherFormat
 from tvm_balanced.ops_int8 import (
     BLOCK_DATA,
+    BLOCK_LINES,
     BLOCK_MAGNITUDE,
     BLOCK_MAIN,
     BLOCK_SCALE,
@@ -26,9 +28,15 @@ from tvm_balanced.ops_int8 import (
 )
 from tvm_balanced.schedules import fused_kernel
 from tvm_balanced.schedules.fused_kernel import Epilogue
-from tvm_balanced.schedules.llvm.int8 import dense, gather
-from tvm_balanced.schedules.llvm.int8.isa import choose
-from tvm_balanced.schedules.llvm.int8.matmul import Knobs, MatmulSpec, Operands, for_threads
+from tvm_balanced.schedules.llvm.int8 import amx, dense, gather
+from tvm_balanced.schedules.llvm.int8.isa import AVX512_VNNI, Isa, choose
+from tvm_balanced.schedules.llvm.int8.matmul import (
+    Kernel,
+    Knobs,
+    MatmulSpec,
+    Operands,
+    for_threads,
+)
 from tvm_balanced.schedules.llvm.int8.quantize import PARALLEL_ELEMENTS, Quantize
 from tvm_balanced.schedules.llvm.nest import INDEX, assemble, epilogue_of, loop, sequence, workspace
 from tvm_balanced.schedules.llvm.rest.common import attempt, vector_bits
@@ -52,7 +60,7 @@ class Parts:
     ----------
     func : tirx.PrimFunc
         The kernel, its element-wise work inlined.
-    fmt : GatherFormat or DenseFormat
+    fmt : GatherFormat, DenseFormat or ExpandFormat
         Of the packed weight.
     batch : tuple of expression
         Extents of the batch axes.
@@ -69,7 +77,7 @@ class Parts:
     """
 
     func: tirx.PrimFunc
-    fmt: GatherFormat | DenseFormat
+    fmt: Format
     batch: tuple[Expr, ...]
     stream: Buffer
     compensation: Buffer
@@ -118,11 +126,13 @@ def take_apart(func: tirx.PrimFunc) -> Parts | None:
     sch = s_tir.Schedule(tvm.IRModule({"main": rewrite(func)}))
     handles = sch.get_child_blocks(sch.get_sblock("root"))
     for handle in handles[:-1]:
-        if not sch.get(handle).name_hint.startswith(_KEPT) and not attempt(
+        if not sch.get(handle).name_hint.startswith((*_KEPT, BLOCK_LINES)) and not attempt(
             sch.compute_inline, handle
         ):
             return None
     stages = [sch.get(handle) for handle in sch.get_child_blocks(sch.get_sblock("root"))]
+    # where the values of a line begin: the kernel counts them itself
+    stages = [stage for stage in stages if not stage.name_hint.startswith(BLOCK_LINES)]
     if len(stages) != len(_KEPT) + 1:
         return None
     magnitude, data, scale, main = (
@@ -194,19 +204,24 @@ def spaces(func: tirx.PrimFunc, target: tvm.target.Target) -> list[Space]:
     parts = take_apart(func)
     if parts is None or not isinstance(parts.rows, int):
         return []
-    default, isa, rows = _default_knobs(parts, target), choose(target), parts.rows
-    tokens = [size for size in powers(16) if size <= rows]
+    default, rows = _default_knobs(parts, target), parts.rows
+    method = _method(parts.fmt, target)
+    isa = method.isa
+    tokens = [size for size in powers(amx.MOST_TOKENS if method.tiles else 16) if size <= rows]
     # registers of sums: what is left of 32, or 16, beside weights, indices and activations
     most = 24 if isa.bytes == REGISTER else 12
     registers = REGISTER // isa.bytes
+    most_groups = amx.MOST_GROUPS if method.tiles else 8
     choices = {
         "tokens": tuple(tokens),
-        "groups": tuple(size for size in powers(8) if size <= parts.fmt.groups),
-        "sums": (1, 2, 4),
+        "groups": tuple(size for size in powers(most_groups) if size <= parts.fmt.groups),
+        "sums": (1,) if method.tiles else (1, 2, 4),
         "task_kib": (64, 192, 384, 768, 1536),
     }
 
     def valid(values: Mapping[str, int]) -> bool:
+        if method.tiles:
+            return True
         return values["tokens"] * values["groups"] * values["sums"] * registers <= most
 
     def build(values: Mapping[str, int]) -> s_tir.Schedule:
@@ -223,17 +238,49 @@ def spaces(func: tirx.PrimFunc, target: tvm.target.Target) -> list[Space]:
     return [Space(NAME, choices, valid, build)]
 
 
+@dataclass(frozen=True)
+class _Method:
+    """How weights of a format are multiplied on a target.
+
+    Parameters
+    ----------
+    kernel : type
+        Of the kernel.
+    isa : Isa
+        What its vector code is written for.
+    """
+
+    kernel: type[Kernel[Any]]
+    isa: Isa
+
+    @property
+    def tiles(self) -> bool:
+        """Whether it computes in AMX tiles."""
+        return self.kernel is amx.Amx
+
+
+def _method(fmt: Format, target: tvm.target.Target) -> _Method:
+    if isinstance(fmt, GatherFormat):
+        return _Method(gather.Gather, choose(target))
+    # for one token as fast as dot products of registers, and for more of them faster
+    if isinstance(fmt, ExpandFormat) or amx.takes(target, balanced=False):
+        return _Method(amx.Amx, choose(target, AVX512_VNNI.name))
+    return _Method(dense.Dense, choose(target))
+
+
 def _spec(parts: Parts) -> MatmulSpec:
     fmt, rows = parts.fmt, parts.rows
-    pattern = fmt.pattern if isinstance(fmt, GatherFormat) else None
+    pattern = None if isinstance(fmt, DenseFormat) else fmt.pattern
     known = rows if isinstance(rows, int) else "m"
     return MatmulSpec(known, fmt.out_features, fmt.in_features, pattern)
 
 
 def _default_knobs(parts: Parts, target: tvm.target.Target) -> Knobs:
-    balanced = isinstance(parts.fmt, GatherFormat)
-    choice = gather.default_knobs if balanced else dense.default_knobs
-    return choice(_spec(parts), target, choose(target))
+    method, spec = _method(parts.fmt, target), _spec(parts)
+    if method.tiles:
+        return amx.default_knobs(spec, target)
+    choice = gather.default_knobs if isinstance(parts.fmt, GatherFormat) else dense.default_knobs
+    return choice(spec, target, method.isa)
 
 
 def _schedule(parts: Parts, target: tvm.target.Target, knobs: Knobs) -> s_tir.Schedule:
@@ -242,7 +289,8 @@ def _schedule(parts: Parts, target: tvm.target.Target, knobs: Knobs) -> s_tir.Sc
 
 
 def _body(parts: Parts, target: tvm.target.Target, knobs: Knobs) -> Stmt:
-    fmt, rows, isa = parts.fmt, parts.rows, choose(target)
+    fmt, rows, method = parts.fmt, parts.rows, _method(parts.fmt, target)
+    isa = method.isa
     layout = fmt.activations(knobs.tokens, isa.signed)
     stored, allocate_stored = workspace(rows * layout.token_bytes, "int8_stored", layout.dtype)
     token_scales, allocate_scales = workspace(rows, "int8_token_scales", "float32")
@@ -263,12 +311,8 @@ def _body(parts: Parts, target: tvm.target.Target, knobs: Knobs) -> Stmt:
         value = parts.result_at(at, total, token_scales[m])
         return tirx.BufferStore(parts.epilogue.output, value, at)
 
-    if isinstance(fmt, GatherFormat):
-        operands = Operands(rows, fmt, stored, parts.stream, write)
-        statements.append(gather.Gather(operands, isa, knobs).body())
-    else:
-        dense_operands = Operands(rows, fmt, stored, parts.stream, write)
-        statements.append(dense.Dense(dense_operands, isa, knobs).body())
+    operands = Operands(rows, fmt, stored, parts.stream, write)
+    statements.append(method.kernel(operands, isa, knobs).body())
     return sequence(statements)
 
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tvm
-from tvm import tirx
 
+from tests.helpers.amx import EMULATED
 from tests.helpers.covering import each_value, grid
 from tests.helpers.int8 import Problem, runs_here
 from tvm_balanced.errors import InputError
@@ -23,36 +19,9 @@ from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.schedules.llvm.int8 import amx
 from tvm_balanced.schedules.llvm.int8.matmul import Epilogue, Knobs, MatmulSpec
 
-# this CPU runs all of it but the tiles
-_EMULATED = {"kind": "llvm", "mcpu": "icelake-server"}
-_SCHED_YIELD = 24  # a system call that is always granted
-
 needs_expansion = pytest.mark.skipif(
     not runs_here("avx512-vbmi"), reason="this CPU has no AVX-512 VBMI"
 )
-
-
-@pytest.fixture
-def emulated(
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> tvm.target.Target:
-    """Tile instructions become calls of an emulator in C."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler")
-    source = Path(__file__).with_name("amx_emulator.c")
-    library = tmp_path_factory.mktemp("amx") / "emulator.so"
-    subprocess.run([compiler, "-O2", "-shared", "-fPIC", source, "-o", library], check=True)
-    # kernels find its functions among the process's
-    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
-
-    def call(name: str, *arguments: Any) -> Any:
-        return tirx.Evaluate(tirx.call_extern("int32", f"emulated_{name}", *arguments))
-
-    monkeypatch.setattr(amx, "_amx", call)
-    monkeypatch.setattr(amx, "takes", lambda target, balanced: True)
-    monkeypatch.setattr(amx, "_ARCH_PRCTL", _SCHED_YIELD)
-    return tvm.target.Target(_EMULATED)
 
 
 def _results(
@@ -83,9 +52,11 @@ _EACH = {"pattern": ("4:16", "3:7", "9:100", None), "symbolic": (True, False)}
 
 @needs_expansion
 @grid(_EACH, each_value(_EACH))
-def test_sums_are_exact(emulated: tvm.target.Target, pattern: str | None, symbolic: bool) -> None:
+def test_sums_are_exact(
+    emulated_amx: tvm.target.Target, pattern: str | None, symbolic: bool
+) -> None:
     problems = [Problem(pattern, 53, 200, m) for m in ((1, 5, 16, 32, 55) if symbolic else (55,))]
-    results = _results(problems, emulated, Knobs(32, (2,), (1,), threads=2), symbolic)
+    results = _results(problems, emulated_amx, Knobs(32, (2,), (1,), threads=2), symbolic)
     for problem, out in zip(problems, results, strict=True):
         assert np.array_equal(out, problem.sums), problem.m
 
@@ -94,11 +65,11 @@ def test_sums_are_exact(emulated: tvm.target.Target, pattern: str | None, symbol
 @pytest.mark.parametrize(("tokens", "groups"), [(32, 1), (16, 2), (4, 1)])
 @pytest.mark.parametrize("pattern", ["8:16", None])
 def test_sums_are_exact_whatever_the_knobs(
-    emulated: tvm.target.Target, pattern: str | None, tokens: int, groups: int
+    emulated_amx: tvm.target.Target, pattern: str | None, tokens: int, groups: int
 ) -> None:
     problem = Problem(pattern, 64, 100, 37)
     knobs = Knobs(tokens, (groups,), (1,), token_parts=2)
-    (out,) = _results([problem], emulated, knobs)
+    (out,) = _results([problem], emulated_amx, knobs)
     assert np.array_equal(out, problem.sums)
 
 
@@ -129,7 +100,7 @@ def test_instructions() -> None:
 def test_refusal_is_said() -> None:
     if not runs_here("avx512-vbmi"):
         pytest.skip("the code in front of the first tile instruction needs AVX-512")
-    attributes = {**_EMULATED, "mattr": ["+amx-tile", "+amx-int8"]}
+    attributes = {**EMULATED, "mattr": ["+amx-tile", "+amx-int8"]}
     target = tvm.target.Target(attributes)
     with pytest.raises(RuntimeError, match="refuses AMX tiles"):
         next(_results([Problem(None, 16, 64, 1)], target, Knobs(32, (2,), (1,))))
@@ -138,6 +109,6 @@ def test_refusal_is_said() -> None:
 def test_bad_input() -> None:
     spec = MatmulSpec(1, 16, 64)
     with pytest.raises(InputError, match="has no AMX"):
-        amx.kernel(spec, tvm.target.Target(_EMULATED))
+        amx.kernel(spec, tvm.target.Target(EMULATED))
     with pytest.raises(InputError, match="do not fit eight tile registers"):
         amx.kernel(spec, _sapphire_rapids(), Knobs(32, (3,), (1,)))

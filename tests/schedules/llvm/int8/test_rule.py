@@ -99,7 +99,12 @@ def test_results(isa: str, pattern: str | None, lead: tuple[int | str, ...], fus
     mod = _scheduled(_module(problem, lead, fused, "float32"), target(isa))
     extra = [bias, residual] if fused else []
     out = _run(mod, target(isa), [x, *_operands(problem), *extra])
-    flat = x.reshape(-1, 100)
+    _check(problem, out, x, bias, residual, fused)
+
+
+def _check(problem: Problem, out: Any, x: Any, bias: Any, residual: Any, fused: bool) -> None:
+    """Compare a result of :func:`_module` with the reference."""
+    flat = x.reshape(-1, problem.k)
     want = _want(problem, np.maximum(flat, 0) if fused else flat)
     if fused:
         want = want + bias
@@ -109,6 +114,45 @@ def test_results(isa: str, pattern: str | None, lead: tuple[int | str, ...], fus
     step = np.abs(_want(problem, flat)).max() / 127 / 10
     differs = np.abs(out.reshape(want.shape) - want)
     assert (differs > 2e-5 * np.abs(want).max()).mean() <= 0.02 and differs.max() <= step
+
+
+@pytest.mark.skipif(not runs_here("avx512-vbmi"), reason="this CPU has no AVX-512 VBMI")
+@grid(
+    {
+        "pattern": ["4:16", "3:7", None],
+        "lead": [(55,), (2, 3), ("b", 7)],
+        "fused": [False, True],
+    }
+)
+def test_results_by_tiles(
+    emulated_amx: tvm.target.Target, pattern: str | None, lead: tuple[int | str, ...], fused: bool
+) -> None:
+    problem = Problem(pattern, 37, 100, 1, tiles=True)
+    shape = tuple(9 if isinstance(a, str) else a for a in lead)
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((*shape, 100)).astype(np.float32)
+    bias = rng.standard_normal(37).astype(np.float32)
+    residual = rng.standard_normal((*shape, 37)).astype(np.float32)
+    mod = _scheduled(_module(problem, lead, fused, "float32"), emulated_amx)
+    assert "emulated_tdpbusd" in mod.script()
+    extra = [bias, residual] if fused else []
+    out = _run(mod, emulated_amx, [x, *_operands(problem), *extra])
+    _check(problem, out, x, bias, residual, fused)
+
+
+@pytest.mark.skipif(not runs_here("avx512-vbmi"), reason="this CPU has no AVX-512 VBMI")
+def test_knobs_of_tiles(emulated_amx: tvm.target.Target) -> None:
+    problem = Problem("4:16", 64, 128, 1, tiles=True)
+    with emulated_amx:
+        mod = tvm.transform.Sequential(pipeline.fuse_passes())(
+            _module(problem, (40,), False, "float32")
+        )
+    (func,) = (f for _, f in mod.functions_items() if isinstance(f, tirx.PrimFunc))
+    (space,) = rule.spaces(func, emulated_amx)
+    assert space.choices["tokens"] == (1, 2, 4, 8, 16, 32)
+    assert space.choices["groups"] == (1, 2) and space.choices["sums"] == (1,)
+    for point in space.points()[::7]:
+        assert space.build(point) is not None
 
 
 def test_what_stands_behind_joins_the_kernel() -> None:
@@ -140,10 +184,11 @@ def test_half_floats(dtype: str) -> None:
     assert np.abs(out - want).max() <= 0.01 * np.abs(want).max()
 
 
+@pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("pattern", ["4:16", "2:4", "3:24", "5:100", None])
-def test_meaning_without_a_schedule(pattern: str | None) -> None:
+def test_meaning_without_a_schedule(pattern: str | None, tiles: bool) -> None:
     """What ``verify`` compares kernels with: the operator's TensorIR as it stands."""
-    problem = Problem(pattern, 20, 130, 1)
+    problem = Problem(pattern, 20, 130, 1, tiles=tiles)
     x = np.random.default_rng(2).standard_normal((4, 130)).astype(np.float32)
     cpu = tvm.target.Target("llvm")
     built = tvm.compile(_module(problem, (4,), False, "float32"), target=cpu)
@@ -154,8 +199,8 @@ def test_meaning_without_a_schedule(pattern: str | None) -> None:
 
 
 def test_format_text() -> None:
-    for pattern in ("4:16", None):
-        fmt = Problem(pattern, 20, 130, 1).packed.format
+    for pattern, tiles in (("4:16", False), ("4:16", True), (None, False)):
+        fmt = Problem(pattern, 20, 130, 1, tiles=tiles).packed.format
         assert int8_ops.parse_format(int8_ops.format_text(fmt)) == fmt
 
 
