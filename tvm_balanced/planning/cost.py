@@ -51,12 +51,13 @@ _LLVM_SPARSE_ARITHMETIC = 0.6
 _AVX2_SPARSE_ARITHMETIC = 0.4
 
 # arithmetic of int8 kernels over the peak of float32, dense and sparse: seen on one Zen 4 core at M = 32 with
-# benchmarks/int8_operator.py and the instruction sets lowered; the last row is a guess
+# benchmarks/int8_operator.py and the instruction sets lowered; the last two rows are guesses
 _INT8_ARITHMETIC = {
     "avx512-vbmi": (3.8, 2.5),
     "avx512-vnni": (3.8, 2.0),
     "avx-vnni": (3.5, 1.9),
     "avx2": (1.2, 1.0),
+    "neon-dotprod": (3.0, 1.5),
     "plain": (0.2, 0.2),
 }
 

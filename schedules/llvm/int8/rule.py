@@ -15,7 +15,7 @@ import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 
-from tvm_balanced.format.int8 import REGISTER, DenseFormat, GatherFormat
+from tvm_balanced.format.int8 import DenseFormat, GatherFormat
 from tvm_balanced.ops_int8 import (
     BLOCK_DATA,
     BLOCK_MAGNITUDE,
@@ -196,9 +196,8 @@ def spaces(func: tirx.PrimFunc, target: tvm.target.Target) -> list[Space]:
         return []
     default, isa, rows = _default_knobs(parts, target), choose(target), parts.rows
     tokens = [size for size in powers(16) if size <= rows]
-    # registers of sums: what is left of 32, or 16, beside weights, indices and activations
-    most = 24 if isa.bytes == REGISTER else 12
-    registers = REGISTER // isa.bytes
+    # registers of sums: what weights, indices and activations leave
+    most = isa.registers * 3 // 4
     choices = {
         "tokens": tuple(tokens),
         "groups": tuple(size for size in powers(8) if size <= parts.fmt.groups),
@@ -207,7 +206,7 @@ def spaces(func: tirx.PrimFunc, target: tvm.target.Target) -> list[Space]:
     }
 
     def valid(values: Mapping[str, int]) -> bool:
-        return values["tokens"] * values["groups"] * values["sums"] * registers <= most
+        return values["tokens"] * values["groups"] * values["sums"] * isa.parts <= most
 
     def build(values: Mapping[str, int]) -> s_tir.Schedule:
         lower = [default.tile(size) for size in tokens if size < values["tokens"]]
