@@ -1,7 +1,9 @@
-/* Calls one kernel of a shared library without TVM's runtime: runner LIBRARY SYMBOL < arguments > results.
+/* Calls one kernel of a shared library without TVM's runtime:
 
-   An argument: code, bits and rank as int32, four extents as int64, then the elements. Elements of all
-   arguments are written back in their order. */
+       runner LIBRARY SYMBOL < arguments > results
+
+   An argument: code, bits and rank as int32, four extents as int64, then the elements. Elements of
+   all arguments are written back in their order. */
 #include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -62,11 +64,11 @@ int main(int argc, char **argv) {
   int32_t head[3], count = 0;
   while (fread(head, sizeof head, 1, stdin)) {
     if (count == MOST || head[2] > 4) give_up("too many arguments or axes");
-    if (!fread(extents[count], sizeof extents[count], 1, stdin)) give_up("an argument is cut short");
+    if (!fread(extents[count], sizeof extents[count], 1, stdin)) give_up("no extents");
     size_t size = head[1] / 8;
     for (int i = 0; i < head[2]; i++) size *= extents[count][i];
     void *data = allocate(kDLCPU, 0, size, 0, 0);
-    if (fread(data, 1, size, stdin) != size) give_up("an argument is cut short");
+    if (fread(data, 1, size, stdin) != size) give_up("no elements");
     tensors[count] = (DLTensor){
         data, {kDLCPU, 0}, head[2], {head[0], head[1], 1}, extents[count], NULL, 0};
     arguments[count].type_index = kTVMFFIDLTensorPtr;
