@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import struct
 import subprocess
@@ -15,6 +16,8 @@ import tvm
 import tvm_ffi
 from tvm import tirx
 
+import tvm_balanced as tb
+from tests.build.test_quantize import pruned
 from tests.helpers.covering import each_value, grid
 from tests.helpers.int8 import Problem
 from tests.schedules.llvm.int8.test_matmul import ACTIVATIONS
@@ -216,6 +219,20 @@ def test_operator(compiled: Runner, pattern: str | None) -> None:
     arguments = [x, *_operands(problem), np.full((7, 37), np.nan, np.float32)]
     *_, out = compiled(func, "neoverse-n1")(arguments)
     assert np.array_equal(out, _want(problem, x))
+
+
+def test_a_model_is_linked_by_the_cross_compiler(
+    program: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    del program  # there are the tools
+    monkeypatch.setenv("CXX", _COMPILER)
+    _, _, model = pruned(5)
+    library = tb.compile(model, _target("neoverse-n1"), policy="always", quantize="int8")
+    library.save(tmp_path / "model.tvmb")
+    disassembler = _COMPILER.replace("gcc", "objdump")
+    command = [disassembler, "-d", tmp_path / "model.tvmb" / "lib.so"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"\bsdot\b", text) and re.search(r"\btbl\b", text)
 
 
 def test_processors_without_the_instruction_get_plain_code() -> None:
