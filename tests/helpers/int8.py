@@ -23,13 +23,15 @@ CPUS = {
     "avx512-vnni": "cascadelake",
     "avx-vnni": "cascadelake",
     "avx2": "haswell",
+    "neon-dotprod": "neoverse-n1",
     "plain": "x86-64",
 }
 
 
 def target(isa: str, **attributes: Any) -> tvm.target.Target:
     """The oldest CPU of an instruction set."""
-    return tvm.target.Target({"kind": "llvm", "mcpu": CPUS[isa], **attributes})
+    triple = {"mtriple": "aarch64-linux-gnu"} if isa == "neon-dotprod" else {}
+    return tvm.target.Target({"kind": "llvm", "mcpu": CPUS[isa], **triple, **attributes})
 
 
 def runs_here(isa: str) -> bool:

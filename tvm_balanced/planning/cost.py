@@ -52,12 +52,13 @@ _AVX2_SPARSE_ARITHMETIC = 0.4
 
 # arithmetic of int8 kernels over the peak of float32, dense and sparse: of one Zen 4 core at M = 32, hot, with
 # the instruction sets lowered (docs/int8.md), against the peak that a target with such registers is given; the
-# last row is a guess
+# last two rows are guesses
 _INT8_ARITHMETIC = {
     "avx512-vbmi": (2.4, 1.5),
     "avx512-vnni": (2.4, 1.2),
     "avx-vnni": (4.4, 2.2),
     "avx2": (1.5, 1.25),
+    "neon-dotprod": (3.0, 1.5),
     "plain": (0.2, 0.2),
 }
 

@@ -10,6 +10,7 @@ name              lookup                    dot product of four bytes           
 ``avx512-vnni``   ``vpshufb``               ``vpdpbusd``, 512 bits              unsigned
 ``avx-vnni``      ``vpshufb``               ``vpdpbusd``, 256 bits              unsigned
 ``avx2``          ``vpshufb``               ``vpsignb vpmaddubsw vpmaddwd``     signed
+``neon-dotprod``  ``tbl``                   ``sdot``, 128 bits                  signed
 ``plain``         one load for each byte    multiplications of 32-bit integers  signed
 ================  ========================  ==================================  ===========================
 
@@ -32,7 +33,7 @@ from tvm_balanced.schedules.llvm.nest import vector
 from tvm_balanced.schedules.llvm.rest.common import has_feature
 from tvm_balanced.support.tvm_types import Expr
 
-# a byte of an index with the highest bit set makes vpshufb give zero
+# a byte of an index with the highest bit set makes vpshufb and tbl give zero
 _NOTHING = 0x80
 
 
@@ -48,6 +49,8 @@ class Isa:
         LLVM features that the target must have.
     bytes : int
         Of one vector register.
+    registers : int
+        Vector registers that there are.
     signed : bool
         Whether activations are stored as int8, else as uint8 with 128 added.
     """
@@ -55,6 +58,7 @@ class Isa:
     name: str
     features: tuple[str, ...]
     bytes: int
+    registers: int
     signed: bool
 
     @property
@@ -79,6 +83,8 @@ class Isa:
     def dot(self, total: Expr, x: Expr, weight: Expr) -> Expr:
         """``total`` plus the products of four neighbouring bytes in each 32-bit lane."""
         kind = vector("int32", self.lanes)
+        if self.name == "neon-dotprod":
+            return tirx.call_llvm_pure_intrin(kind, "llvm.aarch64.neon.sdot", total, x, weight)
         if self.name != "avx2":
             name = f"llvm.x86.avx512.vpdpbusd.{8 * self.bytes}"
             return tirx.call_llvm_pure_intrin(kind, name, total, x, weight)
@@ -102,9 +108,12 @@ class Isa:
 
     def shuffle(self, table: Expr, index: Expr) -> Expr:
         """Bytes ``index`` of a table of 16, which every lane of ``table`` holds; zero for ``0x80``."""
-        name = "avx512.pshuf.b.512" if self.bytes == 64 else "avx2.pshuf.b"
-        kind = vector("int8", self.bytes)
-        return tirx.call_llvm_pure_intrin(kind, f"llvm.x86.{name}", table, index)
+        name = {
+            16: "llvm.aarch64.neon.tbl1",
+            32: "llvm.x86.avx2.pshuf.b",
+            64: "llvm.x86.avx512.pshuf.b.512",
+        }[self.bytes]
+        return tirx.call_llvm_pure_intrin(vector("int8", self.bytes), name, table, index)
 
     def table(self, lane: Expr) -> Expr:
         """16 bytes in every lane of a register."""
@@ -123,6 +132,9 @@ class Isa:
         """Return a lookup in the ``lane``-th 16 bytes of a window, by indices into the whole window."""
         unsigned = vector("uint8", self.bytes)
         within = tirx.reinterpret(unsigned, index) - constant(LANE * lane, self.bytes, "uint8")
+        if self.name == "neon-dotprod":
+            # tbl gives zero for every index beyond its table
+            return tirx.reinterpret(vector("int8", self.bytes), within)
         nothing = constant(_NOTHING, self.bytes, "uint8")
         inside = tirx.Select(within < constant(LANE, self.bytes, "uint8"), within, nothing)
         return tirx.reinterpret(vector("int8", self.bytes), inside)
@@ -149,19 +161,24 @@ def _sign(value: Expr, by: Expr) -> Expr:
 
 _AVX512 = ("avx512f", "avx512bw", "avx512vnni")
 
-AVX512_VBMI = Isa("avx512-vbmi", (*_AVX512, "avx512vbmi"), 64, False)
-AVX512_VNNI = Isa("avx512-vnni", _AVX512, 64, False)
-AVX_VNNI = Isa("avx-vnni", ("avx2",), 32, False)
-AVX2 = Isa("avx2", ("avx2",), 32, True)
-PLAIN = Isa("plain", (), REGISTER, True)
+AVX512_VBMI = Isa("avx512-vbmi", (*_AVX512, "avx512vbmi"), 64, 32, False)
+AVX512_VNNI = Isa("avx512-vnni", _AVX512, 64, 32, False)
+AVX_VNNI = Isa("avx-vnni", ("avx2",), 32, 16, False)
+AVX2 = Isa("avx2", ("avx2",), 32, 16, True)
+NEON_DOTPROD = Isa("neon-dotprod", ("neon", "dotprod"), 16, 32, True)
+PLAIN = Isa("plain", (), REGISTER, 32, True)
 
-ISAS = {isa.name: isa for isa in (AVX512_VBMI, AVX512_VNNI, AVX_VNNI, AVX2, PLAIN)}
+ISAS = {isa.name: isa for isa in (AVX512_VBMI, AVX512_VNNI, AVX_VNNI, AVX2, NEON_DOTPROD, PLAIN)}
 
 
 def runs_on(isa: Isa, target: tvm.target.Target) -> bool:
     """Whether code for ``isa`` may be compiled for ``target``."""
     if target.kind.name != "llvm" or not isa.fits(target):
         return False
+    if isa is NEON_DOTPROD:
+        # 32-bit processors name the same features; bytes of a word lie the other way round in aarch64_be
+        triple = target.attrs.get("mtriple", tvm.target.codegen.llvm_get_system_triple())
+        return str(triple).partition("-")[0] in ("aarch64", "arm64")
     if isa is not AVX_VNNI:
         return True
     # two features have this instruction for 256 bits, in two encodings

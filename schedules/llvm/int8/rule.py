@@ -16,7 +16,7 @@ import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 
-from tvm_balanced.format.int8 import REGISTER, DenseFormat, ExpandFormat, Format, GatherFormat
+from tvm_balanced.format.int8 import DenseFormat, ExpandFormat, Format, GatherFormat
 from tvm_balanced.ops_int8 import (
     BLOCK_DATA,
     BLOCK_LINES,
@@ -208,9 +208,8 @@ def spaces(func: tirx.PrimFunc, target: tvm.target.Target) -> list[Space]:
     method = _method(parts.fmt, target)
     isa = method.isa
     tokens = [size for size in powers(amx.MOST_TOKENS if method.tiles else 16) if size <= rows]
-    # registers of sums: what is left of 32, or 16, beside weights, indices and activations
-    most = 24 if isa.bytes == REGISTER else 12
-    registers = REGISTER // isa.bytes
+    # registers of sums: what weights, indices and activations leave
+    most = isa.registers * 3 // 4
     most_groups = amx.MOST_GROUPS if method.tiles else 8
     choices = {
         "tokens": tuple(tokens),
@@ -222,7 +221,7 @@ def spaces(func: tirx.PrimFunc, target: tvm.target.Target) -> list[Space]:
     def valid(values: Mapping[str, int]) -> bool:
         if method.tiles:
             return True
-        return values["tokens"] * values["groups"] * values["sums"] * registers <= most
+        return values["tokens"] * values["groups"] * values["sums"] * isa.parts <= most
 
     def build(values: Mapping[str, int]) -> s_tir.Schedule:
         lower = [default.tile(size) for size in tokens if size < values["tokens"]]

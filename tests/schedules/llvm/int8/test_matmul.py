@@ -220,5 +220,5 @@ def test_bad_input() -> None:
 
 def test_every_instruction_set_has_a_cpu() -> None:
     assert set(CPUS) == set(ISAS)
-    for name in ("avx512-vbmi", "avx512-vnni", "avx2", "plain"):
+    for name in ("avx512-vbmi", "avx512-vnni", "avx2", "neon-dotprod", "plain"):
         assert choose(target(name)).name == name
