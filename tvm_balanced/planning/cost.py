@@ -50,9 +50,9 @@ _LLVM_SPARSE_ARITHMETIC = 0.6
 # with 256-bit registers a block of 16 takes two permutes and a blend (1640 us for the same layer)
 _AVX2_SPARSE_ARITHMETIC = 0.4
 
-# arithmetic of int8 kernels over the peak of float32, dense and sparse: of one Zen 4 core at M = 32, hot, with
-# the instruction sets lowered (docs/int8.md), against the peak that a target with such registers is given; the
-# last two rows are guesses
+# arithmetic of int8 kernels over the peak of float32, dense and sparse: of one Zen 4 core at M = 32, hot,
+# with the instruction sets lowered (docs/int8.md), against the peak that a target with such registers is
+# given; the last two rows are guesses
 _INT8_ARITHMETIC = {
     "avx512-vbmi": (2.4, 1.5),
     "avx512-vnni": (2.4, 1.2),
