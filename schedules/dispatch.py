@@ -97,9 +97,6 @@ class ScheduleBalanced:
                 continue
             if not has_balanced_block(func):
                 continue
-            if self.target.kind.name == "llvm":
-                # exp, erf and tanh of an epilogue would be scalar library calls
-                func = cpu_math.rewrite(func)
             scheduled = first_match(func, self.target, _offer(self.target).BALANCED_RULES)
             if scheduled is None:
                 raise TvmBalancedError(

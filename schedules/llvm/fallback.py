@@ -12,6 +12,7 @@ from tvm import s_tir, tirx
 
 from tvm_balanced.ops import BLOCK_MAIN
 from tvm_balanced.schedules.llvm.rest.common import attempt
+from tvm_balanced.schedules.llvm.rest.math import rewrite
 
 NAME = "llvm_fallback"
 
@@ -19,7 +20,8 @@ NAME = "llvm_fallback"
 def apply(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | None:
     """Schedule ``func``, or return None when it does not hold exactly one balanced operator."""
     del target
-    sch = s_tir.Schedule(tvm.IRModule({"main": func}))
+    # exp, erf and tanh of an epilogue would be scalar library calls
+    sch = s_tir.Schedule(tvm.IRModule({"main": rewrite(func)}))
     blocks = sch.get_child_blocks(sch.get_sblock("root"))
     names = [sch.get(block).name_hint for block in blocks]
     if names.count(BLOCK_MAIN) != 1:

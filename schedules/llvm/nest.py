@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import tvm
 from tvm import s_tir, tirx
@@ -68,7 +69,7 @@ def take_apart(func: tirx.PrimFunc) -> Parts | None:
     if operator.fmt.layout.skew > 1 or operator.fmt.encoding not in ("u8", "u4"):
         return None
     # the signature must stay as it is, so only the body takes part in the rewriting of calls
-    sch = s_tir.Schedule(tvm.IRModule({"main": cpu_math.rewrite(func)}))
+    sch = s_tir.Schedule(tvm.IRModule({"main": cpu_math.in_float32(func)}))
     handles = sch.get_child_blocks(sch.get_sblock("root"))
     names = [sch.get(handle).name_hint for handle in handles]
     kept = names.index(operator.name)
@@ -282,7 +283,7 @@ def stage(parts: Parts, target: Buffer, pitch: int, parallel: bool) -> Stmt:
                 analyzer.bind(kb, tvm.ir.Range(0, full))
             if isinstance(e, tirx.Var):
                 analyzer.bind(e, tvm.ir.Range(0, block))
-            value = analyzer.simplify(parts.data_at(lead, kb, e))
+            value = analyzer.simplify(cpu_math.unrounded(parts.data_at(lead, kb, e)))
             return tirx.BufferStore(
                 target, tirx.Cast("float32", value), [m * pitch + kb * block + e]
             )
@@ -310,12 +311,23 @@ def store_rows(parts: Parts, m: Expr, n: Expr, lanes: int, totals: Buffer, first
     count = int(parts.epilogue.output.shape[-1])
     begin = tirx.const(first, INDEX) if isinstance(first, int) else first
 
-    def write(width: int) -> Stmt:
-        def element(e: Expr) -> Stmt:
-            at = [*lead, n + e]
-            value = parts.epilogue.value_at(at, totals[begin + e])
-            return tirx.BufferStore(parts.epilogue.output, value, at)
+    output = parts.epilogue.output
 
+    def value_at(e: Expr) -> Expr:
+        return cpu_math.unrounded(parts.epilogue.value_at([*lead, n + e], totals[begin + e]))
+
+    def write(width: int) -> Stmt:
+        if str(output.dtype) == "float32":
+            return across(width, lambda e: tirx.BufferStore(output, value_at(e), [*lead, n + e]))
+        # in two steps, as the operand of a cast to bfloat16 is computed twice
+        wide = across(width, lambda e: tirx.BufferStore(totals, value_at(e), [begin + e]))
+        cast = partial(tirx.Cast, str(output.dtype))
+        narrow = across(
+            width, lambda e: tirx.BufferStore(output, cast(totals[begin + e]), [*lead, n + e])
+        )
+        return sequence([wide, narrow])
+
+    def across(width: int, element: Callable[[Expr], Stmt]) -> Stmt:
         return loop(width, element, tirx.ForKind.VECTORIZED, name="e")
 
     if parts.fmt.padded_rows == count and count % lanes == 0:

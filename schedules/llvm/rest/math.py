@@ -17,6 +17,7 @@ import tvm
 import tvm_ffi
 from tvm import tirx
 
+from tvm_balanced.schedules.fused_kernel import loads
 from tvm_balanced.support.tvm_types import Expr, Stmt
 
 _LOG2E = 1.44269504088896341
@@ -145,23 +146,88 @@ def rewrite(func: tirx.PrimFunc) -> tirx.PrimFunc:
 
         B[i] = T.Let(..., where={v: A[i]})    # a polynomial of v, scaled by 2**n
     """
-
-    def replace(call: Expr) -> Expr:
-        # an address has no dtype
-        if not isinstance(call.op, tvm.ir.Op) or str(getattr(call.ty, "dtype", "")) != "float32":
-            return call
-        name = call.op.name
-        if name in _UNARY:
-            return _UNARY[name](call.args[0])
-        if name == "tirx.pow":
-            power = _pow(call.args[0], call.args[1])
-            return call if power is None else power
-        return call
-
-    body = tvm_ffi.structural_map(func.body, (tvm.ir.Call, replace), order="post")
+    body = tvm_ffi.structural_map(func.body, (tvm.ir.Call, _as_polynomial), order="post")
     if body.same_as(func.body):
         return func
     return func.with_body(_without_lets(body) if _rounds_to_bfloat16(body) else body)
+
+
+def _as_polynomial(call: Expr) -> Expr:
+    # an address has no dtype
+    if not isinstance(call.op, tvm.ir.Op) or str(getattr(call.ty, "dtype", "")) != "float32":
+        return call
+    name = call.op.name
+    if name in _UNARY:
+        return _UNARY[name](call.args[0])
+    if name == "tirx.pow":
+        power = _pow(call.args[0], call.args[1])
+        return call if power is None else power
+    return call
+
+
+_HALVES = ("float16", "bfloat16")
+_ARITHMETIC = (tirx.Add, tirx.Sub, tirx.Mul, tirx.Div, tirx.Max, tirx.Min)
+
+
+def in_float32(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """As :func:`rewrite`, and element-wise work on 16-bit floats becomes float32 work, rounded at its end.
+
+    Before::
+
+        B[i] = A[i] + bias[i]                                       # all bfloat16
+
+    After::
+
+        B[i] = bfloat16(float32(A[i]) + float32(bias[i]))
+
+    For kernels that are written out: what is left of the casts has to be stored by :func:`unrounded`, as TVM
+    0.27 expands one to bfloat16 into bit operations that hold their operand twice.
+    """
+
+    def compute(node: Expr) -> Expr:
+        dtype = str(node.ty.dtype)
+        if dtype not in _HALVES:
+            return node
+        return tirx.Cast(dtype, type(node)(_widened(node.a), _widened(node.b)))
+
+    def call(node: Expr) -> Expr:
+        dtype = str(getattr(node.ty, "dtype", ""))
+        name = getattr(node.op, "name", "")
+        if dtype in _HALVES and name in _UNARY:
+            return tirx.Cast(dtype, _UNARY[name](_widened(node.args[0])))
+        return _as_polynomial(node)
+
+    def store(one: Stmt) -> Stmt:
+        # a reduction keeps its form, by which it is known
+        if any(load.source.same_as(one.buffer) for load in loads(one.value)):
+            return one
+        value = tvm_ffi.structural_map(
+            one.value, [(_ARITHMETIC, compute), (tvm.ir.Call, call)], order="post"
+        )
+        return one if value.same_as(one.value) else tirx.BufferStore(one.buffer, value, one.indices)
+
+    body = tvm_ffi.structural_map(func.body, (tirx.BufferStore, store), order="post")
+    return func if body.same_as(func.body) else func.with_body(body)
+
+
+def unrounded(value: Expr) -> Expr:
+    """Return a value without the roundings to 16 bits in it, and without the last one."""
+
+    def cast(one: Expr) -> Expr:
+        return _widened(one.value) if str(one.ty.dtype) == "float32" else one
+
+    value = tvm_ffi.structural_map(value, (tirx.Cast, cast), order="post")
+    return value.value if isinstance(value, tirx.Cast) else value
+
+
+def _widened(value: Expr) -> Expr:
+    if isinstance(value, tirx.Cast) and str(value.ty.dtype) in _HALVES:
+        inner = value.value
+        if str(inner.ty.dtype) == "float32":
+            return inner
+    if isinstance(value, tirx.FloatImm):
+        return _f(float(value.value))
+    return value if str(value.ty.dtype) == "float32" else tirx.Cast("float32", value)
 
 
 def _rounds_to_bfloat16(body: Stmt) -> bool:
