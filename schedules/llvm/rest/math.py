@@ -149,7 +149,7 @@ def rewrite(func: tirx.PrimFunc) -> tirx.PrimFunc:
     body = tvm_ffi.structural_map(func.body, (tvm.ir.Call, _as_polynomial), order="post")
     if body.same_as(func.body):
         return func
-    return func.with_body(_without_lets(body) if _rounds_to_bfloat16(body) else body)
+    return func.with_body(without_lets(body) if _rounds_to_bfloat16(body) else body)
 
 
 def _as_polynomial(call: Expr) -> Expr:
@@ -216,8 +216,10 @@ def unrounded(value: Expr) -> Expr:
     def cast(one: Expr) -> Expr:
         return _widened(one.value) if str(one.ty.dtype) == "float32" else one
 
+    rounds = str(value.ty.dtype) == "bfloat16"
     value = tvm_ffi.structural_map(value, (tirx.Cast, cast), order="post")
-    return value.value if isinstance(value, tirx.Cast) else value
+    value = value.value if isinstance(value, tirx.Cast) else value
+    return without_lets(value) if rounds else value
 
 
 def _widened(value: Expr) -> Expr:
@@ -236,12 +238,12 @@ def _rounds_to_bfloat16(body: Stmt) -> bool:
     return any(str(cast.ty.dtype).startswith("bfloat16") for cast in casts)
 
 
-def _without_lets(body: Stmt) -> Stmt:
-    """Every ``Let`` written out.
+def without_lets(body: Expr | Stmt) -> Expr | Stmt:
+    """Write every ``Let`` out.
 
     TVM 0.27 expands a cast to bfloat16 into bit operations that hold their operand twice. A variable bound
-    in it would then be bound twice, which its passes refuse or, with new names, compile wrongly; repeated
-    subexpressions are found again further down.
+    in it would then be bound twice, which its passes refuse or, with new names, compile wrongly, as they do
+    in a kernel that stores bfloat16 anywhere. Repeated subexpressions are found again further down.
     """
 
     def write_out(let: Expr) -> Expr:
