@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import tvm_balanced as tb
 from tvm_balanced.build import cxx
 from tvm_balanced.build import export as toolchain
 from tvm_balanced.targets import resolve as targets
@@ -79,6 +81,35 @@ def test_mistakes_end_with_a_message(tiny, program, tmp_path, shape, message):
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and message in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("quantize", ["int8", "w8"])
+def test_quantized_libraries(program, tmp_path, quantize):
+    module = torch.nn.Sequential(torch.nn.Linear(64, 48), torch.nn.GELU(), torch.nn.Linear(48, 24))
+    x = torch.randn(3, 64)
+    model = tb.prune(tb.from_torch(module.eval(), (x,)), "4:16")
+    library = tb.compile(model, "llvm", policy="always", quantize=quantize)
+    library.save(tmp_path / "model.tvmb")
+    x.numpy().tofile(tmp_path / "x.raw")
+    path = tmp_path / "model.tvmb" / "lib.so"
+    done = _run(program, path, tmp_path / "x.raw", "3,64")
+    assert done.returncode == 0, done.stderr
+    expected = library(x).numpy().ravel()
+    values = np.array(done.stdout.splitlines()[1].split(), np.float64)
+    np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-6)
+    # and plain TVM, which knows nothing of this package
+    code = (
+        "import numpy as np, sys, tvm\nfrom tvm import relax\n"
+        "vm = relax.VirtualMachine(tvm.runtime.load_module(sys.argv[1]), tvm.cpu())\n"
+        "x = np.fromfile(sys.argv[2], np.float32).reshape(3, 64)\n"
+        "print(*vm['main'](tvm.runtime.tensor(x)).numpy().ravel())\n"
+        "assert 'tvm_balanced' not in sys.modules\n"
+    )
+    command = [sys.executable, "-c", code, str(path), str(tmp_path / "x.raw")]
+    plain = subprocess.run(command, capture_output=True, text=True, check=True)
+    np.testing.assert_allclose(
+        np.array(plain.stdout.split(), np.float64), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_usage(program):
