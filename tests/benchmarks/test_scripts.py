@@ -16,7 +16,6 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
 SMALL = {
     "crossover": ("-o OUT --pattern 4:16", 100),
     "expand_report": ("--arch sm_90 --pattern 2:4 -o OUT", 5),
-    "int8_operator": ("--shapes 64x64 --m 1 --peers torch --seconds 0.01 -o OUT", 9),
     "models": (
         "--model minilm --size small --input-size 1x4 --pattern 4:16 --quantize int8 --policy always"
         " --peers torch-int8 --callers 1,2 --threads 1 --no-compile --seconds 0.01 --target llvm -o OUT",

@@ -98,10 +98,11 @@ class Engines:
     def __init__(self, case: ModelCase, threads: int) -> None:
         self.case, self.threads = case, threads
         self._folder = tempfile.TemporaryDirectory(prefix="tvm-balanced-")
-        names = [f"input{number}" for number in range(len(case.inputs))]
-        self.feeds: dict[str, Array] = {
-            name: x.contiguous().numpy() for name, x in zip(names, case.inputs, strict=True)
-        }
+
+    @cached_property
+    def feeds(self) -> dict[str, Array]:
+        """The inputs by their names in the exported model, in the order of arguments."""
+        return {f"input{n}": x.contiguous().numpy() for n, x in enumerate(self.case.inputs)}
 
     def make(self, name: str) -> Runner:
         """Return the model in a library; :class:`PeerMissing` where that cannot take part."""

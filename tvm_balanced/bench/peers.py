@@ -25,6 +25,7 @@ from tvm_balanced.support.tvm_types import Expr
 
 if TYPE_CHECKING:
     import torch
+    import tvm
 
     from tvm_balanced.operators import WeightFormat
 
@@ -169,12 +170,8 @@ def _peer(name: str, what: str) -> Callable[[Prepare], Prepare]:
     return register
 
 
-def _built(
-    machine: Machine,
-    params: Sequence[Expr],
-    emit: Callable[..., Expr],
-) -> Callable[..., Any]:
-    """Return the function of variables ``params`` that ``emit`` gives the result of, compiled."""
+def _module(params: Sequence[Expr], emit: Callable[..., Expr]) -> tvm.IRModule:
+    """Return the function of variables ``params`` that ``emit`` gives the result of."""
     from tvm import relax
 
     builder = relax.BlockBuilder()
@@ -182,8 +179,7 @@ def _built(
         with builder.dataflow():
             out = builder.emit_output(emit(builder, *params))
         builder.emit_func_output(out)
-    run: Callable[..., Any] = machine.build(builder.get())["main"]
-    return run
+    return builder.get()
 
 
 def _dense_contender(
@@ -213,12 +209,22 @@ def _packed_contender(
     def emit(_: object, x: Expr, *packed: Expr) -> Expr:
         return operator.call(x, packed, fmt, dtype)
 
-    run = _built(machine, [x, *operator.parameters("weight", fmt, dtype)], emit)
+    module = _module([x, *operator.parameters("weight", fmt, dtype)], emit)
+    by_itself = machine.kind == "llvm"
+    run = machine.kernel(module) if by_itself else machine.build(module)["main"]
     given = machine.to_tvm(data)
 
     def make() -> Call:
         args = [machine.to_tvm(to_torch(array, machine.device).clone()) for array in arrays]
-        return machine.on_stream(lambda: run(given, *args))
+        if not by_itself:
+            return machine.on_stream(lambda: run(given, *args))
+        out = machine.to_tvm(data.new_empty(problem.m, problem.layer.n))
+
+        def call() -> object:
+            run(given, *args, out)
+            return out
+
+        return call
 
     weight = weights.dense if isinstance(fmt, DenseFormat) else weights.pruned
     num_bytes = sum(array.nbytes for array in arrays)
@@ -379,7 +385,7 @@ def _tvm_dense(
 
     shapes = {"x": (problem.m, k), "weight": (n, k)}
     params = [relax.Var(name, relax.TensorType(shape, dtype)) for name, shape in shapes.items()]
-    run = _built(machine, params, emit)
+    run = machine.build(_module(params, emit))["main"]
     given = machine.to_tvm(data)
 
     def make() -> Call:

@@ -51,7 +51,7 @@ _LLVM_SPARSE_ARITHMETIC = 0.6
 _AVX2_SPARSE_ARITHMETIC = 0.4
 
 # arithmetic of int8 kernels over the peak of float32, dense and sparse: seen on one Zen 4 core at M = 32 with
-# benchmarks/int8_operator.py and the instruction sets lowered; the last row is a guess
+# `bench --quantize int8` and the instruction sets lowered; the last row is a guess
 _INT8_ARITHMETIC = {
     "avx512-vbmi": (3.8, 2.5),
     "avx512-vnni": (3.8, 2.0),
