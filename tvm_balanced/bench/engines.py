@@ -179,7 +179,7 @@ class Engines:
             return session, self._fed(entry.name for entry in session.get_inputs())
 
         session, feeds = opened(self.threads)
-        outputs = session.run(None, feeds)
+        outputs: list[Array] = session.run(None, feeds)
         # taking arrays in and out costs more than a small product
         binding, value = session.io_binding(), onnxruntime.OrtValue.ortvalue_from_numpy
         for name, array in feeds.items():

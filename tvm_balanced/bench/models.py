@@ -33,8 +33,9 @@ Outputs: TypeAlias = "list[torch.Tensor]"
 
 # largest error as a share of the largest result
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-# norm of the error over that of the result, where weights or activations are rounded: a cosine of 0.99 in int8,
-# which random weights of 8 layers come near (0.1); 4 bits err eight times as much in a layer. Zeros have 1
+# norm of the error over that of the result, where weights or activations are rounded. In int8 a cosine of
+# 0.99 (random weights of an eight-layer decoder have an error of 0.1); 4 bits err eight times as much in a
+# layer. Zeros have an error of 1
 ROUNDING_TOLERANCE = {"int8": 0.15, "w8": 0.15, "int4": 0.8}
 
 

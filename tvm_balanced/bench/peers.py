@@ -241,15 +241,15 @@ def _balanced(
     from tvm_balanced.schedules.dispatch import preferred_format
 
     n, k, m, dtype = problem.layer.n, problem.layer.k, problem.m, problem.dtype
-    target, fmt = machine.spec.target, None
+    fmt: WeightFormat
     if problem.quantize == "int8":
-        fmt = GatherFormat(n, k, weights.pattern)
-        layout, pattern, us = "r16v4", fmt.slots_pattern, int8_us(machine.spec, m, fmt)
+        fmt = kept = GatherFormat(n, k, weights.pattern)
+        layout, pattern, us = "r16v4", kept.slots_pattern, int8_us(machine.spec, m, kept)
     else:
-        fmt = preferred_format(weights.pattern, n, k, m, dtype, target)
-        fmt = as_scaled(fmt) if problem.quantize == "w8" else fmt
-        layout, pattern = str(fmt.layout), fmt.pattern
-        us = sparse_us(machine.spec, m, fmt, dtype)
+        packed = preferred_format(weights.pattern, n, k, m, dtype, machine.spec.target)
+        fmt = packed = as_scaled(packed) if problem.quantize == "w8" else packed
+        layout, pattern = str(packed.layout), packed.pattern
+        us = sparse_us(machine.spec, m, packed, dtype)
     made = _packed_contender(machine, problem, weights, data, fmt)
     made.rounding = "int8" if problem.quantize != "none" else ""
     made.about = {
@@ -450,7 +450,8 @@ def _torch_linear(case: ModelCase) -> Call:
     (layer,) = torch_quantized(case.module)
     multiply, packed = torch.ops.quantized.linear_dynamic, layer._packed_params._packed_params
     (x,) = case.inputs
-    return torch.no_grad()(lambda: multiply(x, packed, True))
+    product: Call = torch.no_grad()(lambda: multiply(x, packed, True))
+    return product
 
 
 for _name in ENGINES:
