@@ -132,7 +132,7 @@ def test_quantised_row_has_the_ratio_to_the_fastest_int8_engine(machine):
     run = benchmarking.Benchmark(machine, peers=names, seconds=0.01, threads=1)
     for row in run.measure(dataclasses.replace(PROBLEM, quantize="int8")):
         assert set(row) <= set(results.COLUMNS) and row["quantize"] == "int8"
-        assert 1e-4 < row["error"] < 0.03 and row["dense_error"] < 1e-5
+        assert 1e-4 < row["error"] < 0.05 and row["dense_error"] < 1e-5
         ratios = [row[f"{name}_us"] / row["us"] for name in names]
         assert row["int8_engines_ratio"] == pytest.approx(min(ratios[1:]))
         assert [row[f"{name}_ratio"] for name in names] == pytest.approx(ratios)
