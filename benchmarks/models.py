@@ -23,6 +23,10 @@ from tvm_balanced.options import QUANTIZATIONS
 
 MODELS = ("minilm", "lstm", "llama_decode")
 _TRANSFORMERS = ("minilm", "llama_decode")
+# layers, hidden, feed-forward
+_LLAMA = (4, 2048, 5632)
+# of 64 wide, as many as keys and values have
+_FOUR_HEADS = 256
 _MINILM = {
     "vocab_size": 30522,
     "hidden_size": 384,
@@ -60,12 +64,32 @@ def _minilm(size: str, shape: tuple[int, int]) -> Any:
     return zoo.Built(module, (ids, torch.ones_like(ids)))
 
 
-def build(name: str, size: str, dtype: str, shape: tuple[int, int] = (1, 32)) -> Any:
-    """Return a model of the zoo in a dtype: ``module`` and ``inputs``, MiniLM's of ``shape``."""
+def _llama(size: str, sizes: tuple[int, int, int]) -> Any:
+    zoo = _zoo()
+    if size == "small":
+        return zoo.ZOO["llama_decode"].make(size)
+    return zoo.decode_step(lambda _: zoo.llama(zoo.llama_config(*sizes)))(size)
+
+
+def build(
+    name: str,
+    size: str,
+    dtype: str,
+    shape: tuple[int, int] = (1, 32),
+    llama: tuple[int, int, int] = _LLAMA,
+) -> Any:
+    """Return a model of the zoo in a dtype: ``module`` and ``inputs``.
+
+    ``shape`` is that of MiniLM's input, ``llama`` has layers, hidden and feed-forward width.
+    """
     import torch
 
     known = _zoo().ZOO[name]
-    make = functools.partial(_minilm, shape=shape) if name == "minilm" else known.make
+    makers = {
+        "minilm": functools.partial(_minilm, shape=shape),
+        "llama_decode": functools.partial(_llama, sizes=llama),
+    }
+    make = makers.get(name, known.make)
     entry = dataclasses.replace(known, make=make, dtype=getattr(torch, dtype))
     return entry.build(size)
 
@@ -90,11 +114,23 @@ def _counts(context: object, option: object, text: str) -> tuple[int, ...]:
     return tuple(map(int, words))
 
 
-def _sizes(context: object, option: object, text: str) -> tuple[tuple[int, int], ...]:
-    pairs = [word.split("x") for word in text.split(",")]
-    if not all(len(pair) == 2 and all(n.isdigit() and int(n) > 0 for n in pair) for pair in pairs):
-        raise click.BadParameter(f'"{text}" is not BATCHxTOKENS with commas between')
-    return tuple((int(batch), int(tokens)) for batch, tokens in pairs)
+def _product(text: str, names: str) -> tuple[int, ...]:
+    """Return the numbers of a text like ``names``, which stand with an x between."""
+    words = text.split("x")
+    if len(words) != len(names.split("x")) or not all(n.isdigit() and int(n) > 0 for n in words):
+        raise click.BadParameter(f'"{text}" is not {names} in whole numbers above zero')
+    return tuple(map(int, words))
+
+
+def _sizes(context: object, option: object, text: str) -> tuple[tuple[int, ...], ...]:
+    return tuple(_product(word, "BATCHxTOKENS") for word in text.split(","))
+
+
+def _llama_sizes(context: object, option: object, text: str) -> tuple[int, ...]:
+    layers, hidden, feed_forward = _product(text, "LAYERSxHIDDENxFEEDFORWARD")
+    if hidden % _FOUR_HEADS:
+        raise click.BadParameter(f"{hidden} is not a multiple of {_FOUR_HEADS}, four heads of 64")
+    return layers, hidden, feed_forward
 
 
 @click.command()
@@ -139,6 +175,13 @@ def _sizes(context: object, option: object, text: str) -> tuple[tuple[int, int],
     show_default=True,
     help="MiniLM's, batch x tokens: 1x32,8x64.",
 )
+@click.option(
+    "--llama-size",
+    callback=_llama_sizes,
+    default="x".join(map(str, _LLAMA)),
+    show_default=True,
+    help="The Llama's, layers x hidden x feed-forward: 8x2048x5504.",
+)
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: float16 on a GPU, else float32.")
 @click.option("--target", default="auto", show_default=True, help="auto, cuda or llvm.")
 @click.option("--threads", type=click.IntRange(1), help="On a CPU. Default: all cores.")
@@ -155,6 +198,7 @@ def main(
     peers: tuple[str, ...],
     callers: tuple[int, ...],
     shapes: tuple[tuple[int, int], ...],
+    llama_size: tuple[int, int, int],
     dtype: str | None,
     target: str,
     threads: int | None,
@@ -184,7 +228,7 @@ def main(
     rows: list[dict[str, Any]] = []
     for name, shape in ((m, s) for m in models for s in (shapes if m == "minilm" else shapes[:1])):
         try:
-            built = build(name, size, dtype, shape)
+            built = build(name, size, dtype, shape, llama_size)
         except ImportError as error:
             click.echo(f"{name} is left out: {error}", err=True)
             continue

@@ -73,7 +73,7 @@ def test_quantised_contenders_have_a_gate_of_their_own(machine, case, monkeypatc
         row = by_name[f"tvm-balanced, {name}"]
         assert row["int8_layers"] == layers and row["ms"] > 0
         assert (1e-4 < row["relative_l2"] < 0.05) == (layers > 0)
-    monkeypatch.setattr(benchmark_models, "INT8_TOLERANCE", 1e-6)
+    monkeypatch.setitem(benchmark_models.ROUNDING_TOLERANCE, "int8", 1e-6)
     rows = measure_model(case, machine, contest(quantize=("int8",)))
     assert [row["contender"] for row in rows if "ms" in row] == ["PyTorch eager"]
     assert all("not timed: relative L2 error" in row["note"] for row in rows[1:])

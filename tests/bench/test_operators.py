@@ -8,6 +8,7 @@ import torch
 from tvm_balanced.bench import machine as bench_machine
 from tvm_balanced.bench import operators as benchmarking
 from tvm_balanced.bench import peers, results
+from tvm_balanced.bench.engines import installed_engines
 from tvm_balanced.bench.operators import library_problems
 from tvm_balanced.bench.shapes import LayerShape, Problem
 from tvm_balanced.errors import InputError, ToolchainError
@@ -124,6 +125,38 @@ def test_keys_are_those_of_the_rows(bench):
     ]
 
 
+def test_quantised_row_has_the_ratio_to_the_fastest_int8_engine(machine):
+    if "onnxruntime-int8" not in installed_engines():
+        pytest.skip("ONNX Runtime is not installed")
+    names = ["dense", "onnxruntime-int8", "torch-int8"]
+    run = benchmarking.Benchmark(machine, peers=names, seconds=0.01, threads=1)
+    for row in run.measure(dataclasses.replace(PROBLEM, quantize="int8")):
+        assert set(row) <= set(results.COLUMNS) and row["quantize"] == "int8"
+        assert 1e-4 < row["error"] < 0.05 and row["dense_error"] < 1e-5
+        ratios = [row[f"{name}_us"] / row["us"] for name in names]
+        assert row["int8_engines_ratio"] == pytest.approx(min(ratios[1:]))
+        assert [row[f"{name}_ratio"] for name in names] == pytest.approx(ratios)
+
+
+def test_contender_without_copies_has_the_caches_of_all_flushed(bench, monkeypatch):
+    loads = []
+    measure = bench.clock.measure
+    monkeypatch.setattr(bench.clock, "measure", lambda got, s: loads.append(got) or measure(got, s))
+    single = Planted("")
+    prepare = single.prepare
+    single.prepare = lambda *given: dataclasses.replace(prepare(*given), single=True)
+    # of smaller ones there would have to be too many copies
+    problem = dataclasses.replace(PROBLEM, layer=LayerShape("layer", 512, 1024))
+    for peer, copies, flush in ((Planted(""), 2, False), (single, 1, True)):
+        loads.clear()
+        bench.peers = [peer]
+        bench.measure(problem)
+        cold, hot = loads
+        for name in ("balanced", "dense"):
+            assert min(len(cold[name].calls), 2) == copies and cold[name].flush is flush
+            assert len(hot[name].calls) == 1 and not hot[name].flush
+
+
 def test_unknown_peer_is_told(bench):
     with pytest.raises(InputError, match="peer cublas is not known"):
         benchmarking.Benchmark(bench.machine, peers=["cublas"])
@@ -162,6 +195,8 @@ def test_layers_of_a_library_are_problems(tmp_path):
     (problem,) = library_problems(library)
     assert (problem.layer.n, problem.layer.k, problem.m) == (32, 32, 5)
     assert (problem.pattern, problem.dtype) == ("4:16", "float32")
+    rounded = tb.compile(model, "llvm", policy="always", quantize="int8")
+    assert [problem.quantize for problem in library_problems(rounded)] == ["int8"]
     dense = tb.load(tb.compile(model, "llvm", policy="never").save(tmp_path / "d.tvmb"))
     with pytest.raises(InputError, match="no layer that runs sparse"):
         library_problems(dense)

@@ -9,6 +9,7 @@ import torch
 
 from tvm_balanced.bench import machine as bench_machine
 from tvm_balanced.bench import peers
+from tvm_balanced.bench.engines import ENGINES, installed_engines, rounding
 from tvm_balanced.bench.operators import make_machine
 from tvm_balanced.bench.shapes import LayerShape, Problem
 from tvm_balanced.format.pattern import BalancedPattern
@@ -26,8 +27,8 @@ def machine():
     torch.set_num_threads(before)
 
 
-def prepared(machine, name, m=3, n=64, k=256, pattern="4:16", dtype="float32"):
-    problem = Problem("test", LayerShape("layer", n, k), m, pattern, dtype)
+def prepared(machine, name, m=3, n=64, k=256, pattern="4:16", dtype="float32", quantize="none"):
+    problem = Problem("test", LayerShape("layer", n, k), m, pattern, dtype, quantize)
     weights = peers.Weights.make(problem, machine.device)
     generator = torch.Generator().manual_seed(1)
     data = torch.randn(m, k, generator=generator).to(getattr(torch, dtype))
@@ -47,7 +48,8 @@ def prepared(machine, name, m=3, n=64, k=256, pattern="4:16", dtype="float32"):
 def test_contender_agrees_with_float64(machine, name, dtype):
     contender = prepared(machine, name, dtype=dtype)
     first, second = contender.calls(2)
-    limit = peers.TOLERANCE["bfloat16" if name == "int4" else dtype]
+    limit = peers.TOLERANCE[contender.rounding or dtype]
+    assert (contender.rounding == "bfloat16") == (name == "int4")
     assert peers.relative_error(contender, first) <= limit
     # a copy has memory of its own and the same values
     assert torch.equal(contender.result(first()), contender.result(second()))
@@ -65,6 +67,54 @@ def test_operator_says_what_it_runs(machine):
     assert contender.about["predicted_us"] > 0
     # the packed weight is smaller than the dense one
     assert contender.num_bytes < 64 * 256 * 4
+
+
+@pytest.mark.parametrize("m", [1, 9])
+@pytest.mark.parametrize("n, k", [(64, 256), (40, 100)])
+@pytest.mark.parametrize("quantize", ["int8", "w8"])
+def test_quantised_operator_is_right_up_to_rounding(machine, quantize, n, k, m):
+    contender = prepared(machine, "balanced", m, n, k, quantize=quantize)
+    error = peers.relative_error(contender, contender.make())
+    assert 1e-4 < error <= peers.TOLERANCE["int8"] == peers.TOLERANCE[contender.rounding]
+    # values of a byte, indices of half of one, scales
+    assert contender.num_bytes < n * k * 4 / 4
+    assert contender.about["predicted_us"] > 0 and contender.about["kernel_pattern"]
+
+
+def test_int8_operator_multiplies_the_pruned_weight_and_the_dense_peer_the_whole(machine):
+    sparse = prepared(machine, "balanced", quantize="int8")
+    dense = prepared(machine, "tvm_dense-int8")
+    assert int((sparse.weight == 0).sum()) == 64 * 256 * 3 // 4
+    assert not bool((dense.weight == 0).any()) and dense.rounding == "int8"
+    error = peers.relative_error(dense, dense.make())
+    assert 1e-4 < error <= peers.TOLERANCE["int8"]
+
+
+@pytest.mark.parametrize("m, n, k", [(1, 64, 256), (5, 40, 96)])
+@pytest.mark.parametrize("name", ENGINES)
+def test_engine_computes_one_layer(machine, name, m, n, k):
+    if name not in installed_engines():
+        pytest.skip(f"the packages of {name} are not installed")
+    contender = prepared(machine, name, m, n, k)
+    limit = peers.TOLERANCE[contender.rounding or "float32"]
+    least = {"": 0, "int8": 1e-4, "int4": 1e-2}[contender.rounding]
+    assert contender.single and contender.rounding == rounding(name).replace("none", "")
+    assert least <= peers.relative_error(contender, contender.make()) <= limit
+
+
+def test_engine_says_what_it_does_not_take(machine):
+    with pytest.raises(bench_machine.PeerMissing, match="takes part in float32 alone"):
+        prepared(machine, "torch-int8", dtype="bfloat16")
+    emulated = bench_machine.Machine("emulated", machine.spec, machine.device)
+    for name in (*ENGINES, "tvm_dense-int8"):
+        with pytest.raises(bench_machine.PeerMissing, match="CPU"):
+            prepared(emulated, name)
+
+
+def test_engines_take_part_where_they_are_named(machine):
+    assert [peer.name for peer in peers.chosen_peers(None)] == list(peers.KERNELS)
+    assert not set(peers.KERNELS) & set(ENGINES)
+    assert [p.name for p in peers.chosen_peers(["ort-int4", "dense"])] == ["dense", "ort-int4"]
 
 
 @pytest.mark.parametrize("name", ["semi_structured", "triton"])

@@ -18,6 +18,7 @@ def row(m=1, zeros=0.75, **more):
         "pattern": "4:16",
         "zeros": zeros,
         "dtype": "float16",
+        "quantize": "none",
         "cache": "cold",
         "kind": "cuda",
         "device": "Some GPU",
@@ -84,7 +85,8 @@ def test_key_is_the_same_before_and_after_the_file(tmp_path):
     made = row(zeros=1 - 5 / 16)
     results.append(path, [made])
     assert results.key(results.read(path)[0]) == results.key(made)
-    assert results.key(made) != results.key(made | {"cache": "hot"})
+    for other in ({"cache": "hot"}, {"quantize": "int8"}):
+        assert results.key(made) != results.key(made | other)
 
 
 def test_repeated_rows_count_once_by_their_median():
@@ -104,8 +106,8 @@ def test_plots_of_a_file(tmp_path, suffix):
     results.append(path, [row(m, zeros) for m in (1, 8) for zeros in (0.5, 0.75, 0.875)])
     written = results.plot(results.read(path), tmp_path / "plots", suffix)
     assert [p.name for p in written] == [
-        f"ratio-cuda-some-gpu-float16-cold{suffix}",
-        f"roofline-cuda-some-gpu-float16-cold{suffix}",
+        f"ratio-cuda-some-gpu-float16-none-cold{suffix}",
+        f"roofline-cuda-some-gpu-float16-none-cold{suffix}",
     ]
     magic = {".svg": b"<?xml", ".png": b"\x89PNG"}[suffix]
     assert all(p.read_bytes().startswith(magic) for p in written)

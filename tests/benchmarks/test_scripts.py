@@ -16,7 +16,6 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
 SMALL = {
     "crossover": ("-o OUT --pattern 4:16", 100),
     "expand_report": ("--arch sm_90 --pattern 2:4 -o OUT", 5),
-    "int8_operator": ("--shapes 64x64 --m 1 --peers torch --seconds 0.01 -o OUT", 9),
     "models": (
         "--model minilm --size small --input-size 1x4 --pattern 4:16 --quantize int8 --policy always"
         " --peers torch-int8 --callers 1,2 --threads 1 --no-compile --seconds 0.01 --target llvm -o OUT",
@@ -59,6 +58,38 @@ def _rows(script: str, arguments: str, least: int, out: Path) -> None:
 @pytest.mark.parametrize("script", SMALL)
 def test_smallest_form(script: str, tmp_path: Path) -> None:
     _rows(script, *SMALL[script], tmp_path / "out.csv")
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ("--llama-size 8x2048", '"8x2048" is not LAYERSxHIDDENxFEEDFORWARD in whole numbers above zero'),
+        ("--llama-size 8x2000x5504", "2000 is not a multiple of 256, four heads of 64"),
+        ("--input-size 8x0", '"8x0" is not BATCHxTOKENS in whole numbers above zero'),
+        ("--peers ort-int8", '"ort-int8" is not one of onnxruntime, '),
+    ],
+)  # fmt: skip
+def test_models_refuse_what_they_cannot_read(arguments: str, said: str) -> None:
+    command = [sys.executable, "benchmarks/models.py", *arguments.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr, done.stderr[-3000:]
+
+
+@pytest.mark.large
+def test_llama_of_another_size_runs_beside_int4(tmp_path: Path) -> None:
+    pytest.importorskip("onnx_ir")
+    pytest.importorskip("onnxruntime")
+    out = tmp_path / "out.csv"
+    llama = (
+        "--model llama_decode --llama-size 1x256x512 --pattern 4:16 --quantize int8 --no-compile"
+    )
+    _run("models", f"{llama} --target llvm --peers ort-int4 --seconds 0.05 -o OUT", out)
+    with out.open(newline="") as file:
+        rows = {row["contender"]: row for row in csv.DictReader(file)}
+    assert rows["ort-int4"]["quantize"] == "int4" and rows["ort-int4"]["ms"], rows["ort-int4"][
+        "note"
+    ]
+    assert rows["tvm-balanced, 4:16 int8"]["sparse_layers"] == "8"
 
 
 @pytest.mark.large

@@ -30,7 +30,7 @@ def rows():
     return got
 
 
-@pytest.mark.parametrize("peer", peers.peer_names())
+@pytest.mark.parametrize("peer", peers.KERNELS)
 def test_peer_is_timed_or_says_why(rows, peer):
     row = rows["graph", "cold"]
     assert row.get(f"{peer}_us", 0) > 0 or row[f"{peer}_note"]

@@ -271,9 +271,22 @@ def _gpt2(size: str) -> tuple[nn.Module, int, int, tuple[int, int]]:
     )
 
 
+def llama_config(layers: int, hidden: int, feed_forward: int) -> Any:
+    """TinyLlama's but for the sizes given: heads of 64, four of them for keys and values."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=4,
+    )
+
+
 def _llama(size: str) -> tuple[nn.Module, int, int, tuple[int, int]]:
-    """The model, its words, layers, and key/value heads by head size."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig
 
     if size == "small":
         config = LlamaConfig(
@@ -286,14 +299,14 @@ def _llama(size: str) -> tuple[nn.Module, int, int, tuple[int, int]]:
             max_position_embeddings=64,
         )
     else:
-        config = LlamaConfig(
-            vocab_size=32000,
-            hidden_size=2048,
-            intermediate_size=5632,
-            num_hidden_layers=4,
-            num_attention_heads=32,
-            num_key_value_heads=4,
-        )
+        config = llama_config(4, 2048, 5632)
+    return llama(config)
+
+
+def llama(config: Any) -> tuple[nn.Module, int, int, tuple[int, int]]:
+    """The model, its words, layers, and key/value heads by head size."""
+    from transformers import LlamaForCausalLM
+
     heads = config.num_key_value_heads
     head = config.hidden_size // config.num_attention_heads
     return LlamaForCausalLM(config), config.vocab_size, config.num_hidden_layers, (heads, head)
@@ -310,7 +323,7 @@ def _prefill(decoder: Callable[[str], Any]) -> Callable[[str], Built]:
     return make
 
 
-def _decode(decoder: Callable[[str], Any]) -> Callable[[str], Built]:
+def decode_step(decoder: Callable[[str], Any]) -> Callable[[str], Built]:
     def make(size: str) -> Built:
         lm, words, layers, (heads, head) = decoder(size)
         before = 5 if size == "small" else 31
@@ -340,10 +353,10 @@ ZOO: dict[str, ZooEntry] = {
         ZooEntry("minilm", _minilm, _QUERY),
         ZooEntry("minilm_dynamic", _minilm_dynamic, _QUERY),
         ZooEntry("gpt2_prefill", _prefill(_gpt2), "lm.transformer.h.0.mlp.c_fc.weight"),
-        ZooEntry("gpt2_decode", _decode(_gpt2), "lm.transformer.h.0.mlp.c_fc.weight"),
+        ZooEntry("gpt2_decode", decode_step(_gpt2), "lm.transformer.h.0.mlp.c_fc.weight"),
         ZooEntry("llama_prefill", _prefill(_llama), _DOWN),
-        ZooEntry("llama_decode", _decode(_llama), _DOWN),
+        ZooEntry("llama_decode", decode_step(_llama), _DOWN),
         ZooEntry("llama_prefill_fp16", _prefill(_llama), _DOWN, torch.float16),
-        ZooEntry("llama_decode_bf16", _decode(_llama), _DOWN, torch.bfloat16),
+        ZooEntry("llama_decode_bf16", decode_step(_llama), _DOWN, torch.bfloat16),
     )
 }

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 # the oldest one that holds what exported transformers use
 _OPSET = 17
+_TORCH_ENGINE = "onednn"
+_INT4_BLOCK = 32
+# ONNX Runtime's word for products of 4-bit weights with activations in 8 bits
+_IN_INT8 = 4
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ class Runner:
         What it was made with.
     sparse, int8 : int
         How many linear layers run sparse, and how many with int8 weights, where that is known.
+    holds : object
+        What has to live as long as it is called.
     """
 
     call: Call
@@ -83,6 +89,7 @@ class Runner:
     note: str = ""
     sparse: int = 0
     int8: int | None = None
+    holds: object = None
 
 
 class Engines:
@@ -91,10 +98,11 @@ class Engines:
     def __init__(self, case: ModelCase, threads: int) -> None:
         self.case, self.threads = case, threads
         self._folder = tempfile.TemporaryDirectory(prefix="tvm-balanced-")
-        names = [f"input{number}" for number in range(len(case.inputs))]
-        self.feeds: dict[str, Array] = {
-            name: x.numpy() for name, x in zip(names, case.inputs, strict=True)
-        }
+
+    @cached_property
+    def feeds(self) -> dict[str, Array]:
+        """The inputs by their names in the exported model, in the order of arguments."""
+        return {f"input{n}": x.contiguous().numpy() for n, x in enumerate(self.case.inputs)}
 
     def make(self, name: str) -> Runner:
         """Return the model in a library; :class:`PeerMissing` where that cannot take part."""
@@ -140,23 +148,54 @@ class Engines:
             quantize_dynamic(self.onnx, path, per_channel=True, weight_type=QuantType.QInt8)
         return self._session(path, "quantize_dynamic, per_channel, QInt8 weights")
 
+    def ort_int4(self) -> Runner:
+        """Return ONNX Runtime with weights of 4 bits, their products computed in int8."""
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+        path = self.onnx.with_name("int4.onnx")
+        with _quiet():
+            quantizer = MatMulNBitsQuantizer(
+                str(self.onnx), block_size=_INT4_BLOCK, is_symmetric=True, accuracy_level=_IN_INT8
+            )
+            quantizer.process()
+        count = sum(node.op_type == "MatMulNBits" for node in quantizer.model.nodes())
+        if not count:
+            raise PeerMissing("ort-int4 sees no product by a constant in the exported model")
+        quantizer.model.save_model_to_file(str(path))
+        note = (
+            f"{count} MatMulNBits, symmetric in blocks of {_INT4_BLOCK}, accuracy_level {_IN_INT8}"
+        )
+        return self._session(path, note)
+
     def _session(self, path: Path, note: str) -> Runner:
         import onnxruntime
 
-        def call_with(threads: int) -> Call:
+        def opened(threads: int) -> tuple[Any, dict[str, Array]]:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = threads
             session = onnxruntime.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
             )
-            feeds = self._fed(entry.name for entry in session.get_inputs())
-            return lambda: session.run(None, feeds)
+            return session, self._fed(entry.name for entry in session.get_inputs())
+
+        session, feeds = opened(self.threads)
+        outputs: list[Array] = session.run(None, feeds)
+        # taking arrays in and out costs more than a small product
+        binding, value = session.io_binding(), onnxruntime.OrtValue.ortvalue_from_numpy
+        for name, array in feeds.items():
+            binding.bind_ortvalue_input(name, value(array))
+        for entry, array in zip(session.get_outputs(), outputs, strict=True):
+            binding.bind_ortvalue_output(entry.name, value(array))
+
+        def call() -> list[Array]:
+            session.run_with_iobinding(binding)
+            return outputs
 
         def serve(callers: int) -> Serve:
-            shared = call_with(threads_each(self.threads, callers))
-            return in_threads(shared, callers, self.threads)
+            shared, given = opened(threads_each(self.threads, callers))
+            return in_threads(lambda: shared.run(None, given), callers, self.threads)
 
-        return Runner(call_with(self.threads), serve, note)
+        return Runner(call, serve, note, holds=feeds)
 
     def openvino(self) -> Runner:
         """Return OpenVINO in float32, which it would leave for bfloat16 where a CPU has it."""
@@ -197,11 +236,11 @@ class Engines:
         alone = compiled("LATENCY")
         request = alone.create_infer_request()
         feeds = self._fed(entry.get_any_name() for entry in alone.inputs)
+        for name, array in feeds.items():
+            request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
 
         def call() -> tuple[Array, ...]:
-            outputs: tuple[Array, ...] = request.infer(
-                feeds, share_inputs=True, share_outputs=True
-            ).to_tuple()
+            outputs: tuple[Array, ...] = request.infer(share_outputs=True).to_tuple()
             return outputs
 
         def serve(callers: int) -> Serve:
@@ -209,24 +248,16 @@ class Engines:
             return _queue(openvino.AsyncInferQueue(many, callers), feeds, callers)
 
         precision = alone.get_property("INFERENCE_PRECISION_HINT").to_string()
-        return Runner(call, serve, note if precision == "f32" else f"{note}, the rest {precision}")
+        note = note if precision == "f32" else f"{note}, the rest {precision}"
+        return Runner(call, serve, note, holds=feeds)
 
     def torch_int8(self) -> Runner:
         """Return PyTorch with linear layers and LSTMs quantised dynamically."""
         import torch
 
-        engine = "onednn"
-        if engine not in torch.backends.quantized.supported_engines:
-            raise PeerMissing("this PyTorch has no int8 of oneDNN")
-        torch.backends.quantized.engine = engine
-        with warnings.catch_warnings():
-            # PyTorch moves this to a package of its own
-            warnings.simplefilter("ignore")
-            module = torch.ao.quantization.quantize_dynamic(
-                copy.deepcopy(self.case.module), {torch.nn.Linear, torch.nn.LSTM}, torch.qint8
-            )
+        module = torch_quantized(self.case.module)
         call = torch.no_grad()(lambda: module(*self.case.inputs))
-        note = f"quantize_dynamic of Linear and LSTM, {engine}"
+        note = f"quantize_dynamic of Linear and LSTM, {_TORCH_ENGINE}"
         return Runner(call, lambda callers: in_threads(call, callers, self.threads), note)
 
     def _fed(self, names: Iterable[str]) -> dict[str, Array]:
@@ -242,8 +273,32 @@ _ENGINES: Mapping[str, _Engine] = {
     "openvino": (("onnx", "openvino"), Engines.openvino),
     "openvino-int8": (("onnx", "openvino", "nncf"), Engines.openvino_int8),
     "torch-int8": (("torch",), Engines.torch_int8),
+    "ort-int4": (("onnx", "onnxruntime", "onnx_ir"), Engines.ort_int4),
 }
 ENGINES = tuple(_ENGINES)
+INT8_ENGINES = tuple(name for name in ENGINES if name.endswith("-int8"))
+
+
+def rounding(name: str) -> str:
+    """Return what an engine rounds weights to: ``"int8"``, ``"int4"``, or ``"none"``."""
+    bits = name.rpartition("-")[2]
+    return bits if bits in ("int8", "int4") else "none"
+
+
+def torch_quantized(module: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy whose linear layers and LSTMs PyTorch computes in int8; PeerMissing where it cannot."""
+    import torch
+
+    if _TORCH_ENGINE not in torch.backends.quantized.supported_engines:
+        raise PeerMissing("this PyTorch has no int8 of oneDNN")
+    torch.backends.quantized.engine = _TORCH_ENGINE
+    with warnings.catch_warnings():
+        # PyTorch moves this to a package of its own
+        warnings.simplefilter("ignore")
+        quantized: torch.nn.Module = torch.ao.quantization.quantize_dynamic(
+            copy.deepcopy(module), {torch.nn.Linear, torch.nn.LSTM}, torch.qint8
+        )
+    return quantized
 
 
 def installed_engines() -> list[str]:

@@ -66,8 +66,8 @@ class BenchmarkResult(Printable):
         for heading in ("layer", "N x K"):
             table.add_column(heading)
         figures = ("us (p20-p80)", *shown, "GB/s", "of copy", "of ceiling", "error")
-        for heading in ("M", "pattern", "dtype", "caches", *figures):
-            table.add_column(heading, justify="right")
+        for heading in ("M", "pattern", "dtype", "quantize", "caches", *figures):
+            table.add_column(heading, justify="right", overflow="fold")
         for row in self.rows:
             time = "-"
             if "us" in row:
@@ -75,7 +75,7 @@ class BenchmarkResult(Printable):
             table.add_row(
                 str(row["layer"]),
                 f"{row['n']}x{row['k']}",
-                *(str(row[column]) for column in ("m", "pattern", "dtype", "cache")),
+                *(str(row[column]) for column in ("m", "pattern", "dtype", "quantize", "cache")),
                 time,
                 *(_shown(row.get(f"{peer}_ratio"), ".2f", "x") for peer in shown),
                 _shown(row.get("gbps"), ".0f"),

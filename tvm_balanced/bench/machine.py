@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -78,6 +78,20 @@ class Machine:
 
         with self._compiler():
             return relax.VirtualMachine(pipeline.build(mod, self.spec.target), self.tvm_device)
+
+    def kernel(self, mod: tvm.IRModule) -> Callable[..., object]:
+        """Return the one kernel of a Relax module, for a CPU.
+
+        Behind its arguments it takes what it writes its result to. TVM's virtual machine around it takes a
+        microsecond, and looks at shapes.
+        """
+        from tvm_balanced.build import pipeline
+
+        kernels: list[tvm.IRModule] = []
+        built = pipeline.build(mod, self.spec.target, on_fused=kernels.append)
+        (name,) = (str(gvar.name_hint) for gvar in kernels[0].get_global_vars())
+        kernel: Callable[..., object] = built.mod.get_function(name, True)
+        return kernel
 
     @contextlib.contextmanager
     def _compiler(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from tvm_balanced._version import __version__
 from tvm_balanced.bench.clock import Call, Clock, Load, Timing, copies_for, make_clock, short
+from tvm_balanced.bench.engines import INT8_ENGINES
 from tvm_balanced.bench.machine import Machine, PeerMissing
 from tvm_balanced.bench.peers import (
     OWN,
@@ -145,7 +146,7 @@ class Benchmark:
     machine : Machine
         Where to run, from :func:`make_machine`; an emulated one is refused, its times mean nothing.
     peers : sequence of str, optional
-        Names of the peers; all where not given.
+        Names of the peers; where not given all of :data:`tvm_balanced.bench.peers.KERNELS`.
     caches : sequence of str
         States of the caches: ``"cold"``, ``"hot"`` or both.
     seconds : float
@@ -194,6 +195,7 @@ class Benchmark:
                 "pattern": problem.pattern,
                 "zeros": zeros,
                 "dtype": problem.dtype,
+                "quantize": problem.quantize,
                 "cache": cache,
                 **self.environment,
             }
@@ -299,7 +301,7 @@ class Benchmark:
         except Exception as failed:
             self._still_there(peer.name, failed)
             return {f"{prefix}note": short(failed)}, None
-        limit = TOLERANCE[problem.dtype if peer.name != "int4" else "bfloat16"]
+        limit = TOLERANCE[contender.rounding or problem.dtype]
         columns: Row = {f"{prefix}error": error, **contender.about}
         if not error <= limit:
             columns[f"{prefix}note"] = f"not timed: error {error:.1e} is above {limit:.0e}"
@@ -310,9 +312,10 @@ class Benchmark:
         """Time by turns what is ready, and copying."""
         loads: dict[str, Load] = {}
         columns: Row = {}
+        single = any(one.contender.single for one in ready.values())
         for name, one in ready.items():
             try:
-                loads[name] = self._load(one, cache)
+                loads[name] = self._load(one, cache, single)
             except Exception as failed:
                 self._still_there(name, failed)
                 columns[f"{_prefix(name)}note"] = short(failed)
@@ -334,10 +337,13 @@ class Benchmark:
         self._still_there("timing", None)
         return columns
 
-    def _load(self, ready: _Checked, cache: str) -> Load:
-        """Return one call for hot caches, else calls on so many copies that they overflow the last cache."""
-        if cache == "hot":
-            return Load([ready.call])
+    def _load(self, ready: _Checked, cache: str, single: bool) -> Load:
+        """Return one call for hot caches, else calls on so many copies that they overflow the last cache.
+
+        With ``single`` there is one copy and a flush, as one contender has no copies and all get the same.
+        """
+        if cache == "hot" or single:
+            return Load([ready.call], flush=cache == "cold")
         copies, flush = copies_for(
             ready.contender.num_bytes, self.clock.cache_bytes, self.machine.device.type
         )
@@ -366,6 +372,9 @@ def _derived(row: Row, problem: Problem, own: Contender) -> Row:
         return {}
     times = {name: row.get(f"{name}_us") for name in peer_names()}
     columns: Row = {f"{name}_ratio": t / us for name, t in times.items() if t is not None}
+    of_int8 = [columns[f"{name}_ratio"] for name in INT8_ENGINES if f"{name}_ratio" in columns]
+    if of_int8:
+        columns["int8_engines_ratio"] = min(of_int8)
     dense = problem.layer.n * problem.layer.k * own.data.element_size()
     columns |= {
         "bytes": own.num_bytes,
@@ -386,15 +395,15 @@ def library_problems(library: Library) -> list[Problem]:
     Layers whose rows of activations are symbolic are taken at M = 1 and 8. Where no layer runs sparse an
     InputError says so.
     """
-    problems: dict[tuple[int, int, int, str, str], Problem] = {}
+    problems: dict[tuple[int, int, int, str, str, str], Problem] = {}
     for row in library.report:
         if row.decision != "sparse" or row.pattern is None:
             continue
         n, k = row.shape
         layer = LayerShape(row.name, n, k)
         for m in [int(row.rows)] if str(row.rows).isdigit() else [1, 8]:
-            problem = Problem(library.path.name, layer, m, row.pattern, row.dtype)
-            problems.setdefault((n, k, m, row.pattern, row.dtype), problem)
+            problem = Problem(library.path.name, layer, m, row.pattern, row.dtype, row.quantize)
+            problems.setdefault((n, k, m, row.pattern, row.dtype, row.quantize), problem)
     if not problems:
         raise InputError(
             f"{library.path} has no layer that runs sparse; compile it with --policy always"

@@ -1,36 +1,40 @@
 """What the operator is compared with, and the operator itself: each made ready, checked, then timed.
 
 A peer that this machine, PyTorch or the shape does not allow says why, and its columns stay empty. Every
-one is checked against float64 with the weight it really computes with (int4 rounds it, 2:4 prunes it in its
-own way) before anything is timed. Dense peers get weights without zeros, as they would have.
+one is checked against float64 before anything is timed: with the weight it really computes with where that
+is known (int4 rounds it, 2:4 prunes it in its own way), else with the weight before it was rounded. Dense
+peers get weights without zeros, as they would have.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tvm_balanced.bench.clock import Call
+from tvm_balanced.bench.engines import ENGINES, Engines, ModelCase, rounding, torch_quantized
 from tvm_balanced.bench.machine import Machine, PeerMissing
 from tvm_balanced.bench.shapes import Problem
-from tvm_balanced.format.layout import PackedFormat
-from tvm_balanced.format.packing import BalancedTensor, pack
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.pruning.masks import largest_of_blocks
-from tvm_balanced.support.tensors import to_numpy, to_torch
+from tvm_balanced.support.tensors import Array, to_numpy, to_torch
 from tvm_balanced.support.tvm_types import Expr
 
 if TYPE_CHECKING:
     import torch
+    import tvm
+
+    from tvm_balanced.operators import WeightFormat
 
     Prepare = Callable[["Machine", "Problem", "Weights", torch.Tensor], "Contender"]
 
 
 # largest error as a share of the largest result: rounding of the result, and of sums kept in
-# half precision, which PyTorch allows cuBLAS
-TOLERANCE = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 2e-2}
+# half precision, which PyTorch allows cuBLAS; of rounded weights and activations
+TOLERANCE = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 2e-2, "int8": 5e-2, "int4": 0.15}
 
 # rows of a weight that the reference takes to float64 at a time
 _REFERENCE_ROWS = 2048
@@ -49,7 +53,7 @@ class Weights:
     dense: torch.Tensor
     pruned: torch.Tensor
     pattern: BalancedPattern
-    _packed: dict[PackedFormat, BalancedTensor] = field(default_factory=dict)
+    _packed: dict[WeightFormat, Sequence[Array]] = field(default_factory=dict)
 
     @staticmethod
     def make(problem: Problem, device: torch.device, seed: int = 0) -> Weights:
@@ -63,11 +67,14 @@ class Weights:
         pattern = BalancedPattern(problem.pattern)
         return Weights(dense, prune(dense, pattern), pattern)
 
-    def packed(self, fmt: PackedFormat) -> BalancedTensor:
-        """Return the pruned weight in a format, packed once."""
+    def packed(self, fmt: WeightFormat) -> Sequence[Array]:
+        """Return the pruned weight in a format, a dense one's without zeros, packed once."""
+        from tvm_balanced.format.int8 import DenseFormat
+        from tvm_balanced.operators import operator_for
+
         if fmt not in self._packed:
-            array = to_numpy(self.pruned)
-            self._packed[fmt] = pack(array, fmt.pattern, fmt.layout, fmt.encoding)
+            weight = self.dense if isinstance(fmt, DenseFormat) else self.pruned
+            self._packed[fmt] = operator_for(fmt).pack(to_numpy(weight), fmt)
         return self._packed[fmt]
 
 
@@ -100,6 +107,10 @@ class Contender:
         Takes what a call returned and gives it as ``(M, N)``.
     about : mapping
         Columns of its own.
+    rounding : str
+        The :data:`TOLERANCE` it is held to; that of the problem's dtype where empty.
+    single : bool
+        Whether copies of the weight cost too much to make.
     """
 
     make: Callable[[], Call]
@@ -108,6 +119,8 @@ class Contender:
     data: torch.Tensor
     result: Callable[[Any], torch.Tensor] = lambda out: out
     about: Mapping[str, Any] = field(default_factory=dict)
+    rounding: str = ""
+    single: bool = False
 
     def calls(self, copies: int) -> list[Call]:
         """Return calls on so many copies."""
@@ -157,22 +170,16 @@ def _peer(name: str, what: str) -> Callable[[Prepare], Prepare]:
     return register
 
 
-def _built(
-    machine: Machine,
-    params: Mapping[str, tuple[tuple[int, ...], str]],
-    emit: Callable[..., Expr],
-) -> Callable[..., Any]:
-    """Return the function of ``params`` (shapes and dtypes) that ``emit`` gives the result of, compiled."""
+def _module(params: Sequence[Expr], emit: Callable[..., Expr]) -> tvm.IRModule:
+    """Return the function of variables ``params`` that ``emit`` gives the result of."""
     from tvm import relax
 
     builder = relax.BlockBuilder()
-    given = [relax.Var(name, relax.TensorType(*like)) for name, like in params.items()]
-    with builder.function("main", given):
+    with builder.function("main", params):
         with builder.dataflow():
-            out = builder.emit_output(emit(builder, *given))
+            out = builder.emit_output(emit(builder, *params))
         builder.emit_func_output(out)
-    run: Callable[..., Any] = machine.build(builder.get())["main"]
-    return run
+    return builder.get()
 
 
 def _dense_contender(
@@ -187,42 +194,72 @@ def _dense_contender(
     return Contender(make, weights.dense, weights.dense.nbytes, data)
 
 
+def _packed_contender(
+    machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor, fmt: WeightFormat
+) -> Contender:
+    """Return one of this package's operators over a packed weight, compiled."""
+    from tvm import relax
+
+    from tvm_balanced.format.int8 import DenseFormat
+    from tvm_balanced.operators import operator_for
+
+    dtype, operator, arrays = problem.dtype, operator_for(fmt), weights.packed(fmt)
+    x = relax.Var("x", relax.TensorType((problem.m, problem.layer.k), dtype))
+
+    def emit(_: object, x: Expr, *packed: Expr) -> Expr:
+        return operator.call(x, packed, fmt, dtype)
+
+    module = _module([x, *operator.parameters("weight", fmt, dtype)], emit)
+    by_itself = machine.kind == "llvm"
+    run = machine.kernel(module) if by_itself else machine.build(module)["main"]
+    given = machine.to_tvm(data)
+
+    def make() -> Call:
+        args = [machine.to_tvm(to_torch(array, machine.device).clone()) for array in arrays]
+        if not by_itself:
+            return machine.on_stream(lambda: run(given, *args))
+        out = machine.to_tvm(data.new_empty(problem.m, problem.layer.n))
+
+        def call() -> object:
+            run(given, *args, out)
+            return out
+
+        return call
+
+    weight = weights.dense if isinstance(fmt, DenseFormat) else weights.pruned
+    num_bytes = sum(array.nbytes for array in arrays)
+    return Contender(make, weight, num_bytes, data, machine.to_torch)
+
+
 @_peer("balanced", "this operator")
 def _balanced(
     machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
 ) -> Contender:
-    from tvm_balanced import ops
-    from tvm_balanced.planning.cost import sparse_us
+    from tvm_balanced.format.int8 import GatherFormat
+    from tvm_balanced.operators import as_scaled
+    from tvm_balanced.planning.cost import int8_us, sparse_us
     from tvm_balanced.schedules.dispatch import preferred_format
 
-    n, k, dtype = problem.layer.n, problem.layer.k, problem.dtype
-    fmt = preferred_format(weights.pattern, n, k, problem.m, dtype, machine.spec.target)
-    packed = weights.packed(fmt)
-    arrays = (packed.values, packed.indices)
-    params = {
-        "x": ((problem.m, k), dtype),
-        "values": (packed.values.shape, dtype),
-        "indices": (packed.indices.shape, "uint8"),
-    }
-
-    def emit(_: object, x: Expr, values: Expr, indices: Expr) -> Expr:
-        return ops.balanced_sparse_dense(x, values, indices, fmt, dtype)
-
-    run = _built(machine, params, emit)
-    given = machine.to_tvm(data)
-
-    def make() -> Call:
-        args = [machine.to_tvm(to_torch(array, machine.device)) for array in arrays]
-        return machine.on_stream(lambda: run(given, *args))
-
-    about = {
-        "layout": str(fmt.layout),
+    n, k, m, dtype = problem.layer.n, problem.layer.k, problem.m, problem.dtype
+    fmt: WeightFormat
+    if problem.quantize == "int8":
+        fmt = kept = GatherFormat(n, k, weights.pattern)
+        layout, pattern, us = "r16v4", kept.slots_pattern, int8_us(machine.spec, m, kept)
+    else:
+        packed = preferred_format(weights.pattern, n, k, m, dtype, machine.spec.target)
+        fmt = packed = as_scaled(packed) if problem.quantize == "w8" else packed
+        layout, pattern = str(packed.layout), packed.pattern
+        us = sparse_us(machine.spec, m, packed, dtype)
+    made = _packed_contender(machine, problem, weights, data, fmt)
+    made.rounding = "int8" if problem.quantize != "none" else ""
+    made.about = {
+        "layout": layout,
         "encoding": fmt.encoding,
-        "kernel_pattern": str(fmt.pattern),
+        "kernel_pattern": str(pattern),
         "schedule": "default",
-        "predicted_us": round(sparse_us(machine.spec, problem.m, fmt, dtype), 3),
+        "predicted_us": round(us, 3),
     }
-    return Contender(make, weights.pruned, packed.nbytes, data, machine.to_torch, about)
+    return made
 
 
 @_peer("dense", "PyTorch dense: cuBLAS on a GPU, MKL or oneDNN on a CPU")
@@ -267,7 +304,7 @@ def _int4(machine: Machine, problem: Problem, weights: Weights, data: torch.Tens
         packed, scales = convert(codes, tiles), table.clone()
         return lambda: multiply(x, packed, _INT4_GROUP, scales)
 
-    return Contender(make, rounded, n * k // 2 + table.nbytes, x)
+    return Contender(make, rounded, n * k // 2 + table.nbytes, x, rounding="bfloat16")
 
 
 @_peer("csr", "PyTorch CSR: cuSPARSE on a GPU, MKL on a CPU; 32-bit indices")
@@ -346,8 +383,9 @@ def _tvm_dense(
         out = builder.emit(relax.op.matmul(x, turned, out_dtype="float32"))
         return out if dtype == "float32" else relax.op.astype(out, dtype)
 
-    params = {"x": ((problem.m, k), dtype), "weight": ((n, k), dtype)}
-    run = _built(machine, params, emit)
+    shapes = {"x": (problem.m, k), "weight": (n, k)}
+    params = [relax.Var(name, relax.TensorType(shape, dtype)) for name, shape in shapes.items()]
+    run = machine.build(_module(params, emit))["main"]
     given = machine.to_tvm(data)
 
     def make() -> Call:
@@ -357,7 +395,67 @@ def _tvm_dense(
     return Contender(make, weights.dense, weights.dense.nbytes, data, machine.to_torch)
 
 
+@_peer("tvm_dense-int8", "dense as this package computes it in int8")
+def _tvm_dense_int8(
+    machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
+) -> Contender:
+    from tvm_balanced.format.int8 import DenseFormat
+
+    if machine.kind != "llvm":
+        raise PeerMissing("int8 kernels are there for CPUs only")
+    fmt = DenseFormat(problem.layer.n, problem.layer.k)
+    made = _packed_contender(machine, problem, weights, data, fmt)
+    made.rounding = "int8"
+    return made
+
+
 OWN = _ALL.pop("balanced")
+KERNELS = tuple(_ALL)
+
+
+def _engine(
+    name: str, machine: Machine, problem: Problem, weights: Weights, data: torch.Tensor
+) -> Contender:
+    """Return a linear layer in an engine that takes whole models."""
+    import torch
+
+    if machine.kind != "llvm":
+        raise PeerMissing(f"{name} is compared on a CPU alone")
+    n, k = problem.layer.n, problem.layer.k
+    # tensors of inference mode cannot be traced
+    with torch.inference_mode(False):
+        linear = torch.nn.utils.skip_init(torch.nn.Linear, k, n, bias=False)
+        linear.weight = torch.nn.Parameter(weights.dense.clone(), requires_grad=False)
+        # what is quantised has to be within a module
+        case = ModelCase("linear", torch.nn.Sequential(linear), (data.clone(),), problem.dtype)
+        # its own settings are this process's
+        runner = Engines(case, torch.get_num_threads()).make(name)
+        if name == "torch-int8":
+            runner = replace(runner, call=_torch_linear(case))
+    return Contender(
+        lambda: runner.call,
+        weights.dense,
+        weights.dense.nbytes,
+        data,
+        lambda out: torch.as_tensor(out if isinstance(out, torch.Tensor) else out[0]),
+        rounding="" if rounding(name) == "none" else rounding(name),
+        single=True,
+    )
+
+
+def _torch_linear(case: ModelCase) -> Call:
+    """Return the product alone: PyTorch's module around it takes longer than a small one."""
+    import torch
+
+    (layer,) = torch_quantized(case.module)
+    multiply, packed = torch.ops.quantized.linear_dynamic, layer._packed_params._packed_params
+    (x,) = case.inputs
+    product: Call = torch.no_grad()(lambda: multiply(x, packed, True))
+    return product
+
+
+for _name in ENGINES:
+    _peer(_name, f"a linear layer in {_name}")(partial(_engine, _name))
 PEERS = tuple(_ALL.values())
 
 
@@ -367,5 +465,5 @@ def peer_names() -> list[str]:
 
 
 def chosen_peers(names: Sequence[str] | None) -> list[Peer]:
-    """Peers by name, all where None."""
-    return [peer for peer in PEERS if names is None or peer.name in names]
+    """Peers by name, all of :data:`KERNELS` where None."""
+    return [peer for peer in PEERS if peer.name in (KERNELS if names is None else names)]

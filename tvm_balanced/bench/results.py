@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 # values by column; what was read from a file are strings
 Row: TypeAlias = dict[str, Any]
-_PROBLEM = ("set", "layer", "n", "k", "m", "pattern", "zeros", "dtype", "cache")
+_PROBLEM = ("set", "layer", "n", "k", "m", "pattern", "zeros", "dtype", "quantize", "cache")
 
 _OWN = (
     *("kernel_pattern", "layout", "encoding", "schedule"),
     *("us", "p20_us", "p80_us", "samples", "method", "error", "predicted_us"),
     *("bytes", "bytes_dense", "gbps", "copy_gbps", "share_of_copy"),
-    *("ceiling", "share_of_ceiling", "note"),
+    *("ceiling", "share_of_ceiling", "int8_engines_ratio", "note"),
 )
 
 PEER_FIELDS = ("us", "p20_us", "p80_us", "ratio", "method", "error", "note")
@@ -57,7 +57,7 @@ MODEL_COLUMNS = (
 # what makes two rows measurements of the same thing
 _KEY = (*_PROBLEM, "kind", "device", "arch", "threads", "torch", "commit")
 # what the rows of one plot have in common
-_PLOTTED = ("kind", "device", "dtype", "cache")
+_PLOTTED = ("kind", "device", "dtype", "quantize", "cache")
 PLOT_FORMATS = (".svg", ".png", ".pdf")
 
 
@@ -133,9 +133,9 @@ def plot(rows: Sequence[Row], folder: Path, suffix: str = ".svg") -> list[Path]:
     Returns
     -------
     list of pathlib.Path
-        ``ratio-DEVICE-DTYPE-CACHE`` (times faster than dense against zeros, a line for each M, and the
-        ceiling the bytes set) and ``roofline-...`` (share of the measured copy bandwidth against the bytes
-        of the packed weight).
+        ``ratio-KIND-DEVICE-DTYPE-QUANTIZE-CACHE`` (times faster than dense against zeros, a line for each M,
+        and the ceiling the bytes set) and ``roofline-...`` (share of the measured copy bandwidth against the
+        bytes of the packed weight).
 
     Raises
     ------
@@ -154,8 +154,8 @@ def plot(rows: Sequence[Row], folder: Path, suffix: str = ".svg") -> list[Path]:
     groups = grouped(timed, lambda row: tuple(str(row[name]) for name in _PLOTTED))
     written = []
     for place, points in groups.items():
-        _, device, dtype, cache = place
-        title = f"{device}, {dtype}, caches {cache}"
+        _, device, dtype, quantize, cache = place
+        title = f"{device}, {dtype}, quantize {quantize}, caches {cache}"
         for name, draw in (("ratio", _draw_ratio), ("roofline", _draw_roofline)):
             path = folder / f"{name}-{'-'.join(map(_word, place))}{suffix}"
             _draw(draw, points, title, path)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tvm_balanced.errors import InputError
 from tvm_balanced.format.pattern import BalancedPattern
+from tvm_balanced.options import QUANTIZATIONS
 from tvm_balanced.support.words import check_word
 
 
@@ -30,13 +31,14 @@ class ShapeSet:
 
 @dataclass(frozen=True)
 class Problem:
-    """One multiplication to time: ``(m, k)`` by a balanced ``(n, k)``."""
+    """One multiplication to time: ``(m, k)`` by a balanced ``(n, k)``, computed in one of QUANTIZATIONS."""
 
     set: str
     layer: LayerShape
     m: int
     pattern: str
     dtype: str
+    quantize: str = "none"
 
 
 # the paper's seven shares of zeros, 50 to 93.75 %, in blocks of 16: its K of 8196 is padded to 8208
@@ -96,6 +98,7 @@ def problems(
     names: Sequence[str],
     dtypes: Sequence[str],
     *,
+    quantize: Sequence[str] = ("none",),
     rows: Iterable[int] | None = None,
     patterns: Iterable[str] | None = None,
     layers: Iterable[str] | None = None,
@@ -110,10 +113,13 @@ def problems(
     Raises
     ------
     InputError
-        For an unknown set or layer, an M below 1 or a pattern that is none, or where nothing is left.
+        For an unknown set, layer or quantisation, an M below 1 or a pattern that is none, or where nothing is
+        left.
     """
     for name in names:
         check_word("set", name, SETS)
+    for word in quantize or ("",):
+        check_word("quantize", word, QUANTIZATIONS)
     given_rows = None if rows is None else list(rows)
     if given_rows is not None and (not given_rows or min(given_rows) < 1):
         raise InputError(f"M of {given_rows} was given; give whole numbers from 1")
@@ -127,12 +133,13 @@ def problems(
             f"their layers are {', '.join(sorted(known))}"
         )
     problems = [
-        Problem(name, layer, m, pattern, dtype)
+        Problem(name, layer, m, pattern, dtype, quantized)
         for name in names
         for dtype in dtypes
         for layer in SETS[name].layers
         for pattern in given_patterns or SETS[name].patterns
         for m in given_rows or SETS[name].rows
+        for quantized in quantize
         if (wanted is None or layer.name in wanted)
         and (most_weights is None or layer.n * layer.k <= most_weights)
         and BalancedPattern(pattern).block <= layer.k

@@ -18,8 +18,12 @@ if TYPE_CHECKING:
     from tvm_balanced.bench.shapes import Problem
 
 
-# as benchmark_peers has them, which imports NumPy
-PEERS = ("dense", "int4", "csr", "semi_structured", "triton", "tvm_dense")
+# as tvm_balanced.bench.peers has them, which imports NumPy
+KERNELS = ("dense", "int4", "csr", "semi_structured", "triton", "tvm_dense", "tvm_dense-int8")
+ENGINES = (
+    *("onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8"),
+    *("torch-int8", "ort-int4"),
+)
 
 
 @click.command(name="bench")
@@ -42,6 +46,13 @@ PEERS = ("dense", "int4", "csr", "semi_structured", "triton", "tvm_dense")
     help="Repeatable. Default: float16 on a GPU, float32 on a CPU.",
 )
 @click.option(
+    "--quantize",
+    default="none",
+    show_default=True,
+    metavar="none,int8,w8",
+    help="What this operator computes in, a row each; int8 and w8 on a CPU. Not with LIBRARY, which says it.",
+)
+@click.option(
     "--most-weights",
     type=click.IntRange(1),
     metavar="NUMBER",
@@ -58,7 +69,8 @@ PEERS = ("dense", "int4", "csr", "semi_structured", "triton", "tvm_dense")
 @click.option(
     "--peers",
     metavar="dense,csr",
-    help=f"Which of {', '.join(PEERS)} to compare with. Default: all.",
+    help=f"What to compare with: kernels {', '.join(KERNELS)} (default: all of these), on a CPU also engines "
+    f"{', '.join(ENGINES)}, or none.",
 )
 @with_default(
     "--method",
@@ -92,20 +104,25 @@ def command(
     plots: str | None,
     **what: Any,
 ) -> None:
-    """Time the balanced operator against its peers: cuBLAS, int4, cuSPARSE, 2:4, Triton and TVM's dense.
+    """Time the balanced operator against its peers: cuBLAS, int4, cuSPARSE, 2:4, Triton, TVM, int8 engines.
 
     Every contender is checked against float64 before it is timed. Without an NVIDIA GPU the kernels for
     llvm are timed against PyTorch on the CPU. With LIBRARY (.tvmb) the shapes are those of its sparse layers.
 
     \b
-    Example:
+    Examples:
       tvm-balanced bench --set llm --m 1,8 --pattern 4:16 -o results.csv
+      tvm-balanced bench --set minilm --quantize int8 --peers onnxruntime-int8,openvino-int8 --threads 1
     """
     path = Path(destination) if destination else None
     if (resume or plots) and path is None:
         raise click.UsageError("--resume and --plot go with -o")
     if library is not None and what["sets"]:
         raise click.UsageError("give either LIBRARY or --set")
+    if library is not None and what["quantize"] != "none":
+        raise click.UsageError(
+            "layers of LIBRARY are quantised as it was compiled; leave --quantize out"
+        )
     from tvm_balanced.bench import results
     from tvm_balanced.bench.layers import time_problems, unmeasured
     from tvm_balanced.support.files import check_output
@@ -179,10 +196,17 @@ def _problems(
     )
     if opened is not None:
         return run, library_problems(opened)
+    quantize = _words(shapes["quantize"])
+    if machine.kind == "cuda" and quantize != ["none"]:
+        raise InputError(
+            f'--quantize "{shapes["quantize"]}" was given on a GPU, and int8 kernels are there for CPUs '
+            "only; leave it out, or choose --target llvm"
+        )
     defaults = ("float16",) if machine.kind == "cuda" else ("float32",)
     return run, problems(
         shapes["sets"] or ("llm",),
         shapes["dtypes"] or defaults,
+        quantize=quantize,
         rows=rows,
         patterns=shapes["patterns"] or None,
         layers=shapes["layers"] or None,
