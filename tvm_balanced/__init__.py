@@ -1,8 +1,8 @@
 """tvm-balanced: imported models become libraries whose linear layers run balanced-sparse.
 
-Every step is a verb: ``from_torch`` (or ``from_onnx``, ``from_relax``, ``load_model``), ``prune``, ``plan``,
-``tune``, ``compile``, ``load``, ``verify``, ``benchmark``; each takes what the one before returned. TVM,
-PyTorch and ONNX are imported where they are needed, not here.
+Every step is a verb: ``from_torch`` (or ``from_onnx``, ``from_relax``, ``load_model``), ``prune``,
+``smooth``, ``plan``, ``tune``, ``compile``, ``load``, ``verify``, ``benchmark``; each takes what the one
+before returned. TVM, PyTorch and ONNX are imported where they are needed, not here.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tvm_balanced.pruning.gradual import GradualPruner as GradualPruner
     from tvm_balanced.pruning.magnitude import prune_weight as prune_weight
     from tvm_balanced.pruning.prune import prune as prune
+    from tvm_balanced.quantization import smooth as smooth
     from tvm_balanced.runtime.library import Library as Library
     from tvm_balanced.runtime.library import load as load
     from tvm_balanced.tuning.options import TuneOptions as TuneOptions
@@ -53,6 +54,7 @@ _HOME = {
     "pruning.gradual": ("GradualPruner",),
     "pruning.magnitude": ("prune_weight",),
     "pruning.prune": ("prune",),
+    "quantization": ("smooth",),
     "runtime.library": ("Library", "load"),
     "tuning.options": ("TuneOptions",),
     "tuning.run": ("tune",),

@@ -34,6 +34,8 @@ class Model:
         Patterns that weights were pruned to, by name of weight; others may still follow one.
     pruned : PruningReport
         What :func:`tvm_balanced.prune` did, layer by layer; empty before.
+    int8_errors : Mapping[str, float]
+        What int8 costs dense layers, as :func:`tvm_balanced.smooth` measured it; empty before.
     """
 
     mod: tvm.IRModule
@@ -41,6 +43,7 @@ class Model:
     name: str = "model"
     patterns: Mapping[str, BalancedPattern] = field(default_factory=dict)
     pruned: PruningReport = field(default_factory=PruningReport)
+    int8_errors: Mapping[str, float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         size = sum(array.nbytes for array in self.params.values())

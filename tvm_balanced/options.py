@@ -27,6 +27,7 @@ class CompileKeywords(TypedDict, total=False):
     policy: str | Mapping[str, str]
     ignore: Iterable[str]
     quantize: str | Mapping[str, str]
+    quantize_bound: float
     buckets: Sequence[int] | Mapping[str, Sequence[int]] | None
     encoding: str
     dense: str
@@ -52,6 +53,9 @@ class CompileOptions:
         What linear layers are computed in: ``"none"`` (the dtype of the weight), ``"int8"`` (weights with a
         scale a row and activations with one a token, sparse and dense layers alike), ``"w8"`` (sparse layers'
         weights in int8, activations as they are), or one of these per layer. For CPUs.
+    quantize_bound : float
+        Error of a layer in int8 above which it stays in floating point: the norm of its results' error over
+        theirs, as :func:`tvm_balanced.smooth` measured it; without measurement there is no bound.
     buckets : sequence of int or Mapping, optional
         Sizes of a symbolic dimension that get a function with static shapes beside the generic one: of the
         first symbolic dimension, or ``{"batch": [1, 8]}``.
@@ -79,6 +83,7 @@ class CompileOptions:
     policy: str | Mapping[str, str] = "auto"
     ignore: Iterable[str] = ()
     quantize: str | Mapping[str, str] = "none"
+    quantize_bound: float = 0.1
     buckets: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     encoding: str = "auto"
     dense: str = "dlight"
@@ -97,6 +102,10 @@ class CompileOptions:
             "logs": self.logs if self.logs is False else _path("logs", self.logs),
             "dump_ir": _path("dump_ir", self.dump_ir),
         }
+        if not isinstance(self.quantize_bound, int | float) or not self.quantize_bound > 0:
+            raise InputError(
+                f"quantize_bound is {self.quantize_bound!r}, expected a share above 0; give for example 0.1"
+            )
         if not isinstance(self.cuda_graph, bool):
             raise InputError(f"cuda_graph is {self.cuda_graph!r}, expected True or False; give one")
         for name, value in plain.items():

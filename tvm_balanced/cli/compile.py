@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,15 +14,35 @@ from tvm_balanced.cli.coverage import coverage_table, coverage_text
 from tvm_balanced.cli.options import Request, overwrite_option, requesting, with_output
 from tvm_balanced.cli.output import Output, summary
 
+if TYPE_CHECKING:
+    from tvm_balanced.model import Model
+
+
+def _smoothed(model: Model, path: Path, tell: Callable[[str], None]) -> Model:
+    from tvm_balanced.pruning.inputs import read_inputs
+    from tvm_balanced.quantization import calls_of, smooth
+
+    return smooth(model, calls_of(model, read_inputs(path), path), tell)
+
 
 @click.command(name="compile")
 @requesting("Prune on the way, once and without retraining.")
 @click.option("--weights", metavar="FILE", help="Weights to use: a .safetensors of prune.")
+@click.option(
+    "--calibration",
+    metavar="FILE",
+    help="Inputs (.npz, .safetensors) by which activations are evened out for int8 and its errors measured.",
+)
 @click.option("-o", "--output", "destination", metavar="PATH", help="Folder to write (.tvmb).")
 @overwrite_option
 @with_output
 def command(
-    output: Output, request: Request, weights: str | None, destination: str | None, overwrite: bool
+    output: Output,
+    request: Request,
+    weights: str | None,
+    calibration: str | None,
+    destination: str | None,
+    overwrite: bool,
 ) -> None:
     """Compile MODEL (.onnx or .pt2), usually pruned, into a library to deploy.
 
@@ -38,6 +60,8 @@ def command(
     begin = time.monotonic()
     with output.progress("compile") as tell:
         model = request.load_pruned(tell, weights)
+        if calibration is not None:
+            model = _smoothed(model, Path(calibration), tell)
         library = compile_model(model, spec, options=request.options, progress=tell)
         tell("write")
         library.save(path, overwrite=overwrite)

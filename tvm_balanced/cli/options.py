@@ -198,6 +198,15 @@ KNOBS = {
         functools.partial(_as_words, "--quantize"),
         functools.partial(parse_words, "--quantize", QUANTIZATIONS),
     ),
+    "quantize_bound": _Knob(
+        with_default(
+            "--quantize-bound",
+            0.1,
+            click.FLOAT,
+            "Error of a layer in int8 above which it stays floating point, where --calibration measures it.",
+        ),
+        lambda bound: ["--quantize-bound", str(bound)],
+    ),
     "buckets": _Knob(
         click.option(
             "--buckets",

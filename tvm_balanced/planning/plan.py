@@ -121,8 +121,14 @@ def make_plan(
     decided: list[LayerRow] = []
     formats: dict[str, WeightFormat] = {}
     for layer in layers:
-        case = _Case(layer, spec, options, policies[layer.name], quantized[layer.name])
+        kind, error = quantized[layer.name], model.int8_errors.get(layer.name, 0.0)
+        too_rough = kind == "int8" and error > options.quantize_bound
+        kind = "none" if too_rough else kind
+        case = _Case(layer, spec, options, policies[layer.name], kind)
         row, fmt = case.decide(model, asked, layer.name in ignored)
+        if too_rough:
+            bound = options.quantize_bound
+            row = replace(row, reason=f"{row.reason}; not int8: error {error:.2g} above {bound:g}")
         decided.append(row)
         if fmt is not None:
             formats[layer.name] = fmt
