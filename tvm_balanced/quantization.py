@@ -211,7 +211,7 @@ def _norms(mod: tvm.IRModule) -> dict[tuple[str, ...], list[str]]:
             by_data.setdefault(use.data, []).append(layer)
     named: dict[tuple[str, ...], list[str]] = {}
     for data, layers in by_data.items():
-        value = bindings.get(data)
+        value: Expr = bindings.get(data)
         params: list[Expr] = []
         if call_name(value) == "relax.nn.layer_norm":
             params = list(value.args[1:3])
