@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from tvm_balanced.targets.resolve import TargetSpec
 
 VERSION = 1
+# of a machine that counts as idle
+MOST_LOAD = 0.5
 KERNELS = ("dense", "sparse", "dense int8", "sparse int8")
 
 _Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -88,6 +90,8 @@ class CpuTimes(Printable):
         Features that the kernels may use, by LLVM's names.
     threads : int
         Threads that ran the kernels.
+    load : float
+        Mean number of other threads that ran in the minute before.
     samples : tuple of Sample
         At least one for each of :data:`KERNELS`.
     """
@@ -97,7 +101,13 @@ class CpuTimes(Printable):
     arch: str
     features: tuple[str, ...]
     threads: _Count
+    load: Annotated[float, msgspec.Meta(ge=0)]
     samples: tuple[Sample, ...]
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether others ran on the cores, so that times may be too long."""
+        return self.load > MOST_LOAD
 
     def us(self, kernel: str, rows: int, n: int, k: int, density: float = 1.0) -> float:
         """Microseconds of a kernel on ``(rows, K) @ (K, N)``, where ``density`` of the weight is kept."""
@@ -142,7 +152,8 @@ class CpuTimes(Printable):
         for sample in self.samples:
             if (sample.pattern is None) != sample.kernel.startswith("dense"):
                 return f"a {sample.kernel} kernel has the pattern {sample.pattern}"
-            BalancedPattern(sample.pattern or "1:1")
+            if sample.pattern is not None:
+                BalancedPattern(sample.pattern)
         return None
 
     def save(self, path: Path) -> None:
@@ -160,13 +171,13 @@ class _Header:
     version: int
 
 
-def place(spec: TargetSpec) -> Path:
-    """Where the times of a target's CPU lie: ``$XDG_CACHE_HOME/tvm-balanced/cpu_times``.
+def place(arch: str, features: Sequence[str], threads: int) -> Path:
+    """Where times lie: a file in ``$XDG_CACHE_HOME/tvm-balanced/cpu_times``.
 
-    The file is named for this machine's CPU, and the architecture, features and threads of the target.
+    It is named for this machine's CPU, and the architecture, features and threads of a target.
     """
-    features = hashlib.sha256(",".join(spec.features).encode()).hexdigest()[:8]
-    name = f"{slug(host.cpu_model())}-{slug(spec.arch)}-{features}-{spec.cores}-threads.json"
+    short = hashlib.sha256(",".join(features).encode()).hexdigest()[:8]
+    name = f"{slug(host.cpu_model())}-{slug(arch)}-{short}-{threads}-threads.json"
     return user_cache() / "cpu_times" / name
 
 

@@ -147,7 +147,7 @@ def make_plan(
 def _cpu_times(spec: TargetSpec) -> tuple[CpuTimes | None, str]:
     """Return measured times of the target's CPU where there are any, and in words where times are from."""
     predicted = "predicted, uncalibrated"
-    path = cpu_times.place(spec)
+    path = cpu_times.place(spec.arch, spec.features, spec.cores)
     if spec.kind != "llvm" or not path.exists():
         return None, predicted
     try:
@@ -155,7 +155,8 @@ def _cpu_times(spec: TargetSpec) -> tuple[CpuTimes | None, str]:
     except InputError as error:
         _LOG.warning("%s; until then times are predicted", error)
         return None, f"{predicted}: the calibration cannot be used"
-    return times, f"by the calibration of this CPU, threads: {times.threads}"
+    load = f", measured under load {times.load}" if times.disturbed else ""
+    return times, f"by the calibration of this CPU, threads: {times.threads}{load}"
 
 
 def _dense_text(kept: list[DenseLayer], spec: TargetSpec, options: CompileOptions) -> str:
