@@ -317,7 +317,8 @@ class _Case:
             floats = preferred_format(pattern, *shape, least, layer.dtype, spec.target, encoding)
             floats = as_scaled(floats) if quantize == "w8" else floats
             fmt, us = floats, [sparse_us(spec, m, floats, layer.dtype, times) for m in rows]
-        measured = times is not None and (quantize == "int8" or layer.dtype == MEASURED_DTYPE)
+        known = quantize == "int8" or (quantize == "none" and layer.dtype == MEASURED_DTYPE)
+        measured = times is not None and known
         return _Kernel("dense" if pattern is None else "sparse", quantize, fmt, us, measured)
 
     def _alternatives(self, pattern: BalancedPattern | None) -> tuple[KernelTime, ...]:
