@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 
-from tvm_balanced.planning.cpu_times import VERSION, CpuTimes, Sample, place
+from tvm_balanced.planning.cpu_times import VERSION, CpuTimes, Kernel, Sample, place
 from tvm_balanced.targets import host
 from tvm_balanced.targets.resolve import resolve
 
 
-def made_up(ns_per_product: Mapping[str, float], load: float = 0.0) -> CpuTimes:
+def made_up(ns_per_product: Mapping[Kernel, float], load: float = 0.0) -> CpuTimes:
     """Times of a CPU whose kernels take so many nanoseconds for each multiplication, at any shape."""
     spec = resolve("llvm")
     samples = []

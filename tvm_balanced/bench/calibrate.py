@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +26,7 @@ from tvm_balanced.errors import InputError
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.model import Model
 from tvm_balanced.options import CompileOptions
-from tvm_balanced.planning.cpu_times import VERSION, CpuTimes, Sample, place
+from tvm_balanced.planning.cpu_times import KERNELS, VERSION, CpuTimes, Sample, place
 from tvm_balanced.pruning.magnitude import prune_weight
 from tvm_balanced.targets import host
 from tvm_balanced.targets.resolve import TargetSpec, resolve
@@ -72,7 +72,7 @@ class _Running:
     def result(self) -> Sample:
         """Return the sample with what was measured."""
         us = sorted(self.us)[int(_UNDISTURBED * len(self.us))]
-        return Sample(**{**vars(self.sample), "us": round(us, 3)})
+        return replace(self.sample, us=round(us, 3))
 
 
 def calibrate(
@@ -127,14 +127,14 @@ def calibrate(
 def _measured(spec: TargetSpec, n: int, k: int) -> list[Sample]:
     """Time all kernels of one shape of weight, by turns."""
     weight = np.random.default_rng(0).standard_normal((n, k)).astype(np.float32)
+    weights = {p: weight if p is None else prune_weight(weight, p) for p in PATTERNS}
     running = []
-    for pattern in PATTERNS:
-        balanced = weight if pattern is None else prune_weight(weight, pattern)
-        for rows, quantize in itertools.product(ROWS, ("none", "int8")):
-            kernel = "dense" if pattern is None else "sparse"
-            name = kernel if quantize == "none" else f"{kernel} {quantize}"
-            call = _layers(spec, balanced, rows, pattern, quantize)
-            running.append(_Running(Sample(name, pattern, n, k, rows, 1.0), call))
+    for pattern, rows, kernel in itertools.product(PATTERNS, ROWS, KERNELS):
+        if kernel.startswith("dense") != (pattern is None):
+            continue
+        quantize = "int8" if kernel.endswith("int8") else "none"
+        call = _layers(spec, weights[pattern], rows, pattern, quantize)
+        running.append(_Running(Sample(kernel, pattern, n, k, rows, 1.0), call))
     for _, one in itertools.product(range(_TURNS), running):
         one.turn()
     return [one.result() for one in running]

@@ -20,7 +20,7 @@ from tvm_balanced.schedules.llvm.int8 import isa
 
 if TYPE_CHECKING:
     from tvm_balanced.operators import Int8Format
-    from tvm_balanced.planning.cpu_times import CpuTimes
+    from tvm_balanced.planning.cpu_times import CpuTimes, Kernel
     from tvm_balanced.targets.resolve import TargetSpec
 
 
@@ -121,7 +121,7 @@ def int8_us(
     """Microseconds of ``relax.nn.int8_dense`` on a CPU, from float activations to float results."""
     density = fmt.pattern.density if isinstance(fmt, GatherFormat) else 1.0
     if measured is not None:
-        kernel = "sparse int8" if isinstance(fmt, GatherFormat) else "dense int8"
+        kernel: Kernel = "sparse int8" if isinstance(fmt, GatherFormat) else "dense int8"
         return measured.us(kernel, rows, fmt.out_features, fmt.in_features, density)
     dense, sparse = _INT8_ARITHMETIC[isa.choose(spec.target).name]
     share = sparse if isinstance(fmt, GatherFormat) else dense

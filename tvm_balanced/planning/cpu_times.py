@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, TypeVar, get_args
 
 import msgspec
 import numpy as np
@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 VERSION = 1
 # of a machine that counts as idle
 MOST_LOAD = 0.5
-KERNELS = ("dense", "sparse", "dense int8", "sparse int8")
+
+_Number = TypeVar("_Number", int, float)
+Kernel: TypeAlias = Literal["dense", "sparse", "dense int8", "sparse int8"]
+KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 
 _Count = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -56,7 +59,7 @@ class Sample:
         Microseconds, of calls that nothing else disturbed.
     """
 
-    kernel: Literal["dense", "sparse", "dense int8", "sparse int8"]
+    kernel: Kernel
     pattern: str | None
     n: _Count
     k: _Count
@@ -109,7 +112,7 @@ class CpuTimes(Printable):
         """Whether others ran on the cores, so that times may be too long."""
         return self.load > MOST_LOAD
 
-    def us(self, kernel: str, rows: int, n: int, k: int, density: float = 1.0) -> float:
+    def us(self, kernel: Kernel, rows: int, n: int, k: int, density: float = 1.0) -> float:
         """Microseconds of a kernel on ``(rows, K) @ (K, N)``, where ``density`` of the weight is kept."""
         samples = [sample for sample in self.samples if sample.kernel == kernel]
         by_density = {
@@ -206,7 +209,7 @@ def _over_rows(samples: Sequence[Sample], rows: int) -> float:
     return _interpolated({sample.rows: sample.us_per_product for sample in samples}, rows)
 
 
-def _interpolated(points: Mapping[float, float] | Mapping[int, float], at: float) -> float:
+def _interpolated(points: Mapping[_Number, float], at: float) -> float:
     """Value at ``at`` on straight lines through ``points`` where both axes are logarithms."""
     xs = sorted(points)
     logs = [math.log(points[x]) for x in xs]

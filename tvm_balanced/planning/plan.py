@@ -340,11 +340,11 @@ class _Case:
     def _row(self, kernel: _Kernel, reason: str) -> LayerRow:
         """Return the row of a layer that a kernel runs."""
         row = replace(self._dense_row(reason), decision=kernel.decision, quantize=kernel.quantize)
-        if kernel.fmt is None:
-            return row
         fmt = kernel.fmt
-        packed = isinstance(fmt, PackedFormat)
-        return replace(row, bytes_sparse=fmt.nbytes(self.layer.dtype) if packed else fmt.nbytes)
+        if fmt is None:
+            return row
+        nbytes = fmt.nbytes(self.layer.dtype) if isinstance(fmt, PackedFormat) else fmt.nbytes
+        return replace(row, bytes_sparse=nbytes)
 
     def _dense_row(self, reason: str) -> LayerRow:
         """Return the row of a layer that stays dense, without a prediction."""
