@@ -9,7 +9,7 @@ import pytest
 
 import tvm_balanced as tb
 from tvm_balanced.bench import calibrate
-from tvm_balanced.errors import InputError
+from tvm_balanced.errors import InputError, OutputError
 from tvm_balanced.planning import cpu_times
 from tvm_balanced.targets.resolve import resolve
 
@@ -74,3 +74,21 @@ def test_a_busy_machine_is_warned_of(monkeypatch, caplog):
     monkeypatch.setattr(os, "getloadavg", lambda: (7.5, 0.0, 0.0))
     assert tb.calibrate().load == 7.5
     assert "load was 7.5" in caplog.text
+
+
+def test_a_damaged_file_is_replaced_without_a_word(caplog):
+    spec = resolve("llvm")
+    path = cpu_times.place(spec.arch, spec.features, spec.cores)
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    times = tb.calibrate()
+    assert "cannot be used" not in caplog.text
+    assert cpu_times.load(path, spec) == times
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_any_work(tmp_path):
+    (tmp_path / "tvm-balanced").write_text("in the way")
+    steps: list[str] = []
+    with pytest.raises(OutputError, match="could not be written"):
+        tb.calibrate(progress=steps.append)
+    assert steps == []

@@ -26,7 +26,7 @@ from tvm_balanced.errors import InputError
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.model import Model
 from tvm_balanced.options import CompileOptions
-from tvm_balanced.planning.cpu_times import KERNELS, VERSION, CpuTimes, Sample, place
+from tvm_balanced.planning.cpu_times import KERNELS, VERSION, CpuTimes, Sample, make_room, place
 from tvm_balanced.pruning.magnitude import prune_weight
 from tvm_balanced.targets import host
 from tvm_balanced.targets.resolve import TargetSpec, resolve
@@ -107,6 +107,9 @@ def calibrate(
     local = resolve("llvm").target
     count = host.core_count() if threads is None else threads
     spec = resolve(tvm.target.Target({**dict(local.export()), "num-cores": count}))
+    # before any work, and as the layers below are planned too
+    path = place(spec.arch, spec.features, count)
+    make_room(path, spec)
     load = round(os.getloadavg()[0], 2)
     samples: list[Sample] = []
     with _pool_of(count):
@@ -120,7 +123,7 @@ def calibrate(
             "the machine's load was %s, so times may be too long; calibrate again when it is idle",
             load,
         )
-    times.save(place(times.arch, times.features, times.threads))
+    times.save(path)
     return times
 
 

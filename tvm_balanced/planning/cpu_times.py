@@ -21,7 +21,7 @@ from tvm_balanced.errors import InputError
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.records.lookup import slug
 from tvm_balanced.report import WIDE, Printable, table_of
-from tvm_balanced.support.files import as_output_error, user_cache, write_whole
+from tvm_balanced.support.files import as_output_error, check_output, user_cache, write_whole
 from tvm_balanced.support.groups import grouped
 from tvm_balanced.targets import host
 
@@ -199,6 +199,21 @@ def load(path: Path, spec: TargetSpec) -> CpuTimes:
     if problem is not None:
         raise InputError(f"{path} cannot be used ({problem}); run tvm-balanced calibrate again")
     return times
+
+
+def make_room(path: Path, spec: TargetSpec) -> None:
+    """Make the folder of a file, and remove one that :func:`load` would refuse.
+
+    Raises OutputError where the file could not be written.
+    """
+    with as_output_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            try:
+                load(path, spec)
+            except InputError:
+                path.unlink()
+    check_output(path, overwrite=True)
 
 
 def _size(sample: Sample) -> int:
