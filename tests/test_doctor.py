@@ -9,6 +9,7 @@ import pytest
 
 from tvm_balanced import doctor
 from tvm_balanced.build import cxx
+from tvm_balanced.cli.main import main
 from tvm_balanced.cuda import libraries, nvrtc
 from tvm_balanced.errors import ToolchainError
 from tvm_balanced.targets import driver as targets_driver
@@ -93,6 +94,22 @@ def test_cublas_is_looked_for_where_libraries_do(monkeypatch):
     monkeypatch.setattr(libraries, "find_cudart", lambda: "/cuda/lib64/libcudart.so.13")
     first, *_, last = doctor.cublas_places()
     assert (first, last) == ("/cuda/lib64/libcublas.so.13", "libcublas.so.13")
+
+
+@pytest.mark.parametrize(("granted", "text"), [(True, "granted"), (False, "refused by the kernel")])
+def test_amx_tiles_have_a_line(monkeypatch, capsys, granted, text):
+    """Only where the CPU has them; what is refused is no feature that code may use."""
+    _with_driver(monkeypatch, Driver(None, (), "no driver"))
+    assert doctor.collect()["cpu"]["amx_tiles"] is None or "amx-tile" in host.cpu_flags()
+    flags = frozenset({"avx2", "amx-tile", "amx-int8"})
+    monkeypatch.setattr(host, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(host, "request_amx_permission", lambda: granted)
+    cpu = doctor.collect()["cpu"]
+    assert cpu["amx_tiles"] is granted
+    assert ("amx-tile" in cpu["features"]) is granted
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("AMX tiles" in line and text in line for line in lines) == 1
 
 
 def test_without_a_compiler_nothing_compiles(monkeypatch):

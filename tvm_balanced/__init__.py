@@ -2,7 +2,8 @@
 
 Every step is a verb: ``from_torch`` (or ``from_onnx``, ``from_relax``, ``load_model``), ``prune``,
 ``smooth``, ``plan``, ``tune``, ``compile``, ``load``, ``verify``, ``benchmark``; each takes what the one
-before returned. TVM, PyTorch and ONNX are imported where they are needed, not here.
+before returned. ``calibrate`` measures this CPU for ``plan`` and ``compile`` to go by. TVM, PyTorch and ONNX
+are imported where they are needed, not here.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from tvm_balanced._version import __version__
 
 if TYPE_CHECKING:
     from tvm_balanced import calibration as calibration
+    from tvm_balanced.bench.calibrate import calibrate as calibrate
     from tvm_balanced.bench.layers import benchmark as benchmark
     from tvm_balanced.build.compiler import compile as compile
     from tvm_balanced.errors import ArtifactError as ArtifactError
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 
 _HOME = {
+    "bench.calibrate": ("calibrate",),
     "bench.layers": ("benchmark",),
     "build.compiler": ("compile",),
     "errors": ("ArtifactError", "InputError", "OutputError", "ToolchainError", "TvmBalancedError"),

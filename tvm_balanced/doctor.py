@@ -64,7 +64,8 @@ def collect() -> JsonObject:
     """Everything ``tvm-balanced doctor`` prints, as JSON values.
 
     ``tvm_balanced``, ``python``, ``platform``: versions; ``packages``: name to version or None; ``cpu``:
-    model, cores, vector features; ``cxx``, ``nvrtc``, ``cublas``, ``driver``, ``gpus``, ``tvm``: what is
+    model, cores, vector features that code may use, and whether the kernel grants AMX tiles (None for a CPU
+    without); ``cxx``, ``nvrtc``, ``cublas``, ``driver``, ``gpus``, ``tvm``: what is
     there, each with a ``problem`` that is None when it is usable; ``targets``: one entry a target name with
     ``compiles``, ``runs`` and, where one is False, ``reason``.
     """
@@ -81,7 +82,8 @@ def collect() -> JsonObject:
         "cpu": {
             "model": host.cpu_model(),
             "cores": _attempt(host.core_count)[0],
-            "features": _attempt(lambda: sorted(host.cpu_flags()))[0] or [],
+            "features": _attempt(lambda: sorted(host.usable_flags()))[0] or [],
+            "amx_tiles": _attempt(_amx_tiles)[0],
         },
         "tvm": {"problem": _attempt(_check_tvm)[1]},
         "cxx": {"path": compiler, "problem": no_compiler},
@@ -148,6 +150,11 @@ def _attempt(function: Callable[[], T]) -> tuple[T | None, str | None]:
         # a report on a broken machine must not break on what is broken
         line = (str(error).strip().splitlines() or [""])[-1]
         return None, f"{type(error).__name__}: {line}"
+
+
+def _amx_tiles() -> bool | None:
+    has_tiles = any(flag.startswith("amx-") for flag in host.cpu_flags())
+    return host.request_amx_permission() if has_tiles else None
 
 
 def _check_tvm() -> None:

@@ -25,6 +25,16 @@ _REASON_MIN = 18
 
 
 @dataclass(frozen=True)
+class KernelTime:
+    """One kernel that could run a layer on a CPU."""
+
+    kernel: str  # "dense", "sparse", "dense int8", "sparse int8" or "sparse w8"
+    rows: int  # of activations, M
+    us: float  # of one use
+    measured: bool  # from a calibration of the CPU, else predicted
+
+
+@dataclass(frozen=True)
 class LayerRow:
     """One dense layer of a model: what was decided for it, and why."""
 
@@ -37,14 +47,15 @@ class LayerRow:
     density: float  # share of weights kept
     bytes_dense: int  # the weight as it was
     bytes_sparse: int  # as it is held: packed, or as it was
-    # predicted microseconds of all uses together, None where nothing was predicted: of the dense kernel that
-    # would run, and of the sparse one
+    # microseconds of all uses together, predicted or from a calibration, None where neither: of the dense
+    # kernel that would run, and of the sparse one
     dense_us: float | None
     sparse_us: float | None
     decision: str  # "sparse" or "dense"
     reason: str
     cublas_us: float | None = None  # of cuBLAS, None off CUDA
     quantize: str = "none"  # "int8", "w8", or "none" for the weight's own dtype
+    alternatives: tuple[KernelTime, ...] = ()  # on a CPU, for each M
 
     @property
     def decided(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import subprocess
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import tvm
 
 from tvm_balanced.errors import InputError, ToolchainError
+from tvm_balanced.schedules.llvm.int8.isa import choose
 from tvm_balanced.targets import driver, host
 from tvm_balanced.targets import gpus as targets_gpus
 from tvm_balanced.targets import resolve as targets
@@ -107,6 +110,57 @@ def test_local_cpu_uses_nothing_the_system_hides(monkeypatch):
     spec = targets.resolve("llvm")
     assert set(spec.features) <= visible
     assert spec.vector_bits == 256
+
+
+@pytest.mark.parametrize(("answer", "granted"), [(0, True), (-1, False)])
+def test_amx_is_used_where_the_kernel_grants_its_tiles(monkeypatch, answer, granted):
+    asked = []
+
+    def system_call(*arguments):
+        asked.append(arguments)
+        return answer
+
+    amx = {"amx-tile", "amx-int8", "amx-bf16"}
+    monkeypatch.setattr(host.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(host, "_system_call", system_call)
+    monkeypatch.setattr(host, "cpu_flags", lambda: frozenset({"avx2", *amx}))
+    assert host.request_amx_permission() is granted
+    # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+    assert asked == [(158, 0x1023, 18)]
+    assert host.usable_flags() == {"avx2"} | (amx if granted else set())
+
+
+def test_amx_that_is_refused_is_switched_off_in_the_target(monkeypatch):
+    from tvm.target import codegen
+
+    monkeypatch.setattr(codegen, "llvm_get_system_cpu", lambda: "sapphirerapids")
+    claimed = codegen.llvm_get_cpu_features(
+        tvm.target.Target({"kind": "llvm", "mcpu": "sapphirerapids"})
+    )
+    flags = frozenset(map(str, claimed)) & host.CPU_FLAGS.keys()
+    monkeypatch.setattr(host, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(host, "request_amx_permission", lambda: True)
+    assert {"amx-tile", "amx-int8"} <= set(targets.resolve("llvm").features)
+    monkeypatch.setattr(host, "request_amx_permission", lambda: False)
+    spec = targets.resolve("llvm")
+    assert set(spec.features) == {flag for flag in flags if not flag.startswith("amx-")}
+    assert {"-amx-bf16", "-amx-int8", "-amx-tile"} <= set(map(str, spec.target.attrs["mattr"]))
+    assert choose(spec.target).name == "avx512-vbmi"
+
+
+def test_a_system_call_by_number():
+    """By one that every Linux on x86-64 has: getpid."""
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        pytest.skip("numbers of system calls are those of Linux on x86-64")
+    assert host._system_call(39) == os.getpid()
+
+
+@pytest.mark.parametrize(("system", "machine"), [("Linux", "aarch64"), ("Darwin", "x86_64")])
+def test_other_systems_are_not_asked_for_amx(monkeypatch, system, machine):
+    monkeypatch.setattr(host.platform, "system", lambda: system)
+    monkeypatch.setattr(host.platform, "machine", lambda: machine)
+    monkeypatch.setattr(host, "_system_call", lambda *_: pytest.fail("a call of another system"))
+    assert host.request_amx_permission() is False
 
 
 def test_flags_are_read_from_the_kernel(tmp_path):

@@ -35,7 +35,7 @@ from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.support.optional import need
 from tvm_balanced.support.provenance import commit, now, tvm_version
 from tvm_balanced.targets.driver import detect_driver
-from tvm_balanced.targets.host import core_count, cpu_flags, cpu_model
+from tvm_balanced.targets.host import core_count, cpu_model, usable_flags
 from tvm_balanced.targets.resolve import LLVM_LEVELS, resolve
 from tvm_balanced.targets.threads import use_cores
 
@@ -86,7 +86,8 @@ def make_machine(target: str = "auto", threads: int | None = None) -> Machine:
             )
         return Machine("cuda", resolve("cuda"), torch.device("cuda", 0))
     spec = resolve(target)
-    missing = sorted(set(spec.features) - cpu_flags()) if cpu_flags() else []
+    here = usable_flags()
+    missing = sorted(set(spec.features) - here) if here else []
     if missing:
         raise ToolchainError(
             f"target {target} uses {', '.join(missing)}, which this CPU does not have; use llvm"

@@ -28,6 +28,7 @@ def command(output: Output) -> None:
         "tvm-balanced": f"{machine['tvm_balanced']}, Python {machine['python']}, {machine['platform']}",
         "CPU": f"{cpu['model']}, {cpu['cores']} cores",
         "CPU features": ", ".join(cpu["features"]) or "not told by the system",
+        **_amx_row(cpu["amx_tiles"]),
         "TVM": machine["tvm"]["problem"] or machine["packages"]["apache-tvm"],
         "C++ compiler": machine["cxx"]["problem"] or machine["cxx"]["path"],
         "NVRTC": machine["nvrtc"]["problem"] or machine["nvrtc"]["version"],
@@ -44,6 +45,13 @@ def command(output: Output) -> None:
         targets.add_row(name, _yes(use["compiles"]), _yes(use["runs"]), use["reason"] or "")
     output.show(targets)
     output.next("tvm-balanced demo")
+
+
+def _amx_row(granted: bool | None) -> dict[str, str]:
+    if granted is None:
+        return {}
+    refused = "refused by the kernel, so int8 runs on VNNI: arch_prctl(ARCH_REQ_XCOMP_PERM) failed"
+    return {"AMX tiles": "granted by the kernel" if granted else refused}
 
 
 def _yes(value: bool) -> str:

@@ -19,6 +19,7 @@ from tvm_balanced.errors import TvmBalancedError
 COMMANDS = {
     "doctor": "What this machine has, and which targets work.",
     "demo": "Two models from training to a library: one good, one real.",
+    "calibrate": "Measure this package's kernels on this CPU, once, for plan and compile.",
     "plan": "Which layers would run sparse, before anything is changed.",
     "prune": "Prune the dense layers of a model to a balanced pattern.",
     "tune": "Find faster schedules for a model's kernels; compile then uses them.",

@@ -3,7 +3,8 @@
 A roofline with one efficiency per kernel kind, and on CUDA the models of the sparse kernels
 (:mod:`tvm_balanced.schedules.cuda.gather_model`, :mod:`tvm_balanced.schedules.cuda.expand_model`), with
 the knobs that the compiler will choose. It ranks; it does not replace measuring, and reports print it as
-a prediction. The llvm figures are ratios seen with ``benchmarks/operator_cpu.py``.
+a prediction. The llvm figures are ratios seen with ``benchmarks/operator_cpu.py``; where ``calibrate``
+measured the target's CPU (:mod:`tvm_balanced.planning.cpu_times`), those times stand in their place.
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ from tvm_balanced.schedules.llvm.int8 import amx, isa
 
 if TYPE_CHECKING:
     from tvm_balanced.operators import Int8Format
+    from tvm_balanced.planning.cpu_times import CpuTimes, Kernel
     from tvm_balanced.targets.resolve import TargetSpec
 
+
+# dtype of the float kernels that are measured
+MEASURED_DTYPE = "float32"
 
 # share of peak bandwidth and arithmetic a kernel reaches
 # DLight's fp16 GEMV touches 16 sectors a request where 4 would do; its matmul has no async copies
@@ -77,8 +82,11 @@ def dense_us(
     in_features: int,
     dtype: str,
     dense: str = "dlight",
+    measured: CpuTimes | None = None,
 ) -> float:
     """Microseconds of ``(rows, K) @ (K, N)`` by a dense kernel, on CUDA DLight's or cuBLAS's."""
+    if measured is not None and dtype == MEASURED_DTYPE:
+        return measured.us("dense", rows, out_features, in_features)
     itemsize = numpy_dtype(dtype).itemsize
     moved = itemsize * (out_features * in_features + rows * (out_features + in_features))
     flops = 2.0 * rows * out_features * in_features
@@ -98,8 +106,13 @@ def dense_us(
     return overhead + _roofline_us(spec, flops, peak, share, moved, bandwidth)
 
 
-def sparse_us(spec: TargetSpec, rows: int, fmt: PackedFormat, dtype: str) -> float:
+def sparse_us(
+    spec: TargetSpec, rows: int, fmt: PackedFormat, dtype: str, measured: CpuTimes | None = None
+) -> float:
     """Microseconds of the balanced-sparse operator on this target."""
+    if measured is not None and dtype == MEASURED_DTYPE:
+        shape = fmt.out_features, fmt.in_features
+        return measured.us("sparse", rows, *shape, fmt.pattern.density)
     if spec.kind == "cuda":
         return cuda.predicted(fmt, rows, dtype, spec.target, spec.launch_us).total_us
     moved = fmt.nbytes(dtype)
@@ -111,8 +124,14 @@ def sparse_us(spec: TargetSpec, rows: int, fmt: PackedFormat, dtype: str) -> flo
     )
 
 
-def int8_us(spec: TargetSpec, rows: int, fmt: Int8Format) -> float:
+def int8_us(
+    spec: TargetSpec, rows: int, fmt: Int8Format, measured: CpuTimes | None = None
+) -> float:
     """Microseconds of ``relax.nn.int8_dense`` on a CPU, from float activations to float results."""
+    density = fmt.pattern.density if isinstance(fmt, GatherFormat) else 1.0
+    if measured is not None and not isinstance(fmt, ExpandFormat):
+        kernel: Kernel = "sparse int8" if isinstance(fmt, GatherFormat) else "dense int8"
+        return measured.us(kernel, rows, fmt.out_features, fmt.in_features, density)
     if isinstance(fmt, ExpandFormat) or (
         isinstance(fmt, DenseFormat) and amx.takes(spec.target, balanced=False)
     ):
@@ -120,7 +139,6 @@ def int8_us(spec: TargetSpec, rows: int, fmt: Int8Format) -> float:
     else:
         dense, sparse = _INT8_ARITHMETIC[isa.choose(spec.target).name]
         share = sparse if isinstance(fmt, GatherFormat) else dense
-        density = fmt.pattern.density if isinstance(fmt, GatherFormat) else 1.0
         flops = 2.0 * rows * fmt.groups * ROWS * fmt.in_features * density
         busy_us = flops / (spec.fp32_tflops * 1e6 * share)
     moving_us = _moving_us(spec, fmt.nbytes, _LLVM_BANDWIDTH)

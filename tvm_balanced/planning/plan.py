@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import tvm
@@ -14,12 +16,20 @@ from tvm_balanced.format.layout import VALUE_DTYPES, PackedFormat, numpy_dtype
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.format.weights import check_weight, detect_pattern, is_balanced
 from tvm_balanced.model import Model
-from tvm_balanced.operators import Int8Format, ScaledFormat, WeightFormat, as_scaled
+from tvm_balanced.operators import Int8Format, WeightFormat, as_scaled
 from tvm_balanced.options import CompileKeywords, CompileOptions, make_options
-from tvm_balanced.planning.cost import dense_us, int8_us, sparse_us, symbolic_text
+from tvm_balanced.planning import cpu_times
+from tvm_balanced.planning.cost import (
+    MEASURED_DTYPE,
+    dense_us,
+    int8_us,
+    sparse_us,
+    symbolic_text,
+)
+from tvm_balanced.planning.cpu_times import CpuTimes
 from tvm_balanced.relay_passes.find_dense import DenseLayer
 from tvm_balanced.relay_passes.pack_weights import dense_weight
-from tvm_balanced.report import LayerRow, Report
+from tvm_balanced.report import KernelTime, LayerRow, Report
 from tvm_balanced.schedules.cuda import sparse_mma as cuda_sparse_mma
 from tvm_balanced.schedules.dispatch import preferred_format
 from tvm_balanced.schedules.llvm.int8 import amx
@@ -34,6 +44,8 @@ MIN_GAIN = 1.05
 
 # rows of activations assumed where the batch is symbolic and no bucket says more
 ASSUMED_ROWS = 8
+
+_LOG = logging.getLogger("tvm_balanced")
 
 _TOO_WIDE = f"its K is above {MOST_COLUMNS}, too wide for sums of int8 products"
 
@@ -118,13 +130,14 @@ def make_plan(
     if pattern is not None:
         given = str(pattern) if isinstance(pattern, BalancedPattern) else pattern
         asked = {n: BalancedPattern(p) for n, p in per_layer(given, names, "pattern").items()}
+    times, source = _cpu_times(spec)
     decided: list[LayerRow] = []
     formats: dict[str, WeightFormat] = {}
     for layer in layers:
         kind, error = quantized[layer.name], model.int8_errors.get(layer.name, 0.0)
         too_rough = kind == "int8" and error > options.quantize_bound
         kind = "none" if too_rough else kind
-        case = _Case(layer, spec, options, policies[layer.name], kind)
+        case = _Case(layer, spec, options, policies[layer.name], kind, times)
         row, fmt = case.decide(model, asked, layer.name in ignored)
         if too_rough:
             bound = options.quantize_bound
@@ -134,8 +147,23 @@ def make_plan(
             formats[layer.name] = fmt
     kept = [lay for lay, row in zip(layers, decided, strict=True) if row.decision == "dense"]
     compared = _dense_text(kept, spec, options)
-    title = f"{model.name} on {spec.name} (times are predicted, uncalibrated{compared})"
+    title = f"{model.name} on {spec.name} (times are {source}{compared})"
     return Plan(Report(decided, title), formats, spec)
+
+
+def _cpu_times(spec: TargetSpec) -> tuple[CpuTimes | None, str]:
+    """Return measured times of the target's CPU where there are any, and in words where times are from."""
+    predicted = "predicted, uncalibrated"
+    path = cpu_times.place(spec.arch, spec.features, spec.cores)
+    if spec.kind != "llvm" or not path.exists():
+        return None, predicted
+    try:
+        times = cpu_times.load(path, spec)
+    except InputError as error:
+        _LOG.warning("%s; until then times are predicted", error)
+        return None, f"{predicted}: the calibration cannot be used"
+    load = f", measured under load {times.load}" if times.disturbed else ""
+    return times, f"by the calibration of this CPU, threads: {times.threads}{load}"
 
 
 def _dense_text(kept: list[DenseLayer], spec: TargetSpec, options: CompileOptions) -> str:
@@ -170,6 +198,28 @@ def _layer_pattern(
 
 
 @dataclass(frozen=True)
+class _Kernel:
+    """A kernel that could run a layer."""
+
+    decision: str  # "dense" or "sparse"
+    quantize: str  # what it computes in
+    fmt: WeightFormat | None  # of its weight; None for one that is not packed
+    us: Sequence[float]  # of each use and bucket
+    measured: bool  # in a calibration of the CPU
+    note: str = ""  # why it stands in for the one that was asked for
+
+    @property
+    def name(self) -> str:
+        """``dense``, ``sparse int8``."""
+        return self.decision + (f" {self.quantize}" if self.quantize != "none" else "")
+
+    @property
+    def total_us(self) -> float:
+        """Microseconds of all uses together."""
+        return sum(self.us)
+
+
+@dataclass(frozen=True)
 class _Case:
     """One layer that is to be decided, and what decides it."""
 
@@ -178,6 +228,17 @@ class _Case:
     options: CompileOptions
     policy: str
     quantize: str
+    cpu_times: CpuTimes | None
+
+    @cached_property
+    def batches(self) -> list[int]:
+        """Rows of activations of each use and bucket."""
+        return _batches(self.layer, self.options.sizes)[0]
+
+    @property
+    def assumed(self) -> bool:
+        """Whether any number of rows is a guess."""
+        return _batches(self.layer, self.options.sizes)[1]
 
     def decide(
         self, model: Model, asked: Mapping[str, BalancedPattern] | None, ignored: bool
@@ -200,24 +261,22 @@ class _Case:
         if pattern.block > layer.in_features:
             reason = f"pattern {pattern} is wider than its K={layer.in_features}"
             return self._stays_dense(model, reason)
-        batches, assumed = _batches(layer, self.options.sizes)
-        fmt = self._sparse_format(pattern, batches)
-        times = self._times(fmt, batches)
-        decision, reason = self._compare(fmt, times, batches, assumed)
-        dense, sparse, cublas = times
-        row, kept = self._stays_dense(model, reason)
+        dense, sparse = self._choose(None), self._choose(pattern)
+        decision, reason = self._compare(dense, sparse)
+        row, fmt = self._stays_dense(model, reason)
         if decision == "sparse":
-            row, kept = replace(row, decision=decision, bytes_sparse=self._nbytes(fmt)), fmt
-            row = replace(row, quantize=self.quantize if self._packs(fmt) else "none")
+            row, fmt = self._row(sparse, reason), sparse.fmt
+        cublas = self._cublas_us()
         row = replace(
             row,
             pattern=str(pattern),
             density=pattern.density,
-            dense_us=round(dense, 2),
-            sparse_us=round(sparse, 2),
+            dense_us=round(dense.total_us, 2),
+            sparse_us=round(sparse.total_us, 2),
             cublas_us=None if cublas is None else round(cublas, 2),
+            alternatives=self._alternatives(pattern),
         )
-        return row, kept
+        return row, fmt
 
     def _check(self, model: Model) -> None:
         weight = dense_weight(model.params, self.layer)
@@ -225,40 +284,87 @@ class _Case:
 
     def _stays_dense(self, model: Model, reason: str) -> tuple[LayerRow, WeightFormat | None]:
         """Return row and format of a layer whose weight keeps its zeros, if it has any."""
-        row, fmt = self._dense_row(reason), None
         if self.quantize == "int8":
             if self.layer.in_features > MOST_COLUMNS:
-                return replace(row, reason=f"{reason}; {_TOO_WIDE}"), None
-            self._check(model)
-            fmt = DenseFormat(self.layer.out_features, self.layer.in_features)
-            row = replace(row, quantize="int8", bytes_sparse=self._nbytes(fmt))
-        return row, fmt
+                reason = f"{reason}; {_TOO_WIDE}"
+            else:
+                self._check(model)
+        kernel = self._choose(None)
+        row = self._row(kernel, reason + kernel.note)
+        return replace(row, alternatives=self._alternatives(None)), kernel.fmt
 
-    def _sparse_format(self, pattern: BalancedPattern, batches: list[int]) -> WeightFormat:
-        layer = self.layer
-        shape = layer.out_features, layer.in_features
-        if self._by_int8:
-            formats: list[Int8Format] = [GatherFormat(*shape, pattern)]
-            if amx.takes(self.spec.target, balanced=True):
-                formats.append(ExpandFormat(*shape, pattern))
-            return min(formats, key=lambda f: sum(int8_us(self.spec, m, f) for m in batches))
-        rows = min(batches) if batches else None
-        target, encoding = self.spec.target, self.options.encoding
-        fmt = preferred_format(pattern, *shape, rows, layer.dtype, target, encoding)
-        return as_scaled(fmt) if self.quantize == "w8" else fmt
+    def _choose(self, pattern: BalancedPattern | None) -> _Kernel:
+        """Return the kernel that computes as asked, or the float one where that was measured to be faster."""
+        if self.quantize == "int8" and self.layer.in_features > MOST_COLUMNS:
+            return self._kernel("none", pattern)
+        if pattern is None and self.quantize == "w8":
+            return self._kernel("none", pattern)
+        kernel = self._kernel(self.quantize, pattern)
+        if self.quantize != "int8" or self.policy != "auto":
+            return kernel
+        floats = self._kernel("none", pattern)
+        if not floats.measured or kernel.total_us < MIN_GAIN * floats.total_us:
+            return kernel
+        ratio = kernel.total_us / floats.total_us
+        return replace(floats, note=f"; float measured {ratio:.2f}x faster than int8")
 
-    @property
-    def _by_int8(self) -> bool:
-        """Whether activations are int8 too."""
-        return self.quantize == "int8" and self.layer.in_features <= MOST_COLUMNS
+    def _kernel(self, quantize: str, pattern: BalancedPattern | None) -> _Kernel:
+        """Return the kernel that computes in ``quantize``, dense without a pattern, and its times."""
+        layer, spec, times = self.layer, self.spec, self.cpu_times
+        shape, rows = (layer.out_features, layer.in_features), self.batches
+        fmt: WeightFormat | None = None
+        if quantize == "int8":
+            packed = [self._int8_us(fmt) for fmt in self._int8_formats(pattern)]
+            us, fmt = min(packed, key=lambda one: sum(one[0]))
+        elif pattern is None:
+            dense = self.options.dense
+            us = [dense_us(spec, m, *shape, layer.dtype, dense, times) for m in rows]
+        else:
+            least, encoding = min(rows, default=None), self.options.encoding
+            floats = preferred_format(pattern, *shape, least, layer.dtype, spec.target, encoding)
+            floats = as_scaled(floats) if quantize == "w8" else floats
+            fmt, us = floats, [sparse_us(spec, m, floats, layer.dtype, times) for m in rows]
+        known = quantize == "int8" or (quantize == "none" and layer.dtype == MEASURED_DTYPE)
+        measured = times is not None and known
+        return _Kernel("dense" if pattern is None else "sparse", quantize, fmt, us, measured)
 
-    @staticmethod
-    def _packs(fmt: WeightFormat) -> bool:
-        """Whether a weight of this format is int8."""
-        return isinstance(fmt, ScaledFormat) or not isinstance(fmt, PackedFormat)
+    def _int8_formats(self, pattern: BalancedPattern | None) -> list[Int8Format]:
+        """Return the packed formats that an int8 weight may have."""
+        shape = self.layer.out_features, self.layer.in_features
+        if pattern is None:
+            return [DenseFormat(*shape)]
+        # a calibration has no times of expanded tiles, and times that are predicted are no match for its own
+        if self.cpu_times is not None or not amx.takes(self.spec.target, balanced=True):
+            return [GatherFormat(*shape, pattern)]
+        return [GatherFormat(*shape, pattern), ExpandFormat(*shape, pattern)]
 
-    def _nbytes(self, fmt: WeightFormat) -> int:
-        return fmt.nbytes(self.layer.dtype) if isinstance(fmt, PackedFormat) else fmt.nbytes
+    def _int8_us(self, fmt: Int8Format) -> tuple[list[float], Int8Format]:
+        return [int8_us(self.spec, m, fmt, self.cpu_times) for m in self.batches], fmt
+
+    def _alternatives(self, pattern: BalancedPattern | None) -> tuple[KernelTime, ...]:
+        """Return times of all kernels of a CPU that could run the layer, whatever was asked for."""
+        if self.spec.kind != "llvm":
+            return ()
+        narrow = ["int8"] if self.layer.in_features <= MOST_COLUMNS else []
+        kernels = [self._kernel(word, None) for word in ("none", *narrow)]
+        if pattern is not None:
+            words = ("w8" if self.quantize == "w8" else "none", *narrow)
+            kernels += [self._kernel(word, pattern) for word in words]
+        # uses with as many rows take as long
+        return tuple(
+            KernelTime(kernel.name, m, round(us, 2), kernel.measured)
+            for kernel in kernels
+            for m, us in dict(zip(self.batches, kernel.us, strict=True)).items()
+        )
+
+    def _row(self, kernel: _Kernel, reason: str) -> LayerRow:
+        """Return the row of a layer that a kernel runs."""
+        row = replace(self._dense_row(reason), decision=kernel.decision, quantize=kernel.quantize)
+        fmt = kernel.fmt
+        if fmt is None:
+            return row
+        nbytes = fmt.nbytes(self.layer.dtype) if isinstance(fmt, PackedFormat) else fmt.nbytes
+        return replace(row, bytes_sparse=nbytes)
 
     def _dense_row(self, reason: str) -> LayerRow:
         """Return the row of a layer that stays dense, without a prediction."""
@@ -280,64 +386,47 @@ class _Case:
             reason=reason,
         )
 
-    def _times(self, fmt: WeightFormat, batches: list[int]) -> tuple[float, float, float | None]:
-        """Predicted microseconds of all uses together: dense, sparse, and by cuBLAS on CUDA."""
-        if not isinstance(fmt, PackedFormat):
-            kept = DenseFormat(fmt.out_features, fmt.in_features)
-            by_dense = sum(int8_us(self.spec, m, kept) for m in batches)
-            return by_dense, sum(int8_us(self.spec, m, fmt) for m in batches), None
+    def _cublas_us(self) -> float | None:
+        """Predicted microseconds of all uses together by cuBLAS; None off CUDA."""
+        if self.spec.kind != "cuda":
+            return None
+        n, k = self.layer.out_features, self.layer.in_features
+        return sum(dense_us(self.spec, m, n, k, self.layer.dtype, "cublas") for m in self.batches)
 
-        def dense(kernel: str) -> float:
-            n, k = self.layer.out_features, self.layer.in_features
-            return sum(dense_us(self.spec, m, n, k, self.layer.dtype, kernel) for m in batches)
-
-        sparse = sum(sparse_us(self.spec, m, fmt, self.layer.dtype) for m in batches)
-        cublas = dense("cublas") if self.spec.kind == "cuda" else None
-        return dense(self.options.dense), sparse, cublas
-
-    def _compare(
-        self,
-        fmt: WeightFormat,
-        times: tuple[float, float, float | None],
-        batches: list[int],
-        assumed: bool,
-    ) -> tuple[str, str]:
-        """Decision and reason, by the predicted times."""
-        dense, sparse, cublas = times
-        gain = dense / sparse
-        note = f"; M assumed {ASSUMED_ROWS}" if assumed else ""
+    def _compare(self, dense: _Kernel, sparse: _Kernel) -> tuple[str, str]:
+        """Decision and reason, by the times of two kernels."""
+        gain = dense.total_us / sparse.total_us
+        measured = dense.measured and sparse.measured
+        word = "measured" if measured else "predicted"
+        note = f"; M assumed {ASSUMED_ROWS}" if self.assumed else ""
+        cublas = self._cublas_us()
         if cublas is not None and self.options.dense != "cublas":
             # DLight's kernel is what would run, and no strong one
-            note = f", {cublas / sparse:.2f}x against cuBLAS{note}"
-        if self._by_amx(fmt):
+            note = f", {cublas / sparse.total_us:.2f}x against cuBLAS{note}"
+        if isinstance(sparse.fmt, ExpandFormat):
             note = f", by AMX tiles{note}"
         if self.policy == "auto" and gain < MIN_GAIN:
-            tiles = ", by AMX tiles" if self._by_amx(fmt, dense=True) else ""
-            slow = f"dense predicted {1 / gain:.2f}x faster{tiles}"
-            return "dense", (slow if gain < 1 else f"only {gain:.2f}x predicted") + note
-        if not assumed and self._by_sparse_mma(fmt, batches):
+            faster = dense.name if measured else "dense"
+            tiles = isinstance(dense.fmt, DenseFormat) and amx.takes(self.spec.target, False)
+            slow = f"{faster} {word} {1 / gain:.2f}x faster{', by AMX tiles' * tiles}"
+            return "dense", (slow if gain < 1 else f"only {gain:.2f}x {word}") + note
+        fmt = sparse.fmt
+        if not self.assumed and self._by_sparse_mma(fmt):
             note = f", by sparse tensor cores{note}"
         if isinstance(fmt, PackedFormat) and any(use.rows is None for use in self.layer.uses):
             served = symbolic_text(self.spec, fmt, self.layer.dtype, self.options.dense)
             note += f"; any M: {served}" if served else ""
         if self.policy == "always":
-            return "sparse", f'policy is "always"; predicted {gain:.2f}x{note}'
-        return "sparse", f"predicted {gain:.2f}x faster{note}"
+            return "sparse", f'policy is "always"; {word} {gain:.2f}x{note}'
+        than = f" than {dense.name}" if measured else ""
+        return "sparse", f"{word} {gain:.2f}x faster{than}{note}{sparse.note}"
 
-    def _by_amx(self, fmt: WeightFormat, dense: bool = False) -> bool:
-        """Whether a layer of this sparse format, or its dense int8 weight, is multiplied in AMX tiles."""
-        if isinstance(fmt, PackedFormat):
-            return False
-        if dense:
-            return amx.takes(self.spec.target, balanced=False)
-        return isinstance(fmt, ExpandFormat)
-
-    def _by_sparse_mma(self, fmt: WeightFormat, batches: list[int]) -> bool:
+    def _by_sparse_mma(self, fmt: WeightFormat | None) -> bool:
         """Whether every use of the layer is multiplied by sparse tensor cores."""
         if self.spec.kind != "cuda" or not isinstance(fmt, PackedFormat):
             return False
         dtype, target = self.layer.dtype, self.spec.target
-        return all(cuda_sparse_mma.choose(fmt, m, dtype, target) is not None for m in batches)
+        return all(cuda_sparse_mma.choose(fmt, m, dtype, target) is not None for m in self.batches)
 
 
 def _batches(layer: DenseLayer, buckets: Sequence[int]) -> tuple[list[int], bool]:

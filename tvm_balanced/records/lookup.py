@@ -20,6 +20,7 @@ from tvm_balanced.records.store import (
     read_folder,
     target_key,
 )
+from tvm_balanced.support.files import user_cache
 from tvm_balanced.support.groups import grouped
 from tvm_balanced.support.provenance import tvm_version
 from tvm_balanced.support.tvm_types import ArgsJson, TargetJson, TraceJson
@@ -88,8 +89,7 @@ class Lookup:
 
 def user_logs() -> Path:
     """Return the user's own records: ``$XDG_CACHE_HOME/tvm-balanced/tuning_logs``."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "tvm-balanced" / "tuning_logs"
+    return user_cache() / "tuning_logs"
 
 
 def default_place() -> Path:

@@ -10,7 +10,7 @@ from tvm_balanced.artifact.manifest import Manifest
 from tvm_balanced.errors import ArtifactError, ToolchainError
 from tvm_balanced.support.provenance import package_version
 from tvm_balanced.targets.driver import detect_driver
-from tvm_balanced.targets.host import cpu_flags
+from tvm_balanced.targets.host import usable_flags
 
 _PINNED = ("apache-tvm", "apache-tvm-ffi")
 
@@ -40,7 +40,7 @@ def check_host(path: Path, manifest: Manifest) -> None:
             "compile it here"
         )
     if target.kind == "llvm":
-        here = cpu_flags()
+        here = usable_flags()
         missing = sorted(set(target.features) - here)
         # where the system does not say what its CPU can do there is nothing to compare with
         if here and missing:

@@ -13,6 +13,12 @@ from pathlib import Path
 from tvm_balanced.errors import OutputError
 
 
+def user_cache() -> Path:
+    """Return this package's part of the user's cache: ``$XDG_CACHE_HOME/tvm-balanced``."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "tvm-balanced"
+
+
 def check_output(path: Path, overwrite: bool) -> None:
     """Refuse a file that could not be written, before any work.
 

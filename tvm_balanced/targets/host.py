@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import platform
@@ -47,6 +48,34 @@ def cpu_flags(cpuinfo: str = "/proc/cpuinfo") -> frozenset[str]:
         return frozenset()
     flags = set(lines[0].partition(":")[2].split()) if lines else set()
     return frozenset(feature for feature, flag in CPU_FLAGS.items() if flag in flags)
+
+
+# of Linux on x86-64: the system call arch_prctl, and its request for a part of the CPU's state
+_ARCH_PRCTL, _REQUEST_STATE, _TILE_DATA = 158, 0x1023, 18
+
+
+def request_amx_permission() -> bool:
+    """Ask the kernel that this process may use AMX tiles; whether it grants them.
+
+    Code with AMX instructions is killed before that. Threads share the permission, and asking again is
+    harmless. False off Linux on x86-64, and where kernel or container refuse.
+    """
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return False
+    return _system_call(_ARCH_PRCTL, _REQUEST_STATE, _TILE_DATA) == 0
+
+
+def _system_call(number: int, *arguments: int) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    return int(libc.syscall(*map(ctypes.c_long, (number, *arguments))))
+
+
+def usable_flags() -> frozenset[str]:
+    """As :func:`cpu_flags`, without AMX where the kernel does not grant its tiles."""
+    flags = cpu_flags()
+    amx = frozenset(flag for flag in flags if flag.startswith("amx-"))
+    return flags if not amx or request_amx_permission() else flags - amx
 
 
 _TOPOLOGY = Path("/sys/devices/system/cpu")

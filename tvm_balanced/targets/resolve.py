@@ -175,9 +175,10 @@ def _local_llvm(name: str) -> TargetSpec:
     from tvm.target.codegen import llvm_get_cpu_features, llvm_get_system_cpu
 
     mcpu = str(llvm_get_system_cpu())
-    here = host.cpu_flags()
+    here = host.usable_flags()
     claimed = {str(f) for f in llvm_get_cpu_features(Target({"kind": "llvm", "mcpu": mcpu}))}
-    # a hypervisor may hide features of the CPU model it names: code that used them would be killed
+    # a hypervisor may hide features of the CPU model it names, and the kernel refuse AMX tiles: code that
+    # used them would be killed
     hidden = sorted(f for f in claimed & host.CPU_FLAGS.keys() if here and f not in here)
     return _llvm(name, mcpu, tuple(f"-{feature}" for feature in hidden))
 

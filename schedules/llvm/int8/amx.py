@@ -12,9 +12,6 @@ Thread map: tasks of groups of 16 rows -> threads, as :mod:`~tvm_balanced.schedu
 
 from __future__ import annotations
 
-import ctypes
-import platform
-
 import tvm
 from tvm import tirx
 
@@ -55,13 +52,6 @@ def takes(target: tvm.target.Target, balanced: bool) -> bool:
     """Whether a target has the instructions, for balanced weights or dense ones."""
     needed = EXPAND_FEATURES if balanced else FEATURES
     return target.kind.name == "llvm" and all(has_feature(target, name) for name in needed)
-
-
-def is_permitted() -> bool:
-    """Whether this process may use AMX tiles; asks Linux for them, which answers the same each time."""
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        return False
-    return int(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST, _TILE_DATA)) == 0
 
 
 def default_knobs(spec: MatmulSpec, target: tvm.target.Target) -> Knobs:

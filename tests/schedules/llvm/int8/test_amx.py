@@ -18,6 +18,7 @@ from tvm_balanced.format import int8
 from tvm_balanced.format.pattern import BalancedPattern
 from tvm_balanced.schedules.llvm.int8 import amx
 from tvm_balanced.schedules.llvm.int8.matmul import Epilogue, Knobs, MatmulSpec
+from tvm_balanced.targets.host import request_amx_permission
 
 needs_expansion = pytest.mark.skipif(
     not runs_here("avx512-vbmi"), reason="this CPU has no AVX-512 VBMI"
@@ -96,7 +97,7 @@ def test_instructions() -> None:
     assert re.search(r"\bsyscall\b", text)
 
 
-@pytest.mark.skipif(amx.is_permitted(), reason="this machine has AMX")
+@pytest.mark.skipif(request_amx_permission(), reason="this machine has AMX")
 def test_refusal_is_said() -> None:
     if not runs_here("avx512-vbmi"):
         pytest.skip("the code in front of the first tile instruction needs AVX-512")
