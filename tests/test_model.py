@@ -198,7 +198,7 @@ def test_plan_prints_as_a_table_and_goes_through_json():
     assert "64 x 64" in plan.text(160)
     assert "64x64" in plan.text(80)
     (row,) = json.loads(json.dumps(plan.to_json()))
-    assert row == {**dataclasses.asdict(plan[0]), "shape": [64, 64]}
+    assert row == {**dataclasses.asdict(plan[0]), "shape": [64, 64], "alternatives": []}
 
 
 @pytest.mark.parametrize(
