@@ -20,6 +20,7 @@ from tvm import relax, tirx
 from tvm_balanced.errors import InputError
 from tvm_balanced.format import int8
 from tvm_balanced.model import Model
+from tvm_balanced.pruning.inputs import by_name
 from tvm_balanced.relay_passes.find_dense import find_dense, main_bindings, split_params
 from tvm_balanced.relay_passes.keep_axes import keep_axes
 from tvm_balanced.relay_passes.pack_weights import dense_weight
@@ -125,14 +126,7 @@ def calls_of(model: Model, arrays: Mapping[str, Array], path: Path) -> list[list
     """
     inputs = split_params(model.mod)[0]
     names = [str(var.name) for var in inputs]
-    if len(names) == 1 == len(arrays):
-        arrays = {names[0]: next(iter(arrays.values()))}
-    missing = [name for name in names if name not in arrays]
-    if missing:
-        raise InputError(
-            f"{path} lacks the input {missing[0]}; it holds {', '.join(arrays)}, and the model takes "
-            f"{', '.join(names)}"
-        )
+    arrays = by_name(arrays, names, path)
     first = [next(iter(var.ty.shape.values)) for var in inputs if var.ty.ndim]
     sizes = {int(extent) for extent in first if isinstance(extent, tirx.IntImm)}
     size = sizes.pop() if len(sizes) == 1 else _SYMBOLIC_BATCH

@@ -110,7 +110,7 @@ def command(
     llvm are timed against PyTorch on the CPU. With LIBRARY (.tvmb) the shapes are those of its sparse layers.
 
     \b
-    Examples:
+    Example:
       tvm-balanced bench --set llm --m 1,8 --pattern 4:16 -o results.csv
       tvm-balanced bench --set minilm --quantize int8 --peers onnxruntime-int8,openvino-int8 --threads 1
     """

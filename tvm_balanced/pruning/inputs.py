@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,6 +62,22 @@ def read_inputs(path: Path) -> dict[str, Array]:
     return arrays
 
 
+def by_name(arrays: Mapping[str, Array], names: Sequence[str], path: Path) -> dict[str, Array]:
+    """Find a model's inputs among arrays; a single input takes a single array of any name.
+
+    ``path`` is where they were read, for messages. Raises InputError when one is missing.
+    """
+    if len(names) == 1 == len(arrays):
+        return {names[0]: next(iter(arrays.values()))}
+    for name in names:
+        if name not in arrays:
+            raise InputError(
+                f"{path} lacks the input {name}; it holds {', '.join(arrays)}, and the model takes "
+                f"{', '.join(names)}"
+            )
+    return {name: arrays[name] for name in names}
+
+
 def batches_for(
     program: torch.export.ExportedProgram, arrays: Mapping[str, Array], path: Path
 ) -> list[Batch]:
@@ -78,14 +94,7 @@ def batches_for(
             "the program takes keyword inputs or constants, and calibration gives tensors by position; "
             "export it with positional tensors"
         )
-    if len(names) == 1 == len(arrays):
-        arrays = {names[0]: next(iter(arrays.values()))}
-    missing = [name for name in names if name not in arrays]
-    if missing:
-        raise InputError(
-            f"{path} lacks the input {missing[0]}; it holds {', '.join(arrays)}, and the model takes "
-            f"{', '.join(names)}"
-        )
+    arrays = by_name(arrays, names, path)
     values = {
         node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"
     }
