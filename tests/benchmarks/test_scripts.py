@@ -15,7 +15,6 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
 # script, arguments in which OUT is the file to write, and rows that it then has at least
 SMALL = {
     "crossover": ("-o OUT --pattern 4:16", 100),
-    "expand_report": ("--arch sm_90 --pattern 2:4 -o OUT", 5),
     "models": (
         "--model minilm --size small --input-size 1x4 --pattern 4:16 --quantize int8 --policy always"
         " --peers torch-int8 --callers 1,2 --threads 1 --no-compile --seconds 0.01 --target llvm -o OUT",
@@ -27,6 +26,7 @@ SMALL = {
 }
 LARGE = {
     "build_times": ("--json", 0),
+    "expand_report": ("--arch sm_90 --pattern 2:4 -o OUT", 5),
     "compare_releases": (f"minilm --python now={sys.executable} --seconds 5 -o OUT", 1),
     "tuning_sweep": ("operator --n 64 --k 32 --m 1 --pattern 4:16 --trials 2 -o OUT", 3),
 }

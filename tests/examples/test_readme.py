@@ -39,6 +39,7 @@ def test_command_lines(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "model.tvmb" / "lib.so").is_file()
 
 
+@pytest.mark.large
 def test_tune_line(tmp_path, monkeypatch, capsys):
     """The line that tunes, after the one that writes what it reads."""
     lines = [line for line in command_lines() if " tune " in line or "-o sparse.onnx" in line]

@@ -145,6 +145,7 @@ def _stand_ins():
     return runtime()._name, str(every), str(every.with_name("libcuda.so.1"))
 
 
+@pytest.mark.large
 def test_symbolic_shapes_and_batched_attention_beside_sparse_layers(emulated):
     built, compiled = build("minilm_dynamic", policy="always", dense="cublas")
     lib = tb.load(compiled, "emulated")

@@ -32,10 +32,14 @@ def build(name, built, policy="always", **options):
     return tb.load(lib, "emulated"), expected
 
 
+# kinds of the others, and slower
+SLOW = ("vgg16", "gpt2_prefill", "llama_decode_bf16")
+
+
 # in float32 to the 1e-4 of PyTorch's result that the zoo asks for, in half precision to its rounding
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.large if n == "vgg16" else ()) for n in WHOLE],
+    [pytest.param(n, marks=pytest.mark.large if n in SLOW else ()) for n in WHOLE],
 )
 def test_small_model_agrees_with_pytorch(name, emulated):
     built = ZOO[name].build("small")
@@ -94,6 +98,7 @@ def test_symbolic_batch_and_buckets():
             assert_close(lib(x), built.module(x), 1e-4)
 
 
+@pytest.mark.large
 def test_dense_model_runs_too(emulated):
     """Kernels that are not ours: DLight's matrix products."""
     built = ZOO["mlp"].build("small")

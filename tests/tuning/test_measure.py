@@ -83,6 +83,7 @@ def test_tasks_know_their_weights() -> None:
     assert others and all(task.feed.between == 0 for task in others)
 
 
+@pytest.mark.large
 def test_times_with_other_caches_are_kept_apart(tmp_path: Path) -> None:
     spec = resolve("llvm")
     torch.manual_seed(0)

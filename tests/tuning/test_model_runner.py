@@ -161,6 +161,7 @@ def _tuned_and_verified(model: tb.Model, name: str, trials: int, place: Path) ->
     return result
 
 
+@pytest.mark.large
 def test_a_small_model_is_tuned_by_estimates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
