@@ -28,4 +28,7 @@ def test_all_of_it(run, tmp_path):
     assert all(row["error"] <= demo.TOLERANCE for row in real["models"])
     cosines = [row["cosine"] for row in real["models"]]
     assert cosines == sorted(cosines, reverse=True)
+    for row in real["models"]:
+        assert abs(row["int8_cosine"] - row["cosine"]) <= 0.02
+        assert row["int8_weight_bytes"] < row["weight_bytes"]
     assert len(real["layers"]["2:16 cuda-sm_90"]) == 36

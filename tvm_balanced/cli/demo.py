@@ -100,10 +100,10 @@ def _digits_table(good: JsonObject) -> Table:
 
 def _minilm_table(real: JsonObject) -> Table:
     headings = ["weights", "ms on this CPU", "against PyTorch", "error against PyTorch", "cosine"]
-    headings += ["dense layers, MiB", "libraries, MiB"]
+    headings += ["dense layers, MiB", "in int8: ms", "cosine", "MiB", "libraries, MiB"]
     table = table_of("MiniLM: a real model", headings, justify="right")
     pytorch = real["pytorch_ms"]
-    table.add_row("PyTorch eager, dense", f"{pytorch:.1f}", "1.00x", "", "", "", "")
+    table.add_row("PyTorch eager, dense", f"{pytorch:.1f}", "1.00x", *[""] * (len(headings) - 3))
     for row in real["models"]:
         sizes = (
             f"{target} {library['bytes'] / 2**20:.0f}"
@@ -116,6 +116,9 @@ def _minilm_table(real: JsonObject) -> Table:
             f"{row['error']:.0e}",
             f"{row['cosine']:.3f}",
             f"{row['weight_bytes'] / 2**20:.1f}",
+            f"{row['int8_ms']:.1f}",
+            f"{row['int8_cosine']:.3f}",
+            f"{row['int8_weight_bytes'] / 2**20:.1f}",
             ", ".join(sizes),
         )
     table.caption = (

@@ -79,7 +79,8 @@ def minilm(tell: Progress, out: Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``models``: per pattern errors, fastest and median milliseconds, sizes in bytes and cosines;
+        ``models``: per pattern errors, fastest and median milliseconds, sizes in bytes and cosines, those
+        of the same weights in int8 beside them;
         ``reports``: pattern and target to the :class:`~tvm_balanced.report.Report` of the library.
 
     Raises
@@ -95,6 +96,7 @@ def minilm(tell: Progress, out: Path) -> dict[str, Any]:
     tell("MiniLM: compile dense for llvm")
     model = from_torch(module, inputs[0], name="MiniLM")
     libraries = {"dense": compile_model(model, "llvm", policy="never")}
+    rounded = {"dense": compile_model(model, "llvm", policy="never", quantize="int8")}
     models = {"dense": model}
     reports: dict[tuple[str, str], Report] = {("dense", "llvm"): libraries["dense"].report}
     built = {"dense": {"llvm": _save(libraries["dense"], out, "dense", "llvm")}}
@@ -107,19 +109,23 @@ def minilm(tell: Progress, out: Path) -> dict[str, Any]:
             built[pattern][target] = _save(library, out, pattern, target)
             if target == "llvm":
                 libraries[pattern] = library
+        tell(f"MiniLM: compile {pattern} for llvm in int8")
+        rounded[pattern] = compile_model(model, "llvm", quantize="int8")
 
     tell("MiniLM: check against PyTorch")
     truth = _answers(module, inputs)
     rows: list[dict[str, Any]] = []
     for name, library in libraries.items():
         expected = _answers(_with_weights(module, models[name]), inputs)
-        cosine = np.mean([_cosine(a, b) for a, b in zip(expected, truth, strict=True)])
+        in_int8 = [_called(rounded[name], sample) for sample in inputs]
         rows.append(
             {
                 "weights": name,
                 "error": _checked_error(name, library, inputs, expected),
-                "cosine": float(cosine),
+                "cosine": _mean_cosine(expected, truth),
+                "int8_cosine": _mean_cosine(in_int8, truth),
                 "weight_bytes": sum(row.bytes_sparse for row in reports[name, "llvm"]),
+                "int8_weight_bytes": sum(row.bytes_sparse for row in rounded[name].report),
                 "libraries": built[name],
             }
         )
@@ -131,11 +137,13 @@ def minilm(tell: Progress, out: Path) -> dict[str, Any]:
     sample = [np.asarray(value) for value in inputs[0]]
     for name, library in libraries.items():
         calls[name] = functools.partial(library, *sample)
+        calls[f"{name} int8"] = functools.partial(rounded[name], *sample)
     times = _in_turns(calls)
     threads = min(counts, key=lambda count: times[f"PyTorch {count}"]["min"])
     for row in rows:
         name = row["weights"]
         row |= {"ms": times[name]["min"], "median_ms": times[name]["median"]}
+        row |= {"int8_ms": times[f"{name} int8"]["min"]}
     return {
         "tokens": TOKENS,
         "sentences": len(SENTENCES),
@@ -263,7 +271,7 @@ def _checked_error(
     """Largest absolute error as a share of the largest expected output, of which little is allowed."""
     worst = 0.0
     for sample, truth in zip(inputs, expected, strict=True):
-        answer = np.asarray(library(*(np.asarray(value) for value in sample)))
+        answer = _called(library, sample)
         worst = max(worst, float(np.abs(answer - truth).max() / np.abs(truth).max()))
     if not worst <= TOLERANCE:
         raise TvmBalancedError(
@@ -271,6 +279,14 @@ def _checked_error(
             f"scale, expected at most {TOLERANCE:.0e}; report this with the output of doctor"
         )
     return worst
+
+
+def _called(library: Library, sample: Sample) -> Array:
+    return np.asarray(library(*(np.asarray(value) for value in sample)))
+
+
+def _mean_cosine(answers: Sequence[Array], truth: Sequence[Array]) -> float:
+    return float(np.mean([_cosine(a, b) for a, b in zip(answers, truth, strict=True)]))
 
 
 def _cosine(a: Array, b: Array) -> float:
